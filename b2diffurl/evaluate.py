@@ -1,0 +1,199 @@
+"""Judge the base model and checkpoints on prompt files, with noise that is the same for all of them.
+
+N images, one prompt each: the file's prompts in turn
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from ml_collections import ConfigDict
+from torch import Tensor
+
+from b2diffurl import files
+from b2diffurl.branching import denoise
+from b2diffurl.experiment import check, find_lora
+from b2diffurl.models import Model
+from b2diffurl.policy import decode, load_policy, predictor
+from b2diffurl.prompts import load_prompts
+from b2diffurl.rewards import Reward, check_reward, load_reward, score
+from b2diffurl.runtime import logger, make_accelerator, progress
+from b2diffurl.sample import save_image
+from b2diffurl.seeding import generator
+from b2diffurl.stage import Stage
+
+NUM_SHOWN = 12  # images of each evaluation that are kept, for pictures
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How evaluation images are made."""
+
+    num_steps: int
+    eta: float
+    guidance_scale: float
+
+
+def evaluate(
+    config: ConfigDict, checkpoints: list[str], prompt_sets: list[str], settings: SamplerSettings
+) -> list[dict[str, Any]]:
+    """Judge every checkpoint on every prompt set; one result each, base first if asked for.
+
+    A checkpoint is `base`, `last` (the experiment's newest), `stage<i>`, or the path of a LoRA. A prompt set is `train`,
+    `test`, or a prompt file. What has been judged before is read back, not redone. Where `base` is among the checkpoints
+    the others carry their paired difference to it.
+    """
+    check(config)
+    for name in (config.reward.name, config.eval.judge):
+        if name:
+            check_reward(name)
+    root = Path(config.save_path) / config.exp_name
+    loras = {name: resolve_checkpoint(root, name) for name in sorted(checkpoints, key=lambda name: name != "base")}
+    prompts = {name: load_prompts(prompt_path(config, name)) for name in prompt_sets}
+    accelerator = make_accelerator(config, config.num_threads)
+    results = []
+    rewards: dict[str, Reward] = {}
+    for checkpoint, lora in loras.items():
+        model = None
+        for name, some_prompts in prompts.items():
+            folder = result_folder(config, root, checkpoint, lora, name, some_prompts, settings)
+            if not (folder / "result.json").is_file():
+                model = model or load_judged(config, accelerator, lora)
+                for key in dict.fromkeys(key for key in (config.reward.name, config.eval.judge) if key):
+                    rewards[key] = rewards.get(key) or load_reward(key, config.reward, accelerator.device)
+                logger.info("eval %s on %s prompts: %d images", checkpoint, name, config.eval.num_images)
+                judge(config, model, rewards, some_prompts, settings, folder)
+            facts = {"checkpoint": checkpoint, "lora": str(lora or ""), "prompts": name} | vars(settings)
+            results.append(facts | files.read_json(folder / "result.json") | {"folder": str(folder)})
+    add_differences(results)
+    for result in results:
+        logger.info("eval %s", describe(result))
+    return results
+
+
+def resolve_checkpoint(root: Path, name: str) -> Path | None:
+    """The LoRA file a checkpoint's name means, or None for the base model."""
+    if name == "base":
+        return None
+    if name == "last":
+        trained = [path for path in root.glob("stage*") if (path / "train.json").is_file()]
+        if not trained:
+            raise FileNotFoundError(f"{root} has no trained stage. Run run_process.sh first, or judge --checkpoint=base.")
+        return find_lora(max(trained, key=lambda path: int(path.name.removeprefix("stage"))))
+    if name.removeprefix("stage").isdigit():
+        return find_lora(Stage(root, int(name.removeprefix("stage"))).folder)
+    return find_lora(Path(name))
+
+
+def prompt_path(config: ConfigDict, name: str) -> str:
+    return {"train": config.prompt_file, "test": config.eval.prompt_file}.get(name, name)
+
+
+def result_folder(
+    config: ConfigDict,
+    root: Path,
+    checkpoint: str,
+    lora: Path | None,
+    name: str,
+    prompts: list[str],
+    settings: SamplerSettings,
+) -> Path:
+    """Where one evaluation lies: its name says what, a checksum of all that decides the numbers says which."""
+    reward = {key: value for key, value in config.reward.to_dict().items() if key != "batch_size"}
+    evaluation = {key: config.eval[key] for key in ("judge", "num_images", "batch_size", "seed")}
+    decisive = [vars(settings), prompts, reward, evaluation, config.pretrained.to_dict(), files.sha256(lora) if lora else ""]
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
+    label = checkpoint if lora is None else "-".join(lora.parent.parts[-3::2]) if "checkpoints" in lora.parts else lora.stem
+    return root / "eval" / f"{label}_{Path(name).stem}_{digest}"
+
+
+def load_judged(config: ConfigDict, accelerator: Accelerator, lora: Path | None) -> Model:
+    model = load_policy(config, accelerator, lora)
+    model.network = accelerator.prepare_model(model.network, evaluation_mode=True)
+    return model
+
+
+def judge(
+    config: ConfigDict, model: Model, rewards: dict[str, Reward], prompts: list[str], settings: SamplerSettings, folder: Path
+) -> None:
+    """Sample, score, and write result.json (last) with every image's values, and the first images."""
+    values: dict[str, list[float]] = {}
+    for batch in progress(range(math.ceil(config.eval.num_images / config.eval.batch_size)), "eval"):
+        start = batch * config.eval.batch_size
+        count = min(config.eval.batch_size, config.eval.num_images - start)
+        some_prompts = [prompts[n % len(prompts)] for n in range(start, start + config.eval.batch_size)]
+        images = sample_images(config, model, some_prompts, batch, settings)
+        for n in range(start, min(start + count, NUM_SHOWN)):
+            save_image(folder / f"{n:05d}.png", images[n - start])
+        for key, reward in rewards.items():
+            total, parts = score(reward, images, some_prompts)
+            for part, numbers in ({key: total} | {f"{key}/{part}": value for part, value in parts.items()}).items():
+                values.setdefault(part, []).extend(numbers[:count].tolist())
+    files.write_json(folder / "result.json", summarise(config, values, prompts))
+
+
+def sample_images(config: ConfigDict, model: Model, prompts: list[str], batch: int, settings: SamplerSettings) -> Tensor:
+    """Images uint8 [N,H,W,3] of one batch, from noise that follows from (eval.seed, batch) alone."""
+    sampler = model.sampler(settings.num_steps, settings.eta)
+    rng, device = generator(config.eval.seed, "eval", batch), sampler.sigma.device
+
+    def noise(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=rng).to(device)
+
+    predict = predictor(
+        model,
+        sampler,
+        model.encode(prompts),
+        model.encode([""]),
+        guidance_scale=settings.guidance_scale,
+        micro_batch_size=config.sample.micro_batch_size,
+    )
+    latents = denoise(predict, sampler, noise((len(prompts), *model.latent_shape)), noise, range(settings.num_steps))
+    return decode(model, latents, config.sample.micro_batch_size)
+
+
+def summarise(config: ConfigDict, values: dict[str, list[float]], prompts: list[str]) -> dict[str, Any]:
+    """Means and standard errors; `reward` is the trained one, `accuracy` the judge's."""
+    reward, judge = config.reward.name, config.eval.judge
+    summary = {"n_images": config.eval.num_images, "n_prompts": len(prompts)}
+    summary["reward"], summary["reward_se"] = mean_and_error(values[reward])
+    summary["accuracy"], summary["accuracy_se"] = mean_and_error(values[judge]) if judge else (None, None)
+    summary |= {key: mean_and_error(numbers)[0] for key, numbers in values.items() if "/" in key}
+    shown = [prompts[n % len(prompts)] for n in range(min(NUM_SHOWN, config.eval.num_images))]
+    kept = {"reward": values[reward]} | ({"accuracy": values[judge]} if judge else {})
+    return summary | {"shown_prompts": shown, "values": kept}
+
+
+def mean_and_error(numbers: list[float]) -> tuple[float, float]:
+    """Mean and its standard error."""
+    tensor = torch.tensor(numbers, dtype=torch.float64)
+    error = tensor.std().item() / math.sqrt(len(numbers)) if len(numbers) > 1 else 0.0
+    return tensor.mean().item(), error
+
+
+def add_differences(results: list[dict[str, Any]]) -> None:
+    """Beside each checkpoint's figures the mean paired difference to the base on the same noise, and its error."""
+    base = {result["prompts"]: result for result in results if result["checkpoint"] == "base"}
+    for result in results:
+        against = base.get(result["prompts"])
+        if against is None or result is against:
+            continue
+        for key, numbers in result["values"].items():
+            paired = [after - before for after, before in zip(numbers, against["values"][key], strict=True)]
+            result[f"{key}_gain"], result[f"{key}_gain_se"] = mean_and_error(paired)
+
+
+def describe(result: dict[str, Any]) -> str:
+    """One readable line."""
+    words = [f"{result['checkpoint']} on {result['prompts']} prompts, {result['n_images']} images:"]
+    for key in ("reward", "accuracy"):
+        if result[key] is not None:
+            words.append(f"{key} {result[key]:.4f} ± {result[f'{key}_se']:.4f}")
+        if f"{key}_gain" in result:
+            words.append(f"(gain {result[f'{key}_gain']:+.4f} ± {result[f'{key}_gain_se']:.4f})")
+    return " ".join(words)

@@ -1,0 +1,202 @@
+"""From a configuration to a plan: which stage, how many steps, from which checkpoint; and the experiment's identity.
+
+Nothing here writes before everything is checked.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from b2diffurl import files
+from b2diffurl.objectives import OBJECTIVES
+from b2diffurl.prompts import load_prompts
+from b2diffurl.runtime import run_script
+from b2diffurl.stage import LORA_FILE, Stage, find_checkpoints
+
+# What may differ from call to call; everything else is the experiment and stays as config.json has it.
+VOLATILE = ("split_step", "run_name", "resume_from", "dev_id", "stage_cnt", "num_threads", "log_path", "wandb", "keep")
+PRECISIONS = ("auto", "no", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one call works on, in the library's own words."""
+
+    stage: Stage
+    num_trained_steps: int  # S
+    resume_from: Path | None  # the LoRA file the stage starts from; None: a fresh one
+    prompts: tuple[str, ...]  # what is trained on
+    identity: dict[str, Any]  # the experiment, as config.json holds it
+    num_threads: int  # 0: torch's default
+
+
+def schedule(left: int, right: int, num_stages: int, index: int) -> int:
+    """S of stage `index`: left + floor(index (right - left + 1) / num_stages) (arXiv 2503.11240, section 4.1)."""
+    return left + index * (right - left + 1) // num_stages
+
+
+def stage_index(run_name: str) -> int:
+    """The i of run_name `stage<i>`."""
+    match = re.fullmatch(r"stage(\d+)", run_name)
+    if not match:
+        raise ValueError(f"run_name is {run_name!r}; it names the stage: stage0, stage1, …")
+    return int(match[1])
+
+
+def make_plan(config: ConfigDict) -> Plan:
+    """Check the configuration and the experiment's folder; raises ValueError or FileNotFoundError, writes nothing."""
+    check(config)
+    stage = Stage(Path(config["save_path"]) / config["exp_name"], stage_index(config["run_name"]))
+    prompts = tuple([config["prompt"]] if config["prompt"] else load_prompts(config["prompt_file"]))
+    identity = make_identity(config, prompts)
+    num_threads = config["num_threads"]
+    if (stage.root / "config.json").is_file():
+        recorded = files.read_json(stage.root / "config.json")
+        check_identity(recorded, identity, stage.root)
+        num_threads = num_threads or recorded["num_threads"]
+    return Plan(stage, trained_steps(config, stage), resume_source(config, stage), prompts, identity, num_threads)
+
+
+def check(config: ConfigDict) -> None:
+    """Refuse values that cannot work, each with what is allowed."""
+    if not re.fullmatch(r"[\w.-]+", config["exp_name"]) or config["exp_name"].strip(".") == "":
+        raise ValueError(f"exp_name is {config['exp_name']!r}; allowed are letters, digits, '_', '-' and '.'")
+    sample, train, evaluation = config["sample"], config["train"], config["eval"]
+    at_least_one = {
+        "stage_cnt": config["stage_cnt"],
+        "sample.num_steps": sample["num_steps"],
+        "sample.batch_size": sample["batch_size"],
+        "sample.num_batches_per_epoch": sample["num_batches_per_epoch"],
+        "train.batch_size": train["batch_size"],
+        "train.gradient_accumulation_steps": train["gradient_accumulation_steps"],
+        "train.micro_batch_size": train["micro_batch_size"],
+        "train.num_epochs": train["num_epochs"],
+        "train.save_interval": train["save_interval"],
+        "train.lora_rank": train["lora_rank"],
+        "reward.batch_size": config["reward"]["batch_size"],
+        "eval.num_images": evaluation["num_images"],
+        "eval.batch_size": evaluation["batch_size"],
+    }
+    for name, value in at_least_one.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if config["split_time"] < 2:
+        raise ValueError(f"split_time is {config['split_time']}; a contrast needs at least 2 branches")
+    left, right, num_steps = config["split_step_left"], config["split_step_right"], sample["num_steps"]
+    if not 1 <= left <= right <= num_steps:
+        raise ValueError(
+            f"split_step_left..split_step_right is {left}..{right}; it must lie in 1..{num_steps} (sample.num_steps)"
+        )
+    if config["split_step"] and not 1 <= config["split_step"] <= num_steps:
+        raise ValueError(f"split_step is {config['split_step']}; it must lie in 1..{num_steps} (sample.num_steps)")
+    if not 0 < sample["eta"] <= 1:
+        raise ValueError(f"sample.eta is {sample['eta']}; it must lie in (0, 1]: without noise there is no log-probability")
+    if sample["guidance_scale"] < 1:
+        raise ValueError(f"sample.guidance_scale is {sample['guidance_scale']}; 1 is no guidance, more is stronger")
+    if evaluation["pos_threshold"] < evaluation["neg_threshold"]:
+        raise ValueError("eval.pos_threshold is below eval.neg_threshold: a sibling could be both best and worst")
+    if evaluation["history_cnt"] < 0:
+        raise ValueError(f"eval.history_cnt is {evaluation['history_cnt']}; it must not be negative")
+    check_choice("mixed_precision", config["mixed_precision"], PRECISIONS)
+    check_choice("train.objective", train["objective"], OBJECTIVES)
+    check_choice("train.step_weight", train["step_weight"], ("none", "leverage"))
+    check_choice("wandb", config["wandb"], ("", "offline", "online"))
+
+
+def check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; known: {', '.join(repr(choice) for choice in choices)}")
+
+
+def make_identity(config: ConfigDict, prompts: tuple[str, ...]) -> dict[str, Any]:
+    """The configuration without what may change from call to call, and the prompts themselves by checksum."""
+    kept = {key: value for key, value in json.loads(json.dumps(config.to_dict())).items() if key not in VOLATILE}
+    return kept | {"prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}
+
+
+def check_identity(recorded: dict, wanted: dict, root: Path) -> None:
+    recorded, wanted = flatten(recorded["experiment"]), flatten(wanted)
+    differing = [
+        f"{key} is {wanted.get(key)!r}, was {recorded.get(key)!r}"
+        for key in sorted(recorded.keys() | wanted.keys())
+        if recorded.get(key) != wanted.get(key)
+    ]
+    if differing:
+        raise ValueError(
+            f"{root} belongs to another configuration: {'; '.join(differing)}. "
+            "Go on with the recorded values, or give the new experiment another exp_name."
+        )
+
+
+def flatten(nested: Mapping, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in nested.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def record_experiment(plan: Plan, num_threads: int) -> None:
+    """Write config.json the first time an experiment is run."""
+    path = plan.stage.root / "config.json"
+    if not path.is_file():
+        files.write_json(path, {"experiment": plan.identity, "num_threads": num_threads})
+
+
+def trained_steps(config: ConfigDict, stage: Stage) -> int:
+    """S of this stage: what it was sampled with, else split_step if given, else the schedule."""
+    scheduled = schedule(config["split_step_left"], config["split_step_right"], config["stage_cnt"], stage.index)
+    wanted = config["split_step"] or min(scheduled, config["split_step_right"])
+    if not stage.finished("sample"):
+        return wanted
+    recorded = stage.manifest("sample")["num_trained_steps"]
+    if config["split_step"] and recorded != wanted:
+        raise ValueError(f"{stage.folder} was sampled with split_step {recorded}, not {wanted}. Use another exp_name.")
+    return recorded
+
+
+def resume_source(config: ConfigDict, stage: Stage) -> Path | None:
+    """The LoRA file a stage starts from.
+
+    A stage goes on from the one before it. `resume_from` is where a run starts, so it counts for stage 0, for a stage
+    whose predecessor is not in this experiment, and wherever it names a checkpoint of this experiment.
+    """
+    given = Path(config["resume_from"]).expanduser() if config["resume_from"] else None
+    inside = given is not None and given.resolve().is_relative_to(stage.root.resolve())
+    before = Stage(stage.root, stage.index - 1)
+    if stage.index > 0 and not inside:
+        if before.finished("train"):
+            return before.checkpoints()[-1] / LORA_FILE
+        if given is None or before.folder.exists():
+            raise ValueError(f"{stage.folder} follows {before.folder}, which is not trained yet. Run that stage first.")
+    return None if given is None else find_lora(given)
+
+
+def find_lora(path: Path) -> Path:
+    """The LoRA file meant by a path: the file itself, a checkpoint folder, or the latest of a folder of checkpoints."""
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise ValueError(f"{path} is not a .safetensors file. Convert it first; pickled weights are never loaded.")
+        return path
+    if (path / LORA_FILE).is_file():
+        return path / LORA_FILE
+    found = find_checkpoints(path) or find_checkpoints(path / "checkpoints")
+    if not found:
+        raise FileNotFoundError(f"no LoRA at {path}. Give a .safetensors file, a checkpoint_<n> folder or a folder of them.")
+    return found[-1] / LORA_FILE
+
+
+def print_stages(config: ConfigDict) -> None:
+    """Check the configuration and print the names of all its stages, for run_process.sh."""
+    make_plan(config)
+    load_prompts(config.eval.prompt_file)
+    print(" ".join(f"stage{index}" for index in range(config.stage_cnt)))
+
+
+if __name__ == "__main__":
+    run_script("process", print_stages)

@@ -1,0 +1,45 @@
+"""Metrics as JSON lines: one event, one object; wandb on top if asked for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from b2diffurl import files
+
+
+class Metrics:
+    """Appends events to one phase's file. `keep` holds the events of an interrupted run that still count."""
+
+    def __init__(self, path: Path, *, keep: list[dict] | None = None, wandb_run: Any = None):
+        self.path, self.wandb_run = path, wandb_run
+        files.write_json_lines(path, keep or [])
+
+    def log(self, event: str, **values: Any) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"event": event} | values, allow_nan=False) + "\n")
+        if self.wandb_run:
+            numbers = {f"{event}/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
+            self.wandb_run.log(numbers)
+
+
+def read_events(path: Path, event: str | None = None) -> list[dict]:
+    """The events of a file, of one kind if given; a last line that was cut off by a crash is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return [row for row in rows if event in (None, row["event"])]
+
+
+def start_wandb(mode: str, *, experiment: str, name: str, folder: Path, config: dict) -> Any:
+    """A wandb run if mode is `offline` or `online`, else None."""
+    if not mode:
+        return None
+    import wandb
+
+    folder.mkdir(parents=True, exist_ok=True)
+    return wandb.init(project="b2diffurl", group=experiment, name=name, dir=str(folder), config=config, mode=mode)

@@ -1,0 +1,48 @@
+"""Where a model's files are: a local path, the hub's cache, or the hub, asked once."""
+
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+PROBE_TIMEOUT_SEC = 5
+
+
+def locate(name: str, *, patterns: Sequence[str], revision: str = "main") -> Path:
+    """The local path of model `name`, downloaded (only files that match `patterns`) if it is not here yet.
+
+    Hub clients retry an unreachable hub for most of a minute, so it is probed once. A FileNotFoundError says what is
+    missing and how to get it.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if name.startswith((".", "/", "~", "model/")) or name.count("/") != 1:
+        raise FileNotFoundError(f"no model at {name}. Give a local path to an existing model, or a hub id (owner/name).")
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
+    if constants.is_offline_mode() or not reachable(constants.ENDPOINT):
+        raise FileNotFoundError(
+            f"{name} is not in the local cache and {constants.ENDPOINT} cannot be reached. "
+            f"Where there is network, run: hf download {name} --local-dir DIR; then give DIR as the model."
+        )
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    except HfHubHTTPError as error:
+        raise FileNotFoundError(f"the hub has no {name} (revision {revision}) for you: {error}") from None
+
+
+def reachable(url: str) -> bool:
+    """Whether anything answers at `url` within PROBE_TIMEOUT_SEC."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_TIMEOUT_SEC).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,221 @@
+"""Stable Diffusion 1.x and 2.x (epsilon and v-prediction), and every model of their layout, with a peft LoRA.
+
+N rows, P prompts, L tokens, E text width, latents [N,C,h,w]
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from b2diffurl import files
+from b2diffurl.ddim import Sampler, make_sampler
+from b2diffurl.models.hub import locate
+from b2diffurl.seeding import stable_seed
+from b2diffurl.trajectory import Conditions
+
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # of the UNet's attention
+COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+class StableDiffusion:
+    """A frozen Stable Diffusion whose UNet carries a trainable LoRA; see `b2diffurl.models.Model`."""
+
+    def __init__(
+        self, pretrained: Mapping, *, device: torch.device, dtype: torch.dtype, lora_rank: int, seed: int, decoder: bool
+    ):
+        root = locate(pretrained["model"], revision=pretrained["revision"], patterns=file_patterns(pretrained["variant"]))
+        load = _load_single_file if root.is_file() else _load_directory
+        parts, self.scheduler_config, weights = load(root, pretrained, dtype, decoder)
+        check_scheduler(self.scheduler_config, pretrained["model"])
+        self._scheduler = DDIMScheduler.from_config(self.scheduler_config)
+        self.scheduler_config = {key: value for key, value in self._scheduler.config.items() if not key.startswith("_")}
+        self.fingerprint = fingerprint(weights)
+        self.vae, self.text_encoder, self.tokenizer = parts.get("vae"), parts.get("text_encoder"), parts.get("tokenizer")
+        for part in (self.vae, self.text_encoder):
+            if part is not None:
+                part.to(device).eval().requires_grad_(False)
+        self.unet = parts["unet"].to(device).eval().requires_grad_(False)
+        self._add_adapter(lora_rank, seed)
+        self.network: nn.Module = self.unet
+        size = self.unet.config.sample_size
+        if pretrained["resolution"]:
+            size = self._latent_size(pretrained["resolution"])
+        self.latent_shape = (self.unet.config.in_channels, size, size)
+
+    def _latent_size(self, resolution: int) -> int:
+        multiple = 8 * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if resolution % multiple:
+            raise ValueError(f"pretrained.resolution is {resolution}; this model needs a multiple of {multiple} pixels")
+        return resolution // 8
+
+    def _add_adapter(self, rank: int, seed: int) -> None:
+        """A LoRA with alpha = rank, gaussian A and zero B, always float32."""
+        config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stable_seed(seed, "lora"))
+            self.unet.add_adapter(config)
+        for parameter in self.trainable().values():
+            parameter.data = parameter.data.float()
+
+    def sampler(self, num_steps: int, eta: float) -> Sampler:
+        self._scheduler.set_timesteps(num_steps)
+        return make_sampler(
+            self._scheduler.timesteps,
+            self._scheduler.alphas_cumprod,
+            self._scheduler.final_alpha_cumprod,
+            eta=eta,
+            prediction_type=self._scheduler.config.prediction_type,
+        ).to(self.unet.device)
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Conditions:
+        """prompt_embeds [P,L,E], truncated to the text encoder's length like Stable Diffusion's own pipeline."""
+        tokens = self.tokenizer(
+            prompts,
+            padding="max_length",
+            truncation=True,
+            max_length=self.tokenizer.model_max_length,
+            return_tensors="pt",
+        )
+        mask = None
+        if getattr(self.text_encoder.config, "use_attention_mask", False):
+            mask = tokens.attention_mask.to(self.text_encoder.device)
+        ids = tokens.input_ids.to(self.text_encoder.device)
+        return {"prompt_embeds": self.text_encoder(ids, attention_mask=mask)[0]}
+
+    def predict(
+        self, x_t: Tensor, timesteps: Tensor, conditions: Conditions, unconditional: Conditions, guidance_scale: float
+    ) -> Tensor:
+        embeds = conditions["prompt_embeds"].expand(len(x_t), -1, -1)
+        timesteps = timesteps.expand(len(x_t))
+        if guidance_scale == 1:
+            return self.network(x_t, timesteps, embeds, return_dict=False)[0].float()
+        embeds = torch.cat([unconditional["prompt_embeds"].expand_as(embeds), embeds])
+        output = self.network(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), embeds, return_dict=False)[0]
+        without, with_text = output.float().chunk(2)
+        return without + guidance_scale * (with_text - without)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        images = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
+        if not images.isfinite().all():
+            raise FloatingPointError("the VAE decoded to non-finite values; use --config.mixed_precision=bf16 or no")
+        images = (images.float() / 2 + 0.5).clamp(0, 1) * 255
+        return images.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.unet.named_parameters() if ".lora_" in name}
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        return {lora_key(name): parameter.detach() for name, parameter in self.trainable().items()}
+
+    def load_adapter(self, path: Path) -> None:
+        parameters = {lora_key(name): parameter for name, parameter in self.trainable().items()}
+        state = safetensors.torch.load_file(path)
+        if state.keys() != parameters.keys():
+            state = foreign_lora(path)
+        if state.keys() != parameters.keys():
+            odd = sorted(state.keys() ^ parameters.keys())
+            raise ValueError(
+                f"{path} does not fit: {len(odd)} keys differ, such as {odd[0]}. "
+                f"It must be a LoRA on the UNet's attention ({', '.join(LORA_TARGETS)}) of this base model."
+            )
+        for key, parameter in parameters.items():
+            if state[key].shape != parameter.shape:
+                shapes = f"{tuple(state[key].shape)}, not {tuple(parameter.shape)}"
+                raise ValueError(f"{path} does not fit: {key} is {shapes}. Set train.lora_rank to its rank.")
+            parameter.data.copy_(state[key])
+
+
+def lora_key(name: str) -> str:
+    """A parameter's key in pytorch_lora_weights.safetensors, as diffusers names it."""
+    return "unet." + name.replace(".default.", ".")
+
+
+def foreign_lora(path: Path) -> dict[str, Tensor]:
+    """A LoRA file of another program (diffusers, kohya) under our keys, its alpha / rank folded into B."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    state, alphas = StableDiffusionPipeline.lora_state_dict(str(path), use_safetensors=True)
+    unet = {key.removeprefix("unet."): value for key, value in state.items() if key.startswith("unet.")}
+    others = sorted(key for key in state if not key.startswith("unet."))
+    if others:
+        raise ValueError(f"{path} also changes the text encoder ({others[0]}); only a LoRA on the UNet can be resumed.")
+    unet = {f"unet.{key}": value for key, value in convert_unet_state_dict_to_peft(unet).items()}
+    for key, alpha in (alphas or {}).items():
+        module = key.removesuffix(".alpha")
+        unet[f"{module}.lora_B.weight"] = unet[f"{module}.lora_B.weight"] * (
+            float(alpha) / len(unet[f"{module}.lora_A.weight"])
+        )
+    return unet
+
+
+def check_scheduler(config: Mapping, model: str) -> None:
+    """Refuse a scheduler that would change latents behind the policy's back."""
+    for key in ("clip_sample", "thresholding"):
+        if config.get(key, key == "clip_sample"):
+            state = "on" if key in config else "not given, and on by DDIM's default"
+            raise ValueError(
+                f"{key} is {state} in the scheduler of {model}; latents must not be clipped. "
+                f'Put "{key}": false into its scheduler/scheduler_config.json.'
+            )
+
+
+def fingerprint(weights: list[Path]) -> str:
+    """SHA-256 of the base network's weights; one file's own, or that of all files' in order."""
+    digests = [files.sha256(path) for path in weights]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def file_patterns(variant: str) -> list[str]:
+    """What to download: configs, tokenizer, and one variant of the weights, as safetensors."""
+    suffix = f".{variant}" if variant else ""
+    weights = [f"{folder}/{stem}{suffix}.safetensors" for folder, stem in (
+        ("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")
+    )]  # fmt: skip
+    return ["model_index.json", "*/*.json", "tokenizer/*", *weights]
+
+
+def _load_directory(root: Path, pretrained: Mapping, dtype: torch.dtype, decoder: bool) -> tuple[dict, dict, list[Path]]:
+    """The components of a directory in the diffusers layout, its scheduler config, and the UNet's weight files."""
+    wanted = COMPONENTS if decoder else ("unet", "scheduler")
+    missing = [name for name in wanted if not (root / name).is_dir()]
+    if missing:
+        raise FileNotFoundError(f"{root} has no {missing[0]}/. A model directory holds {', '.join(COMPONENTS)}.")
+    variant = pretrained["variant"] or None
+    pattern = f"*.{variant}*.safetensors" if variant else "*.safetensors"
+    weights = sorted(path for path in (root / "unet").glob(pattern) if variant or path.name.count(".") == 1)
+    if not weights:
+        raise FileNotFoundError(f"{root / 'unet'} has no {pattern}. Weights must be safetensors; see pretrained.variant.")
+    options = {"variant": variant, "use_safetensors": True, "torch_dtype": dtype}
+    parts = {"unet": UNet2DConditionModel.from_pretrained(root, subfolder="unet", **options)}
+    if decoder:
+        parts["vae"] = AutoencoderKL.from_pretrained(root, subfolder="vae", **options)
+        parts["text_encoder"] = CLIPTextModel.from_pretrained(
+            root, subfolder="text_encoder", variant=variant, use_safetensors=True, dtype=dtype
+        )
+        parts["tokenizer"] = CLIPTokenizer.from_pretrained(root, subfolder="tokenizer")
+    return parts, files.read_json(root / "scheduler" / "scheduler_config.json"), weights
+
+
+def _load_single_file(root: Path, pretrained: Mapping, dtype: torch.dtype, decoder: bool) -> tuple[dict, dict, list[Path]]:
+    """The same from one .safetensors file, with the component configs of `pretrained.config`."""
+    if root.suffix != ".safetensors":
+        raise ValueError(f"{root} is not a .safetensors file. Convert it first; pickled weights are never loaded.")
+    from diffusers import StableDiffusionPipeline
+
+    configs = locate(pretrained["config"], patterns=["model_index.json", "*/*.json", "tokenizer/*"])
+    pipeline = StableDiffusionPipeline.from_single_file(
+        str(root), config=str(configs), torch_dtype=dtype, safety_checker=None, local_files_only=True
+    )
+    wanted = ("unet", "vae", "text_encoder", "tokenizer") if decoder else ("unet",)
+    parts = {name: getattr(pipeline, name) for name in wanted}
+    return parts, files.read_json(configs / "scheduler" / "scheduler_config.json"), [root]

@@ -1,0 +1,21 @@
+"""DDPO-IS: clipped importance-sampled policy gradient (Black et al. 2023, arXiv 2305.13301, section 4.3)."""
+
+import torch
+from torch import Tensor
+
+
+def ddpo(
+    log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, *, clip_range: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped surrogate (arXiv 1707.06347, equation 7), negated to be minimised.
+
+    All arguments [N]; returns the loss of each pair [N] and its `log_ratio` and `clipped` (1 where clipping cuts the
+    gradient) [N]. Log-probs are means over D latent dimensions, so a clip range c bounds the joint log-ratio at D*ln(1+c).
+    """
+    log_ratio = log_prob - old_log_prob
+    ratio = log_ratio.exp()
+    unclipped = -advantage * ratio
+    clipped = -advantage * ratio.clamp(1 - clip_range, 1 + clip_range)
+    with torch.no_grad():
+        metrics = {"log_ratio": log_ratio.detach(), "clipped": (clipped > unclipped).float()}
+    return torch.maximum(unclipped, clipped), metrics

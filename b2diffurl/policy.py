@@ -1,0 +1,70 @@
+"""The policy of a stage: base model, LoRA and guidance, as sampling, training and judging all need it."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from b2diffurl.checkpoint import read_state
+from b2diffurl.ddim import Sampler
+from b2diffurl.models import Model, load_model
+from b2diffurl.trajectory import Conditions
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def load_policy(config: Mapping, accelerator: Accelerator, lora: Path | None, *, decoder: bool = True) -> Model:
+    """The base model with the LoRA of file `lora`, or a fresh one; a LoRA trained on another base is refused."""
+    model = load_model(
+        config["pretrained"],
+        device=accelerator.device,
+        dtype=DTYPES[accelerator.mixed_precision],
+        lora_rank=config["train"]["lora_rank"],
+        seed=config["seed"],
+        decoder=decoder,
+    )
+    if lora is not None:
+        state = read_state(lora)
+        if state and state["base_model_sha256"] != model.fingerprint:
+            raise ValueError(
+                f"{lora.parent} was trained on another base model (SHA-256 {state['base_model_sha256'][:12]}…, "
+                f"{config['pretrained']['model']} has {model.fingerprint[:12]}…). Use that base, or start anew."
+            )
+        model.load_adapter(lora)
+    return model
+
+
+def predictor(
+    model: Model,
+    sampler: Sampler,
+    conditions: Conditions,
+    unconditional: Conditions,
+    *,
+    guidance_scale: float,
+    micro_batch_size: int = 0,
+) -> Callable[[Tensor, int], Tensor]:
+    """predict(x_t [N,C,h,w], step) for N a multiple of the conditions' rows, each repeated for its branches.
+
+    The network sees `micro_batch_size` rows at once (0: all).
+    """
+
+    @torch.no_grad()
+    def predict(x_t: Tensor, i: int) -> Tensor:
+        rows = micro_batch_size or len(x_t)
+        outputs = []
+        for start in range(0, len(x_t), rows):
+            part = slice(start, start + rows)
+            repeated = {
+                name: value.repeat_interleave(len(x_t) // len(value), dim=0)[part] for name, value in conditions.items()
+            }
+            outputs.append(model.predict(x_t[part], sampler.timesteps[i], repeated, unconditional, guidance_scale))
+        return torch.cat(outputs)
+
+    return predict
+
+
+def decode(model: Model, latents: Tensor, micro_batch_size: int = 0) -> Tensor:
+    """Images uint8 [N,H,W,3] on the CPU, decoded `micro_batch_size` at once (0: all)."""
+    return torch.cat([model.decode(part).cpu() for part in latents.split(micro_batch_size or len(latents))])

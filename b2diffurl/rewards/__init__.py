@@ -1,0 +1,47 @@
+"""Rewards: a function of (images uint8 [N,H,W,3], prompts [N]) that returns float32 [N].
+
+A reward may also return (rewards, parts), parts a dict of float32 [N], which scores.jsonl then records.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+Parts = dict[str, Tensor]
+Reward = Callable[[Tensor, Sequence[str]], Tensor | tuple[Tensor, Parts]]
+
+
+def load_reward(name: str, config: Mapping, device: torch.device) -> Reward:
+    """The reward of that name; its module, and the packages it needs, are imported only now."""
+    check_reward(name)
+    return REWARDS[name](config, device)
+
+
+def check_reward(name: str) -> None:
+    if name not in REWARDS:
+        raise ValueError(f"unknown reward {name!r}; known: {', '.join(REWARDS)}")
+
+
+def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Parts]:
+    """Rewards [N] and their parts, whichever form the reward returns."""
+    result = reward(images, prompts)
+    rewards, parts = result if isinstance(result, tuple) else (result, {})
+    if rewards.shape != (len(prompts),):
+        raise ValueError(f"the reward returned shape {tuple(rewards.shape)} for {len(prompts)} images")
+    return rewards.float().cpu(), {key: value.float().cpu() for key, value in parts.items()}
+
+
+def _clip(config: Mapping, device: torch.device) -> Reward:
+    from b2diffurl.rewards.clip import Clip
+
+    return Clip(config["model"], device)
+
+
+def _shapes(config: Mapping, device: torch.device) -> Reward:
+    from b2diffurl.rewards.shapes import shapes
+
+    return shapes
+
+
+REWARDS = {"clip": _clip, "shapes": _shapes}

@@ -1,0 +1,41 @@
+"""CLIP score: cosine similarity of image and prompt (Radford et al. 2021, arXiv 2103.00020)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
+
+from b2diffurl.models.hub import locate
+
+FILES = ["*.json", "*.txt", "model*.safetensors"]
+
+
+class Clip:
+    """A CLIP model by hub id or local directory; call it with images uint8 [N,H,W,3] and prompts [N]."""
+
+    def __init__(self, model: str, device: torch.device):
+        root = locate(model, patterns=FILES)
+        self.model = CLIPModel.from_pretrained(root, use_safetensors=True, dtype=torch.float32).to(device).eval()
+        self.tokenizer = CLIPTokenizer.from_pretrained(root)
+        self.processor = AutoImageProcessor.from_pretrained(root, backend="pil")
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        pixels = self.processor(images=list(images.permute(0, 3, 1, 2).cpu()), return_tensors="pt").pixel_values
+        distinct = list(dict.fromkeys(prompts))
+        tokens = self.tokenizer(
+            distinct,
+            padding="max_length",
+            truncation=True,
+            max_length=self.model.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        ).to(self.device)
+        texts = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+        texts = texts.pooler_output if hasattr(texts, "pooler_output") else texts
+        features = self.model.get_image_features(pixel_values=pixels.to(self.device))
+        features = features.pooler_output if hasattr(features, "pooler_output") else features
+        rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.device)
+        return cosine_similarity(features, texts[rows])

@@ -1,0 +1,104 @@
+"""What every script needs around its one verb: flags, logging, device, precision, errors a user can read."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+CONFIG_FILE = "config/stage_process.py"
+FLAGS = flags.FLAGS
+
+logger = logging.getLogger("b2diffurl")
+
+
+def run_script(verb: str, main: Callable[[ConfigDict], Any], argv: list[str] | None = None) -> None:
+    """Parse the flags and call `main(config)`. A mistake of the user's ends in two lines and exit code 2."""
+    config_flags.DEFINE_config_file("config", CONFIG_FILE, "Configuration, CONFIG.py:PRESET; any key by --config.KEY.")
+    config = parse_flags(sys.argv if argv is None else argv)
+    log_file = Path(config.log_path) / f"{config.exp_name}.log"
+    set_up_logging(log_file)
+    try:
+        main(config)
+    except KeyboardInterrupt:
+        logger.warning("%s: interrupted; run the same command again to go on", verb)
+        sys.exit(130)
+    except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
+        logger.debug("%s failed", verb, exc_info=True)
+        die(f"{verb}: {error}", hint=f"Mend it and run the same command again; the traceback is in {log_file}.")
+
+
+def parse_flags(argv: list[str]) -> ConfigDict:
+    """The configuration with its overrides, locked."""
+    try:
+        rest = FLAGS(argv)
+        config = FLAGS.config
+    except Exception as error:  # absl, ml_collections and the config file each raise their own kinds
+        die(str(error).splitlines()[0], hint=f"Every key stands with a comment in {CONFIG_FILE}.")
+    if len(rest) > 1:
+        die(f"unexpected argument {rest[1]!r}", hint="Options look like --config.train.learning_rate=1e-4.")
+    return config.lock()
+
+
+def die(message: str, *, hint: str) -> None:
+    print(f"error: {message}\n       {hint}", file=sys.stderr)
+    sys.exit(2)
+
+
+def set_up_logging(log_file: Path) -> None:
+    """Events to stdout and, in the first process, to `log_file`, which also gets tracebacks."""
+    rank, form = int(os.environ.get("RANK", 0)), "%(asctime)s %(message)s"
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    console = logging.StreamHandler(sys.stdout)
+    console.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    handlers: list[logging.Handler] = [console]
+    if rank == 0:
+        handlers.append(logging.FileHandler(log_file, delay=True))
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(form, "%H:%M:%S" if handler is console else "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+
+
+def make_accelerator(config: ConfigDict, num_threads: int) -> Any:
+    """An Accelerator on the chosen CUDA device if there is one, else on the CPU; `num_threads` 0 keeps torch's default."""
+    import torch
+    from accelerate import Accelerator
+    from transformers.utils import logging as transformers_logging
+
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    if num_threads:
+        torch.set_num_threads(num_threads)
+    cuda = torch.cuda.is_available()
+    if cuda and "LOCAL_RANK" not in os.environ:
+        if not 0 <= config.dev_id < torch.cuda.device_count():
+            raise ValueError(f"dev_id is {config.dev_id}; this machine has CUDA devices 0..{torch.cuda.device_count() - 1}")
+        torch.cuda.set_device(config.dev_id)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    return Accelerator(cpu=not cuda, mixed_precision=resolve_precision(config.mixed_precision, cuda=cuda))
+
+
+def resolve_precision(wanted: str, *, cuda: bool) -> str:
+    """`auto`: none on the CPU; on CUDA bf16 where the device has it, else fp16."""
+    if wanted != "auto":
+        return wanted
+    if not cuda:
+        return "no"
+    import torch
+
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def progress(iterable: Any, description: str) -> Any:
+    """A progress bar on a terminal, the bare iterable elsewhere."""
+    from tqdm.auto import tqdm
+
+    return tqdm(iterable, desc=description, leave=False, disable=not sys.stderr.isatty())

@@ -1,0 +1,184 @@
+"""Branch-sample one stage: trajectories of the trained window and their images.
+
+G groups a batch, K branches, S trained steps, N = G*K images a batch
+"""
+
+import io
+import json
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from ml_collections import ConfigDict
+from PIL import Image
+from torch import Tensor
+
+from b2diffurl import files
+from b2diffurl.branching import branch_sample
+from b2diffurl.ddim import Sampler, require_stochastic
+from b2diffurl.experiment import Plan, make_plan, record_experiment
+from b2diffurl.metrics import Metrics, start_wandb
+from b2diffurl.models import Model
+from b2diffurl.policy import decode, load_policy, predictor
+from b2diffurl.prompts import batch_prompts
+from b2diffurl.rewards import check_reward
+from b2diffurl.runtime import logger, make_accelerator, progress
+from b2diffurl.seeding import generator
+from b2diffurl.stage import Stage
+from b2diffurl.trajectory import save_batch
+
+
+def sample_stage(config: ConfigDict) -> None:
+    """Sample every batch of the stage that is not on disk yet; processes share the batches by global index."""
+    plan = make_plan(config)
+    check_reward(config.reward.name)
+    stage = plan.stage
+    if stage.finished("sample"):
+        logger.info("sample stage%d: already finished", stage.index)
+        return
+    started = time.perf_counter()
+    accelerator = make_accelerator(config, plan.num_threads)
+    model = load_policy(config, accelerator, plan.resume_from)
+    model.network = accelerator.prepare_model(model.network, evaluation_mode=True)
+    sampler = model.sampler(config.sample.num_steps, config.sample.eta)
+    require_stochastic(sampler, plan.num_trained_steps)
+    facts = stage_facts(config, plan, model, accelerator)
+    num_batches = config.sample.num_batches_per_epoch
+    check_batches(stage, num_batches, facts["policy"])
+    if accelerator.is_main_process:
+        files.remove_temporaries(stage.folder)
+        record_experiment(plan, torch.get_num_threads())
+    accelerator.wait_for_everyone()
+    logger.info(
+        "sample stage%d: S=%d of %d steps, %d images, from %s",
+        stage.index, plan.num_trained_steps, sampler.num_steps, facts["num_images"], plan.resume_from or "a fresh LoRA",
+    )  # fmt: skip
+    loaded = time.perf_counter()
+    mine = [batch for batch in range(num_batches) if batch % accelerator.num_processes == accelerator.process_index]
+    todo = [batch for batch in mine if not stage.batch(batch).is_file()]
+    for batch in progress(todo, f"stage{stage.index} sample"):
+        sample_batch(config, plan, model, sampler, batch, facts["policy"])
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        seconds = {"load": loaded - started, "sample": time.perf_counter() - loaded}
+        finish(config, plan, facts, seconds, num_sampled=len(todo))
+    accelerator.end_training()
+
+
+def sample_batch(config: ConfigDict, plan: Plan, model: Model, sampler: Sampler, batch: int, policy: dict) -> None:
+    """Sample one batch from noise that follows from (seed, stage, batch) alone; its file is the last thing written."""
+    stage, num_groups = plan.stage, config.sample.batch_size
+    choice = generator(config.seed, stage.index, "prompts", batch) if config.prompt_random_choose else None
+    prompts = batch_prompts(list(plan.prompts), num_groups, batch, choice)
+    distinct = list(dict.fromkeys(prompts))
+    conditions, unconditional = model.encode(distinct), model.encode([""])
+    rng = generator(config.seed, stage.index, "sample", batch)
+    device = sampler.sigma.device
+
+    def noise(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=rng).to(device)
+
+    rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
+    predict = predictor(
+        model,
+        sampler,
+        {name: value[rows] for name, value in conditions.items()},
+        unconditional,
+        guidance_scale=config.sample.guidance_scale,
+        micro_batch_size=config.sample.micro_batch_size,
+    )
+    latents, log_probs = branch_sample(
+        predict,
+        sampler,
+        noise((num_groups, *model.latent_shape)),
+        noise,
+        num_branches=config.split_time,
+        num_trained_steps=plan.num_trained_steps,
+    )
+    require_finite(log_probs, prompts, stage, batch)
+    images = decode(model, latents[:, :, -1].flatten(0, 1), config.sample.micro_batch_size)
+    for n, image in enumerate(images):
+        save_image(stage.image(batch * len(images) + n), image)
+    window = sampler.timesteps[-plan.num_trained_steps :]
+    save_batch(stage.batch(batch), latents, log_probs, window, prompts, conditions, unconditional, policy)
+
+
+def require_finite(log_probs: Tensor, prompts: list[str], stage: Stage, batch: int) -> None:
+    if not log_probs.isfinite().all():
+        groups = (~log_probs.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+        where = stage.folder / f"nonfinite_batch_{batch}.safetensors"
+        files.write_tensors(where, {"log_probs": log_probs}, {"groups": groups, "prompts": prompts})
+        raise FloatingPointError(f"{stage.batch(batch)}: non-finite log-probability in groups {groups}; see {where}")
+
+
+def save_image(path: Path, image: Tensor) -> None:
+    """Write one image uint8 [H,W,3] as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(image.numpy()).save(buffer, format="png", compress_level=1)
+    files.write_bytes(path, buffer.getvalue(), durable=False)
+
+
+def stage_facts(config: ConfigDict, plan: Plan, model: Model, accelerator: Accelerator) -> dict:
+    """What the manifest records; `policy` is what the batches on disk must agree on."""
+    policy = {
+        "num_trained_steps": plan.num_trained_steps,
+        "num_branches": config.split_time,
+        "base_model_sha256": model.fingerprint,
+        "lora_sha256": files.sha256(plan.resume_from) if plan.resume_from else "",
+    }
+    return {
+        "seed": config.seed,
+        "num_trained_steps": plan.num_trained_steps,
+        "num_images": config.sample.num_batches_per_epoch * config.sample.batch_size * config.split_time,
+        "policy": policy,
+        "batch_shape": [config.sample.batch_size, config.split_time, *model.latent_shape],
+        "scheduler": json.loads(json.dumps(model.scheduler_config, default=str)),
+        "mixed_precision": accelerator.mixed_precision,
+        "device": str(accelerator.device),
+        "num_threads": torch.get_num_threads(),
+        "num_processes": accelerator.num_processes,
+    }
+
+
+def check_batches(stage: Stage, num_batches: int, policy: dict) -> None:
+    """Refuse batches on disk that another policy, or another S, wrote."""
+    for batch in range(num_batches):
+        if stage.batch(batch).is_file():
+            found = files.read_metadata(stage.batch(batch))
+            different = [key for key, value in policy.items() if found.get(key) != value]
+            if different:
+                raise ValueError(
+                    f"{stage.batch(batch)} was sampled with another {', '.join(different)}. "
+                    f"Delete {stage.folder} to sample it anew, or use another exp_name."
+                )
+
+
+def finish(config: ConfigDict, plan: Plan, facts: dict, seconds: dict, *, num_sampled: int) -> None:
+    """Write prompts.json, metrics and, last, the manifest."""
+    stage, num_batches = plan.stage, config.sample.num_batches_per_epoch
+    prompts, written = [], []
+    for batch in range(num_batches):
+        ids, distinct = read_batch_prompts(stage.batch(batch))
+        prompts += [distinct[n] for n in ids for _ in range(config.split_time)]
+        written.append(stage.batch(batch))
+    files.write_json(stage.prompts, prompts)
+    written += [stage.prompts, *(stage.image(n) for n in range(len(prompts)))]
+    rate = num_sampled * config.sample.batch_size * config.split_time / seconds["sample"]
+    wandb_run = start_wandb(
+        config.wandb, experiment=config.exp_name, name=config.run_name, folder=Path(config.log_path), config=plan.identity
+    )
+    metrics = Metrics(stage.metrics("sample"), wandb_run=wandb_run)
+    metrics.log("sample", stage=stage.index, num_trained_steps=plan.num_trained_steps, num_images=len(prompts), **seconds)
+    stage.write_manifest("sample", facts | {"seconds": seconds}, [*written, stage.metrics("sample")])
+    logger.info(
+        "sample stage%d: done, %d images in %.1f s (%.1f images/s)", stage.index, len(prompts), seconds["sample"], rate
+    )
+
+
+def read_batch_prompts(path: Path) -> tuple[list[int], list[str]]:
+    """Row of each group's prompt among the batch's distinct prompts, and those."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor("prompt_ids").tolist(), files.read_metadata(path)["prompts"]

@@ -1,0 +1,62 @@
+"""From raw rewards to contrast pairs (arXiv 2503.11240, section 4.2).
+
+G groups, K branches, N = G*K images in group-major order
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Selected:
+    """One trajectory to train on: where it lies and its normalised score."""
+
+    group: int
+    branch: int
+    score: float
+
+
+def normalise(rewards: Tensor, prompts: Sequence[str], history: Sequence[tuple[str, float]] = ()) -> Tensor:
+    """Standardise each reward [N] by the mean and (unbiased) standard deviation of its prompt, [N] float32.
+
+    `history` holds (prompt, reward) of earlier stages. A prompt seen once, or whose rewards are all equal, scores 0.
+    """
+    seen = defaultdict(list)
+    for prompt, reward in [*history, *zip(prompts, rewards.tolist(), strict=True)]:
+        seen[prompt].append(reward)
+    statistics = {}
+    for prompt, values in seen.items():
+        values = torch.tensor(values, dtype=torch.float64)
+        spread = values.std().item() if values.max() > values.min() else 0.0
+        statistics[prompt] = values.mean().item(), spread
+    scores = torch.zeros(len(rewards), dtype=torch.float64)
+    for n, (prompt, reward) in enumerate(zip(prompts, rewards.tolist(), strict=True)):
+        mean, std = statistics[prompt]
+        scores[n] = (reward - mean) / std if std > 0 else 0.0
+    return scores.float()
+
+
+def select_pairs(scores: Tensor, *, pos_threshold: float, neg_threshold: float) -> list[Selected]:
+    """Keep of each group the best sibling if its score >= pos_threshold and the worst if < neg_threshold.
+
+    scores [G,K] -> 0, 1 or 2 trajectories a group, best first; the lowest branch wins a tie. With
+    pos_threshold >= neg_threshold no sibling is both.
+    """
+    selected = []
+    for group, row in enumerate(scores.tolist()):
+        best, worst = row.index(max(row)), row.index(min(row))
+        if row[best] >= pos_threshold:
+            selected.append(Selected(group, best, row[best]))
+        if row[worst] < neg_threshold:
+            selected.append(Selected(group, worst, row[worst]))
+    return selected
+
+
+def advantages(scores: Tensor, *, clip: float, positive_weight: float, negative_weight: float) -> Tensor:
+    """Normalised scores [N] clamped to +-clip, times positive_weight where > 0 and negative_weight elsewhere, [N]."""
+    weight = torch.where(scores > 0, positive_weight, negative_weight)
+    return scores.clamp(-clip, clip) * weight

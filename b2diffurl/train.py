@@ -1,0 +1,343 @@
+"""Update the LoRA on one stage's selected trajectories.
+
+N trajectories, S trained steps, M of the N in one micro-batch, W processes
+"""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from ml_collections import ConfigDict
+from torch import Tensor
+
+from b2diffurl import files
+from b2diffurl.checkpoint import load_optimizer, read_state, save_checkpoint
+from b2diffurl.ddim import Sampler, log_prob, require_stochastic, step_weights, transition
+from b2diffurl.experiment import Plan, make_plan, record_experiment
+from b2diffurl.metrics import Metrics, read_events, start_wandb
+from b2diffurl.models import Model
+from b2diffurl.objectives import OBJECTIVES
+from b2diffurl.policy import load_policy
+from b2diffurl.runtime import logger, make_accelerator, progress
+from b2diffurl.seeding import generator
+from b2diffurl.selection import Selected
+from b2diffurl.stage import LORA_FILE, Stage
+from b2diffurl.trajectory import Trajectories, load_selected
+
+
+def train_stage(config: ConfigDict) -> None:
+    """Train over the stage's selection, from its last checkpoint if it was interrupted."""
+    plan = make_plan(config)
+    stage = plan.stage
+    if stage.finished("train"):
+        logger.info("train stage%d: already finished", stage.index)
+        return
+    started = time.perf_counter()
+    sampled = stage.manifest("sample")
+    stage.verify("select")
+    stage.verify("sample", stage.samples.name)
+    accelerator = make_accelerator(config, plan.num_threads)
+    interrupted = stage.checkpoints()
+    source = interrupted[-1] / LORA_FILE if interrupted else plan.resume_from
+    model = load_policy(config, accelerator, source, decoder=False)
+    check_policy(plan, sampled["policy"], model)
+    trainer = make_trainer(config, plan, accelerator, model, source)
+    done = read_state(source)["epoch"] if interrupted else 0
+    if accelerator.is_main_process:
+        files.remove_temporaries(stage.folder)
+        record_experiment(plan, torch.get_num_threads())
+    accelerator.wait_for_everyone()
+    selection = files.read_json(stage.selection)
+    loaded = time.perf_counter()
+    kept = [event for event in read_events(stage.metrics("train")) if event.get("epoch", 0) <= done]
+    trainer.open_metrics(kept)
+    if selection:
+        train_epochs(config, trainer, selection, done)
+    else:
+        logger.info("train stage%d: nothing selected, the weights go on unchanged", stage.index)
+        trainer.save(config.train.num_epochs, config.train.save_interval)
+    if accelerator.is_main_process:
+        finish(config, trainer, sampled, {"load": loaded - started, "train": time.perf_counter() - loaded})
+    accelerator.end_training()
+
+
+@dataclass
+class Trainer:
+    """Everything an update needs; the tensors it is computed from are arguments."""
+
+    stage: Stage
+    accelerator: Accelerator
+    model: Model
+    optimizer: torch.optim.Optimizer
+    sampler: Sampler
+    step_weight: Tensor  # [S], mean 1
+    objective: Callable
+    guidance_scale: float
+    micro_batch_size: int
+    max_grad_norm: float
+    wandb: Callable
+    metrics: Metrics | None = field(default=None)
+    num_updates: int = 0
+
+    def open_metrics(self, kept: list[dict]) -> None:
+        self.num_updates = sum(event["event"] == "update" for event in kept)
+        if self.accelerator.is_main_process:
+            self.metrics = Metrics(self.stage.metrics("train"), keep=kept, wandb_run=self.wandb())
+
+    def update(self, trajectories: Trajectories, advantages: Tensor, rows: Tensor) -> dict:
+        """One optimizer step on the trajectories `rows`, all their S steps; returns its metrics."""
+        per_step = self.accumulate(trajectories, advantages, rows)
+        norm = self.accelerator.clip_grad_norm_(list(self.model.trainable().values()), self.max_grad_norm)
+        self.require_finite(per_step, norm, rows)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.num_updates += 1
+        return summarise(per_step, norm, self.sampler.timesteps[-len(self.step_weight) :])
+
+    def accumulate(self, trajectories: Trajectories, advantages: Tensor, rows: Tensor) -> list[dict[str, Tensor]]:
+        """Add up the gradient of the mean loss over all pairs of trajectory and step, step by step.
+
+        Returns, for each of the S steps, `loss`, `log_ratio` and `clipped` of this process's rows, and `grad_norm`,
+        the norm of what the step alone adds to the gradient.
+        """
+        num_steps = len(self.step_weight)
+        shares = micro_batches(rows, self.accelerator.process_index, self.accelerator.num_processes, self.micro_batch_size)
+        scale = self.accelerator.num_processes / (len(rows) * num_steps)
+        per_step, before = [], self.gradient()
+        for step in range(num_steps):
+            collected = []
+            for number, (chosen, counts) in enumerate(shares):
+                last = step == num_steps - 1 and number == len(shares) - 1
+                with nullcontext() if last else self.accelerator.no_sync(self.model.network):
+                    loss, metrics = self.pair_loss(trajectories, advantages, chosen, step)
+                    counts = counts.to(loss.device)
+                    self.accelerator.backward((loss * counts).sum() * self.step_weight[step] * scale)
+                real = counts > 0
+                collected.append({key: value[real] for key, value in ({"loss": loss.detach()} | metrics).items()})
+            after = self.gradient()
+            merged = {key: torch.cat([part[key] for part in collected]) for key in collected[0]}
+            per_step.append(merged | {"grad_norm": (after - before).norm() / self.gradient_scale()})
+            before = after
+        return per_step
+
+    def pair_loss(
+        self, trajectories: Trajectories, advantages: Tensor, rows: Tensor, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss [M] and metrics of the trajectories `rows` [M] at one of the S steps."""
+        device = self.sampler.sigma.device
+        i = self.sampler.num_steps - len(self.step_weight) + step
+        x_t, x_prev = trajectories.latents[rows, step : step + 2].to(device).unbind(1)
+        ids = trajectories.prompt_ids[rows]
+        conditions = {name: value[ids].to(device) for name, value in trajectories.conditions.items()}
+        unconditional = {name: value.to(device) for name, value in trajectories.unconditional.items()}
+        output = self.model.predict(x_t, self.sampler.timesteps[i], conditions, unconditional, self.guidance_scale)
+        mu, sigma = transition(self.sampler, i, x_t, output)
+        new = log_prob(x_prev, mu, sigma)
+        return self.objective(new, trajectories.log_probs[rows, step].to(device), advantages[rows].to(device))
+
+    def gradient(self) -> Tensor:
+        """The accumulated gradient, flat."""
+        grads = [
+            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            for parameter in self.model.trainable().values()
+        ]
+        return torch.cat([grad.flatten() for grad in grads])
+
+    def gradient_scale(self) -> float:
+        """What fp16's loss scaling multiplies gradients by."""
+        return self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
+
+    def require_finite(self, per_step: list[dict[str, Tensor]], norm: Tensor, rows: Tensor) -> None:
+        """Stop on a non-finite loss; and on a non-finite gradient, except under fp16, whose scaler skips that update."""
+        losses = torch.stack([step["loss"] for step in per_step], 1)
+        if losses.isfinite().all() and (norm.isfinite() or self.accelerator.scaler):
+            return
+        where = self.stage.folder / "nonfinite_update.safetensors"
+        files.write_tensors(where, {"losses": losses, "rows": rows}, {"update": self.num_updates})
+        raise FloatingPointError(
+            f"stage{self.stage.index}, update {self.num_updates}: loss or gradient is not finite "
+            f"(rows {rows.tolist()} of {self.stage.selection.name}); see {where}"
+        )
+
+    def save(self, epoch: int, save_interval: int) -> Path:
+        """Write checkpoint_<n> after `epoch`: n = epoch / save_interval, rounded up for a last odd epoch."""
+        folder = self.stage.checkpoint(math.ceil(epoch / save_interval))
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
+            state = {"stage": self.stage.index, "epoch": epoch, "num_updates": self.num_updates}
+            state |= {"base_model_sha256": self.model.fingerprint, "scaler": scaler}
+            names = list(self.model.trainable())
+            save_checkpoint(folder, self.model.adapter_state(), self.optimizer, names, state)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+
+def make_trainer(config: ConfigDict, plan: Plan, accelerator: Accelerator, model: Model, source: Path | None) -> Trainer:
+    """Optimizer (with the state saved beside `source`), prepared network, sampler and objective."""
+    sampler = model.sampler(config.sample.num_steps, config.sample.eta)
+    require_stochastic(sampler, plan.num_trained_steps)
+    parameters = model.trainable()
+    optimizer = make_optimizer(config.train, list(parameters.values()))
+    state = read_state(source) if source else None
+    if state:
+        load_optimizer(source, optimizer, list(parameters))
+    model.network, optimizer = accelerator.prepare(model.network, optimizer)
+    if state and state["scaler"] and accelerator.scaler:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    return Trainer(
+        stage=plan.stage,
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        sampler=sampler,
+        step_weight=step_weights(sampler, plan.num_trained_steps, config.train.step_weight),
+        objective=partial(OBJECTIVES[config.train.objective], clip_range=config.train.eps),
+        guidance_scale=config.sample.guidance_scale,
+        micro_batch_size=config.train.micro_batch_size,
+        max_grad_norm=config.train.max_grad_norm,
+        wandb=partial(
+            start_wandb, config.wandb, experiment=config.exp_name, name=config.run_name,
+            folder=Path(config.log_path), config=plan.identity,
+        ),
+    )  # fmt: skip
+
+
+def make_optimizer(train: ConfigDict, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    if train.use_8bit_adam:
+        try:
+            from bitsandbytes.optim import AdamW8bit as AdamW
+        except ImportError:
+            raise ImportError("train.use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from None
+    else:
+        from torch.optim import AdamW
+    return AdamW(
+        parameters,
+        lr=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        weight_decay=train.adam_weight_decay,
+        eps=train.adam_epsilon,
+    )
+
+
+def check_policy(plan: Plan, sampled: dict, model: Model) -> None:
+    """The policy that is trained must be the one that sampled."""
+    if model.fingerprint != sampled["base_model_sha256"]:
+        raise ValueError(f"{plan.stage.folder} was sampled with another base model than the one at hand.")
+    if (files.sha256(plan.resume_from) if plan.resume_from else "") != sampled["lora_sha256"]:
+        raise ValueError(f"{plan.stage.folder} was sampled with another LoRA than {plan.resume_from or 'a fresh one'}.")
+
+
+def train_epochs(config: ConfigDict, trainer: Trainer, selection: list[dict], done: int) -> None:
+    """The epochs after `done`: every selected trajectory once an epoch, in an order from (seed, stage, epoch)."""
+    selected = [Selected(row["group"], row["branch"], row["score"]) for row in selection]
+    trajectories = load_selected(trainer.stage, selected, config.sample.batch_size)
+    advantages = torch.tensor([row["advantage"] for row in selection])
+    effective = config.train.batch_size * config.train.gradient_accumulation_steps
+    for epoch in range(done + 1, config.train.num_epochs + 1):
+        rng = generator(config.seed, trainer.stage.index, "train", epoch)
+        for rows in progress(update_rows(len(selection), effective, rng), f"stage{trainer.stage.index} epoch {epoch}"):
+            first = trainer.num_updates == 0
+            report = trainer.update(trajectories, advantages, rows)
+            if trainer.metrics:
+                trainer.metrics.log("update", epoch=epoch, num_trajectories=len(rows), first=first, **report)
+            if first:
+                logger.info(
+                    "train stage%d: %d trajectories, max |log-ratio| at the first update %.2e",
+                    trainer.stage.index, len(selection), report["max_abs_log_ratio"],
+                )  # fmt: skip
+        if epoch % config.train.save_interval == 0 or epoch == config.train.num_epochs:
+            trainer.save(epoch, config.train.save_interval)
+
+
+def update_rows(num_trajectories: int, effective: int, rng: torch.Generator) -> list[Tensor]:
+    """Deal a permutation of the trajectories to ceil(N / effective) updates of nearly equal size.
+
+    Nearly equal, for AdamW makes as long a step on a remainder of one trajectory as on a full batch.
+    """
+    order = torch.randperm(num_trajectories, generator=rng)
+    return list(order.tensor_split(math.ceil(num_trajectories / effective)))
+
+
+def micro_batches(rows: Tensor, process: int, num_processes: int, size: int) -> list[tuple[Tensor, Tensor]]:
+    """One process's share of an update, in micro-batches of equal size M <= `size`: (rows [M], counts [M]).
+
+    Every process gets as many micro-batches of the same shape, filled up with rows that count 0, so that none waits for
+    another and no trajectory is lost or counted twice.
+    """
+    share = math.ceil(len(rows) / num_processes)
+    number = math.ceil(share / size)
+    length = math.ceil(share / number) * number
+    mine = rows[process * share : (process + 1) * share]
+    counts = torch.ones(len(mine))
+    missing = length - len(mine)
+    mine = torch.cat([mine, rows[:1].expand(missing)])
+    counts = torch.cat([counts, torch.zeros(missing)])
+    return list(zip(mine.chunk(number), counts.chunk(number), strict=True))
+
+
+def summarise(per_step: list[dict[str, Tensor]], norm: Tensor, timesteps: Tensor) -> dict:
+    """An update's metrics, over all pairs and for each timestep."""
+    ratios = [step["log_ratio"] for step in per_step]
+    clipped = [step["clipped"].mean().item() for step in per_step]
+    return {
+        "loss": torch.stack([step["loss"].mean() for step in per_step]).mean().item(),
+        "grad_norm": finite(norm.item()),
+        "clip_fraction": sum(clipped) / len(clipped),
+        "max_abs_log_ratio": max(ratio.abs().max().item() for ratio in ratios),
+        "timesteps": timesteps.tolist(),
+        "log_ratio_per_step": [ratio.abs().mean().item() for ratio in ratios],
+        "clip_fraction_per_step": clipped,
+        "grad_norm_per_step": [finite(step["grad_norm"].item()) for step in per_step],
+    }
+
+
+def finite(value: float) -> float | None:
+    """JSON has no infinity; fp16's scaler meets some."""
+    return value if math.isfinite(value) else None
+
+
+def finish(config: ConfigDict, trainer: Trainer, sampled: dict, seconds: dict) -> None:
+    """Write the manifest, and only then delete what the configuration does not keep."""
+    stage = trainer.stage
+    updates = read_events(stage.metrics("train"), "update")
+    last = stage.checkpoints()[-1]
+    facts = {
+        "seed": config.seed,
+        "num_trained_steps": len(trainer.step_weight),
+        "num_updates": len(updates),
+        "max_abs_log_ratio_first_update": updates[0]["max_abs_log_ratio"] if updates else None,
+        "policy": sampled["policy"],
+        "device": str(trainer.accelerator.device),
+        "mixed_precision": trainer.accelerator.mixed_precision,
+        "num_threads": torch.get_num_threads(),
+        "num_processes": trainer.accelerator.num_processes,
+        "seconds": seconds,
+    }
+    written = [path for folder in stage.checkpoints() for path in folder.iterdir()]
+    stage.write_manifest("train", facts, [*written, stage.metrics("train")])
+    clean_up(config, stage)
+    mean = {
+        key: sum(update[key] or 0.0 for update in updates) / max(1, len(updates)) for key in ("grad_norm", "clip_fraction")
+    }
+    logger.info(
+        "train stage%d: done, %d updates in %.1f s, gradient norm %.3g, clipped %.1f %%, %s",
+        stage.index, len(updates), seconds["train"], mean["grad_norm"], 100 * mean["clip_fraction"], last,
+    )  # fmt: skip
+
+
+def clean_up(config: ConfigDict, stage: Stage) -> None:
+    """Delete the stage's trajectories and images beyond what config.keep says."""
+    if not config.keep.samples:
+        for path in stage.samples.glob("batch_*.safetensors"):
+            path.unlink()
+        if stage.samples.is_dir():
+            stage.samples.rmdir()
+    if config.keep.images >= 0:
+        for path in sorted(stage.images.glob("*.png"))[config.keep.images :]:
+            path.unlink()

@@ -1,0 +1,141 @@
+"""Every setting of the pipeline. Presets: config/stage_process.py:shapes (default) and config/stage_process.py:sd14.
+
+Override any key on the command line: --config.train.learning_rate=1e-4. Names are those of the paper's repository.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(preset: str = "shapes") -> ConfigDict:
+    """The locked configuration of a preset; a ValueError for a name that is not one."""
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+    config = reference()
+    PRESETS[preset](config)
+    return config.lock()
+
+
+def reference() -> ConfigDict:
+    """The paper's setting."""
+    config = ConfigDict()
+
+    # ---- the experiment ----
+    config.exp_name = "b2diffurl"  # names the folder under save_path and the log file
+    config.run_name = "stage0"  # the stage to work on: stage<i>
+    config.seed = 300  # of the whole experiment; each stage, phase and batch derives its own
+    config.save_path = "model/lora"  # where experiments lie
+    config.log_path = "log"  # where <exp_name>.log is written
+    config.dev_id = 0  # CUDA device; without CUDA everything runs on the CPU
+    config.mixed_precision = "auto"  # auto | no | fp16 | bf16; auto: bf16 or fp16 on CUDA, none on the CPU
+    config.allow_tf32 = True  # TF32 matrix products on CUDA, where they are not half precision anyway
+    config.num_threads = 0  # CPU threads; 0: as the experiment was begun, else torch's default
+    config.wandb = ""  # "" | offline | online; metrics go to JSON lines in any case
+
+    # ---- the schedule: backward progressive training ----
+    config.stage_cnt = 100  # M, number of stages
+    config.split_step_left = 14  # L, trained steps S of the first stage
+    config.split_step_right = 20  # R, trained steps of the last stage
+    config.split_step = 0  # S of this call; 0: by the schedule
+    config.resume_from = ""  # LoRA to start from: a .safetensors file, a checkpoint_<n> folder, a folder of those
+    config.split_time = 5  # K, branches of each prefix
+
+    # ---- prompts ----
+    config.prompt_file = "config/prompt/template1_train.json"  # JSON list of strings, or .txt with a prompt a line
+    config.prompt = ""  # train on this one prompt instead of a file
+    config.prompt_random_choose = 1  # 1: draw prompts at random; 0: go through the file in turn
+
+    # ---- the base model ----
+    config.pretrained = pretrained = ConfigDict()
+    pretrained.family = "stable_diffusion"  # model adapter: stable_diffusion (1.x and 2.x)
+    pretrained.model = "CompVis/stable-diffusion-v1-4"  # hub id, local directory, or a single .safetensors file
+    pretrained.revision = "main"  # branch, tag or commit on the hub
+    pretrained.variant = ""  # weight variant on the hub or in the directory, such as fp16
+    pretrained.config = "CompVis/stable-diffusion-v1-4"  # for a single file only: where its component configs lie
+    pretrained.resolution = 0  # image size in pixels; 0: the model's own
+
+    # ---- sampling ----
+    config.sample = sample = ConfigDict()
+    sample.num_steps = 20  # T, sampler steps
+    sample.eta = 1.0  # DDIM's eta: 1 is fully stochastic, 0 is refused
+    sample.guidance_scale = 5.0  # classifier-free guidance, in training too; 1: none
+    sample.batch_size = 8  # prompts (groups) a batch; a batch holds batch_size * split_time images
+    sample.num_batches_per_epoch = 32  # batches a stage, over all processes
+    sample.micro_batch_size = 0  # images the network and the decoder see at once; 0: the whole batch
+
+    # ---- reward ----
+    config.reward = reward = ConfigDict()
+    reward.name = "clip"  # clip | shapes
+    reward.model = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # for clip: hub id or local directory
+    reward.batch_size = 32  # images scored at once
+
+    # ---- selection (`eval` in the paper's repository), and judging ----
+    config.eval = evaluation = ConfigDict()
+    evaluation.history_cnt = 8  # earlier stages whose rewards join a prompt's mean and std
+    evaluation.pos_threshold = 0.5  # keep a group's best sibling from this normalised score on
+    evaluation.neg_threshold = -0.5  # keep a group's worst sibling below this one
+    evaluation.prompt_file = "config/prompt/template1_test.json"  # held-out prompts for run_eval.py
+    evaluation.judge = ""  # reward never trained on whose mean is reported as accuracy: shapes, or none
+    evaluation.num_images = 256  # images a prompt file is judged by
+    evaluation.batch_size = 32  # images generated at once
+    evaluation.seed = 0  # of the evaluation noise, the same for every experiment and checkpoint
+
+    # ---- training ----
+    config.train = train = ConfigDict()
+    train.objective = "ddpo"  # ddpo
+    train.num_epochs = 2  # passes over a stage's selection
+    train.batch_size = 2  # batch_size * gradient_accumulation_steps trajectories, each with
+    train.gradient_accumulation_steps = 64  # all its S steps, make one update
+    train.micro_batch_size = 8  # trajectories the network sees at once; memory and speed, not the result
+    train.learning_rate = 1e-4  # AdamW's
+    train.adam_beta1 = 0.9  # AdamW's
+    train.adam_beta2 = 0.999  # AdamW's
+    train.adam_weight_decay = 1e-4  # AdamW's
+    train.adam_epsilon = 1e-8  # AdamW's
+    train.use_8bit_adam = False  # AdamW of bitsandbytes, if that is installed
+    train.max_grad_norm = 1.0  # gradient norm is clipped to this
+    train.eps = 0.1  # PPO's clip range of the ratio of (mean) likelihoods; see docs/method.md before lowering it
+    train.beta1 = 1.0  # weight of positive advantages
+    train.beta2 = 1.0  # weight of negative advantages
+    train.adv_clip_max = 5.0  # advantages are clamped to +- this
+    train.step_weight = "none"  # none | leverage: weigh each step by the inverse of its leverage
+    train.lora_rank = 4  # LoRA rank; alpha always equals it
+    train.save_interval = 2  # epochs between checkpoints; the last epoch is always saved
+
+    # ---- what stays on disk ----
+    config.keep = keep = ConfigDict()
+    keep.samples = False  # keep a stage's trajectories after its training
+    keep.images = -1  # images kept a stage after its training; -1: all
+    return config
+
+
+def sd14(config: ConfigDict) -> None:
+    """Stable Diffusion v1.4 with the reference budget: 100 stages of 1,280 images, 128,000 in all. One CUDA GPU."""
+
+
+def shapes(config: ConfigDict) -> None:
+    """The embedded model on two CPU cores."""
+    config.exp_name = "shapes"
+    config.pretrained.model = "model/shapes/base"
+    config.reward.model = "model/shapes/clip"
+    config.reward.batch_size = 256
+    config.prompt_file = "config/prompt/shapes_relation_train.json"
+    config.eval.prompt_file = "config/prompt/shapes_relation_test.json"
+    config.eval.judge = "shapes"
+    config.eval.num_images = 512
+    config.eval.batch_size = 128
+    config.stage_cnt = 8
+    config.split_step_left = 6
+    config.split_step_right = 10
+    config.sample.num_steps = 10
+    config.sample.guidance_scale = 3.0
+    config.sample.batch_size = 32
+    config.sample.num_batches_per_epoch = 20
+    config.train.batch_size = 64
+    config.train.gradient_accumulation_steps = 1
+    config.train.micro_batch_size = 64
+    config.train.step_weight = "leverage"
+    config.train.learning_rate = 3e-4
+    config.keep.images = 64
+
+
+PRESETS = {"shapes": shapes, "sd14": sd14}

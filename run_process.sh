@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# B2-DiffuRL: step backward through the timesteps, stage by stage. Each stage samples branches, scores them and picks
+# contrast pairs, and updates the LoRA. To resume, run the same command again.
+#
+# Each variable can be set here or in the environment; an empty one takes the preset's value. Further arguments go to
+# every script: bash run_process.sh --config.train.step_weight=none
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+Preset="${Preset:-shapes}"                # of config/stage_process.py: shapes, sd14
+ExpName="${ExpName:-}"                    # names the experiment's folder and log
+SavePath="${SavePath:-}"                  # where experiments lie
+ModelVersion="${ModelVersion:-}"          # base model: hub id, directory or .safetensors file
+PromptFile="${PromptFile:-}"              # training prompts
+RandomPrompt="${RandomPrompt:-}"          # 1: at random, 0: in turn
+Seed="${Seed:-}"
+StageCnt="${StageCnt:-}"                  # stages
+SplitStepLeft="${SplitStepLeft:-}"        # trained steps of the first stage
+SplitStepRight="${SplitStepRight:-}"      # trained steps of the last stage
+SplitTime="${SplitTime:-}"                # branches of each prefix
+NumStep="${NumStep:-}"                    # sampler steps
+BatchCnt="${BatchCnt:-}"                  # sampling batches a stage
+History_Cnt="${History_Cnt:-}"            # earlier stages that count in a prompt's mean and std
+PosThreshold="${PosThreshold:-}"          # best sibling kept from this score on
+NegThreshold="${NegThreshold:-}"          # worst sibling kept below this score
+TrainEpoch="${TrainEpoch:-}"
+AccStep="${AccStep:-}"                    # gradient accumulation
+LR="${LR:-}"
+Beta1="${Beta1:-}"                        # weight of positive advantages
+Beta2="${Beta2:-}"                        # weight of negative advantages
+SaveInterval="${SaveInterval:-}"          # epochs between checkpoints
+Dev_Id="${Dev_Id:-}"                      # CUDA device
+
+Flags=("--config=config/stage_process.py:${Preset}")
+set_flag() { if [ -n "$2" ]; then Flags+=("--config.$1=$2"); fi; }
+set_flag exp_name "$ExpName"
+set_flag save_path "$SavePath"
+set_flag pretrained.model "$ModelVersion"
+set_flag prompt_file "$PromptFile"
+set_flag prompt_random_choose "$RandomPrompt"
+set_flag seed "$Seed"
+set_flag stage_cnt "$StageCnt"
+set_flag split_step_left "$SplitStepLeft"
+set_flag split_step_right "$SplitStepRight"
+set_flag split_time "$SplitTime"
+set_flag sample.num_steps "$NumStep"
+set_flag sample.num_batches_per_epoch "$BatchCnt"
+set_flag eval.history_cnt "$History_Cnt"
+set_flag eval.pos_threshold "$PosThreshold"
+set_flag eval.neg_threshold "$NegThreshold"
+set_flag train.num_epochs "$TrainEpoch"
+set_flag train.gradient_accumulation_steps "$AccStep"
+set_flag train.learning_rate "$LR"
+set_flag train.beta1 "$Beta1"
+set_flag train.beta2 "$Beta2"
+set_flag train.save_interval "$SaveInterval"
+set_flag dev_id "$Dev_Id"
+Flags+=("$@")
+
+Stages=$(python -m b2diffurl.experiment "${Flags[@]}")    # checks the whole configuration, prints stage0 stage1 …
+for Stage in $Stages; do
+    python run_sample.py "${Flags[@]}" --config.run_name="$Stage"
+    python run_select.py "${Flags[@]}" --config.run_name="$Stage"
+    python run_train.py "${Flags[@]}" --config.run_name="$Stage"
+done
+python run_eval.py "${Flags[@]}" --checkpoint=base,last --prompts=train,test --grid

@@ -1,0 +1,13 @@
+"""Branch-sample one stage: python run_sample.py --config.run_name=stage0"""
+
+from b2diffurl.runtime import run_script
+
+
+def main(config):
+    from b2diffurl.sample import sample_stage
+
+    sample_stage(config)
+
+
+if __name__ == "__main__":
+    run_script("sample", main)

@@ -1,0 +1,13 @@
+"""Score one stage and pick its contrast pairs: python run_select.py --config.run_name=stage0"""
+
+from b2diffurl.runtime import run_script
+
+
+def main(config):
+    from b2diffurl.select import select_stage
+
+    select_stage(config)
+
+
+if __name__ == "__main__":
+    run_script("select", main)

@@ -1,0 +1,13 @@
+"""Update the LoRA on one stage: python run_train.py --config.run_name=stage0"""
+
+from b2diffurl.runtime import run_script
+
+
+def main(config):
+    from b2diffurl.train import train_stage
+
+    train_stage(config)
+
+
+if __name__ == "__main__":
+    run_script("train", main)
