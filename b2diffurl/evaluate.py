@@ -51,7 +51,7 @@ def evaluate(
     check(config)
     for name in (config.reward.name, config.eval.judge):
         if name:
-            check_reward(name)
+            check_reward(name, config.reward)
     root = Path(config.save_path) / config.exp_name
     loras = {name: resolve_checkpoint(root, name) for name in sorted(checkpoints, key=lambda name: name != "base")}
     prompts = {name: load_prompts(prompt_path(config, name)) for name in prompt_sets}

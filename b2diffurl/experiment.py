@@ -19,8 +19,14 @@ from b2diffurl.prompts import load_prompts
 from b2diffurl.runtime import run_script
 from b2diffurl.stage import LORA_FILE, Stage, find_checkpoints
 
-# What may differ from call to call; everything else is the experiment and stays as config.json has it.
-VOLATILE = ("split_step", "run_name", "resume_from", "dev_id", "stage_cnt", "num_threads", "log_path", "wandb", "keep")
+# What may differ from call to call; everything else is the experiment and stays as config.json has it. Where things lie
+# may change, too: the prompts and the base network are known by their checksums.
+VOLATILE = (
+    "run_name", "split_step", "stage_cnt", "resume_from", "dev_id", "num_threads", "wandb", "keep.samples", "keep.images",
+    "exp_name", "save_path", "log_path", "prompt_file",
+    "pretrained.model", "pretrained.revision", "pretrained.variant", "pretrained.config",
+    "eval.prompt_file", "eval.judge", "eval.num_images", "eval.batch_size", "eval.seed",
+)  # fmt: skip
 PRECISIONS = ("auto", "no", "fp16", "bf16")
 
 
@@ -32,7 +38,7 @@ class Plan:
     num_trained_steps: int  # S
     resume_from: Path | None  # the LoRA file the stage starts from; None: a fresh one
     prompts: tuple[str, ...]  # what is trained on
-    identity: dict[str, Any]  # the experiment, as config.json holds it
+    record: dict[str, Any]  # the experiment, as config.json holds it
     num_threads: int  # 0: torch's default
 
 
@@ -54,13 +60,14 @@ def make_plan(config: ConfigDict) -> Plan:
     check(config)
     stage = Stage(Path(config["save_path"]) / config["exp_name"], stage_index(config["run_name"]))
     prompts = tuple([config["prompt"]] if config["prompt"] else load_prompts(config["prompt_file"]))
-    identity = make_identity(config, prompts)
+    prompts_sha256 = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    record = json.loads(json.dumps({"config": config.to_dict(), "prompts_sha256": prompts_sha256}))
     num_threads = config["num_threads"]
     if (stage.root / "config.json").is_file():
         recorded = files.read_json(stage.root / "config.json")
-        check_identity(recorded, identity, stage.root)
+        check_identity(recorded, record, stage.root)
         num_threads = num_threads or recorded["num_threads"]
-    return Plan(stage, trained_steps(config, stage), resume_source(config, stage), prompts, identity, num_threads)
+    return Plan(stage, trained_steps(config, stage), resume_source(config, stage), prompts, record, num_threads)
 
 
 def check(config: ConfigDict) -> None:
@@ -114,19 +121,16 @@ def check_choice(name: str, value: str, choices: Any) -> None:
         raise ValueError(f"{name} is {value!r}; known: {', '.join(repr(choice) for choice in choices)}")
 
 
-def make_identity(config: ConfigDict, prompts: tuple[str, ...]) -> dict[str, Any]:
-    """The configuration without what may change from call to call, and the prompts themselves by checksum."""
-    kept = {key: value for key, value in json.loads(json.dumps(config.to_dict())).items() if key not in VOLATILE}
-    return kept | {"prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}
-
-
 def check_identity(recorded: dict, wanted: dict, root: Path) -> None:
-    recorded, wanted = flatten(recorded["experiment"]), flatten(wanted)
+    """Refuse a configuration that differs from the recorded one in anything that is not volatile."""
+    before, now = flatten(recorded["config"]), flatten(wanted["config"])
     differing = [
-        f"{key} is {wanted.get(key)!r}, was {recorded.get(key)!r}"
-        for key in sorted(recorded.keys() | wanted.keys())
-        if recorded.get(key) != wanted.get(key)
+        f"{key} is {now.get(key)!r}, was {before.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in VOLATILE
     ]
+    if recorded["prompts_sha256"] != wanted["prompts_sha256"]:
+        differing.append("the training prompts are others")
     if differing:
         raise ValueError(
             f"{root} belongs to another configuration: {'; '.join(differing)}. "
@@ -145,7 +149,7 @@ def record_experiment(plan: Plan, num_threads: int) -> None:
     """Write config.json the first time an experiment is run."""
     path = plan.stage.root / "config.json"
     if not path.is_file():
-        files.write_json(path, {"experiment": plan.identity, "num_threads": num_threads})
+        files.write_json(path, plan.record | {"num_threads": num_threads})
 
 
 def trained_steps(config: ConfigDict, stage: Stage) -> int:

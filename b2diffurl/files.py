@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -74,5 +75,8 @@ def sha256(path: Path) -> str:
 
 def remove_temporaries(folder: Path) -> None:
     """Delete what an interrupted write left below `folder`."""
-    for path in folder.rglob("*" + TEMPORARY):
-        path.unlink()
+    for path in sorted(folder.rglob("*" + TEMPORARY)):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -32,7 +32,7 @@ from b2diffurl.trajectory import save_batch
 def sample_stage(config: ConfigDict) -> None:
     """Sample every batch of the stage that is not on disk yet; processes share the batches by global index."""
     plan = make_plan(config)
-    check_reward(config.reward.name)
+    check_reward(config.reward.name, config.reward)
     stage = plan.stage
     if stage.finished("sample"):
         logger.info("sample stage%d: already finished", stage.index)
@@ -166,7 +166,7 @@ def finish(config: ConfigDict, plan: Plan, facts: dict, seconds: dict, *, num_sa
     written += [stage.prompts, *(stage.image(n) for n in range(len(prompts)))]
     rate = num_sampled * config.sample.batch_size * config.split_time / seconds["sample"]
     wandb_run = start_wandb(
-        config.wandb, experiment=config.exp_name, name=config.run_name, folder=Path(config.log_path), config=plan.identity
+        config.wandb, experiment=config.exp_name, name=config.run_name, folder=Path(config.log_path), config=plan.record
     )
     metrics = Metrics(stage.metrics("sample"), wandb_run=wandb_run)
     metrics.log("sample", stage=stage.index, num_trained_steps=plan.num_trained_steps, num_images=len(prompts), **seconds)

@@ -16,14 +16,14 @@ from b2diffurl.experiment import make_plan
 from b2diffurl.metrics import Metrics
 from b2diffurl.rewards import Parts, Reward, check_reward, load_reward, score
 from b2diffurl.runtime import logger, make_accelerator, progress
-from b2diffurl.selection import advantages, normalise, select_pairs
+from b2diffurl.selection import Selected, advantages, normalise, select_pairs
 from b2diffurl.stage import Stage
 
 
 def select_stage(config: ConfigDict) -> None:
     """Write scores.jsonl, selection.json and the manifest of the select phase."""
     plan = make_plan(config)
-    check_reward(config.reward.name)
+    check_reward(config.reward.name, config.reward)
     stage = plan.stage
     if stage.finished("select"):
         logger.info("select stage%d: already finished", stage.index)
@@ -63,7 +63,7 @@ def select_stage(config: ConfigDict) -> None:
     files.write_json(stage.selection, rows)
 
     seconds = {"load": loaded - started, "score": time.perf_counter() - loaded}
-    summary = summarise(rewards, parts, chosen, config.split_time)
+    summary = summarise(rewards, parts, chosen, config.split_time, config.eval.pos_threshold)
     Metrics(stage.metrics("select")).log("select", stage=stage.index, **summary, **seconds)
     facts = {"seconds": seconds, "reward": config.reward.name, "num_history": len(history)} | summary
     facts |= {"device": str(accelerator.device), "num_threads": torch.get_num_threads(), "seed": sampled["seed"]}
@@ -114,9 +114,11 @@ def score_history(stage: Stage, count: int) -> list[tuple[str, float]]:
     ]
 
 
-def summarise(rewards: Tensor, parts: Parts, chosen: list, num_branches: int) -> dict[str, float | int]:
+def summarise(
+    rewards: Tensor, parts: Parts, chosen: list[Selected], num_branches: int, pos_threshold: float
+) -> dict[str, float | int]:
     """The stage's figures for log, metrics and manifest."""
-    num_best = sum(one.score >= 0 for one in chosen)
+    num_best = sum(one.score >= pos_threshold for one in chosen)
     return {
         "num_images": len(rewards),
         "num_groups": len(rewards) // num_branches,

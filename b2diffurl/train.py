@@ -94,7 +94,7 @@ class Trainer:
         """One optimizer step on the trajectories `rows`, all their S steps; returns its metrics."""
         per_step = self.accumulate(trajectories, advantages, rows)
         norm = self.accelerator.clip_grad_norm_(list(self.model.trainable().values()), self.max_grad_norm)
-        self.require_finite(per_step, norm, rows)
+        self.require_finite(per_step, norm, trajectories)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.num_updates += 1
@@ -103,8 +103,8 @@ class Trainer:
     def accumulate(self, trajectories: Trajectories, advantages: Tensor, rows: Tensor) -> list[dict[str, Tensor]]:
         """Add up the gradient of the mean loss over all pairs of trajectory and step, step by step.
 
-        Returns, for each of the S steps, `loss`, `log_ratio` and `clipped` of this process's rows, and `grad_norm`,
-        the norm of what the step alone adds to the gradient.
+        Returns, for each of the S steps, `row`, `loss`, `log_ratio` and `clipped` of this process's rows, and
+        `grad_norm`, the norm of what the step alone adds to the gradient.
         """
         num_steps = len(self.step_weight)
         shares = micro_batches(rows, self.accelerator.process_index, self.accelerator.num_processes, self.micro_batch_size)
@@ -119,7 +119,8 @@ class Trainer:
                     counts = counts.to(loss.device)
                     self.accelerator.backward((loss * counts).sum() * self.step_weight[step] * scale)
                 real = counts > 0
-                collected.append({key: value[real] for key, value in ({"loss": loss.detach()} | metrics).items()})
+                values = {"loss": loss.detach(), "row": chosen.to(loss.device)} | metrics
+                collected.append({key: value[real] for key, value in values.items()})
             after = self.gradient()
             merged = {key: torch.cat([part[key] for part in collected]) for key in collected[0]}
             per_step.append(merged | {"grad_norm": (after - before).norm() / self.gradient_scale()})
@@ -153,16 +154,20 @@ class Trainer:
         """What fp16's loss scaling multiplies gradients by."""
         return self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
 
-    def require_finite(self, per_step: list[dict[str, Tensor]], norm: Tensor, rows: Tensor) -> None:
+    def require_finite(self, per_step: list[dict[str, Tensor]], norm: Tensor, trajectories: Trajectories) -> None:
         """Stop on a non-finite loss; and on a non-finite gradient, except under fp16, whose scaler skips that update."""
-        losses = torch.stack([step["loss"] for step in per_step], 1)
-        if losses.isfinite().all() and (norm.isfinite() or self.accelerator.scaler):
+        losses = torch.stack([step["loss"] for step in per_step], 1).cpu()  # [N,S]
+        finite_rows = losses.isfinite().all(1)
+        if finite_rows.all() and (norm.isfinite() or self.accelerator.scaler):
             return
-        where = self.stage.folder / "nonfinite_update.safetensors"
-        files.write_tensors(where, {"losses": losses, "rows": rows}, {"update": self.num_updates})
+        rows = per_step[0]["row"].cpu()
+        rows = rows if finite_rows.all() else rows[~finite_rows]
+        where = self.stage.folder / f"nonfinite_update_{self.num_updates}.safetensors"
+        kept = {"latents": trajectories.latents[rows], "log_probs": trajectories.log_probs[rows], "losses": losses}
+        files.write_tensors(where, kept, {"images": trajectories.ids[rows].tolist()})
         raise FloatingPointError(
-            f"stage{self.stage.index}, update {self.num_updates}: loss or gradient is not finite "
-            f"(rows {rows.tolist()} of {self.stage.selection.name}); see {where}"
+            f"stage{self.stage.index}, update {self.num_updates}: the loss or gradient of images "
+            f"{trajectories.ids[rows].tolist()} is not finite; see {where}"
         )
 
     def save(self, epoch: int, save_interval: int) -> Path:
@@ -203,7 +208,7 @@ def make_trainer(config: ConfigDict, plan: Plan, accelerator: Accelerator, model
         max_grad_norm=config.train.max_grad_norm,
         wandb=partial(
             start_wandb, config.wandb, experiment=config.exp_name, name=config.run_name,
-            folder=Path(config.log_path), config=plan.identity,
+            folder=Path(config.log_path), config=plan.record,
         ),
     )  # fmt: skip
 

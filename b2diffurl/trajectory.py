@@ -5,6 +5,7 @@ G groups a batch, K branches, S trained steps, P distinct prompts, N selected tr
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ Conditions = dict[str, Tensor]  # what the network is conditioned on, by name: e
 class Trajectories:
     """Trajectories with the text conditions they were sampled under."""
 
+    ids: Tensor  # [N] each one's image
     latents: Tensor  # [N,S+1,C,H,W] float32: x_t from the first trained step to the image
     log_probs: Tensor  # [N,S] float32
     prompt_ids: Tensor  # [N] row of each trajectory in `conditions`
@@ -56,38 +58,39 @@ def save_batch(
 
 
 def load_selected(stage: Stage, selected: Sequence[Selected], batch_size: int) -> Trajectories:
-    """Read the selected trajectories, and only them, from the stage's batches of `batch_size` groups."""
-    latents, log_probs, prompt_ids, known, conditions = [], [], [], {}, {}
-    unconditional = {}
-    by_batch: dict[int, list[int]] = {}
-    for n, chosen in enumerate(selected):
-        by_batch.setdefault(chosen.group // batch_size, []).append(n)
-    for batch, members in sorted(by_batch.items()):
+    """Read the selected trajectories, in order of their groups, from the stage's batches of `batch_size` groups."""
+    ids, latents, log_probs, prompt_ids = [], [], [], []
+    prompt_rows: dict[str, int] = {}  # of every prompt seen so far, its row in the conditions
+    conditions: dict[str, list[Tensor]] = {}
+    unconditional: Conditions = {}
+    for batch, members in groupby(selected, key=lambda one: one.group // batch_size):
         path = stage.batch(batch)
         prompts = files.read_metadata(path)["prompts"]
         with safe_open(path, framework="pt") as file:
-            ids = file.get_tensor("prompt_ids").tolist()
             all_latents, all_log_probs = file.get_slice("latents"), file.get_slice("log_probs")
-            stored = {name: file.get_tensor(name) for name in file.keys() if "." in name}  # noqa: SIM118
-        for n in members:
-            g, k = selected[n].group % batch_size, selected[n].branch
-            latents.append((n, all_latents[g, k]))
-            log_probs.append((n, all_log_probs[g, k]))
-            prompt = prompts[ids[g]]
-            prompt_ids.append((n, known.setdefault(prompt, len(known))))
-            conditions.setdefault(
-                prompt, {name.split(".", 1)[1]: v[ids[g]] for name, v in stored.items() if name.startswith("condition.")}
-            )
-        unconditional = {name.split(".", 1)[1]: v for name, v in stored.items() if name.startswith("unconditional.")}
-    names = next(iter(conditions.values())).keys()
+            rows = file.get_tensor("prompt_ids")
+            stored = {name: file.get_tensor(f"condition.{name}") for name in names_under("condition.", file)}
+            unconditional = {name: file.get_tensor(f"unconditional.{name}") for name in names_under("unconditional.", file)}
+        for one in members:
+            g = one.group % batch_size
+            prompt = prompts[rows[g]]
+            if prompt not in prompt_rows:
+                prompt_rows[prompt] = len(prompt_rows)
+                for name, value in stored.items():
+                    conditions.setdefault(name, []).append(value[rows[g]])
+            ids.append(one.group * all_latents.get_shape()[1] + one.branch)
+            latents.append(all_latents[g, one.branch])
+            log_probs.append(all_log_probs[g, one.branch])
+            prompt_ids.append(prompt_rows[prompt])
     return Trajectories(
-        latents=in_order(latents),
-        log_probs=in_order(log_probs),
-        prompt_ids=in_order([(n, torch.tensor(id_)) for n, id_ in prompt_ids]),
-        conditions={name: torch.stack([conditions[prompt][name] for prompt in known]) for name in names},
+        ids=torch.tensor(ids),
+        latents=torch.stack(latents),
+        log_probs=torch.stack(log_probs),
+        prompt_ids=torch.tensor(prompt_ids),
+        conditions={name: torch.stack(values) for name, values in conditions.items()},
         unconditional=unconditional,
     )
 
 
-def in_order(numbered: list[tuple[int, Tensor]]) -> Tensor:
-    return torch.stack([tensor for _, tensor in sorted(numbered, key=lambda pair: pair[0])])
+def names_under(prefix: str, file: safe_open) -> list[str]:
+    return [name.removeprefix(prefix) for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118

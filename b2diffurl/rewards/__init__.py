@@ -4,9 +4,12 @@ A reward may also return (rewards, parts), parts a dict of float32 [N], which sc
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from b2diffurl.models.hub import locate
 
 Parts = dict[str, Tensor]
 Reward = Callable[[Tensor, Sequence[str]], Tensor | tuple[Tensor, Parts]]
@@ -14,13 +17,20 @@ Reward = Callable[[Tensor, Sequence[str]], Tensor | tuple[Tensor, Parts]]
 
 def load_reward(name: str, config: Mapping, device: torch.device) -> Reward:
     """The reward of that name; its module, and the packages it needs, are imported only now."""
-    check_reward(name)
+    check_reward(name, config)
     return REWARDS[name](config, device)
 
 
-def check_reward(name: str) -> None:
+def check_reward(name: str, config: Mapping) -> None:
+    """Refuse an unknown reward, and one whose model cannot be had, before anything is computed."""
     if name not in REWARDS:
         raise ValueError(f"unknown reward {name!r}; known: {', '.join(REWARDS)}")
+    if name == "clip":
+        clip_directory(config)
+
+
+def clip_directory(config: Mapping) -> Path:
+    return locate(config["model"], patterns=["*.json", "*.txt", "model*.safetensors"])
 
 
 def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Parts]:
@@ -35,7 +45,7 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> tuple[Tenso
 def _clip(config: Mapping, device: torch.device) -> Reward:
     from b2diffurl.rewards.clip import Clip
 
-    return Clip(config["model"], device)
+    return Clip(clip_directory(config), device)
 
 
 def _shapes(config: Mapping, device: torch.device) -> Reward:

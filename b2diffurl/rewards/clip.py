@@ -1,22 +1,18 @@
 """CLIP score: cosine similarity of image and prompt (Radford et al. 2021, arXiv 2103.00020)."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
 
-from b2diffurl.models.hub import locate
-
-FILES = ["*.json", "*.txt", "model*.safetensors"]
-
 
 class Clip:
-    """A CLIP model by hub id or local directory; call it with images uint8 [N,H,W,3] and prompts [N]."""
+    """The CLIP model in directory `root`; call it with images uint8 [N,H,W,3] and prompts [N]."""
 
-    def __init__(self, model: str, device: torch.device):
-        root = locate(model, patterns=FILES)
+    def __init__(self, root: Path, device: torch.device):
         self.model = CLIPModel.from_pretrained(root, use_safetensors=True, dtype=torch.float32).to(device).eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(root)
         self.processor = AutoImageProcessor.from_pretrained(root, backend="pil")

@@ -13,6 +13,6 @@ def shapes(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Te
     verdicts = check(images, prompts)
     parts = {"well_formed": [verdict.well_formed for verdict in verdicts]}
     for key in dict.fromkeys(key for verdict in verdicts for key in verdict.parts):
-        parts[key] = [verdict.parts.get(key, True) for verdict in verdicts]
+        parts[key] = [verdict.parts.get(key, verdict.well_formed) for verdict in verdicts]
     rewards = torch.tensor([verdict.correct for verdict in verdicts], dtype=torch.float32)
     return rewards, {key: torch.tensor(values, dtype=torch.float32) for key, values in parts.items()}
