@@ -154,7 +154,7 @@ def sample_images(config: ConfigDict, model: Model, prompts: list[str], batch: i
         micro_batch_size=config.sample.micro_batch_size,
     )
     latents = denoise(predict, sampler, noise((len(prompts), *model.latent_shape)), noise, range(settings.num_steps))
-    return decode(model, latents, config.sample.micro_batch_size)
+    return decode(model, latents, config.sample.decode_batch_size)
 
 
 def summarise(config: ConfigDict, values: dict[str, list[float]], prompts: list[str]) -> dict[str, Any]:

@@ -80,6 +80,7 @@ def check(config: ConfigDict) -> None:
         "sample.num_steps": sample["num_steps"],
         "sample.batch_size": sample["batch_size"],
         "sample.num_batches_per_epoch": sample["num_batches_per_epoch"],
+        "sample.decode_batch_size": sample["decode_batch_size"],
         "train.batch_size": train["batch_size"],
         "train.gradient_accumulation_steps": train["gradient_accumulation_steps"],
         "train.micro_batch_size": train["micro_batch_size"],

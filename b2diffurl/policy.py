@@ -65,6 +65,6 @@ def predictor(
     return predict
 
 
-def decode(model: Model, latents: Tensor, micro_batch_size: int = 0) -> Tensor:
-    """Images uint8 [N,H,W,3] on the CPU, decoded `micro_batch_size` at once (0: all)."""
-    return torch.cat([model.decode(part).cpu() for part in latents.split(micro_batch_size or len(latents))])
+def decode(model: Model, latents: Tensor, batch_size: int) -> Tensor:
+    """Images uint8 [N,H,W,3] on the CPU, decoded `batch_size` at once."""
+    return torch.cat([model.decode(part).cpu() for part in latents.split(batch_size)])

@@ -97,7 +97,7 @@ def sample_batch(config: ConfigDict, plan: Plan, model: Model, sampler: Sampler,
         num_trained_steps=plan.num_trained_steps,
     )
     require_finite(log_probs, prompts, stage, batch)
-    images = decode(model, latents[:, :, -1].flatten(0, 1), config.sample.micro_batch_size)
+    images = decode(model, latents[:, :, -1].flatten(0, 1), config.sample.decode_batch_size)
     for n, image in enumerate(images):
         save_image(stage.image(batch * len(images) + n), image)
     window = sampler.timesteps[-plan.num_trained_steps :]

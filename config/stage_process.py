@@ -60,7 +60,8 @@ def reference() -> ConfigDict:
     sample.guidance_scale = 5.0  # classifier-free guidance, in training too; 1: none
     sample.batch_size = 8  # prompts (groups) a batch; a batch holds batch_size * split_time images
     sample.num_batches_per_epoch = 32  # batches a stage, over all processes
-    sample.micro_batch_size = 0  # images the network and the decoder see at once; 0: the whole batch
+    sample.micro_batch_size = 0  # images the network sees at once; 0: the whole batch
+    sample.decode_batch_size = 16  # latents decoded to images at once
 
     # ---- reward ----
     config.reward = reward = ConfigDict()
@@ -130,6 +131,7 @@ def shapes(config: ConfigDict) -> None:
     config.sample.guidance_scale = 3.0
     config.sample.batch_size = 32
     config.sample.num_batches_per_epoch = 20
+    config.sample.decode_batch_size = 32
     config.train.batch_size = 64
     config.train.gradient_accumulation_steps = 1
     config.train.micro_batch_size = 64

@@ -4,6 +4,7 @@ N rows, P prompts, L tokens, E text width, latents [N,C,h,w]
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import safetensors.torch
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from peft import LoraConfig
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -127,16 +129,27 @@ class StableDiffusion:
                 f"{path} does not fit: {len(odd)} keys differ, such as {odd[0]}. "
                 f"It must be a LoRA on the UNet's attention ({', '.join(LORA_TARGETS)}) of this base model."
             )
+        scale = recorded_scale(path)
         for key, parameter in parameters.items():
             if state[key].shape != parameter.shape:
                 shapes = f"{tuple(state[key].shape)}, not {tuple(parameter.shape)}"
                 raise ValueError(f"{path} does not fit: {key} is {shapes}. Set train.lora_rank to its rank.")
-            parameter.data.copy_(state[key])
+            parameter.data.copy_(state[key] * scale if ".lora_B." in key else state[key])
 
 
 def lora_key(name: str) -> str:
     """A parameter's key in pytorch_lora_weights.safetensors, as diffusers names it."""
     return "unet." + name.replace(".default.", ".")
+
+
+def recorded_scale(path: Path) -> float:
+    """alpha / rank as diffusers records it in the metadata of a LoRA file; 1 where it records none."""
+    with safe_open(path, framework="pt") as file:
+        recorded = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    unsupported = [key for key in ("use_dora", "use_rslora", "alpha_pattern", "rank_pattern") if recorded.get(f"unet.{key}")]
+    if unsupported:
+        raise ValueError(f"{path} has {', '.join(unsupported)}; only a plain LoRA of one rank and alpha can be resumed.")
+    return recorded.get("unet.lora_alpha", 1) / recorded.get("unet.r", 1)
 
 
 def foreign_lora(path: Path) -> dict[str, Tensor]:
