@@ -225,9 +225,13 @@ def _load_single_file(root: Path, pretrained: Mapping, dtype: torch.dtype, decod
         raise ValueError(f"{root} is not a .safetensors file. Convert it first; pickled weights are never loaded.")
     from diffusers import StableDiffusionPipeline
 
-    configs = locate(pretrained["config"], patterns=["model_index.json", "*/*.json", "tokenizer/*"])
+    try:
+        configs = locate(pretrained["config"], patterns=["model_index.json", "*/*.json", "tokenizer/*"])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"a single file needs the configs of its components (pretrained.config): {error}") from None
+    skipped = {} if decoder else {"vae": None, "text_encoder": None, "tokenizer": None}
     pipeline = StableDiffusionPipeline.from_single_file(
-        str(root), config=str(configs), torch_dtype=dtype, safety_checker=None, local_files_only=True
+        str(root), config=str(configs), torch_dtype=dtype, safety_checker=None, local_files_only=True, **skipped
     )
     wanted = ("unet", "vae", "text_encoder", "tokenizer") if decoder else ("unet",)
     parts = {name: getattr(pipeline, name) for name in wanted}
