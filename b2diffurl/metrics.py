@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from b2diffurl import files
+from b2diffurl.experiment import Plan
 
 
 class Metrics:
@@ -35,11 +38,21 @@ def read_events(path: Path, event: str | None = None) -> list[dict]:
     return [row for row in rows if event in (None, row["event"])]
 
 
-def start_wandb(mode: str, *, experiment: str, name: str, folder: Path, config: dict) -> Any:
-    """A wandb run if mode is `offline` or `online`, else None."""
-    if not mode:
-        return None
-    import wandb
+def open_metrics(config: ConfigDict, plan: Plan, phase: str, keep: list[dict] | None = None) -> Metrics:
+    """The metrics of one phase of the plan's stage, with a wandb run if config.wandb is `offline` or `online`."""
+    run = None
+    if config.wandb:
+        import wandb
 
-    folder.mkdir(parents=True, exist_ok=True)
-    return wandb.init(project="b2diffurl", group=experiment, name=name, dir=str(folder), config=config, mode=mode)
+        folder = Path(config.log_path)
+        folder.mkdir(parents=True, exist_ok=True)
+        run = wandb.init(
+            project="b2diffurl",
+            group=config.exp_name,
+            name=f"stage{plan.stage.index}-{phase}",
+            dir=str(folder),
+            config=plan.record,
+            mode=config.wandb,
+            settings=wandb.Settings(silent=True),
+        )
+    return Metrics(plan.stage.metrics(phase), keep=keep, wandb_run=run)

@@ -18,7 +18,7 @@ from b2diffurl import files
 from b2diffurl.branching import branch_sample
 from b2diffurl.ddim import Sampler, require_stochastic
 from b2diffurl.experiment import Plan, make_plan, record_experiment
-from b2diffurl.metrics import Metrics, start_wandb
+from b2diffurl.metrics import open_metrics
 from b2diffurl.models import Model
 from b2diffurl.policy import decode, load_policy, predictor
 from b2diffurl.prompts import batch_prompts
@@ -165,10 +165,7 @@ def finish(config: ConfigDict, plan: Plan, facts: dict, seconds: dict, *, num_sa
     files.write_json(stage.prompts, prompts)
     written += [stage.prompts, *(stage.image(n) for n in range(len(prompts)))]
     rate = num_sampled * config.sample.batch_size * config.split_time / seconds["sample"]
-    wandb_run = start_wandb(
-        config.wandb, experiment=config.exp_name, name=config.run_name, folder=Path(config.log_path), config=plan.record
-    )
-    metrics = Metrics(stage.metrics("sample"), wandb_run=wandb_run)
+    metrics = open_metrics(config, plan, "sample")
     metrics.log("sample", stage=stage.index, num_trained_steps=plan.num_trained_steps, num_images=len(prompts), **seconds)
     stage.write_manifest("sample", facts | {"seconds": seconds}, [*written, stage.metrics("sample")])
     logger.info(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from b2diffurl import files
 from b2diffurl.experiment import make_plan
-from b2diffurl.metrics import Metrics
+from b2diffurl.metrics import open_metrics
 from b2diffurl.rewards import Parts, Reward, check_reward, load_reward, score
 from b2diffurl.runtime import logger, make_accelerator, progress
 from b2diffurl.selection import Selected, advantages, normalise, select_pairs
@@ -64,7 +64,7 @@ def select_stage(config: ConfigDict) -> None:
 
     seconds = {"load": loaded - started, "score": time.perf_counter() - loaded}
     summary = summarise(rewards, parts, chosen, config.split_time, config.eval.pos_threshold)
-    Metrics(stage.metrics("select")).log("select", stage=stage.index, **summary, **seconds)
+    open_metrics(config, plan, "select").log("select", stage=stage.index, **summary, **seconds)
     facts = {"seconds": seconds, "reward": config.reward.name, "num_history": len(history)} | summary
     facts |= {"device": str(accelerator.device), "num_threads": torch.get_num_threads(), "seed": sampled["seed"]}
     stage.write_manifest("select", facts, [stage.scores, stage.selection, stage.metrics("select")])

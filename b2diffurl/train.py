@@ -20,7 +20,7 @@ from b2diffurl import files
 from b2diffurl.checkpoint import load_optimizer, read_state, save_checkpoint
 from b2diffurl.ddim import Sampler, log_prob, require_stochastic, step_weights, transition
 from b2diffurl.experiment import Plan, make_plan, record_experiment
-from b2diffurl.metrics import Metrics, read_events, start_wandb
+from b2diffurl.metrics import Metrics, open_metrics, read_events
 from b2diffurl.models import Model
 from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.policy import load_policy
@@ -56,7 +56,9 @@ def train_stage(config: ConfigDict) -> None:
     selection = files.read_json(stage.selection)
     loaded = time.perf_counter()
     kept = [event for event in read_events(stage.metrics("train")) if event.get("epoch", 0) <= done]
-    trainer.open_metrics(kept)
+    trainer.num_updates = sum(event["event"] == "update" for event in kept)
+    if accelerator.is_main_process:
+        trainer.metrics = open_metrics(config, plan, "train", kept)
     if selection:
         train_epochs(config, trainer, selection, done)
     else:
@@ -81,14 +83,8 @@ class Trainer:
     guidance_scale: float
     micro_batch_size: int
     max_grad_norm: float
-    wandb: Callable
     metrics: Metrics | None = field(default=None)
     num_updates: int = 0
-
-    def open_metrics(self, kept: list[dict]) -> None:
-        self.num_updates = sum(event["event"] == "update" for event in kept)
-        if self.accelerator.is_main_process:
-            self.metrics = Metrics(self.stage.metrics("train"), keep=kept, wandb_run=self.wandb())
 
     def update(self, trajectories: Trajectories, advantages: Tensor, rows: Tensor) -> dict:
         """One optimizer step on the trajectories `rows`, all their S steps; returns its metrics."""
@@ -206,11 +202,7 @@ def make_trainer(config: ConfigDict, plan: Plan, accelerator: Accelerator, model
         guidance_scale=config.sample.guidance_scale,
         micro_batch_size=config.train.micro_batch_size,
         max_grad_norm=config.train.max_grad_norm,
-        wandb=partial(
-            start_wandb, config.wandb, experiment=config.exp_name, name=config.run_name,
-            folder=Path(config.log_path), config=plan.record,
-        ),
-    )  # fmt: skip
+    )
 
 
 def make_optimizer(train: ConfigDict, parameters: list[Tensor]) -> torch.optim.Optimizer:
