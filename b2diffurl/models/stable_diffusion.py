@@ -153,22 +153,23 @@ def recorded_scale(path: Path) -> float:
 
 
 def foreign_lora(path: Path) -> dict[str, Tensor]:
-    """A LoRA file of another program (diffusers, kohya) under our keys, its alpha / rank folded into B."""
+    """A LoRA file of another program (kohya, the paper's repository) under our keys, kohya's alpha / rank folded into B."""
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import convert_unet_state_dict_to_peft
 
-    state, alphas = StableDiffusionPipeline.lora_state_dict(str(path), use_safetensors=True)
-    unet = {key.removeprefix("unet."): value for key, value in state.items() if key.startswith("unet.")}
-    others = sorted(key for key in state if not key.startswith("unet."))
+    state = safetensors.torch.load_file(path)
+    if any("dora_scale" in key for key in state):
+        raise ValueError(f"{path} is a DoRA; only a plain LoRA of one rank and alpha can be resumed.")
+    for key in [key for key in state if key.endswith(".alpha")]:
+        module, alpha = key.removesuffix(".alpha"), state.pop(key).item()
+        up, rank = state[f"{module}.lora_up.weight"], len(state[f"{module}.lora_down.weight"])
+        state[f"{module}.lora_up.weight"] = up.float() * (alpha / rank)
+    state, _ = StableDiffusionPipeline.lora_state_dict(state)
+    others = sorted(key for key in state if key.startswith("text_encoder"))
     if others:
         raise ValueError(f"{path} also changes the text encoder ({others[0]}); only a LoRA on the UNet can be resumed.")
-    unet = {f"unet.{key}": value for key, value in convert_unet_state_dict_to_peft(unet).items()}
-    for key, alpha in (alphas or {}).items():
-        module = key.removesuffix(".alpha")
-        unet[f"{module}.lora_B.weight"] = unet[f"{module}.lora_B.weight"] * (
-            float(alpha) / len(unet[f"{module}.lora_A.weight"])
-        )
-    return unet
+    unet = convert_unet_state_dict_to_peft({key.removeprefix("unet."): value for key, value in state.items()})
+    return {f"unet.{key}": value for key, value in unet.items()}
 
 
 def check_scheduler(config: Mapping, model: str) -> None:
