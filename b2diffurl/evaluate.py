@@ -23,7 +23,6 @@ from b2diffurl.policy import decode, load_policy, predictor
 from b2diffurl.prompts import load_prompts
 from b2diffurl.rewards import Reward, check_reward, load_reward, score
 from b2diffurl.runtime import logger, make_accelerator, progress
-from b2diffurl.sample import save_image
 from b2diffurl.seeding import generator
 from b2diffurl.stage import Stage
 
@@ -129,7 +128,7 @@ def judge(
         some_prompts = [prompts[n % len(prompts)] for n in range(start, start + config.eval.batch_size)]
         images = sample_images(config, model, some_prompts, batch, settings)
         for n in range(start, min(start + count, NUM_SHOWN)):
-            save_image(folder / f"{n:05d}.png", images[n - start])
+            files.write_image(folder / f"{n:05d}.png", images[n - start])
         for key, reward in rewards.items():
             total, parts = score(reward, images, some_prompts)
             for part, numbers in ({key: total} | {f"{key}/{part}": value for part, value in parts.items()}).items():

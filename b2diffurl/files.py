@@ -1,6 +1,7 @@
 """Files that are either whole or not there: a temporary name, a flush, a rename."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from PIL import Image
 from torch import Tensor
 
 TEMPORARY = ".tmp"
@@ -31,6 +33,13 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_json_lines(path: Path, rows: list[dict]) -> None:
     write_bytes(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode())
+
+
+def write_image(path: Path, image: Tensor) -> None:
+    """Write one image uint8 [H,W,3] as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(image.numpy()).save(buffer, format="png", compress_level=1)
+    write_bytes(path, buffer.getvalue(), durable=False)
 
 
 def read_json(path: Path) -> Any:

@@ -3,7 +3,6 @@
 G groups a batch, K branches, S trained steps, N = G*K images a batch
 """
 
-import io
 import json
 import time
 from pathlib import Path
@@ -11,7 +10,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from ml_collections import ConfigDict
-from PIL import Image
 from torch import Tensor
 
 from b2diffurl import files
@@ -99,7 +97,7 @@ def sample_batch(config: ConfigDict, plan: Plan, model: Model, sampler: Sampler,
     require_finite(log_probs, prompts, stage, batch)
     images = decode(model, latents[:, :, -1].flatten(0, 1), config.sample.decode_batch_size)
     for n, image in enumerate(images):
-        save_image(stage.image(batch * len(images) + n), image)
+        files.write_image(stage.image(batch * len(images) + n), image)
     window = sampler.timesteps[-plan.num_trained_steps :]
     save_batch(stage.batch(batch), latents, log_probs, window, prompts, conditions, unconditional, policy)
 
@@ -110,13 +108,6 @@ def require_finite(log_probs: Tensor, prompts: list[str], stage: Stage, batch: i
         where = stage.folder / f"nonfinite_batch_{batch}.safetensors"
         files.write_tensors(where, {"log_probs": log_probs}, {"groups": groups, "prompts": prompts})
         raise FloatingPointError(f"{stage.batch(batch)}: non-finite log-probability in groups {groups}; see {where}")
-
-
-def save_image(path: Path, image: Tensor) -> None:
-    """Write one image uint8 [H,W,3] as PNG."""
-    buffer = io.BytesIO()
-    Image.fromarray(image.numpy()).save(buffer, format="png", compress_level=1)
-    files.write_bytes(path, buffer.getvalue(), durable=False)
 
 
 def stage_facts(config: ConfigDict, plan: Plan, model: Model, accelerator: Accelerator) -> dict:

@@ -87,13 +87,16 @@ class Trainer:
     num_updates: int = 0
 
     def update(self, trajectories: Trajectories, advantages: Tensor, rows: Tensor) -> dict:
-        """One optimizer step on the trajectories `rows`, all their S steps; returns its metrics."""
+        """One optimizer step on the trajectories `rows`, all their S steps; returns the metrics of this process's share,
+        which can be empty in all but the first process."""
         per_step = self.accumulate(trajectories, advantages, rows)
         norm = self.accelerator.clip_grad_norm_(list(self.model.trainable().values()), self.max_grad_norm)
         self.require_finite(per_step, norm, trajectories)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.num_updates += 1
+        if not len(per_step[0]["row"]):
+            return {"grad_norm": finite(norm.item())}
         return summarise(per_step, norm, self.sampler.timesteps[-len(self.step_weight) :])
 
     def accumulate(self, trajectories: Trajectories, advantages: Tensor, rows: Tensor) -> list[dict[str, Tensor]]:
@@ -243,11 +246,9 @@ def train_epochs(config: ConfigDict, trainer: Trainer, selection: list[dict], do
             report = trainer.update(trajectories, advantages, rows)
             if trainer.metrics:
                 trainer.metrics.log("update", epoch=epoch, num_trajectories=len(rows), first=first, **report)
-            if first:
-                logger.info(
-                    "train stage%d: %d trajectories, max |log-ratio| at the first update %.2e",
-                    trainer.stage.index, len(selection), report["max_abs_log_ratio"],
-                )  # fmt: skip
+                if first:
+                    what = "train stage%d: %d trajectories, max |log-ratio| at the first update %.2e"
+                    logger.info(what, trainer.stage.index, len(selection), report["max_abs_log_ratio"])
         if epoch % config.train.save_interval == 0 or epoch == config.train.num_epochs:
             trainer.save(epoch, config.train.save_interval)
 
