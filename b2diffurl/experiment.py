@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from b2diffurl import files
+from b2diffurl.ddim import STEP_WEIGHTS
 from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.prompts import load_prompts
 from b2diffurl.runtime import run_script
@@ -113,7 +114,7 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"eval.history_cnt is {evaluation['history_cnt']}; it must not be negative")
     check_choice("mixed_precision", config["mixed_precision"], PRECISIONS)
     check_choice("train.objective", train["objective"], OBJECTIVES)
-    check_choice("train.step_weight", train["step_weight"], ("none", "leverage"))
+    check_choice("train.step_weight", train["step_weight"], STEP_WEIGHTS)
     check_choice("wandb", config["wandb"], ("", "offline", "online"))
 
 

@@ -98,7 +98,7 @@ def reference() -> ConfigDict:
     train.beta1 = 1.0  # weight of positive advantages
     train.beta2 = 1.0  # weight of negative advantages
     train.adv_clip_max = 5.0  # advantages are clamped to +- this
-    train.step_weight = "none"  # none | leverage: weigh each step by the inverse of its leverage
+    train.step_weight = "none"  # none | leverage | sigma: weigh each step by 1 / its leverage, or by its noise
     train.lora_rank = 4  # LoRA rank; alpha always equals it
     train.save_interval = 2  # epochs between checkpoints; the last epoch is always saved
 

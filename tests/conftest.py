@@ -1,0 +1,243 @@
+"""What the tests share: tiny models on disk, one finished experiment of two stages, and the scripts as child processes."""
+
+import contextlib
+import copy
+import json
+import multiprocessing
+import os
+import re
+import runpy
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+# Child processes inherit these, and the libraries read them on import: one thread, and no network.
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+import diffusers  # noqa: E402
+import pytest  # noqa: E402
+import tiny  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from ml_collections import ConfigDict  # noqa: E402
+
+torch.set_num_threads(1)
+for library in (diffusers, transformers):
+    library.utils.logging.set_verbosity_error()
+    library.utils.logging.disable_progress_bar()
+
+PROMPTS = ["a red circle", "a blue square", "a green cross"]
+VERBS = ("sample", "select", "train")
+
+# Two stages of 18 images that every selection rule meets: what the preset sd14 needs to run on a tiny model.
+TINY = {
+    "exp_name": "tiny",
+    "num_threads": 1,
+    "stage_cnt": 2,
+    "split_step_left": 2,
+    "split_step_right": 3,
+    "split_time": 3,
+    "sample.num_steps": 4,
+    "sample.batch_size": 2,
+    "sample.num_batches_per_epoch": 3,
+    "reward.batch_size": 4,
+    "eval.num_images": 6,
+    "eval.batch_size": 4,
+    "train.num_epochs": 2,
+    "train.save_interval": 1,
+    "train.batch_size": 2,
+    "train.gradient_accumulation_steps": 2,
+    "train.micro_batch_size": 3,
+    "train.learning_rate": 1e-2,
+    "keep.samples": True,
+}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Path:
+    """A folder with `sd` (epsilon), `sd_v` (v-prediction), `clip` and the prompt file `prompts.json`."""
+    root = tmp_path_factory.mktemp("models")
+    tiny.stable_diffusion(root / "sd")
+    tiny.stable_diffusion(root / "sd_v", prediction_type="v_prediction")
+    tiny.clip(root / "clip")
+    (root / "prompts.json").write_text(json.dumps(PROMPTS))
+    return root
+
+
+@pytest.fixture(scope="session")
+def overrides(models) -> dict:
+    """The settings of the tiny experiment, by dotted key."""
+    return TINY | {
+        "pretrained.model": str(models / "sd"),
+        "reward.model": str(models / "clip"),
+        "prompt_file": str(models / "prompts.json"),
+        "eval.prompt_file": str(models / "prompts.json"),
+    }
+
+
+@pytest.fixture
+def config(overrides) -> ConfigDict:
+    """The tiny experiment's configuration."""
+    return make_config(overrides)
+
+
+@pytest.fixture(scope="session")
+def finished(overrides, tmp_path_factory) -> Path:
+    """A folder in which both stages of the tiny experiment are finished. Not to be changed: see `workplace`."""
+    folder = tmp_path_factory.mktemp("finished")
+    for index in range(2):
+        run_stage(folder, overrides, index)
+    return folder
+
+
+@pytest.fixture
+def workplace(finished, tmp_path) -> Path:
+    """A copy of `finished` to work on."""
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+def make_config(overrides: dict, preset: str = "sd14", **more) -> ConfigDict:
+    config = get_config(preset)
+    config.update_from_flattened_dict(overrides | more)
+    return config
+
+
+def get_config(preset: str) -> ConfigDict:
+    return runpy.run_path(str(ROOT / "config" / "stage_process.py"))["get_config"](preset)
+
+
+def experiment(folder: Path) -> Path:
+    return folder / "model" / "lora" / "tiny"
+
+
+def run_verb(folder: Path, config: ConfigDict, verb: str) -> None:
+    """Call one verb with `folder` as the current directory."""
+    from b2diffurl.sample import sample_stage
+    from b2diffurl.select import select_stage
+    from b2diffurl.train import train_stage
+
+    with contextlib.chdir(folder):
+        {"sample": sample_stage, "select": select_stage, "train": train_stage}[verb](copy.deepcopy(config))
+
+
+def run_stage(folder: Path, overrides: dict, index: int = 0, verbs=VERBS) -> None:
+    for verb in verbs:
+        run_verb(folder, make_config(overrides, run_name=f"stage{index}"), verb)
+
+
+# ---- experiments on disk ----
+
+
+def snapshot(folder: Path, *, log: bool = False) -> dict[str, bytes]:
+    """Every file below `folder` with its bytes; without `log`, all but the readable log."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    return found if log else {name: data for name, data in found.items() if not name.startswith("log/")}
+
+
+def comparable(folder: Path) -> dict[str, object]:
+    """Every file below `folder` by what must not depend on when, or in how many pieces, the run was made."""
+
+    def timeless(value):
+        if isinstance(value, dict):
+            keys = ("finished", "seconds", "load", "sample", "score", "train")
+            kept = {key: timeless(item) for key, item in value.items() if key not in keys}
+            return {key: item for key, item in kept.items() if not key.startswith("metrics/")}
+        return [timeless(item) for item in value] if isinstance(value, list) else value
+
+    found: dict[str, object] = {}
+    for name, data in snapshot(folder).items():
+        if re.search(r"(sample|select|train)\.json$", name):
+            found[name] = timeless(json.loads(data))
+        elif name.endswith(".jsonl"):
+            found[name] = [timeless(json.loads(line)) for line in data.splitlines()]
+        else:
+            found[name] = data
+    return found
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Two experiments agree file by file: bytes, or for manifests and metrics all but the time they took."""
+    one, other = comparable(one), comparable(other)
+    assert one.keys() == other.keys()
+    differing = [name for name in one if one[name] != other[name]]
+    assert not differing
+
+
+# ---- the scripts as processes ----
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int  # negative: killed by that signal
+    stdout: str
+    stderr: str
+    seconds: float
+
+
+def flags(overrides: dict) -> list[str]:
+    return [f"--config.{key}={value}" for key, value in overrides.items()]
+
+
+def run_script(folder: Path, verb: str, overrides: dict, *more: str, preset: str = "sd14", die_at_rename: int = 0) -> Ended:
+    """run_<verb>.py with flags in `folder`; killed before its n-th rename if asked."""
+    argv = [f"run_{verb}.py", f"--config={ROOT}/config/stage_process.py:{preset}", *flags(overrides), *more]
+    return run_child(folder, _script, argv, die_at_rename)
+
+
+def parse_command(folder: Path, argv: list[str]) -> Ended:
+    """Parse the flags of a command line `run_<verb>.py …` and print the resulting configuration as JSON."""
+    return run_child(folder, _parse, argv)
+
+
+def run_child(folder: Path, target, *args) -> Ended:
+    """Call `target(*args)` in `folder` in a fresh process whose slow imports are done already."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(
+        ["torch", "accelerate", "peft", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"]
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        outputs = [Path(scratch) / stream for stream in ("stdout", "stderr")]
+        started = time.perf_counter()
+        child = server.Process(target=_child, args=(folder, outputs, target, args))
+        child.start()
+        child.join()
+        return Ended(child.exitcode, *(path.read_text() for path in outputs), time.perf_counter() - started)
+
+
+def _child(folder: Path, outputs: list[Path], target, args: tuple) -> None:
+    for descriptor, path in zip((1, 2), outputs, strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.chdir(folder)
+    target(*args)
+
+
+def _script(argv: list[str], die_at_rename: int) -> None:
+    if die_at_rename:
+        _kill_before_rename(die_at_rename)
+    sys.argv = argv
+    runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
+
+
+def _parse(argv: list[str]) -> None:
+    from b2diffurl import runtime
+
+    runpy.run_path(str(ROOT / argv[0]), run_name="flags_only")
+    runtime.run_script("parse", lambda config: print(json.dumps(config.to_dict())), argv)
+
+
+def _kill_before_rename(number: int) -> None:
+    remaining = [number]
+
+    def hook(event: str, _args: tuple) -> None:
+        if event == "os.rename":
+            remaining[0] -= 1
+            if not remaining[0]:
+                os.kill(os.getpid(), 9)
+
+    sys.addaudithook(hook)

@@ -1,0 +1,249 @@
+"""Configuration: presets, keys, command lines, the variables of run_process.sh, and the commands of README and docs."""
+
+import ast
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, get_config, parse_command, run_script
+
+from b2diffurl.experiment import check, flatten
+
+PRESETS = ("shapes", "sd14")
+CONFIG = f"--config={ROOT}/config/stage_process.py"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_load_and_are_locked(preset):
+    """Every preset passes the checks, and takes neither a key it lacks nor a value of another type."""
+    config = get_config(preset)
+    check(config)
+    for key, section in [("no_such_key", config), ("no_such_key", config.train)]:
+        with pytest.raises((AttributeError, KeyError)):
+            section[key] = 1
+    with pytest.raises(TypeError):
+        config.split_time = "five"
+    assert not [key for key, value in flatten(config.to_dict()).items() if isinstance(value, list)]
+
+
+def test_the_presets_named_here_are_all():
+    """PRESETS of the file, and an unknown name lists them."""
+    with pytest.raises(ValueError) as error:
+        get_config("sd15")
+    assert str(error.value) == "unknown preset 'sd15'; known: shapes, sd14"
+
+
+def test_sd14_keeps_the_reference_values():
+    """The numbers of the paper's setting, one by one."""
+    reference = {
+        "pretrained.model": "CompVis/stable-diffusion-v1-4",
+        "reward.name": "clip",
+        "reward.model": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        "stage_cnt": 100,
+        "split_step_left": 14,
+        "split_step_right": 20,
+        "split_time": 5,
+        "sample.num_steps": 20,
+        "sample.eta": 1.0,
+        "sample.guidance_scale": 5.0,
+        "sample.batch_size": 8,
+        "sample.num_batches_per_epoch": 32,
+        "eval.history_cnt": 8,
+        "eval.pos_threshold": 0.5,
+        "eval.neg_threshold": -0.5,
+        "train.num_epochs": 2,
+        "train.batch_size": 2,
+        "train.gradient_accumulation_steps": 64,
+        "train.learning_rate": 1e-4,
+        "train.adam_beta1": 0.9,
+        "train.adam_beta2": 0.999,
+        "train.adam_weight_decay": 1e-4,
+        "train.adam_epsilon": 1e-8,
+        "train.max_grad_norm": 1.0,
+        "train.eps": 0.1,
+        "train.adv_clip_max": 5.0,
+        "train.lora_rank": 4,
+        "train.step_weight": "none",
+        "train.objective": "ddpo",
+    }
+    found = flatten(get_config("sd14").to_dict())
+    assert {key: found[key] for key in reference} == reference
+
+
+def test_every_key_has_a_comment_and_is_read():
+    """Each key stands on a line of its own with a comment, and some code outside the mere checking of values reads it."""
+    source = (ROOT / "config" / "stage_process.py").read_text()
+    read = set()
+    for path in [*(ROOT / "b2diffurl").rglob("*.py"), *ROOT.glob("run_*.py")]:
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node.name == "check" and path.name == "experiment.py":
+                node.body = []
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                read.add(node.attr)
+            elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+                read.add(node.slice.value)
+    names = {key.rpartition(".")[2] for key in flatten(get_config("shapes").to_dict())}
+    assert names - read == set()
+    for name in names:
+        assert re.search(rf"^    \w+\.{name} = \S.*  # \S", source, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_key_can_be_set_on_the_command_line(preset, tmp_path):
+    """A command line that gives each key another value of its type yields exactly that configuration."""
+    given = flatten(get_config(preset).to_dict())
+    for key, value in given.items():
+        kind = type(value)
+        given[key] = not value if kind is bool else "other" if kind is str else kind(value + 1)
+    argv = ["run_train.py", f"{CONFIG}:{preset}", *(f"--config.{key}={value}" for key, value in given.items())]
+    ended = parse_command(tmp_path, argv)
+    assert ended.code == 0, ended.stderr
+    assert flatten(json.loads(ended.stdout)) == given
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ("--config.no_such_key=1", "no_such_key"),
+        ("--config.train.no_such_key=1", "no_such_key"),
+        ("--no_such_flag=1", "no_such_flag"),
+        ("--config.split_time=five", "five"),
+        ("--config.split_time=2.5", "2.5"),
+        ("--config.train.learning_rate=fast", "fast"),
+        ("--config.train.use_8bit_adam=maybe", "maybe"),
+        ("--config.train=1", "train"),
+        ("stage1", "stage1"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_two_lines(tmp_path, argument, named):
+    """Unknown key or flag, wrong type, stray word: exit code 2, two lines that name it, nothing written."""
+    ended = run_script(tmp_path, "sample", {}, argument)
+    assert ended.code == 2
+    assert ended.stdout == ""
+    first, second = ended.stderr.splitlines()
+    assert first.startswith("error: ")
+    assert named in first
+    assert second.strip()
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- run_process.sh ----
+
+VARIABLES = {
+    "ExpName": ("exp_name", "other"),
+    "SavePath": ("save_path", "other"),
+    "ModelVersion": ("pretrained.model", "other"),
+    "PromptFile": ("prompt_file", "other"),
+    "RandomPrompt": ("prompt_random_choose", 0),
+    "Seed": ("seed", 7),
+    "Beta1": ("train.beta1", 0.5),
+    "Beta2": ("train.beta2", 0.25),
+    "BatchCnt": ("sample.num_batches_per_epoch", 3),
+    "StageCnt": ("stage_cnt", 2),
+    "SplitStepLeft": ("split_step_left", 3),
+    "SplitStepRight": ("split_step_right", 4),
+    "TrainEpoch": ("train.num_epochs", 5),
+    "AccStep": ("train.gradient_accumulation_steps", 6),
+    "LR": ("train.learning_rate", 0.125),
+    "NumStep": ("sample.num_steps", 8),
+    "History_Cnt": ("eval.history_cnt", 9),
+    "PosThreshold": ("eval.pos_threshold", 0.75),
+    "NegThreshold": ("eval.neg_threshold", -0.75),
+    "SplitTime": ("split_time", 11),
+    "SaveInterval": ("train.save_interval", 12),
+    "Dev_Id": ("dev_id", 13),
+}
+
+
+def dry_run(tmp_path: Path, variables: dict[str, str], *arguments: str) -> list[list[str]]:
+    """The commands run_process.sh runs, with a `python` on the PATH that only says how it was called."""
+    stub = tmp_path / "bin" / "python"
+    stub.parent.mkdir()
+    stub.write_text(f'#!/bin/bash\nprintf "%q " "$@" >> {tmp_path}/calls; echo >> {tmp_path}/calls\necho stage0 stage1\n')
+    stub.chmod(0o755)
+    environment = {key: value for key, value in os.environ.items() if key not in {*VARIABLES, "Preset"}}
+    environment |= variables | {"PATH": f"{stub.parent}:{os.environ['PATH']}"}
+    subprocess.run(["bash", ROOT / "run_process.sh", *arguments], env=environment, check=True, capture_output=True, timeout=60)
+    return [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
+
+
+def test_run_process_goes_through_the_stages(tmp_path):
+    """First the configuration is checked, then sample, select, train for each stage in order, then both are judged; what
+    it was given goes to each of them, and no key is set that nobody named."""
+    calls = dry_run(tmp_path, {}, "--config.train.step_weight=none")
+    verbs = [f"run_{verb}.py" for verb in ("sample", "select", "train")]
+    assert [call[0] for call in calls] == ["-m", *verbs, *verbs, "run_eval.py"]
+    names = [argument.partition("=")[2] for call in calls for argument in call if "run_name" in argument]
+    assert names == ["stage0"] * 3 + ["stage1"] * 3
+    for call in calls:
+        settings = [argument for argument in call if argument.startswith("--config") and "run_name" not in argument]
+        assert settings == ["--config=config/stage_process.py:shapes", "--config.train.step_weight=none"]
+    assert {"--checkpoint=base,last", "--prompts=train,test", "--grid"} <= set(calls[-1])
+
+
+def test_every_variable_of_run_process_sets_its_key(tmp_path):
+    """Each documented variable, from the environment, ends up in the key it stands for, in each script."""
+    variables = {name: str(value) for name, (_, value) in VARIABLES.items()}
+    source = (ROOT / "run_process.sh").read_text()
+    assert set(re.findall(r"^(\w+)=\"\$\{\1:-", source, re.MULTILINE)) == {*VARIABLES, "Preset"}
+    calls = dry_run(tmp_path, variables | {"Preset": "sd14"})
+    for call in calls[1:]:
+        argv = [argument.replace("--config=config", f"--config={ROOT}/config") for argument in call]
+        ended = parse_command(tmp_path, argv)
+        assert ended.code == 0, ended.stderr
+        found = flatten(json.loads(ended.stdout))
+        reference = flatten(get_config("sd14").to_dict()) | dict(VARIABLES.values())
+        assert found | {"run_name": ""} == reference | {"run_name": ""}
+
+
+# ---- README and docs ----
+
+
+def commands() -> list[tuple[str, str]]:
+    """(file, command) of every bash block in README.md and docs/, continued lines joined."""
+    found = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        for block in re.findall(r"^```(?:bash|sh)\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [(path.name, line) for line in lines if line.strip() and not line.strip().startswith("#")]
+    return found
+
+
+def test_the_readme_has_commands():
+    """The quick start, the tests and the single scripts are there to be checked."""
+    text = "\n".join(line for name, line in commands() if name == "README.md")
+    for words in ("bash run_process.sh", "python -m pytest", "run_sample.py", "run_select.py", "run_train.py", "run_eval.py"):
+        assert words in text
+
+
+def test_documented_commands_parse(tmp_path):
+    """Every command in a bash block is valid bash; the scripts, modules and requirement files it names exist, its
+    variables are run_process.sh's, and its flags are accepted."""
+    for name, line in commands():
+        subprocess.run(["bash", "-n", "-c", line], check=True, timeout=60)
+        for command in re.split(r"&&|;|\|", line):
+            words = shlex.split(command, comments=True)
+            variables = [words.pop(0).partition("=")[0] for _ in range(len(words)) if re.match(r"\w+=", words[0])]
+            check_command(tmp_path, f"{name}: {line}", words, variables)
+
+
+def check_command(folder: Path, where: str, words: list[str], variables: list[str]) -> None:
+    if words[:2] == ["python", "-m"]:
+        assert importlib.util.find_spec(words[2]), where
+    elif words[0] == "python" and words[1].startswith("run_"):
+        argv = [word.replace("--config=config", f"--config={ROOT}/config") for word in words[1:]]
+        assert parse_command(folder, argv).code == 0, where
+    elif words[0] in ("python", "bash"):
+        assert (ROOT / words[1]).is_file(), where
+    if words[:2] == ["bash", "run_process.sh"]:
+        assert {*variables} <= {*VARIABLES, "Preset"}, where
+        assert parse_command(folder, ["run_train.py", f"{CONFIG}:shapes", *words[2:]]).code == 0, where
+    for word, following in zip(words, words[1:], strict=False):
+        assert word != "-r" or (ROOT / following).is_file(), where

@@ -1,0 +1,95 @@
+"""Judging: the same noise for every checkpoint, figures that numpy agrees with, and one line of JSON at the end."""
+
+import contextlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import PROMPTS, experiment, make_config, run_script, run_stage, snapshot
+
+from b2diffurl.evaluate import SamplerSettings, evaluate
+from b2diffurl.seeding import generator
+
+SETTINGS = SamplerSettings(num_steps=4, eta=1.0, guidance_scale=5.0)
+
+
+def judged(folder, overrides: dict, checkpoints: list[str], prompts: list[str] | None = None, **more) -> list[dict]:
+    with contextlib.chdir(folder):
+        return evaluate(make_config(overrides, **more), checkpoints, prompts or ["test"], SETTINGS)
+
+
+def test_judging_the_base_twice_gives_the_same_numbers(overrides, tmp_path):
+    """Everything sampled and scored anew: every value is the same, and every image that is kept."""
+    (one,) = judged(tmp_path, overrides, ["base"])
+    files = snapshot(tmp_path)
+    shutil.rmtree(tmp_path / "model")
+    (two,) = judged(tmp_path, overrides, ["base"])
+    assert one == two
+    assert snapshot(tmp_path) == files
+    assert len(set(one["values"]["reward"])) == 6
+
+
+def test_a_lora_that_was_never_updated_equals_the_base(overrides, tmp_path):
+    """A stage that selected nothing leaves the base: the same rewards to the bit, image by image, and a gain of 0."""
+    run_stage(tmp_path, overrides | {"eval.pos_threshold": 1e9, "eval.neg_threshold": -1e9})
+    base, last = judged(tmp_path, overrides, ["last", "base"])
+    assert (base["checkpoint"], last["checkpoint"]) == ("base", "last")
+    assert base["values"] == last["values"]
+    assert (last["reward_gain"], last["reward_gain_se"]) == (0.0, 0.0)
+
+
+def test_figures_by_numpy(workplace, overrides):
+    """Means, standard errors and paired gains are those of the single values; a trained LoRA is not the base; both prompt
+    sets are judged."""
+    results = judged(workplace, overrides, ["base", "stage0", "last"], ["train", "test"], **{"eval.judge": "shapes"})
+    assert [result["checkpoint"] for result in results] == ["base"] * 2 + ["stage0"] * 2 + ["last"] * 2
+    for result in results:
+        base = next(one for one in results if one["checkpoint"] == "base" and one["prompts"] == result["prompts"])
+        values = {key: np.array(numbers) for key, numbers in result["values"].items()}
+        assert values["reward"].shape == values["accuracy"].shape == (6,)
+        for key, numbers in values.items():
+            assert result[key] == pytest.approx(numbers.mean())
+            assert result[f"{key}_se"] == pytest.approx(numbers.std(ddof=1) / 6**0.5)
+            difference = numbers - np.array(base["values"][key])
+            if result is not base:
+                assert result[f"{key}_gain"] == pytest.approx(difference.mean())
+                assert result[f"{key}_gain_se"] == pytest.approx(difference.std(ddof=1) / 6**0.5)
+        assert (result["values"]["reward"] == base["values"]["reward"]) == (result is base)
+
+
+def test_evaluation_noise_is_its_own(overrides, tmp_path):
+    """It depends on eval.seed and not on the experiment's seed, and is none of the training noise."""
+    (one,) = judged(tmp_path, overrides, ["base"])
+    (same,) = judged(tmp_path, overrides, ["base"], seed=301, exp_name="other")
+    (other,) = judged(tmp_path, overrides, ["base"], exp_name="third", **{"eval.seed": 1})
+    assert one["values"] == same["values"]
+    assert one["values"] != other["values"]
+    assert generator(0, "eval", 0).initial_seed() != generator(0, 0, "sample", 0).initial_seed()
+
+
+def test_prompts_are_taken_in_turn_and_the_last_batch_is_cut(overrides, tmp_path):
+    """Five images of three prompts in batches of four: the prompts in turn, five values, five images."""
+    (result,) = judged(tmp_path, overrides, ["base"], **{"eval.num_images": 5})
+    assert result["shown_prompts"] == [PROMPTS[n % 3] for n in range(5)]
+    assert len(result["values"]["reward"]) == result["n_images"] == 5
+    assert len(list(tmp_path.rglob("*.png"))) == 5
+
+
+def test_judging_leaves_the_experiment_alone(workplace, overrides):
+    """Only the eval folder is added, a second call changes nothing, and its last line is one JSON object."""
+    before = snapshot(workplace)
+    arguments = ("--checkpoint=base,last", "--prompts=train,test", "--grid")
+    first = run_script(workplace, "eval", overrides, *arguments)
+    assert first.code == 0, first.stderr
+    after = snapshot(workplace)
+    assert {name: after[name] for name in before} == before
+    added = {name.removeprefix("model/lora/tiny/").split("/")[0] for name in after.keys() - before.keys()}
+    assert added == {"eval", "before_after.png"}
+    second = run_script(workplace, "eval", overrides, *arguments)
+    assert snapshot(workplace) == after
+    line, again = (json.loads(ended.stdout.splitlines()[-1]) for ended in (first, second))
+    assert line == again
+    assert {"reward", "accuracy", "n_images", "checkpoint"} <= line.keys()
+    assert (line["n_images"], line["checkpoint"], line["prompts"]) == (6, "last", "test")
+    assert str(experiment(workplace).relative_to(workplace) / "before_after.png") in first.stdout

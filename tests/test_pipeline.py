@@ -1,0 +1,455 @@
+"""The whole pipeline on a tiny model: what it writes, that it may be run twice, killed, spread over processes, and that
+stock diffusers agrees with it."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    PROMPTS,
+    ROOT,
+    VERBS,
+    assert_same,
+    experiment,
+    flags,
+    make_config,
+    run_script,
+    run_stage,
+    run_verb,
+    snapshot,
+)
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import CLIPModel, CLIPTokenizer
+
+from b2diffurl.branching import denoise
+from b2diffurl.policy import decode, load_policy, predictor
+from b2diffurl.runtime import make_accelerator
+from b2diffurl.stage import LORA_FILE, Stage
+
+# First update: how far a log-ratio may be from 0 when sampling and training batch their rows differently (contract 1).
+LOG_RATIO_BOUND = 1e-5
+
+
+def stages(folder: Path) -> list[Stage]:
+    return [Stage(experiment(folder), index) for index in range(2)]
+
+
+def json_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---- what is written ----
+
+
+def test_files_of_an_experiment(finished):
+    """Exactly the files of the design: nothing temporary, nothing pickled, each named by its manifest."""
+    names = {"config.json"}
+    for stage in ("stage0", "stage1"):
+        names |= {f"{stage}/samples/batch_{batch:05d}.safetensors" for batch in range(3)}
+        names |= {f"{stage}/images/{image:05d}.png" for image in range(18)}
+        names |= {f"{stage}/{name}" for name in ("prompts.json", "scores.jsonl", "selection.json")}
+        names |= {f"{stage}/{verb}.json" for verb in VERBS} | {f"{stage}/metrics/{verb}.jsonl" for verb in VERBS}
+        for number in (1, 2):
+            checkpoint = f"{stage}/checkpoints/checkpoint_{number}"
+            names |= {f"{checkpoint}/{name}" for name in (LORA_FILE, "optimizer.safetensors", "state.json")}
+    found = snapshot(experiment(finished))
+    assert found.keys() == names
+    described = {
+        f"stage{stage.index}/{name}": facts
+        for stage in stages(finished)
+        for verb in VERBS
+        for name, facts in stage.manifest(verb)["files"].items()
+    }
+    manifests = {f"stage{index}/{verb}.json" for index in range(2) for verb in VERBS}
+    assert described.keys() == names - manifests - {"config.json"}
+    for name, facts in described.items():
+        assert facts == {"bytes": len(found[name]), "sha256": hashlib.sha256(found[name]).hexdigest()}
+
+
+def test_samples_hold_each_state_once(finished):
+    """latents [G,K,S+1,C,H,W], log_probs [G,K,S], timesteps [S], a prompt id a group and each text embedding once;
+    siblings share the first state; float32."""
+    for stage, num_steps in zip(stages(finished), (2, 3), strict=True):
+        prompts = json.loads(stage.prompts.read_text())
+        for batch in range(3):
+            with safe_open(stage.batch(batch), framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = json.loads(file.metadata()["b2diffurl"])
+            distinct = len(metadata["prompts"])
+            assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+                "latents": (2, 3, num_steps + 1, 4, 8, 8),
+                "log_probs": (2, 3, num_steps),
+                "timesteps": (num_steps,),
+                "prompt_ids": (2,),
+                "condition.prompt_embeds": (distinct, 77, 16),
+                "unconditional.prompt_embeds": (1, 77, 16),
+            }
+            assert tensors["latents"].dtype == tensors["log_probs"].dtype == torch.float32
+            assert tensors["timesteps"].tolist() == [751, 501, 251, 1][-num_steps:]
+            assert len(tensors["latents"][:, :, 0].flatten(0, 1).unique(dim=0)) == 2
+            assert len(tensors["latents"][:, :, 1].flatten(0, 1).unique(dim=0)) == 6
+            named = [metadata["prompts"][row] for row in tensors["prompt_ids"]]
+            assert prompts[6 * batch : 6 * batch + 6] == [prompt for prompt in named for _ in range(3)]
+            assert len(set(metadata["prompts"])) == distinct
+
+
+def test_manifests_say_how_a_stage_was_made(finished, models):
+    """Seeds, versions, threads, shapes, processes, the resolved scheduler with clip_sample off, the base model by the
+    SHA-256 of its UNet, and how far the first update's ratio is from 1."""
+    base = hashlib.sha256((models / "sd" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    for stage in stages(finished):
+        sampled, trained = stage.manifest("sample"), stage.manifest("train")
+        assert sampled["policy"]["base_model_sha256"] == base
+        assert sampled["scheduler"]["clip_sample"] is False
+        assert sampled["scheduler"]["beta_schedule"] == "scaled_linear"
+        assert sampled["batch_shape"] == [2, 3, 4, 8, 8]
+        for manifest in (sampled, trained):
+            assert (manifest["seed"], manifest["num_threads"], manifest["num_processes"]) == (300, 1, 1)
+            assert manifest["versions"]["torch"] == torch.__version__
+        assert trained["max_abs_log_ratio_first_update"] is not None
+    lora = stages(finished)[0].checkpoints()[-1] / LORA_FILE
+    assert stages(finished)[1].manifest("sample")["policy"]["lora_sha256"] == hashlib.sha256(lora.read_bytes()).hexdigest()
+
+
+def test_images_are_the_decoded_last_states(finished, models):
+    """Every PNG is the stock VAE's decoding of the last stored state of its trajectory."""
+    vae = StableDiffusionPipeline.from_pretrained(models / "sd").vae
+    for stage in stages(finished):
+        for batch in range(3):
+            last = load_file(stage.batch(batch))["latents"][:, :, -1].flatten(0, 1)
+            with torch.no_grad():
+                pixels = (vae.decode(last / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1) * 255
+            for n, expected in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+                found = np.array(Image.open(stage.image(6 * batch + n)), dtype=np.float32)
+                assert found.shape == (64, 64, 3)
+                assert np.abs(found - expected).max() <= 0.501
+
+
+def test_scores_are_stock_clip_of_the_images_on_disk(finished, models):
+    """The raw rewards are stock CLIPModel's cosine similarities of each image with its prompt, although the scorer's
+    batch of 4 does not divide 18."""
+    model, tokenizer = CLIPModel.from_pretrained(models / "clip"), CLIPTokenizer.from_pretrained(models / "clip")
+    mean, std = (
+        torch.tensor(value).view(3, 1, 1)
+        for value in ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
+    )
+    for stage in stages(finished):
+        rows = json_lines(stage.scores)
+        assert [row["id"] for row in rows] == list(range(18))
+        assert [row["prompt"] for row in rows] == json.loads(stage.prompts.read_text())
+        pictures = [Image.open(stage.image(n)).resize((32, 32), Image.Resampling.BICUBIC) for n in range(18)]
+        pixels = torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures]).permute(0, 3, 1, 2) / 255
+        tokens = tokenizer(PROMPTS, padding="max_length", return_tensors="pt")
+        with torch.no_grad():
+            output = model(pixel_values=(pixels - mean) / std, **tokens)
+        similarity = output.image_embeds @ output.text_embeds.T
+        expected = [similarity[n, PROMPTS.index(row["prompt"])].item() for n, row in enumerate(rows)]
+        assert [row["reward"] for row in rows] == pytest.approx(expected, abs=1e-5)
+        assert len({row["reward"] for row in rows}) == 18
+
+
+def test_selection_follows_from_the_scores_and_their_history(finished):
+    """selection.json is the rule applied, in plain numpy, to scores.jsonl of this stage and the one before; it names
+    images that exist, and both kinds are there."""
+    history: list[dict] = []
+    for stage in stages(finished):
+        rows = json_lines(stage.scores)
+        history = history + rows
+        expected = []
+        for group in range(6):
+            members = rows[3 * group : 3 * group + 3]
+            seen = np.array([row["reward"] for row in history if row["prompt"] == members[0]["prompt"]])
+            scores = [(row["reward"] - seen.mean()) / seen.std(ddof=1) for row in members]
+            best, worst = int(np.argmax(scores)), int(np.argmin(scores))
+            kept = ([best] if scores[best] >= 0.5 else []) + ([worst] if scores[worst] < -0.5 else [])
+            expected += [(3 * group + k, group, k, scores[k]) for k in kept]
+        found = json.loads(stage.selection.read_text())
+        assert [(row["id"], row["group"], row["branch"]) for row in found] == [row[:3] for row in expected]
+        assert [row["score"] for row in found] == pytest.approx([row[3] for row in expected], rel=1e-5)
+        assert [row["advantage"] for row in found] == pytest.approx([row[3] for row in expected], rel=1e-5)
+        assert min(row["advantage"] for row in found) < 0 < max(row["advantage"] for row in found)
+
+
+def test_no_two_stages_or_seeds_share_their_noise(finished, overrides, tmp_path):
+    """The first states of stage 0, of stage 1 and of stage 0 under another seed have nothing in common."""
+    run_stage(tmp_path, overrides | {"seed": 301}, verbs=["sample"])
+    one, two, other = (
+        load_file(stage.batch(0))["latents"][:, :, 0] for stage in (*stages(finished), stages(tmp_path)[0])
+    )
+    for latents in (two, other):
+        cosine = torch.cosine_similarity(one.flatten(1), latents.flatten(1))
+        assert cosine.abs().max() < 0.5
+
+
+# ---- the ratio ----
+
+
+@pytest.mark.parametrize("base", ["sd", "sd_v"])
+def test_ratio_is_exactly_one_after_the_round_trip(models, overrides, tmp_path, base):
+    """Same batch shape, float32: after a trip through disk the first update's log-ratio is 0.0 for every pair, at a fresh
+    LoRA and at a trained one, for epsilon and v-prediction."""
+    settings = overrides | {"pretrained.model": str(models / base), "train.num_epochs": 1}
+    settings |= {"sample.micro_batch_size": 1, "train.micro_batch_size": 1, "train.gradient_accumulation_steps": 64}
+    for index in range(2):
+        run_stage(tmp_path, settings, index)
+        stage = stages(tmp_path)[index]
+        (update,) = (event for event in json_lines(stage.metrics("train")) if event["event"] == "update")
+        assert update["num_trajectories"] == len(json.loads(stage.selection.read_text())) > 0
+        assert update["max_abs_log_ratio"] == 0.0
+        assert stage.manifest("train")["max_abs_log_ratio_first_update"] == 0.0
+        assert update["grad_norm"] > 0
+
+
+def test_ratio_is_one_within_the_bound_on_the_default_path(finished):
+    """Where batch shapes differ, the first update's log-ratio stays within the stated bound; it is logged, overall and by
+    timestep, and later updates are off-policy."""
+    for stage in stages(finished):
+        first, *later = (event for event in json_lines(stage.metrics("train")) if event["event"] == "update")
+        assert first["max_abs_log_ratio"] < LOG_RATIO_BOUND
+        assert first["first"] and not any(update["first"] for update in later)
+        assert first["max_abs_log_ratio"] == stage.manifest("train")["max_abs_log_ratio_first_update"]
+        assert max(update["max_abs_log_ratio"] for update in later) > 100 * LOG_RATIO_BOUND
+        for update in (first, *later):
+            for key in ("log_ratio_per_step", "clip_fraction_per_step", "grad_norm_per_step"):
+                assert len(update[key]) == len(update["timesteps"]) == stage.manifest("train")["num_trained_steps"]
+
+
+# ---- again, and interrupted ----
+
+
+def test_running_anything_twice_changes_nothing(workplace, overrides):
+    """Each verb of each stage once more: no file changes, none appears."""
+    before = snapshot(workplace)
+    stamps = {path: path.stat().st_mtime_ns for path in workplace.rglob("*")}
+    for index in range(2):
+        run_stage(workplace, overrides, index)
+    assert snapshot(workplace) == before
+    assert {path: path.stat().st_mtime_ns for path in workplace.rglob("*")} == stamps
+
+
+def test_two_runs_give_the_same_bits(finished, overrides, tmp_path):
+    """The same experiment in another folder: samples, images, scores, selection, LoRA and optimizer agree to the bit."""
+    for index in range(2):
+        run_stage(tmp_path, overrides, index)
+    assert_same(tmp_path, finished)
+
+
+def test_interrupted_between_batches(workplace, finished, overrides):
+    """A stage left with one batch of three, without its manifest and with litter of a broken write, ends like one that
+    was never interrupted; the batch that was there is not sampled again."""
+    stage = stages(workplace)[1]
+    for path in list(stage.folder.iterdir()):
+        if path not in (stage.samples, stage.images):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for batch in (0, 2):
+        stage.batch(batch).unlink()
+    for image in range(15, 18):
+        stage.image(image).unlink()
+    (stage.samples / "batch_00000.safetensors.tmp").write_bytes(b"half")
+    stamp = stage.batch(1).stat().st_mtime_ns
+    run_stage(workplace, overrides, 1)
+    assert_same(workplace, finished)
+    assert stage.batch(1).stat().st_mtime_ns == stamp
+
+
+def test_interrupted_before_selecting_and_after(workplace, finished, overrides):
+    """Selecting anew from what an interrupted selection left counts no score twice."""
+    stage = stages(workplace)[1]
+    stage.manifest_path("select").unlink()
+    stage.selection.unlink()
+    stage.manifest_path("train").unlink()
+    shutil.rmtree(stage.folder / "checkpoints")
+    run_stage(workplace, overrides, 1)
+    assert_same(workplace, finished)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_interrupted_after_an_epoch(workplace, finished, overrides, index):
+    """Training left with the checkpoint of epoch 1, events of epoch 2 and half a line, ends in the same weights, the same
+    optimizer and the same metrics."""
+    stage = stages(workplace)[index]
+    stage.manifest_path("train").unlink()
+    shutil.rmtree(stage.checkpoint(2))
+    with stage.metrics("train").open("a") as file:
+        file.write('{"event": "upd')
+    if index == 0:
+        shutil.rmtree(stages(workplace)[1].folder)
+    run_stage(workplace, overrides, index, verbs=["train"])
+    if index == 0:
+        run_stage(workplace, overrides, 1)
+    assert_same(workplace, finished)
+
+
+def test_killed_again_and_again(finished, overrides, tmp_path):
+    """Scripts killed before a rename, started again and killed at a later one, until they end: the same bits as never
+    killed."""
+    for verb, first in [("sample", 6), ("select", 1), ("train", 1)]:
+        ends = [run_script(tmp_path, verb, overrides, die_at_rename=rename) for rename in range(first, first + 12, 3)]
+        codes = [ended.code for ended in ends]
+        assert codes[0] == -9
+        assert codes == sorted(codes)
+        assert codes[-1] == 0, ends[-1].stderr
+    run_stage(tmp_path, overrides, 1)
+    assert_same(tmp_path, finished)
+
+
+def test_damaged_files_are_noticed(workplace, overrides):
+    """A sample or selection that is not what its phase wrote is refused by checksum, and named."""
+    stage = stages(workplace)[1]
+    stage.manifest_path("train").unlink()
+    data = bytearray(stage.batch(1).read_bytes())
+    data[-1] ^= 1
+    for path, changed in [(stage.batch(1), bytes(data)), (stage.selection, b"[]\n")]:
+        original = path.read_bytes()
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=f"{path.name}.*checksum"):
+            run_stage(workplace, overrides, 1, verbs=["train"])
+        path.write_bytes(original)
+
+
+def test_what_is_not_kept_is_removed_after_training(overrides, finished, tmp_path):
+    """By default the samples go once the checkpoint is final, and images beyond keep.images; scores, selection and the
+    weights stay as they would be, and running again changes nothing."""
+    settings = overrides | {"keep.samples": False, "keep.images": 4}
+    run_stage(tmp_path, settings)
+    stage, kept = stages(tmp_path)[0], stages(finished)[0]
+    assert not stage.samples.exists()
+    assert [path.name for path in sorted(stage.images.iterdir())] == [f"{n:05d}.png" for n in range(4)]
+    for name in ("scores.jsonl", "selection.json", f"checkpoints/checkpoint_2/{LORA_FILE}"):
+        assert (stage.folder / name).read_bytes() == (kept.folder / name).read_bytes()
+    before = snapshot(tmp_path)
+    run_stage(tmp_path, settings)
+    assert snapshot(tmp_path) == before
+
+
+# ---- stock diffusers ----
+
+
+@pytest.mark.parametrize("base", ["sd", "sd_v"])
+def test_lora_in_stock_diffusers_gives_the_same_image(models, overrides, tmp_path, base):
+    """A trained checkpoint loaded with load_lora_weights draws what our policy draws from the same noise at eta = 0, to
+    within one level of 255; without the LoRA the image is another."""
+    settings = overrides | {"pretrained.model": str(models / base), "train.learning_rate": 5e-2}
+    run_stage(tmp_path, settings)
+    lora = stages(tmp_path)[0].checkpoints()[-1]
+    config = make_config(settings)
+    model = load_policy(config, make_accelerator(config, 1), lora / LORA_FILE)
+    x_T = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    sampler = model.sampler(10, 0.0)
+    predict = predictor(model, sampler, model.encode(PROMPTS), model.encode([""]), guidance_scale=5.0)
+    ours = decode(model, denoise(predict, sampler, x_T, torch.zeros, range(10))).numpy()
+
+    stock = StableDiffusionPipeline.from_pretrained(models / base)
+    stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config)
+    stock.set_progress_bar_config(disable=True)
+
+    def draw() -> np.ndarray:
+        images = stock(PROMPTS, latents=x_T, num_inference_steps=10, guidance_scale=5.0, eta=0.0, output_type="np").images
+        return images * 255
+
+    without = draw()
+    stock.load_lora_weights(lora)
+    assert np.abs(draw() - ours).max() <= 1.0
+    assert np.abs(without - ours).max() > 5.0
+
+
+# ---- the scripts, and two processes ----
+
+
+def command(verb: str, *more: str) -> list[str]:
+    return [str(ROOT / f"run_{verb}.py"), f"--config={ROOT}/config/stage_process.py:sd14", *more]
+
+
+def test_the_shell_script_runs_it_all(finished, overrides, tmp_path):
+    """run_process.sh, driven by its variables and by flags it passes on, runs each script as a process of its own, and
+    leaves what the functions leave in this one; it ends with base and final judged, and a picture of both."""
+    named = {"ModelVersion": "pretrained.model", "PromptFile": "prompt_file", "LR": "train.learning_rate"}
+    variables = {name: str(overrides[key]) for name, key in named.items()}
+    variables |= {"Preset": "sd14", "ExpName": "tiny", "SavePath": str(tmp_path), "StageCnt": "1"}
+    kept = ("exp_name", "stage_cnt", *named.values())
+    passed_on = flags({key: value for key, value in overrides.items() if key not in kept} | {"log_path": tmp_path})
+    ended = subprocess.run(
+        ["bash", str(ROOT / "run_process.sh"), *passed_on],
+        env=os.environ | variables | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr
+    found, expected = Stage(tmp_path / "tiny", 0), stages(finished)[0]
+    timed = {f"{verb}.json" for verb in VERBS} | {f"metrics/{verb}.jsonl" for verb in VERBS}
+    assert snapshot(found.folder).keys() == snapshot(expected.folder).keys()
+    for name, data in snapshot(expected.folder).items():
+        assert name in timed or (found.folder / name).read_bytes() == data
+    log = (tmp_path / "tiny.log").read_text()
+    assert all(f"{verb} stage0: " in log for verb in VERBS)
+    assert "max |log-ratio| at the first update" in log
+    result = json.loads(ended.stdout.splitlines()[-1])
+    assert {"reward", "accuracy", "n_images", "checkpoint"} <= result.keys()
+    grids = [line.split()[-1] for line in log.splitlines()[-5:] if line.endswith(".png")]
+    assert len(grids) == 1
+    assert Image.open(grids[0]).width > 0
+
+
+RANK_WRITES_ITS_NORMS = """
+import json, os, runpy, sys
+from b2diffurl.train import Trainer
+
+update, norms = Trainer.update, []
+
+def spying(self, *args):
+    report = update(self, *args)
+    norms.append(report["grad_norm"])
+    return report
+
+Trainer.update = spying
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+open("norms" + os.environ["RANK"] + ".json", "w").write(json.dumps(norms))
+"""
+
+
+def test_two_processes_do_the_work_of_one(overrides, tmp_path):
+    """Under torchrun with 2 CPU processes: the same samples and images byte for byte; gradient norms equal across ranks
+    in every update; and the update is that of one process within rounding (AdamW's mean after one update is linear in
+    the gradient)."""
+    settings = overrides | {"train.num_epochs": 1, "train.gradient_accumulation_steps": 64}
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    run_stage(one, settings)
+    spy = tmp_path / "spy.py"
+    spy.write_text(RANK_WRITES_ITS_NORMS)
+
+    def torchrun(*words: str) -> None:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        subprocess.run([*launch, *words], cwd=two, check=True, timeout=300, env=environment)
+
+    torchrun(*command("sample", *flags(settings)))
+    for folder in ("samples", "images"):
+        assert snapshot(stages(two)[0].folder / folder) == snapshot(stages(one)[0].folder / folder)
+    assert stages(two)[0].manifest("sample")["num_processes"] == 2
+    run_stage(two, settings, verbs=["select"])
+    torchrun(str(spy), *command("train", *flags(settings)))
+    norms = [json.loads((two / f"norms{rank}.json").read_text()) for rank in range(2)]
+    assert norms[0] == norms[1]
+    first, second = (load_file(stages(folder)[0].checkpoints()[-1] / "optimizer.safetensors") for folder in (one, two))
+    means = [name for name in first if name.endswith("::exp_avg")]
+    assert means
+    for name in means:
+        torch.testing.assert_close(second[name], first[name], rtol=1e-4, atol=1e-4 * first[name].abs().max().item())
+    (single,) = (event for event in json_lines(stages(one)[0].metrics("train")) if event["event"] == "update")
+    assert norms[0] == pytest.approx([single["grad_norm"]], rel=1e-5)
