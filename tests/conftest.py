@@ -227,8 +227,9 @@ def _script(argv: list[str], die_at_rename: int) -> None:
 def _parse(argv: list[str]) -> None:
     from b2diffurl import runtime
 
+    sys.argv = argv
     runpy.run_path(str(ROOT / argv[0]), run_name="flags_only")
-    runtime.run_script("parse", lambda config: print(json.dumps(config.to_dict())), argv)
+    runtime.run_script("parse", lambda config: print(json.dumps(config.to_dict())))
 
 
 def _kill_before_rename(number: int) -> None:
