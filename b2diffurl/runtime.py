@@ -16,10 +16,10 @@ FLAGS = flags.FLAGS
 logger = logging.getLogger("b2diffurl")
 
 
-def run_script(verb: str, main: Callable[[ConfigDict], Any], argv: list[str] | None = None) -> None:
+def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
     """Parse the flags and call `main(config)`. A mistake of the user's ends in two lines and exit code 2."""
     config_flags.DEFINE_config_file("config", CONFIG_FILE, "Configuration, CONFIG.py:PRESET; any key by --config.KEY.")
-    config = parse_flags(sys.argv if argv is None else argv)
+    config = parse_flags()
     log_file = Path(config.log_path) / f"{config.exp_name}.log"
     set_up_logging(log_file)
     try:
@@ -32,10 +32,10 @@ def run_script(verb: str, main: Callable[[ConfigDict], Any], argv: list[str] | N
         die(f"{verb}: {error}", hint=f"Mend it and run the same command again; the traceback is in {log_file}.")
 
 
-def parse_flags(argv: list[str]) -> ConfigDict:
+def parse_flags() -> ConfigDict:
     """The configuration with its overrides, locked."""
     try:
-        rest = FLAGS(argv)
+        rest = FLAGS(sys.argv)
         config = FLAGS.config
     except Exception as error:  # absl, ml_collections and the config file each raise their own kinds
         die(str(error).splitlines()[0], hint=f"Every key stands with a comment in {CONFIG_FILE}.")

@@ -5,6 +5,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from b2diffurl.shapes.scene import (
 )
 from b2diffurl.shapes.tokens import new_tokenizer
 from b2diffurl.shapes.train_scorer import embed
-from b2diffurl.shapes.train_vae import load_vae, round_trip
+from b2diffurl.shapes.train_vae import round_trip
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +55,11 @@ def measure(base_dir: Path, clip_dir: Path, figures_path: Path, grid_path: Path)
     parts: dict[str, Callable[[], object]] = {
         "megabytes": lambda: {path.name: directory_mb(path) for path in (base_dir, clip_dir)},
         "checker": lambda: checker_figures(2000),
-        "checker_after_vae": lambda: checker_figures(2000, lambda images: round_trip(load_vae(base_dir), images)),
-        "milliseconds": lambda: timings(pipeline, clip),
         "samples": lambda: sample_figures(pipeline, prompts),
-        "sweep": lambda: sweep(pipeline, prompts["train"] * 12),
         "scorer": lambda: scorer_figures(pipeline, clip, prompts["train"] + prompts["test"]),
+        "checker_after_vae": lambda: checker_figures(2000, partial(round_trip, pipeline.vae)),
+        "sweep": lambda: sweep(pipeline, prompts["train"] * 8),
+        "milliseconds": lambda: timings(pipeline, clip),
     }
     for name, part in parts.items():
         figures[name] = part()
@@ -155,7 +156,7 @@ def sweep(pipeline: StableDiffusionPipeline, prompts: list[str]) -> dict[str, di
 
 def scorer_figures(pipeline: StableDiffusionPipeline, clip: CLIPModel, prompts: list[str]) -> dict:
     """AUC within a prompt on well-formed samples: over all errors, and over relation errors alone."""
-    repeated = prompts * 32
+    repeated = prompts * 16
     images = sample(pipeline, repeated, seed=SEED + 1)
     verdicts, scores = check(images, repeated), similarity(clip, images, repeated)
     groups = {prompt: [i for i in range(len(repeated)) if repeated[i] == prompt] for prompt in prompts}
