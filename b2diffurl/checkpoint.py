@@ -28,7 +28,7 @@ def save_checkpoint(
         shutil.rmtree(leftover, ignore_errors=True)
     tensors, numbers = {}, {}
     for index, entries in optimizer.state_dict()["state"].items():
-        for key, value in entries.items():
+        for key, value in flatten(entries).items():
             kind = tensors if isinstance(value, Tensor) else numbers
             kind[f"{names[index]}::{key}"] = value
     files.write_tensors(temporary / LORA_FILE, adapter)
@@ -50,8 +50,19 @@ def load_optimizer(lora: Path, optimizer: torch.optim.Optimizer, names: list[str
     index_of = {name: index for index, name in enumerate(names)}
     entries: dict[int, dict] = {}
     for name, value in values.items():
-        parameter, key = name.rsplit("::", 1)
+        parameter, *path, key = name.split("::")
         if parameter not in index_of:
             raise ValueError(f"{lora.parent} holds optimizer state of {parameter}, which this model does not train.")
-        entries.setdefault(index_of[parameter], {})[key] = value
+        entry = entries.setdefault(index_of[parameter], {})
+        for part in path:
+            entry = entry.setdefault(part, {})
+        entry[key] = value
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries (8-bit optimizers keep their state in them) as one, keys joined by `::`."""
+    flat = {}
+    for key, value in nested.items():
+        flat |= flatten(value, f"{prefix}{key}::") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

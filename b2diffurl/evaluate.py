@@ -18,7 +18,7 @@ from torch import Tensor
 from b2diffurl import files
 from b2diffurl.branching import denoise
 from b2diffurl.experiment import check, find_lora
-from b2diffurl.models import Model
+from b2diffurl.models import Model, base_fingerprint
 from b2diffurl.policy import decode, load_policy, predictor
 from b2diffurl.prompts import load_prompts
 from b2diffurl.rewards import Reward, check_reward, load_reward, score
@@ -53,7 +53,7 @@ def evaluate(
             check_reward(name, config.reward)
     root = Path(config.save_path) / config.exp_name
     loras = {name: resolve_checkpoint(root, name) for name in sorted(checkpoints, key=lambda name: name != "base")}
-    prompts = {name: load_prompts(prompt_path(config, name)) for name in prompt_sets}
+    prompts = {name: named_prompts(config, name) for name in prompt_sets}
     accelerator = make_accelerator(config, config.num_threads)
     results = []
     rewards: dict[str, Reward] = {}
@@ -89,8 +89,11 @@ def resolve_checkpoint(root: Path, name: str) -> Path | None:
     return find_lora(Path(name))
 
 
-def prompt_path(config: ConfigDict, name: str) -> str:
-    return {"train": config.prompt_file, "test": config.eval.prompt_file}.get(name, name)
+def named_prompts(config: ConfigDict, name: str) -> list[str]:
+    """The prompts meant by `train`, `test` or the path of a prompt file."""
+    if name == "train" and config.prompt:
+        return [config.prompt]
+    return load_prompts({"train": config.prompt_file, "test": config.eval.prompt_file}.get(name, name))
 
 
 def result_folder(
@@ -105,7 +108,15 @@ def result_folder(
     """Where one evaluation lies: its name says what, a checksum of all that decides the numbers says which."""
     reward = {key: value for key, value in config.reward.to_dict().items() if key != "batch_size"}
     evaluation = {key: config.eval[key] for key in ("judge", "num_images", "batch_size", "seed")}
-    decisive = [vars(settings), prompts, reward, evaluation, config.pretrained.to_dict(), files.sha256(lora) if lora else ""]
+    decisive = [
+        vars(settings),
+        prompts,
+        reward,
+        evaluation,
+        base_fingerprint(config.pretrained),
+        config.pretrained.resolution,
+        files.sha256(lora) if lora else "",
+    ]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
     label = checkpoint if lora is None else "-".join(lora.parent.parts[-3::2]) if "checkpoints" in lora.parts else lora.stem
     return root / "eval" / f"{label}_{Path(name).stem}_{digest}"

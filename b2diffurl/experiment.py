@@ -21,11 +21,13 @@ from b2diffurl.runtime import run_script
 from b2diffurl.stage import LORA_FILE, Stage, find_checkpoints
 
 # What may differ from call to call; everything else is the experiment and stays as config.json has it. Where things lie
-# may change, too: the prompts and the base network are known by their checksums.
+# may change, too: the prompts and the base network are known by their checksums. So may what only memory limits, though it
+# moves results by rounding; the same command gives the same bits.
 VOLATILE = (
     "run_name", "split_step", "stage_cnt", "resume_from", "dev_id", "num_threads", "wandb", "keep.samples", "keep.images",
     "exp_name", "save_path", "log_path", "prompt_file",
     "pretrained.model", "pretrained.revision", "pretrained.variant", "pretrained.config",
+    "sample.micro_batch_size", "sample.decode_batch_size", "train.micro_batch_size", "reward.batch_size",
     "eval.prompt_file", "eval.judge", "eval.num_images", "eval.batch_size", "eval.seed",
 )  # fmt: skip
 PRECISIONS = ("auto", "no", "fp16", "bf16")
@@ -170,13 +172,14 @@ def resume_source(config: ConfigDict, stage: Stage) -> Path | None:
     """The LoRA file a stage starts from.
 
     A stage goes on from the one before it. `resume_from` is where a run starts, so it counts for stage 0, for a stage
-    whose predecessor is not in this experiment, and wherever it names a checkpoint of this experiment.
+    whose predecessor is not in this experiment, and where it names a checkpoint of that predecessor.
     """
     given = Path(config["resume_from"]).expanduser() if config["resume_from"] else None
-    inside = given is not None and given.resolve().is_relative_to(stage.root.resolve())
     before = Stage(stage.root, stage.index - 1)
+    inside = given is not None and given.resolve().is_relative_to(before.folder.resolve())
     if stage.index > 0 and not inside:
         if before.finished("train"):
+            before.verify("train", "checkpoints")
             return before.checkpoints()[-1] / LORA_FILE
         if given is None or before.folder.exists():
             raise ValueError(f"{stage.folder} follows {before.folder}, which is not trained yet. Run that stage first.")

@@ -9,6 +9,7 @@ from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+from safetensors import SafetensorError
 
 CONFIG_FILE = "config/stage_process.py"
 FLAGS = flags.FLAGS
@@ -18,7 +19,6 @@ logger = logging.getLogger("b2diffurl")
 
 def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
     """Parse the flags and call `main(config)`. A mistake of the user's ends in two lines and exit code 2."""
-    config_flags.DEFINE_config_file("config", CONFIG_FILE, "Configuration, CONFIG.py:PRESET; any key by --config.KEY.")
     config = parse_flags()
     log_file = Path(config.log_path) / f"{config.exp_name}.log"
     set_up_logging(log_file)
@@ -27,25 +27,36 @@ def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
     except KeyboardInterrupt:
         logger.warning("%s: interrupted; run the same command again to go on", verb)
         sys.exit(130)
-    except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError, SafetensorError) as error:
         logger.debug("%s failed", verb, exc_info=True)
         die(f"{verb}: {error}", hint=f"Mend it and run the same command again; the traceback is in {log_file}.")
+    except RuntimeError as error:
+        logger.debug("%s failed", verb, exc_info=True)
+        if "out of memory" not in str(error):
+            raise
+        knobs = "sample.micro_batch_size, sample.decode_batch_size, train.micro_batch_size or reward.batch_size"
+        die(f"{verb}: {error}", hint=f"Lower {knobs} and run the command again: it goes on where it stopped.")
 
 
 def parse_flags() -> ConfigDict:
     """The configuration with its overrides, locked."""
+    what = "Configuration, CONFIG.py:PRESET; any key by --config.KEY."
     try:
+        config_flags.DEFINE_config_file("config", CONFIG_FILE, what)
         rest = FLAGS(sys.argv)
-        config = FLAGS.config
+        config = FLAGS.config.lock()
+    except (AttributeError, KeyError) as error:
+        die(f"unknown key {error} on the command line", hint=f"Every key stands with a comment in {CONFIG_FILE}.")
     except Exception as error:  # absl, ml_collections and the config file each raise their own kinds
-        die(str(error).splitlines()[0], hint=f"Every key stands with a comment in {CONFIG_FILE}.")
+        reason = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
+        die(reason[-1], hint=f"Every key stands with a comment in {CONFIG_FILE}.")
     if len(rest) > 1:
         die(f"unexpected argument {rest[1]!r}", hint="Options look like --config.train.learning_rate=1e-4.")
-    return config.lock()
+    return config
 
 
 def die(message: str, *, hint: str) -> None:
-    print(f"error: {message}\n       {hint}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())}\n       {hint}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -83,7 +94,10 @@ def make_accelerator(config: ConfigDict, num_threads: int) -> Any:
             raise ValueError(f"dev_id is {config.dev_id}; this machine has CUDA devices 0..{torch.cuda.device_count() - 1}")
         torch.cuda.set_device(config.dev_id)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
-    return Accelerator(cpu=not cuda, mixed_precision=resolve_precision(config.mixed_precision, cuda=cuda))
+    precision = resolve_precision(config.mixed_precision, cuda=cuda)
+    if precision == "fp16" and not cuda:
+        raise ValueError("mixed_precision is fp16, which needs CUDA. On the CPU use no, or bf16.")
+    return Accelerator(cpu=not cuda, mixed_precision=precision)
 
 
 def resolve_precision(wanted: str, *, cuda: bool) -> str:

@@ -19,7 +19,7 @@ from b2diffurl.experiment import Plan, make_plan, record_experiment
 from b2diffurl.metrics import open_metrics
 from b2diffurl.models import Model
 from b2diffurl.policy import decode, load_policy, predictor
-from b2diffurl.prompts import batch_prompts
+from b2diffurl.prompts import batch_prompts, load_prompts
 from b2diffurl.rewards import check_reward
 from b2diffurl.runtime import logger, make_accelerator, progress
 from b2diffurl.seeding import generator
@@ -30,7 +30,9 @@ from b2diffurl.trajectory import save_batch
 def sample_stage(config: ConfigDict) -> None:
     """Sample every batch of the stage that is not on disk yet; processes share the batches by global index."""
     plan = make_plan(config)
-    check_reward(config.reward.name, config.reward)
+    check_reward(config.reward.name, config.reward, plan.prompts)
+    if config.eval.judge:
+        check_reward(config.eval.judge, config.reward, [*plan.prompts, *load_prompts(config.eval.prompt_file)])
     stage = plan.stage
     if stage.finished("sample"):
         logger.info("sample stage%d: already finished", stage.index)
@@ -46,7 +48,6 @@ def sample_stage(config: ConfigDict) -> None:
     check_batches(stage, num_batches, facts["policy"])
     if accelerator.is_main_process:
         files.remove_temporaries(stage.folder)
-        record_experiment(plan, torch.get_num_threads())
     accelerator.wait_for_everyone()
     logger.info(
         "sample stage%d: S=%d of %d steps, %d images, from %s",
@@ -56,7 +57,7 @@ def sample_stage(config: ConfigDict) -> None:
     mine = [batch for batch in range(num_batches) if batch % accelerator.num_processes == accelerator.process_index]
     todo = [batch for batch in mine if not stage.batch(batch).is_file()]
     for batch in progress(todo, f"stage{stage.index} sample"):
-        sample_batch(config, plan, model, sampler, batch, facts["policy"])
+        sample_batch(config, plan, model, sampler, batch, facts["policy"], record=accelerator.is_main_process)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         seconds = {"load": loaded - started, "sample": time.perf_counter() - loaded}
@@ -64,8 +65,13 @@ def sample_stage(config: ConfigDict) -> None:
     accelerator.end_training()
 
 
-def sample_batch(config: ConfigDict, plan: Plan, model: Model, sampler: Sampler, batch: int, policy: dict) -> None:
-    """Sample one batch from noise that follows from (seed, stage, batch) alone; its file is the last thing written."""
+def sample_batch(
+    config: ConfigDict, plan: Plan, model: Model, sampler: Sampler, batch: int, policy: dict, *, record: bool
+) -> None:
+    """Sample one batch from noise that follows from (seed, stage, batch) alone; its file is the last thing written.
+
+    With `record` the experiment's config.json is written as soon as there is something that depends on it.
+    """
     stage, num_groups = plan.stage, config.sample.batch_size
     choice = generator(config.seed, stage.index, "prompts", batch) if config.prompt_random_choose else None
     prompts = batch_prompts(list(plan.prompts), num_groups, batch, choice)
@@ -94,19 +100,22 @@ def sample_batch(config: ConfigDict, plan: Plan, model: Model, sampler: Sampler,
         num_branches=config.split_time,
         num_trained_steps=plan.num_trained_steps,
     )
-    require_finite(log_probs, prompts, stage, batch)
+    require_finite(latents, log_probs, prompts, stage, batch)
     images = decode(model, latents[:, :, -1].flatten(0, 1), config.sample.decode_batch_size)
+    if record:
+        record_experiment(plan, torch.get_num_threads())
     for n, image in enumerate(images):
         files.write_image(stage.image(batch * len(images) + n), image)
     window = sampler.timesteps[-plan.num_trained_steps :]
     save_batch(stage.batch(batch), latents, log_probs, window, prompts, conditions, unconditional, policy)
 
 
-def require_finite(log_probs: Tensor, prompts: list[str], stage: Stage, batch: int) -> None:
+def require_finite(latents: Tensor, log_probs: Tensor, prompts: list[str], stage: Stage, batch: int) -> None:
     if not log_probs.isfinite().all():
         groups = (~log_probs.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
         where = stage.folder / f"nonfinite_batch_{batch}.safetensors"
-        files.write_tensors(where, {"log_probs": log_probs}, {"groups": groups, "prompts": prompts})
+        tensors = {"latents": latents[groups], "log_probs": log_probs[groups]}
+        files.write_tensors(where, tensors, {"groups": groups, "prompts": [prompts[g] for g in groups]})
         raise FloatingPointError(f"{stage.batch(batch)}: non-finite log-probability in groups {groups}; see {where}")
 
 

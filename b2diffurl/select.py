@@ -91,10 +91,13 @@ def score_images(reward: Reward, stage: Stage, prompts: list[str], batch_size: i
 def write_scores(stage: Stage, prompts: list[str], rewards: Tensor, parts: Parts) -> None:
     rows = []
     for n, (prompt, reward) in enumerate(zip(prompts, rewards.tolist(), strict=True)):
-        finite = {key: value[n].item() for key, value in parts.items()}
-        reward = reward if np.isfinite(reward) else None
-        rows.append({"id": n, "prompt": prompt, "reward": reward, "parts": finite})
+        row = {"id": n, "prompt": prompt, "reward": finite(reward)}
+        rows.append(row | {"parts": {key: finite(value[n].item()) for key, value in parts.items()}})
     files.write_json_lines(stage.scores, rows)
+
+
+def finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
 
 
 def require_finite(stage: Stage, rewards: Tensor) -> None:
@@ -105,13 +108,12 @@ def require_finite(stage: Stage, rewards: Tensor) -> None:
 
 def score_history(stage: Stage, count: int) -> list[tuple[str, float]]:
     """(prompt, reward) of up to `count` stages before this one."""
-    earlier = [Stage(stage.root, index) for index in range(max(0, stage.index - count), stage.index)]
-    return [
-        (row["prompt"], row["reward"])
-        for before in earlier
-        if before.finished("select")
-        for row in files.read_json_lines(before.scores)
-    ]
+    history = []
+    for before in (Stage(stage.root, index) for index in range(max(0, stage.index - count), stage.index)):
+        if before.finished("select"):
+            before.verify("select", before.scores.name)
+            history += [(row["prompt"], row["reward"]) for row in files.read_json_lines(before.scores)]
+    return history
 
 
 def summarise(

@@ -19,7 +19,7 @@ from torch import Tensor
 from b2diffurl import files
 from b2diffurl.checkpoint import load_optimizer, read_state, save_checkpoint
 from b2diffurl.ddim import Sampler, log_prob, require_stochastic, step_weights, transition
-from b2diffurl.experiment import Plan, make_plan, record_experiment
+from b2diffurl.experiment import Plan, make_plan
 from b2diffurl.metrics import Metrics, open_metrics, read_events
 from b2diffurl.models import Model
 from b2diffurl.objectives import OBJECTIVES
@@ -37,6 +37,7 @@ def train_stage(config: ConfigDict) -> None:
     stage = plan.stage
     if stage.finished("train"):
         logger.info("train stage%d: already finished", stage.index)
+        clean_up(config, stage)
         return
     started = time.perf_counter()
     sampled = stage.manifest("sample")
@@ -51,7 +52,6 @@ def train_stage(config: ConfigDict) -> None:
     done = read_state(source)["epoch"] if interrupted else 0
     if accelerator.is_main_process:
         files.remove_temporaries(stage.folder)
-        record_experiment(plan, torch.get_num_threads())
     accelerator.wait_for_everyone()
     selection = files.read_json(stage.selection)
     loaded = time.perf_counter()
@@ -93,6 +93,8 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(list(self.model.trainable().values()), self.max_grad_norm)
         self.require_finite(per_step, norm, trajectories)
         self.optimizer.step()
+        if self.accelerator.optimizer_step_was_skipped:
+            logger.warning("train stage%d: fp16 overflow, update %d is skipped", self.stage.index, self.num_updates)
         self.optimizer.zero_grad()
         self.num_updates += 1
         if not len(per_step[0]["row"]):

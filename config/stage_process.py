@@ -50,7 +50,7 @@ def reference() -> ConfigDict:
     pretrained.model = "CompVis/stable-diffusion-v1-4"  # hub id, local directory, or a single .safetensors file
     pretrained.revision = "main"  # branch, tag or commit on the hub
     pretrained.variant = ""  # weight variant on the hub or in the directory, such as fp16
-    pretrained.config = "CompVis/stable-diffusion-v1-4"  # for a single file only: where its component configs lie
+    pretrained.config = "CompVis/stable-diffusion-v1-4"  # for a single file only: configs of its family (prediction type!)
     pretrained.resolution = 0  # image size in pixels; 0: the model's own
 
     # ---- sampling ----

@@ -1,18 +1,22 @@
-"""What the tests share: tiny models on disk, one finished experiment of two stages, and the scripts as child processes."""
+"""What the tests share: tiny models on disk, one finished experiment of two stages, and ways to run the scripts."""
 
 import contextlib
 import copy
+import io
 import json
+import logging
 import multiprocessing
 import os
 import re
 import runpy
 import shutil
 import sys
-import tempfile
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -24,6 +28,7 @@ import pytest  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from absl.flags import FLAGS  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
 torch.set_num_threads(1)
@@ -169,12 +174,12 @@ def assert_same(one: Path, other: Path) -> None:
     assert not differing
 
 
-# ---- the scripts as processes ----
+# ---- the scripts ----
 
 
 @dataclass(frozen=True)
 class Ended:
-    code: int  # negative: killed by that signal
+    code: int
     stdout: str
     stderr: str
     seconds: float
@@ -184,61 +189,76 @@ def flags(overrides: dict) -> list[str]:
     return [f"--config.{key}={value}" for key, value in overrides.items()]
 
 
-def run_script(folder: Path, verb: str, overrides: dict, *more: str, preset: str = "sd14", die_at_rename: int = 0) -> Ended:
-    """run_<verb>.py with flags in `folder`; killed before its n-th rename if asked."""
-    argv = [f"run_{verb}.py", f"--config={ROOT}/config/stage_process.py:{preset}", *flags(overrides), *more]
-    return run_child(folder, _script, argv, die_at_rename)
+def command_line(verb: str, overrides: dict, *more: str, preset: str = "sd14") -> list[str]:
+    return [f"run_{verb}.py", f"--config={ROOT}/config/stage_process.py:{preset}", *flags(overrides), *more]
+
+
+def run_script(folder: Path, verb: str, overrides: dict, *more: str, preset: str = "sd14") -> Ended:
+    """run_<verb>.py from its first line to its exit code, in this process, with flags and in `folder`."""
+    argv = command_line(verb, overrides, *more, preset=preset)
+    return call(folder, argv, lambda: runpy.run_path(str(ROOT / argv[0]), run_name="__main__"))
 
 
 def parse_command(folder: Path, argv: list[str]) -> Ended:
     """Parse the flags of a command line `run_<verb>.py …` and print the resulting configuration as JSON."""
-    return run_child(folder, _parse, argv)
+    from b2diffurl import runtime
+
+    def parse() -> None:
+        runpy.run_path(str(ROOT / argv[0]), run_name="flags_only")
+        runtime.run_script("parse", lambda config: print(json.dumps(config.to_dict())))
+
+    return call(folder, argv, parse)
 
 
-def run_child(folder: Path, target, *args) -> Ended:
-    """Call `target(*args)` in `folder` in a fresh process whose slow imports are done already."""
+def call(folder: Path, argv: list[str], main: Callable[[], object]) -> Ended:
+    """Call `main` as the interpreter would in a process of its own: its flags, streams and exit code are its own."""
+    known, started = set(FLAGS), time.perf_counter()
+    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    with (
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+        mock.patch.object(sys, "argv", argv),
+    ):
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException:
+            code = 1
+            traceback.print_exc()
+        finally:
+            FLAGS.unparse_flags()
+            for name in set(FLAGS) - known:
+                delattr(FLAGS, name)
+            for handler in list(logging.getLogger("b2diffurl").handlers):
+                logging.getLogger("b2diffurl").removeHandler(handler)
+                handler.close()
+    return Ended(code, stdout.getvalue(), stderr.getvalue(), time.perf_counter() - started)
+
+
+def run_and_kill(folder: Path, verb: str, overrides: dict, *, rename: int) -> int:
+    """The exit code of run_<verb>.py in a fresh process that is killed before its n-th rename; 0 if it ends before."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(
         ["torch", "accelerate", "peft", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"]
     )
-    with tempfile.TemporaryDirectory() as scratch:
-        outputs = [Path(scratch) / stream for stream in ("stdout", "stderr")]
-        started = time.perf_counter()
-        child = server.Process(target=_child, args=(folder, outputs, target, args))
-        child.start()
-        child.join()
-        return Ended(child.exitcode, *(path.read_text() for path in outputs), time.perf_counter() - started)
+    child = server.Process(target=_doomed, args=(folder, command_line(verb, overrides), rename))
+    child.start()
+    child.join()
+    return child.exitcode
 
 
-def _child(folder: Path, outputs: list[Path], target, args: tuple) -> None:
-    for descriptor, path in zip((1, 2), outputs, strict=True):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
-    os.chdir(folder)
-    target(*args)
+def _doomed(folder: Path, argv: list[str], rename: int) -> None:
+    remaining = [rename]
 
-
-def _script(argv: list[str], die_at_rename: int) -> None:
-    if die_at_rename:
-        _kill_before_rename(die_at_rename)
-    sys.argv = argv
-    runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
-
-
-def _parse(argv: list[str]) -> None:
-    from b2diffurl import runtime
-
-    sys.argv = argv
-    runpy.run_path(str(ROOT / argv[0]), run_name="flags_only")
-    runtime.run_script("parse", lambda config: print(json.dumps(config.to_dict())))
-
-
-def _kill_before_rename(number: int) -> None:
-    remaining = [number]
-
-    def hook(event: str, _args: tuple) -> None:
+    def kill(event: str, _args: tuple) -> None:
         if event == "os.rename":
             remaining[0] -= 1
             if not remaining[0]:
                 os.kill(os.getpid(), 9)
 
-    sys.addaudithook(hook)
+    sys.addaudithook(kill)
+    os.chdir(folder)
+    sys.argv = argv
+    runpy.run_path(str(ROOT / argv[0]), run_name="__main__")

@@ -60,6 +60,13 @@ def load_model(
     )
 
 
+def base_fingerprint(pretrained: Mapping) -> str:
+    """SHA-256 of the base network's weights, without loading the model."""
+    from b2diffurl.models import stable_diffusion
+
+    return stable_diffusion.base_fingerprint(pretrained)
+
+
 def _stable_diffusion(pretrained: Mapping, **options) -> Model:
     from b2diffurl.models.stable_diffusion import StableDiffusion
 

@@ -1,5 +1,6 @@
 """Where a model's files are: a local path, the hub's cache, or the hub, asked once."""
 
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -38,11 +39,19 @@ def locate(name: str, *, patterns: Sequence[str], revision: str = "main") -> Pat
 
 
 def reachable(url: str) -> bool:
-    """Whether anything answers at `url` within PROBE_TIMEOUT_SEC."""
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_TIMEOUT_SEC).close()
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
-    return True
+    """Whether anything answers at `url` within PROBE_TIMEOUT_SEC, name look-up and every address included."""
+    answered = threading.Event()
+
+    def probe() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_TIMEOUT_SEC).close()
+            answered.set()
+        except urllib.error.HTTPError:
+            answered.set()
+        except OSError:
+            pass
+
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(PROBE_TIMEOUT_SEC)
+    return answered.is_set()

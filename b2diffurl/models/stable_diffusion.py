@@ -34,11 +34,11 @@ class StableDiffusion:
     ):
         root = locate(pretrained["model"], revision=pretrained["revision"], patterns=file_patterns(pretrained["variant"]))
         load = _load_single_file if root.is_file() else _load_directory
-        parts, self.scheduler_config, weights = load(root, pretrained, dtype, decoder)
+        parts, self.scheduler_config = load(root, pretrained, dtype, decoder)
         check_scheduler(self.scheduler_config, pretrained["model"])
         self._scheduler = DDIMScheduler.from_config(self.scheduler_config)
         self.scheduler_config = {key: value for key, value in self._scheduler.config.items() if not key.startswith("_")}
-        self.fingerprint = fingerprint(weights)
+        self.fingerprint = base_fingerprint(pretrained)
         self.vae, self.text_encoder, self.tokenizer = parts.get("vae"), parts.get("text_encoder"), parts.get("tokenizer")
         for part in (self.vae, self.text_encoder):
             if part is not None:
@@ -183,10 +183,20 @@ def check_scheduler(config: Mapping, model: str) -> None:
             )
 
 
-def fingerprint(weights: list[Path]) -> str:
-    """SHA-256 of the base network's weights; one file's own, or that of all files' in order."""
-    digests = [files.sha256(path) for path in weights]
+def base_fingerprint(pretrained: Mapping) -> str:
+    """SHA-256 of the UNet's weight file (of a single-file model: of that file), or of all files' digests in order."""
+    root = locate(pretrained["model"], revision=pretrained["revision"], patterns=file_patterns(pretrained["variant"]))
+    digests = [files.sha256(path) for path in ([root] if root.is_file() else unet_weights(root, pretrained["variant"]))]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def unet_weights(root: Path, variant: str) -> list[Path]:
+    """The UNet's weight files of one variant; a FileNotFoundError if there are none."""
+    pattern = f"*.{variant}*.safetensors" if variant else "*.safetensors"
+    weights = sorted(path for path in (root / "unet").glob(pattern) if variant or path.name.count(".") == 1)
+    if not weights:
+        raise FileNotFoundError(f"{root / 'unet'} has no {pattern}. Weights must be safetensors; see pretrained.variant.")
+    return weights
 
 
 def file_patterns(variant: str) -> list[str]:
@@ -198,17 +208,14 @@ def file_patterns(variant: str) -> list[str]:
     return ["model_index.json", "*/*.json", "tokenizer/*", *weights]
 
 
-def _load_directory(root: Path, pretrained: Mapping, dtype: torch.dtype, decoder: bool) -> tuple[dict, dict, list[Path]]:
-    """The components of a directory in the diffusers layout, its scheduler config, and the UNet's weight files."""
+def _load_directory(root: Path, pretrained: Mapping, dtype: torch.dtype, decoder: bool) -> tuple[dict, dict]:
+    """The components of a directory in the diffusers layout, and its scheduler config."""
     wanted = COMPONENTS if decoder else ("unet", "scheduler")
     missing = [name for name in wanted if not (root / name).is_dir()]
     if missing:
         raise FileNotFoundError(f"{root} has no {missing[0]}/. A model directory holds {', '.join(COMPONENTS)}.")
+    unet_weights(root, pretrained["variant"])
     variant = pretrained["variant"] or None
-    pattern = f"*.{variant}*.safetensors" if variant else "*.safetensors"
-    weights = sorted(path for path in (root / "unet").glob(pattern) if variant or path.name.count(".") == 1)
-    if not weights:
-        raise FileNotFoundError(f"{root / 'unet'} has no {pattern}. Weights must be safetensors; see pretrained.variant.")
     options = {"variant": variant, "use_safetensors": True, "torch_dtype": dtype}
     parts = {"unet": UNet2DConditionModel.from_pretrained(root, subfolder="unet", **options)}
     if decoder:
@@ -217,10 +224,10 @@ def _load_directory(root: Path, pretrained: Mapping, dtype: torch.dtype, decoder
             root, subfolder="text_encoder", variant=variant, use_safetensors=True, dtype=dtype
         )
         parts["tokenizer"] = CLIPTokenizer.from_pretrained(root, subfolder="tokenizer")
-    return parts, files.read_json(root / "scheduler" / "scheduler_config.json"), weights
+    return parts, files.read_json(root / "scheduler" / "scheduler_config.json")
 
 
-def _load_single_file(root: Path, pretrained: Mapping, dtype: torch.dtype, decoder: bool) -> tuple[dict, dict, list[Path]]:
+def _load_single_file(root: Path, pretrained: Mapping, dtype: torch.dtype, decoder: bool) -> tuple[dict, dict]:
     """The same from one .safetensors file, with the component configs of `pretrained.config`."""
     if root.suffix != ".safetensors":
         raise ValueError(f"{root} is not a .safetensors file. Convert it first; pickled weights are never loaded.")
@@ -236,4 +243,4 @@ def _load_single_file(root: Path, pretrained: Mapping, dtype: torch.dtype, decod
     )
     wanted = ("unet", "vae", "text_encoder", "tokenizer") if decoder else ("unet",)
     parts = {name: getattr(pipeline, name) for name in wanted}
-    return parts, files.read_json(configs / "scheduler" / "scheduler_config.json"), [root]
+    return parts, files.read_json(configs / "scheduler" / "scheduler_config.json")

@@ -21,12 +21,17 @@ def load_reward(name: str, config: Mapping, device: torch.device) -> Reward:
     return REWARDS[name](config, device)
 
 
-def check_reward(name: str, config: Mapping) -> None:
-    """Refuse an unknown reward, and one whose model cannot be had, before anything is computed."""
+def check_reward(name: str, config: Mapping, prompts: Sequence[str] = ()) -> None:
+    """Refuse an unknown reward, one whose model cannot be had, or one that cannot read the prompts, before any work."""
     if name not in REWARDS:
         raise ValueError(f"unknown reward {name!r}; known: {', '.join(REWARDS)}")
     if name == "clip":
         clip_directory(config)
+    if name == "shapes":
+        from b2diffurl.shapes.scene import parse
+
+        for prompt in prompts:
+            parse(prompt)
 
 
 def clip_directory(config: Mapping) -> Path:

@@ -13,7 +13,10 @@ class Clip:
     """The CLIP model in directory `root`; call it with images uint8 [N,H,W,3] and prompts [N]."""
 
     def __init__(self, root: Path, device: torch.device):
-        self.model = CLIPModel.from_pretrained(root, use_safetensors=True, dtype=torch.float32).to(device).eval()
+        model, info = CLIPModel.from_pretrained(root, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+        if info["missing_keys"]:
+            raise ValueError(f"{root} lacks weights of a CLIP model, such as {sorted(info['missing_keys'])[0]}.")
+        self.model = model.to(device).eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(root)
         self.processor = AutoImageProcessor.from_pretrained(root, backend="pil")
         self.device = device

@@ -1,7 +1,7 @@
 """Exact checker: reads two clean shapes off the pixels and says which parts of a prompt hold.
 
 A shape is fitted, not guessed: its ink gives centre and size, each of the four outlines is drawn there with
-the renderer's own `coverage`, and the best one must match to a third of a pixel along its edge.
+the renderer's own `coverage`, and the best one must match to a quarter of a pixel along its edge.
 """
 
 # N images, H = W = 64 px, 2 objects an image (largest first), F outlines fitted to each
@@ -32,9 +32,9 @@ INK_RGB = 90.0  # a pixel this far from the background belongs to a shape
 MIN_INK_PX = 70  # a smaller patch is no shape
 MAX_STRAY_PX = 10.0  # ink outside both shapes, in full pixels
 MIN_BACKGROUND = 200.0  # light ground, each channel
-MAX_COLOUR_RGB = 32.0  # from a shape's mean colour to the nearest named one
-MAX_TONE_RGB = 15.0  # root mean square distance of a shape's inner pixels to their mean colour
-MAX_EDGE_PX = 0.3  # mean distance between the drawn and the fitted outline
+MAX_COLOUR_RGB = 42.0  # from a shape's mean colour to the nearest named one
+MAX_TONE_RGB = 12.0  # root mean square distance of a shape's inner pixels to their mean colour
+MAX_EDGE_PX = 0.24  # mean distance between the drawn and the fitted outline
 AXIS_RATIO = 1.25  # a relation needs an offset this many times that along the other axis
 CHUNK = 32  # images at a time, so that they stay in the cache
 
