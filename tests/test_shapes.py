@@ -2,6 +2,7 @@
 
 import json
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from b2diffurl.shapes.scene import (
     render,
 )
 
-BASE_DIR, CLIP_DIR = "model/shapes/base", "model/shapes/clip"
+BASE_DIR, CLIP_DIR = Path("model/shapes/base"), Path("model/shapes/clip")
 RED_CIRCLE, BLUE_SQUARE = Thing("red", "circle"), Thing("blue", "square")
 NO_ERRORS = CaptionErrors(0, 0, 0, 0)
 

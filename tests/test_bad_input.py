@@ -1,0 +1,347 @@
+"""Bad input ends before any work: exit code not 0, two lines that say what is wrong and what to do, nothing written."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from conftest import ROOT, VERBS, Ended, command_line, experiment, run_script, run_stage, snapshot
+from safetensors.torch import load_file, save_file
+
+from b2diffurl.stage import LORA_FILE, Stage
+
+LIMIT_SEC = 10
+
+
+def assert_refused(ended: Ended, *said: str) -> None:
+    """Two lines on stderr that say all of `said`; no traceback anywhere; and soon."""
+    assert ended.code not in (0, None)
+    assert "Traceback" not in ended.stdout + ended.stderr, ended.stderr
+    first, second = ended.stderr.splitlines()
+    assert first.startswith("error: ")
+    assert second.startswith("       ")
+    for words in said:
+        assert re.search(words, first), first
+    assert ended.seconds < LIMIT_SEC
+
+
+def refuse(folder: Path, verb: str, overrides: dict, *said: str, arguments: tuple = (), preset: str = "sd14") -> None:
+    """Run a script that must be refused, and look whether anything but the log has changed in `folder`."""
+    before = snapshot(folder)
+    assert_refused(run_script(folder, verb, overrides, *arguments, preset=preset), *said)
+    assert snapshot(folder) == before
+
+
+@pytest.fixture
+def base(models, tmp_path) -> Path:
+    """A base model of its own, to be damaged."""
+    return shutil.copytree(models / "sd", tmp_path / "sd")
+
+
+@pytest.fixture
+def empty(tmp_path) -> Path:
+    """A folder in which nothing has been run."""
+    (tmp_path / "work").mkdir()
+    return tmp_path / "work"
+
+
+# ---- models that cannot be had ----
+
+
+@pytest.mark.parametrize("name", ["/no/such/model", "./no/such/model", "~/no_such_model", "model/no/such"])
+def test_missing_model_directory(empty, overrides, name):
+    """A path at which there is nothing is named, with what may be given instead; for base model and scorer alike."""
+    for key in ("pretrained.model", "reward.model"):
+        refuse(empty, "sample", overrides | {key: name}, re.escape(name), "local path.*hub id")
+
+
+def test_model_neither_here_nor_on_a_hub_in_reach(empty, overrides):
+    """Offline, an id that is not in the cache is named with the command that downloads it."""
+    for key in ("pretrained.model", "reward.model"):
+        refuse(empty, "sample", overrides | {key: "nobody/no-model"}, "nobody/no-model", "hf download nobody/no-model")
+
+
+def test_a_silent_hub_is_probed_once(empty, overrides):
+    """A hub that takes connections and never answers: one connection, and the script ends within 10 seconds of it, in
+    two lines that say how to get the model."""
+    with socket.create_server(("127.0.0.1", 0), backlog=16) as silent:
+        times, connections = [], []
+
+        def listen() -> None:
+            while True:
+                try:
+                    connections.append(silent.accept()[0])
+                except OSError:
+                    return
+                times.append(time.perf_counter())
+
+        threading.Thread(target=listen, daemon=True).start()
+        environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HOME": str(empty / "hub")}
+        environment.pop("HF_HUB_OFFLINE")
+        argv = command_line("sample", overrides | {"pretrained.model": "nobody/no-model"})
+        result = subprocess.run(
+            [sys.executable, ROOT / argv[0], *argv[1:]],
+            cwd=empty, env=environment, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        ended = time.perf_counter()
+    assert len(times) == 1
+    assert result.returncode == 2
+    first, second = result.stderr.splitlines()[-2:]
+    assert "nobody/no-model" in first and "hf download" in first
+    assert "Traceback" not in result.stderr
+    assert ended - times[0] < LIMIT_SEC
+    assert not snapshot(empty)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_model_directory_with_a_part_missing(empty, overrides, base, part):
+    """A directory that lacks a component says which."""
+    shutil.rmtree(base / part)
+    refuse(empty, "sample", overrides | {"pretrained.model": str(base)}, part)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_model_directory_without_weights(empty, overrides, base, part):
+    """Weights that are not there, or are there as a pickle only, are missed by name; pickles are not tried."""
+    (weights,) = (base / part).glob("*.safetensors")
+    weights.rename(weights.with_suffix(".bin"))
+    refuse(empty, "sample", overrides | {"pretrained.model": str(base)}, part)
+
+
+@pytest.mark.parametrize("damage", [b"", b"<html>not found</html>", b"\x10\x00\x00\x00\x00\x00\x00\x00{}"])
+def test_damaged_base_weights(empty, overrides, base, damage):
+    """A weights file that was cut off, or is an error page, is named."""
+    (base / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(damage)
+    refuse(empty, "sample", overrides | {"pretrained.model": str(base)}, "unet|diffusion_pytorch_model")
+
+
+def test_a_scorer_directory_that_is_none(workplace, overrides, tmp_path):
+    """A directory without a CLIP model in it is refused in both scripts that want one."""
+    (tmp_path / "scorer").mkdir()
+    shutil.rmtree(experiment(workplace))
+    refuse(workplace, "sample", overrides | {"reward.model": str(tmp_path / "scorer")}, re.escape(str(tmp_path / "scorer")))
+
+
+def test_a_variant_that_is_not_there(empty, overrides):
+    """pretrained.variant names weights the directory lacks."""
+    refuse(empty, "sample", overrides | {"pretrained.variant": "fp16"}, "fp16")
+
+
+# ---- settings ----
+
+
+def test_unknown_preset(empty):
+    """The presets there are, are named."""
+    refuse(empty, "sample", {}, "'sd15'", "shapes, sd14", preset="sd15")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"split_step": 5}, r"split_step is 5.*1\.\.4"),
+        ({"split_step": -1}, r"split_step is -1.*1\.\.4"),
+        ({"split_step_right": 5}, r"2\.\.5.*1\.\.4"),
+        ({"split_step_left": 0}, r"0\.\.3.*1\.\.4"),
+        ({"sample.eta": 0.0}, "eta is 0"),
+        ({"run_name": "last"}, "run_name is 'last'"),
+        ({"exp_name": "a/b"}, "exp_name is 'a/b'"),
+        ({"reward.name": "beauty"}, "beauty.*clip, shapes"),
+        ({"train.objective": "dpo"}, "dpo.*ddpo"),
+        ({"pretrained.family": "sdxl"}, "sdxl.*stable_diffusion"),
+        ({"pretrained.resolution": 100}, "resolution is 100.*multiple of 16"),
+        ({"resume_from": "/no/such/lora"}, "no LoRA at /no/such/lora"),
+        ({"run_name": "stage1"}, "stage0.*not trained yet"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_work(empty, overrides, settings, said):
+    """S outside 1..T, eta 0, names that are none: what was given and what is allowed."""
+    refuse(empty, "sample", overrides | settings, said)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("none.json", None, "no prompt file at"),
+        ("empty.json", "", "not JSON"),
+        ("empty_list.json", "[]", "holds no prompt"),
+        ("empty.txt", "\n\n", "holds no prompt"),
+        ("cut.json", '["a cat", "a d', "not JSON"),
+        ("dict.json", '{"a": "cat"}', "must be a JSON list"),
+        ("numbers.json", "[1, 2]", "must be a JSON list"),
+        ("blank.json", '["a cat", ""]', "must be a JSON list"),
+        ("latin.txt", "caf\xe9".encode("latin-1"), "latin.txt"),
+        ("folder", "", "folder"),
+    ],
+)
+def test_prompt_file_missing_empty_or_malformed(empty, overrides, tmp_path, name, content, said):
+    """Each is told apart, with the file's name."""
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    refuse(empty, "sample", overrides | {"prompt_file": str(path)}, said, re.escape(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"clip_sample": True}, "clip_sample is on"),
+        ({"clip_sample": None}, "clip_sample is not given"),
+        ({"thresholding": True}, "thresholding is on"),
+        ({"set_alpha_to_one": True}, r"t = \[1\].*sigma = 0"),
+        ({"steps_offset": 0}, r"t = \[0\].*sigma = 0"),
+        ({"prediction_type": "flow"}, "flow.*epsilon"),
+    ],
+    ids=str,
+)
+def test_schedulers_without_a_policy(empty, overrides, base, change, said):
+    """clip_sample on, or left to DDIM's default, and windows with a sigma of 0: named with how to mend them."""
+    config = tiny.V1_4_SCHEDULER | change
+    tiny.write_scheduler(base, {key: value for key, value in config.items() if value is not None})
+    refuse(empty, "sample", overrides | {"pretrained.model": str(base)}, said)
+
+
+# ---- experiments that do not fit ----
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_stage_of_another_configuration(workplace, overrides, verb):
+    """A folder written by another configuration is refused by every script, finished or not, before any work."""
+    refuse(workplace, verb, overrides | {"seed": 1, "train.eps": 0.2}, "seed is 1, was 300", "train.eps is 0.2, was 0.1")
+    for manifest in VERBS[VERBS.index(verb) :]:
+        (experiment(workplace) / "stage0" / f"{manifest}.json").unlink()
+    refuse(workplace, verb, overrides | {"sample.guidance_scale": 3.0}, "guidance_scale is 3.0, was 5.0")
+
+
+def test_a_checkpoint_of_another_base_model(finished, empty, workplace, overrides, models):
+    """A LoRA trained on another base is refused: as a start, as the stage before, and as what a stage was sampled with."""
+    lora = experiment(finished) / "stage1" / "checkpoints" / "checkpoint_2"
+    other = {"pretrained.model": str(models / "sd_v")}
+    different = shutil.copytree(models / "sd_v", empty.parent / "different")
+    weights = different / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 1.01 for name, tensor in load_file(weights).items()}, weights)
+    other = {"pretrained.model": str(different)}
+    refuse(empty, "sample", overrides | other | {"resume_from": str(lora)}, "another base model")
+    refuse(workplace, "sample", overrides | other | {"run_name": "stage2", "stage_cnt": 3}, "another base model")
+    Stage(experiment(workplace), 0).manifest_path("train").unlink()
+    shutil.rmtree(experiment(workplace) / "stage0" / "checkpoints")
+    refuse(workplace, "train", overrides | other, "another base model")
+
+
+def test_a_lora_that_does_not_fit(finished, empty, overrides):
+    """Another rank is told with both shapes."""
+    lora = experiment(finished) / "stage1" / "checkpoints" / "checkpoint_2"
+    refuse(empty, "sample", overrides | {"resume_from": str(lora), "train.lora_rank": 8}, r"\(4, .*not \(8, .*lora_rank")
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\x10\x00\x00\x00\x00\x00\x00\x00{}"])
+def test_a_lora_that_is_damaged(empty, overrides, tmp_path, content):
+    """A .safetensors file that is none is named."""
+    (tmp_path / LORA_FILE).write_bytes(content)
+    refuse(empty, "sample", overrides | {"resume_from": str(tmp_path / LORA_FILE)}, LORA_FILE)
+
+
+def test_a_pickled_lora(empty, overrides, tmp_path):
+    """A .pt is not opened."""
+    (tmp_path / "lora.pt").write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
+    refuse(empty, "sample", overrides | {"resume_from": str(tmp_path / "lora.pt")}, "not a .safetensors file")
+
+
+@pytest.mark.parametrize(("verb", "missing"), [("select", "sample"), ("train", "sample")])
+def test_phases_out_of_order(empty, overrides, verb, missing):
+    """A phase whose input is not there says which script makes it."""
+    refuse(empty, verb, overrides, f"run_{missing}.py first")
+
+
+def test_training_before_selecting(overrides, empty):
+    """Sampled but not selected: run_select.py is what is missing."""
+    run_stage(empty, overrides, verbs=["sample"])
+    refuse(empty, "train", overrides, r"run_select.py first")
+
+
+@pytest.mark.parametrize(
+    ("name", "verb"),
+    [
+        ("config.json", "sample"),
+        ("stage1/sample.json", "select"),
+        ("stage1/select.json", "train"),
+        ("stage1/samples/batch_00001.safetensors", "sample"),
+        ("stage1/images/00003.png", "select"),
+        ("stage1/prompts.json", "select"),
+        ("stage0/scores.jsonl", "select"),
+        ("stage0/checkpoints/checkpoint_2/state.json", "sample"),
+        (f"stage0/checkpoints/checkpoint_2/{LORA_FILE}", "sample"),
+        ("stage0/checkpoints/checkpoint_2/optimizer.safetensors", "train"),
+    ],
+)
+def test_damaged_files_of_an_experiment(workplace, overrides, name, verb):
+    """A file that was cut to its half is named, whichever script meets it first."""
+    stage = Stage(experiment(workplace), 1)
+    for later in VERBS[VERBS.index(verb) :]:
+        stage.manifest_path(later).unlink(missing_ok=name != f"stage1/{later}.json")
+    if verb == "train":
+        shutil.rmtree(stage.folder / "checkpoints")
+    path = experiment(workplace) / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    refuse(workplace, verb, overrides | {"run_name": "stage1"}, re.escape(path.name))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--checkpoint=last",), "no trained stage"),
+        (("--checkpoint=stage4",), "no LoRA at"),
+        (("--checkpoint=/no/such/lora",), "no LoRA at /no/such/lora"),
+        (("--checkpoint=base", "--prompts=/no/such/prompts.json"), "no prompt file at /no/such/prompts.json"),
+        (("--checkpoint=base", "--config.eval.judge=beauty"), "beauty.*clip, shapes"),
+        (("--checkpoint=base", "--eta=2"), "eta"),
+        (("--checkpoint=base", "--config.pretrained.model=/no/such/model"), "/no/such/model"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_judged(empty, overrides, arguments, said):
+    """run_eval.py names the checkpoint, prompts, judge or setting it cannot use."""
+    refuse(empty, "eval", overrides, said, arguments=arguments)
+
+
+def test_the_real_process_ends_in_two_lines(empty, overrides):
+    """As a process of its own: exit code 2, nothing on stdout, two lines on stderr, the traceback in the log only."""
+    argv = command_line("sample", overrides | {"sample.eta": 0.0})
+    result = subprocess.run(
+        [sys.executable, ROOT / argv[0], *argv[1:]], cwd=empty, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 2
+    assert not snapshot(empty)
+    assert "Traceback" in (empty / "log" / "tiny.log").read_text()
+
+
+def test_run_process_stops_at_bad_input(empty, overrides):
+    """The loop ends before its first stage, with the exit code and the two lines of the check."""
+    argv = command_line("sample", overrides | {"split_step_right": 9})
+    result = subprocess.run(
+        ["bash", ROOT / "run_process.sh", *argv[2:], f"--config.log_path={empty}", f"--config.save_path={empty}"],
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "Preset": "sd14"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 2
+    assert "2..9" in result.stderr
+    assert [path.name for path in empty.iterdir()] == ["tiny.log"]
+
+
+def test_json_of_the_evaluation_needs_no_experiment(empty, overrides):
+    """Judging the base needs no trained stage: the counterpart of the refusals above."""
+    ended = run_script(empty, "eval", overrides, "--checkpoint=base")
+    assert ended.code == 0, ended.stderr
+    assert json.loads(ended.stdout.splitlines()[-1])["checkpoint"] == "base"
