@@ -170,7 +170,9 @@ def dry_run(tmp_path: Path, variables: dict[str, str], *arguments: str) -> list[
     stub.chmod(0o755)
     environment = {key: value for key, value in os.environ.items() if key not in {*VARIABLES, "Preset"}}
     environment |= variables | {"PATH": f"{stub.parent}:{os.environ['PATH']}"}
-    subprocess.run(["bash", ROOT / "run_process.sh", *arguments], env=environment, check=True, capture_output=True, timeout=60)
+    subprocess.run(
+        ["bash", ROOT / "run_process.sh", *arguments], env=environment, check=True, capture_output=True, timeout=60
+    )
     return [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
 
 
@@ -221,7 +223,14 @@ def commands() -> list[tuple[str, str]]:
 def test_the_readme_has_commands():
     """The quick start, the tests and the single scripts are there to be checked."""
     text = "\n".join(line for name, line in commands() if name == "README.md")
-    for words in ("bash run_process.sh", "python -m pytest", "run_sample.py", "run_select.py", "run_train.py", "run_eval.py"):
+    for words in (
+        "bash run_process.sh",
+        "python -m pytest",
+        "run_sample.py",
+        "run_select.py",
+        "run_train.py",
+        "run_eval.py",
+    ):
         assert words in text
 
 

@@ -138,7 +138,6 @@ def test_identity_leaves_room_for_what_changes_from_call_to_call(finished, overr
         plan(finished, overrides | {key: value})
 
 
-
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -14,9 +14,7 @@ CLIP = 0.1
 def at(ratio: float, advantage: float) -> tuple[float, float, float]:
     """Loss, gradient by log_prob and clip flag of one pair whose probability ratio is `ratio`."""
     log_prob = torch.tensor([-1.0 + math.log(ratio)], dtype=torch.float64, requires_grad=True)
-    loss, metrics = ddpo(
-        log_prob, torch.tensor([-1.0], dtype=torch.float64), torch.tensor([advantage]), clip_range=CLIP
-    )
+    loss, metrics = ddpo(log_prob, torch.tensor([-1.0], dtype=torch.float64), torch.tensor([advantage]), clip_range=CLIP)
     loss.sum().backward()
     return loss.item(), log_prob.grad.item(), metrics["clipped"].item()
 
@@ -70,5 +68,7 @@ def test_objectives_share_one_signature(name):
     assert loss.shape == (6,)
     assert {"log_ratio", "clipped"} <= metrics.keys()
     assert all(value.shape == (6,) and not value.requires_grad for value in metrics.values())
-    alone = [OBJECTIVES[name](log_prob[n : n + 1], old[n : n + 1], advantage[n : n + 1], clip_range=CLIP)[0] for n in range(6)]
+    alone = [
+        OBJECTIVES[name](log_prob[n : n + 1], old[n : n + 1], advantage[n : n + 1], clip_range=CLIP)[0] for n in range(6)
+    ]
     assert torch.equal(loss, torch.cat(alone))

@@ -184,9 +184,7 @@ def test_selection_follows_from_the_scores_and_their_history(finished):
 def test_no_two_stages_or_seeds_share_their_noise(finished, overrides, tmp_path):
     """The first states of stage 0, of stage 1 and of stage 0 under another seed have nothing in common."""
     run_stage(tmp_path, overrides | {"seed": 301}, verbs=["sample"])
-    one, two, other = (
-        load_file(stage.batch(0))["latents"][:, :, 0] for stage in (*stages(finished), stages(tmp_path)[0])
-    )
+    one, two, other = (load_file(stage.batch(0))["latents"][:, :, 0] for stage in (*stages(finished), stages(tmp_path)[0]))
     for latents in (two, other):
         cosine = torch.cosine_similarity(one.flatten(1), latents.flatten(1))
         assert cosine.abs().max() < 0.5

@@ -89,9 +89,7 @@ def test_selecting_twice_gives_the_same():
     """Normalising and selecting change nothing they are given."""
     rewards = torch.randn(30, generator=torch.Generator().manual_seed(0))
     prompts, history, before = ["a", "b"] * 15, [("a", 0.5)], rewards.clone()
-    one, two = (
-        select_pairs(normalise(rewards, prompts, history).unflatten(0, (-1, 5)), **PAIRS) for _ in range(2)
-    )
+    one, two = (select_pairs(normalise(rewards, prompts, history).unflatten(0, (-1, 5)), **PAIRS) for _ in range(2))
     assert one == two
     assert torch.equal(rewards, before)
     assert history == [("a", 0.5)]

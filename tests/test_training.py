@@ -293,9 +293,7 @@ def test_an_empty_selection_passes_the_weights_on(finished, overrides, tmp_path)
 @cache
 def tiny_model(root: str, seed: int = 0, rank: int = 4, dtype: torch.dtype = torch.float32):
     pretrained = {"family": "stable_diffusion", "model": root, "revision": "main", "variant": "", "resolution": 0}
-    return load_model(
-        pretrained, device=torch.device("cpu"), dtype=dtype, lora_rank=rank, seed=seed, decoder=False
-    )
+    return load_model(pretrained, device=torch.device("cpu"), dtype=dtype, lora_rank=rank, seed=seed, decoder=False)
 
 
 @pytest.mark.parametrize("rank", [1, 4, 8])

@@ -83,9 +83,9 @@ def clip(root: Path) -> Path:
         hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
     )
     text = CLIPTextConfig(**text_config(tokens))
-    CLIPModel(
-        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=WIDTH)
-    ).save_pretrained(root)
+    CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=WIDTH)).save_pretrained(
+        root
+    )
     tokens.save_pretrained(root)
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(root)
     return root
