@@ -11,7 +11,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -45,7 +44,7 @@ def read_state(lora: Path) -> dict[str, Any] | None:
 
 def load_optimizer(lora: Path, optimizer: torch.optim.Optimizer, names: list[str]) -> None:
     """Restore the optimizer saved beside `lora`, matched by parameter name."""
-    values = safetensors.torch.load_file(lora.parent / "optimizer.safetensors")
+    values = files.read_tensors(lora.parent / "optimizer.safetensors")
     values |= read_state(lora)["optimizer"]
     index_of = {name: index for index, name in enumerate(names)}
     entries: dict[int, dict] = {}

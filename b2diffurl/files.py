@@ -72,6 +72,14 @@ def read_metadata(path: Path) -> dict:
         raise ValueError(f"{path} is damaged ({error}). Delete it and run the same command again.") from None
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file."""
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file ({error}).") from None
+
+
 def describe(path: Path) -> dict[str, int | str]:
     """Size and SHA-256 of a file, as manifests hold them."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}

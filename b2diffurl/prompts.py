@@ -11,7 +11,10 @@ def load_prompts(path: str | Path) -> list[str]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no prompt file at {path}. Give a JSON list of strings, or a .txt with a prompt a line.")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text. A prompt file is a JSON list of strings, or .txt.") from None
     if path.suffix == ".txt":
         prompts = [line.strip() for line in text.splitlines() if line.strip()]
     else:

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -257,5 +258,5 @@ def check_command(folder: Path, where: str, words: list[str], variables: list[st
     if words[:2] == ["bash", "run_process.sh"]:
         assert {*variables} <= {*VARIABLES, "Preset"}, where
         assert parse_command(folder, ["run_train.py", f"{CONFIG}:shapes", *words[2:]]).code == 0, where
-    for word, following in zip(words, words[1:], strict=False):
+    for word, following in itertools.pairwise(words):
         assert word != "-r" or (ROOT / following).is_file(), where

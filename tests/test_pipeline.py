@@ -1,7 +1,6 @@
 """The whole pipeline on a tiny model: what it writes, that it may be run twice, killed, spread over processes, and that
 stock diffusers agrees with it."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -23,7 +22,6 @@ from conftest import (
     make_config,
     run_and_kill,
     run_stage,
-    run_verb,
     snapshot,
 )
 from diffusers import DDIMScheduler, StableDiffusionPipeline

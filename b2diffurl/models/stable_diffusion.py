@@ -8,7 +8,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from peft import LoraConfig
@@ -120,7 +119,7 @@ class StableDiffusion:
 
     def load_adapter(self, path: Path) -> None:
         parameters = {lora_key(name): parameter for name, parameter in self.trainable().items()}
-        state = safetensors.torch.load_file(path)
+        state = files.read_tensors(path)
         if state.keys() != parameters.keys():
             state = foreign_lora(path)
         if state.keys() != parameters.keys():
@@ -157,7 +156,7 @@ def foreign_lora(path: Path) -> dict[str, Tensor]:
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import convert_unet_state_dict_to_peft
 
-    state = safetensors.torch.load_file(path)
+    state = files.read_tensors(path)
     if any("dora_scale" in key for key in state):
         raise ValueError(f"{path} is a DoRA; only a plain LoRA of one rank and alpha can be resumed.")
     for key in [key for key in state if key.endswith(".alpha")]:
@@ -186,16 +185,17 @@ def check_scheduler(config: Mapping, model: str) -> None:
 def base_fingerprint(pretrained: Mapping) -> str:
     """SHA-256 of the UNet's weight file (of a single-file model: of that file), or of all files' digests in order."""
     root = locate(pretrained["model"], revision=pretrained["revision"], patterns=file_patterns(pretrained["variant"]))
-    digests = [files.sha256(path) for path in ([root] if root.is_file() else unet_weights(root, pretrained["variant"]))]
+    weights = [root] if root.is_file() else weight_files(root / "unet", pretrained["variant"])
+    digests = [files.sha256(path) for path in weights]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def unet_weights(root: Path, variant: str) -> list[Path]:
-    """The UNet's weight files of one variant; a FileNotFoundError if there are none."""
+def weight_files(folder: Path, variant: str) -> list[Path]:
+    """A component's weight files of one variant; a FileNotFoundError if there are none."""
     pattern = f"*.{variant}*.safetensors" if variant else "*.safetensors"
-    weights = sorted(path for path in (root / "unet").glob(pattern) if variant or path.name.count(".") == 1)
+    weights = sorted(path for path in folder.glob(pattern) if variant or path.name.count(".") == 1)
     if not weights:
-        raise FileNotFoundError(f"{root / 'unet'} has no {pattern}. Weights must be safetensors; see pretrained.variant.")
+        raise FileNotFoundError(f"{folder} has no {pattern}. Weights must be safetensors; see pretrained.variant.")
     return weights
 
 
@@ -214,7 +214,8 @@ def _load_directory(root: Path, pretrained: Mapping, dtype: torch.dtype, decoder
     missing = [name for name in wanted if not (root / name).is_dir()]
     if missing:
         raise FileNotFoundError(f"{root} has no {missing[0]}/. A model directory holds {', '.join(COMPONENTS)}.")
-    unet_weights(root, pretrained["variant"])
+    for name in {"unet", "vae", "text_encoder"}.intersection(wanted):
+        weight_files(root / name, pretrained["variant"])
     variant = pretrained["variant"] or None
     options = {"variant": variant, "use_safetensors": True, "torch_dtype": dtype}
     parts = {"unet": UNet2DConditionModel.from_pretrained(root, subfolder="unet", **options)}

@@ -35,7 +35,11 @@ def check_reward(name: str, config: Mapping, prompts: Sequence[str] = ()) -> Non
 
 
 def clip_directory(config: Mapping) -> Path:
-    return locate(config["model"], patterns=["*.json", "*.txt", "model*.safetensors"])
+    """The directory of the CLIP model that the configuration names."""
+    root = locate(config["model"], patterns=["*.json", "*.txt", "model*.safetensors"])
+    if not (root / "config.json").is_file() or not list(root.glob("model*.safetensors")):
+        raise FileNotFoundError(f"{root} is no CLIP directory: it needs config.json and model.safetensors.")
+    return root
 
 
 def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Parts]:

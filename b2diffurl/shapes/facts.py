@@ -1,7 +1,7 @@
 """What a relation caption states about each thing: "red circle, left", "blue square, right".
 
-Guessing these facts from an embedding is the auxiliary target of both text encoders. Without it, direction is a
-product of word order, identity and place that neither half of a network learns before the other has.
+Guessing these facts from an embedding is the auxiliary target of both text encoders. Direction is a
+product of word order, identity and place, and was not learned without it (docs/shapes.md, negative results).
 """
 
 import torch
