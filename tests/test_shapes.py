@@ -180,14 +180,14 @@ def test_checker_accepts_right_captions_and_refuses_wrong_ones(world):
 
 @pytest.mark.parametrize("kind", BROKEN_KINDS)
 def test_checker_flags_broken_pictures(kind, vae):
-    """At least 95 % of merged, cut, blurred, ... pictures are malformed; 92 % of each kind after the autoencoder.
+    """At least 95 % of merged, cut, blurred, ... pictures are malformed, after the autoencoder too.
 
-    It turns some two-tone shapes into clean ones of one tone, which are then rightly accepted.
+    But for two-tone ones: it turns some of them into clean shapes of one tone, which are then rightly accepted.
     """
     rng = np.random.default_rng(7)
     images = np.stack([broken_picture(kind, rng) for _ in range(150)])
     assert np.mean([bool(problem) for problem, _ in look(images)]) >= 0.95
-    assert np.mean([bool(problem) for problem, _ in look(through(vae, images))]) >= 0.92
+    assert np.mean([bool(problem) for problem, _ in look(through(vae, images))]) >= (0.92 if kind == "two-tone" else 0.95)
 
 
 def test_parts_say_what_is_wrong():
