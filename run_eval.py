@@ -21,7 +21,8 @@ def main(config):
 
     given = {name: flags.FLAGS[name].value for name in ("num_steps", "eta", "guidance_scale")}
     settings = {name: config.sample[name] if value is None else value for name, value in given.items()}
-    results = evaluate(config, flags.FLAGS.checkpoint, flags.FLAGS.prompts, SamplerSettings(**settings))
+    checkpoints = ["base"] * flags.FLAGS.grid + flags.FLAGS.checkpoint
+    results = evaluate(config, checkpoints, flags.FLAGS.prompts, SamplerSettings(**settings))
     if flags.FLAGS.grid:
         grid = Path(config.save_path) / config.exp_name / "before_after.png"
         draw_before_after(results, grid, judged=bool(config.eval.judge))

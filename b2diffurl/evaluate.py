@@ -54,7 +54,9 @@ def evaluate(
     root = Path(config.save_path) / config.exp_name
     loras = {name: resolve_checkpoint(root, name) for name in sorted(checkpoints, key=lambda name: name != "base")}
     prompts = {name: named_prompts(config, name) for name in prompt_sets}
-    accelerator = make_accelerator(config, config.num_threads)
+    begun = root / "config.json"
+    threads = config.num_threads or (files.read_json(begun)["num_threads"] if begun.is_file() else 0)
+    accelerator = make_accelerator(config, threads)
     results = []
     rewards: dict[str, Reward] = {}
     for checkpoint, lora in loras.items():

@@ -12,7 +12,7 @@ def load_prompts(path: str | Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"no prompt file at {path}. Give a JSON list of strings, or a .txt with a prompt a line.")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text. A prompt file is a JSON list of strings, or .txt.") from None
     if path.suffix == ".txt":

@@ -44,6 +44,11 @@ def train_stage(config: ConfigDict) -> None:
     stage.verify("select")
     stage.verify("sample", stage.samples.name)
     accelerator = make_accelerator(config, plan.num_threads)
+    if sampled["mixed_precision"] != accelerator.mixed_precision:
+        raise ValueError(
+            f"{stage.folder} was sampled with mixed_precision {sampled['mixed_precision']}, not "
+            f"{accelerator.mixed_precision}: the ratios would be off. Set mixed_precision={sampled['mixed_precision']}, on the same kind of device."
+        )
     interrupted = stage.checkpoints()
     source = interrupted[-1] / LORA_FILE if interrupted else plan.resume_from
     model = load_policy(config, accelerator, source, decoder=False)
@@ -251,6 +256,8 @@ def train_epochs(config: ConfigDict, trainer: Trainer, selection: list[dict], do
                 if first:
                     what = "train stage%d: %d trajectories, max |log-ratio| at the first update %.2e"
                     logger.info(what, trainer.stage.index, len(selection), report["max_abs_log_ratio"])
+                    if report["max_abs_log_ratio"] > config.train.eps:
+                        logger.warning("train: that is beyond the clip range; was the stage sampled on another device?")
         if epoch % config.train.save_interval == 0 or epoch == config.train.num_epochs:
             trainer.save(epoch, config.train.save_interval)
 

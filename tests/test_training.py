@@ -394,14 +394,14 @@ def test_a_non_finite_loss_stops_the_update(bench, batch, tmp_path, where):
     assert len(found["latents"]) == 1
 
 
-def test_a_non_finite_stage_leaves_no_checkpoint(workplace, overrides):
-    """A whole stage whose base model has turned to NaN stops in sampling: what is needed to look into it is on disk, the
-    error names batch and groups, and the stage is not finished."""
-    stage = Stage(experiment(workplace), 2)
-    lora = Stage(experiment(workplace), 1).checkpoints()[-1] / LORA_FILE
-    save_file({name: torch.full_like(value, torch.nan) for name, value in load_file(lora).items()}, lora)
+def test_a_non_finite_stage_is_not_sampled(finished, overrides, tmp_path):
+    """A policy that has turned to NaN stops in sampling: what is needed to look into it is on disk, the error names batch
+    and groups, and no sample is written."""
+    stage, lora = Stage(experiment(tmp_path), 0), tmp_path / LORA_FILE
+    trained = Stage(experiment(finished), 1).checkpoints()[-1] / LORA_FILE
+    save_file({name: torch.full_like(value, torch.nan) for name, value in load_file(trained).items()}, lora)
     with pytest.raises(FloatingPointError, match=r"batch 0.*groups \[0, 1\]"):
-        run_stage(workplace, overrides | {"stage_cnt": 3}, 2)
+        run_stage(tmp_path, overrides | {"resume_from": str(lora)})
     assert [path.name for path in stage.folder.iterdir()] == ["nonfinite_batch_0.safetensors"]
     assert load_file(stage.folder / "nonfinite_batch_0.safetensors")["log_probs"].isnan().any()
 

@@ -24,7 +24,9 @@ def locate(name: str, *, patterns: Sequence[str], revision: str = "main") -> Pat
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), local_files_only=True))
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), local_files_only=True))
+        if all(any(path.glob(pattern)) for pattern in patterns if pattern.endswith(".safetensors")):
+            return path
     except LocalEntryNotFoundError:
         pass
     if constants.is_offline_mode() or not reachable(constants.ENDPOINT):
