@@ -47,7 +47,8 @@ def train_stage(config: ConfigDict) -> None:
     if sampled["mixed_precision"] != accelerator.mixed_precision:
         raise ValueError(
             f"{stage.folder} was sampled with mixed_precision {sampled['mixed_precision']}, not "
-            f"{accelerator.mixed_precision}: the ratios would be off. Set mixed_precision={sampled['mixed_precision']}, on the same kind of device."
+            f"{accelerator.mixed_precision}: the ratios would be off. Train on the same kind of device, or set "
+            f"mixed_precision={sampled['mixed_precision']}."
         )
     interrupted = stage.checkpoints()
     source = interrupted[-1] / LORA_FILE if interrupted else plan.resume_from
