@@ -217,7 +217,7 @@ def _load_directory(root: Path, pretrained: Mapping, dtype: torch.dtype, decoder
     for name in {"unet", "vae", "text_encoder"}.intersection(wanted):
         weight_files(root / name, pretrained["variant"])
     variant = pretrained["variant"] or None
-    options = {"variant": variant, "use_safetensors": True, "torch_dtype": dtype}
+    options = {"variant": variant, "use_safetensors": True, "dtype": dtype}
     parts = {"unet": UNet2DConditionModel.from_pretrained(root, subfolder="unet", **options)}
     if decoder:
         parts["vae"] = AutoencoderKL.from_pretrained(root, subfolder="vae", **options)
@@ -240,7 +240,7 @@ def _load_single_file(root: Path, pretrained: Mapping, dtype: torch.dtype, decod
         raise FileNotFoundError(f"a single file needs the configs of its components (pretrained.config): {error}") from None
     skipped = {} if decoder else {"vae": None, "text_encoder": None, "tokenizer": None}
     pipeline = StableDiffusionPipeline.from_single_file(
-        str(root), config=str(configs), torch_dtype=dtype, safety_checker=None, local_files_only=True, **skipped
+        str(root), config=str(configs), dtype=dtype, safety_checker=None, local_files_only=True, **skipped
     )
     wanted = ("unet", "vae", "text_encoder", "tokenizer") if decoder else ("unet",)
     parts = {name: getattr(pipeline, name) for name in wanted}
