@@ -27,7 +27,7 @@ def main(config):
         grid = Path(config.save_path) / config.exp_name / "before_after.png"
         draw_before_after(results, grid, judged=bool(config.eval.judge))
         logger.info("eval before | after on the same noise: %s", grid)
-    hidden = ("values", "shown_prompts", "folder")
+    hidden = ("values", "diversity", "shown_prompts", "folder")
     print(json.dumps({key: value for key, value in results[-1].items() if key not in hidden}), flush=True)
 
 

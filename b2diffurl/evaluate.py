@@ -1,11 +1,12 @@
 """Judge the base model and checkpoints on prompt files, with noise that is the same for all of them.
 
-N images, one prompt each: the file's prompts in turn
+N images, one prompt each: the file's prompts in turn; E features an image
 """
 
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from b2diffurl import files
 from b2diffurl.branching import denoise
+from b2diffurl.diversity import mean_pairwise_distance
 from b2diffurl.experiment import check, find_lora
+from b2diffurl.features import Features, check_features, load_features
 from b2diffurl.models import Model, base_fingerprint
 from b2diffurl.policy import decode, load_policy, predictor
 from b2diffurl.prompts import load_prompts
@@ -38,6 +41,14 @@ class SamplerSettings:
     guidance_scale: float
 
 
+@dataclass(frozen=True)
+class Instruments:
+    """What images are judged by, by name."""
+
+    rewards: dict[str, Reward]
+    features: dict[str, Features]
+
+
 def evaluate(
     config: ConfigDict, checkpoints: list[str], prompt_sets: list[str], settings: SamplerSettings
 ) -> list[dict[str, Any]]:
@@ -48,27 +59,29 @@ def evaluate(
     the others carry their paired difference to it.
     """
     check(config)
-    for name in (config.reward.name, config.eval.judge):
-        if name:
-            check_reward(name, config.reward)
+    scorers = list(dict.fromkeys(name for name in (config.reward.name, config.eval.judge) if name))
     root = Path(config.save_path) / config.exp_name
     loras = {name: resolve_checkpoint(root, name) for name in sorted(checkpoints, key=lambda name: name != "base")}
     prompts = {name: named_prompts(config, name) for name in prompt_sets}
+    everything = [prompt for some_prompts in prompts.values() for prompt in some_prompts]
+    for name in scorers:
+        check_reward(name, config.reward, everything)
+    for name in config.eval.diversity:
+        check_features(name, config.reward, everything)
     begun = root / "config.json"
     threads = config.num_threads or (files.read_json(begun)["num_threads"] if begun.is_file() else 0)
     accelerator = make_accelerator(config, threads)
     results = []
-    rewards: dict[str, Reward] = {}
+    instruments = None
     for checkpoint, lora in loras.items():
         model = None
         for name, some_prompts in prompts.items():
             folder = result_folder(config, root, checkpoint, lora, name, some_prompts, settings)
             if not (folder / "result.json").is_file():
                 model = model or load_judged(config, accelerator, lora)
-                for key in dict.fromkeys(key for key in (config.reward.name, config.eval.judge) if key):
-                    rewards[key] = rewards.get(key) or load_reward(key, config.reward, accelerator.device)
+                instruments = instruments or load_instruments(config, scorers, accelerator)
                 logger.info("eval %s on %s prompts: %d images", checkpoint, name, config.eval.num_images)
-                judge(config, model, rewards, some_prompts, settings, folder)
+                judge(config, model, instruments, some_prompts, settings, folder)
             facts = {"checkpoint": checkpoint, "lora": str(lora or ""), "prompts": name} | vars(settings)
             results.append(facts | files.read_json(folder / "result.json") | {"folder": str(folder)})
     add_differences(results)
@@ -109,7 +122,7 @@ def result_folder(
 ) -> Path:
     """Where one evaluation lies: its name says what, a checksum of all that decides the numbers says which."""
     reward = {key: value for key, value in config.reward.to_dict().items() if key != "batch_size"}
-    evaluation = {key: config.eval[key] for key in ("judge", "num_images", "batch_size", "seed")}
+    evaluation = {key: config.eval[key] for key in ("judge", "diversity", "num_images", "batch_size", "seed")}
     decisive = [
         vars(settings),
         prompts,
@@ -124,6 +137,12 @@ def result_folder(
     return root / "eval" / f"{label}_{Path(name).stem}_{digest}"
 
 
+def load_instruments(config: ConfigDict, scorers: list[str], accelerator: Accelerator) -> Instruments:
+    rewards = {key: load_reward(key, config.reward, accelerator.device) for key in scorers}
+    features = {key: load_features(key, config.reward, accelerator.device, rewards) for key in config.eval.diversity}
+    return Instruments(rewards, features)
+
+
 def load_judged(config: ConfigDict, accelerator: Accelerator, lora: Path | None) -> Model:
     model = load_policy(config, accelerator, lora)
     model.network = accelerator.prepare_model(model.network, evaluation_mode=True)
@@ -131,10 +150,11 @@ def load_judged(config: ConfigDict, accelerator: Accelerator, lora: Path | None)
 
 
 def judge(
-    config: ConfigDict, model: Model, rewards: dict[str, Reward], prompts: list[str], settings: SamplerSettings, folder: Path
+    config: ConfigDict, model: Model, instruments: Instruments, prompts: list[str], settings: SamplerSettings, folder: Path
 ) -> None:
     """Sample, score, and write result.json (last) with every image's values, and the first images."""
     values: dict[str, list[float]] = {}
+    features: dict[str, list[Tensor]] = {key: [] for key in instruments.features}
     for batch in progress(range(math.ceil(config.eval.num_images / config.eval.batch_size)), "eval"):
         start = batch * config.eval.batch_size
         count = min(config.eval.batch_size, config.eval.num_images - start)
@@ -142,11 +162,20 @@ def judge(
         images = sample_images(config, model, some_prompts, batch, settings)
         for n in range(start, min(start + count, NUM_SHOWN)):
             files.write_image(folder / f"{n:05d}.png", images[n - start])
-        for key, reward in rewards.items():
+        for key, reward in instruments.rewards.items():
             total, parts = score(reward, images, some_prompts)
             for part, numbers in ({key: total} | {f"{key}/{part}": value for part, value in parts.items()}).items():
                 values.setdefault(part, []).extend(numbers[:count].tolist())
-    files.write_json(folder / "result.json", summarise(config, values, prompts))
+        for key, feature in instruments.features.items():
+            features[key].append(feature.embed(images, some_prompts)[:count])
+    asked = [prompts[n % len(prompts)] for n in range(config.eval.num_images)]
+    summary = summarise(config, values, asked, len(prompts))
+    right = summary["values"].get("accuracy")
+    summary["diversity"] = {
+        key: summarise_diversity(torch.cat(parts), asked, right, instruments.features[key].metric)
+        for key, parts in features.items()
+    }
+    files.write_json(folder / "result.json", summary)
 
 
 def sample_images(config: ConfigDict, model: Model, prompts: list[str], batch: int, settings: SamplerSettings) -> Tensor:
@@ -169,35 +198,66 @@ def sample_images(config: ConfigDict, model: Model, prompts: list[str], batch: i
     return decode(model, latents, config.sample.decode_batch_size)
 
 
-def summarise(config: ConfigDict, values: dict[str, list[float]], prompts: list[str]) -> dict[str, Any]:
-    """Means and standard errors; `reward` is the trained one, `accuracy` the judge's."""
+def summarise(config: ConfigDict, values: dict[str, list[float]], asked: list[str], num_prompts: int) -> dict[str, Any]:
+    """Means, errors and values; `reward` is the trained one, `accuracy` the judge's, `<name>/<part>` their parts."""
     reward, judge = config.reward.name, config.eval.judge
-    summary = {"n_images": config.eval.num_images, "n_prompts": len(prompts)}
-    summary["reward"], summary["reward_se"] = mean_and_error(values[reward])
-    summary["accuracy"], summary["accuracy_se"] = mean_and_error(values[judge]) if judge else (None, None)
-    summary |= {key: mean_and_error(numbers)[0] for key, numbers in values.items() if "/" in key}
-    shown = [prompts[n % len(prompts)] for n in range(min(NUM_SHOWN, config.eval.num_images))]
     kept = {"reward": values[reward]} | ({"accuracy": values[judge]} if judge else {})
-    return summary | {"shown_prompts": shown, "values": kept}
+    kept |= {key: numbers for key, numbers in values.items() if "/" in key}
+    summary = {"n_images": len(asked), "n_prompts": num_prompts, "accuracy": None, "accuracy_se": None}
+    for key, numbers in kept.items():
+        summary[key], summary[f"{key}_se"] = mean_and_error(numbers)
+    return summary | {"shown_prompts": asked[:NUM_SHOWN], "values": kept}
 
 
-def mean_and_error(numbers: list[float]) -> tuple[float, float]:
-    """Mean and its standard error."""
+def summarise_diversity(
+    features: Tensor, asked: list[str], right: list[float] | None, metric: str
+) -> dict[str, dict[str, float]]:
+    """Mean pairwise distance [N,E] -> by prompt: of all its images, and where there is a judge of the right ones alone.
+
+    Wrong images differ from right ones, so a model that makes fewer of them is less diverse for a good reason.
+    """
+    found = {"all": mean_pairwise_distance(features, asked, metric=metric)}
+    if right is not None:
+        rows = [n for n, value in enumerate(right) if value]
+        found["right"] = mean_pairwise_distance(features[rows], [asked[n] for n in rows], metric=metric)
+    return found
+
+
+def mean_and_error(numbers: list[float]) -> tuple[float | None, float | None]:
+    """Mean and its standard error; None of nothing."""
+    if not numbers:
+        return None, None
     tensor = torch.tensor(numbers, dtype=torch.float64)
     error = tensor.std().item() / math.sqrt(len(numbers)) if len(numbers) > 1 else 0.0
     return tensor.mean().item(), error
 
 
 def add_differences(results: list[dict[str, Any]]) -> None:
-    """Beside each checkpoint's figures the mean paired difference to the base on the same noise, and its error."""
+    """Beside each checkpoint's figures the mean paired difference to the base on the same noise, and its error.
+
+    Values are paired by image, diversity by prompt.
+    """
     base = {result["prompts"]: result for result in results if result["checkpoint"] == "base"}
     for result in results:
+        for name, groups in list(diversities(result)):
+            result[name], result[f"{name}_se"] = mean_and_error(list(groups.values()))
         against = base.get(result["prompts"])
         if against is None or result is against:
             continue
         for key, numbers in result["values"].items():
             paired = [after - before for after, before in zip(numbers, against["values"][key], strict=True)]
             result[f"{key}_gain"], result[f"{key}_gain_se"] = mean_and_error(paired)
+        before = dict(diversities(against))
+        for name, after in diversities(result):
+            paired = [after[prompt] - before[name][prompt] for prompt in after.keys() & before[name].keys()]
+            result[f"{name}_gain"], result[f"{name}_gain_se"] = mean_and_error(paired)
+
+
+def diversities(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
+    """(name, distance by prompt) of each diversity in a result: diversity/<features>, diversity/<features>_right."""
+    for features, found in result["diversity"].items():
+        for which, groups in found.items():
+            yield f"diversity/{features}" + ("" if which == "all" else f"_{which}"), groups
 
 
 def describe(result: dict[str, Any]) -> str:

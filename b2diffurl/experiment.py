@@ -28,7 +28,7 @@ VOLATILE = (
     "exp_name", "save_path", "log_path", "prompt_file",
     "pretrained.model", "pretrained.revision", "pretrained.variant", "pretrained.config",
     "sample.micro_batch_size", "sample.decode_batch_size", "train.micro_batch_size", "reward.batch_size",
-    "eval.prompt_file", "eval.judge", "eval.num_images", "eval.batch_size", "eval.seed",
+    "eval.prompt_file", "eval.judge", "eval.diversity", "eval.num_images", "eval.batch_size", "eval.seed",
 )  # fmt: skip
 PRECISIONS = ("auto", "no", "fp16", "bf16")
 
@@ -117,6 +117,7 @@ def check(config: ConfigDict) -> None:
     check_choice("mixed_precision", config["mixed_precision"], PRECISIONS)
     check_choice("train.objective", train["objective"], OBJECTIVES)
     check_choice("train.step_weight", train["step_weight"], STEP_WEIGHTS)
+    check_choice("eval.advantage", evaluation["advantage"], ("prompt", "group"))
     check_choice("wandb", config["wandb"], ("", "offline", "online"))
 
 

@@ -43,7 +43,8 @@ def select_stage(config: ConfigDict) -> None:
     require_finite(stage, rewards)
 
     history = score_history(stage, config.eval.history_cnt)
-    scores = normalise(rewards, prompts, history)
+    siblings = {"prompt": 0, "group": config.split_time}[config.eval.advantage]
+    scores = normalise(rewards, prompts, history, num_siblings=siblings)
     chosen = select_pairs(
         scores.unflatten(0, (-1, config.split_time)),
         pos_threshold=config.eval.pos_threshold,

@@ -3,6 +3,7 @@
 G groups, K branches, N = G*K images in group-major order
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,24 +21,28 @@ class Selected:
     score: float
 
 
-def normalise(rewards: Tensor, prompts: Sequence[str], history: Sequence[tuple[str, float]] = ()) -> Tensor:
+def normalise(
+    rewards: Tensor, prompts: Sequence[str], history: Sequence[tuple[str, float]] = (), *, num_siblings: int = 0
+) -> Tensor:
     """Standardise each reward [N] by the mean and (unbiased) standard deviation of its prompt, [N] float32.
 
     `history` holds (prompt, reward) of earlier stages. A prompt seen once, or whose rewards are all equal, scores 0.
+    With `num_siblings` K the mean is that of the K siblings instead: what their shared prefix decided drops out. The
+    scale stays the prompt's, so that siblings that hardly differ score about 0, not +-1.
     """
     seen = defaultdict(list)
     for prompt, reward in [*history, *zip(prompts, rewards.tolist(), strict=True)]:
         seen[prompt].append(reward)
-    statistics = {}
-    for prompt, values in seen.items():
-        values = torch.tensor(values, dtype=torch.float64)
-        spread = values.std().item() if values.max() > values.min() else 0.0
-        statistics[prompt] = values.mean().item(), spread
-    scores = torch.zeros(len(rewards), dtype=torch.float64)
-    for n, (prompt, reward) in enumerate(zip(prompts, rewards.tolist(), strict=True)):
-        mean, std = statistics[prompt]
-        scores[n] = (reward - mean) / std if std > 0 else 0.0
-    return scores.float()
+    mean, std = {}, {}
+    for prompt, some in seen.items():
+        values = torch.tensor(some, dtype=torch.float64)
+        mean[prompt] = values.mean()
+        std[prompt] = values.std() if values.max() > values.min() else math.inf
+    if num_siblings:
+        baseline = rewards.double().unflatten(0, (-1, num_siblings)).mean(1).repeat_interleave(num_siblings)
+    else:
+        baseline = torch.stack([mean[prompt] for prompt in prompts])
+    return ((rewards.double() - baseline) / torch.tensor([std[prompt] for prompt in prompts])).float()
 
 
 def select_pairs(scores: Tensor, *, pos_threshold: float, neg_threshold: float) -> list[Selected]:

@@ -72,10 +72,12 @@ def reference() -> ConfigDict:
     # ---- selection (`eval` in the paper's repository), and judging ----
     config.eval = evaluation = ConfigDict()
     evaluation.history_cnt = 8  # earlier stages whose rewards join a prompt's mean and std
+    evaluation.advantage = "prompt"  # prompt | group: a reward's score is relative to its prompt's mean or to its siblings'
     evaluation.pos_threshold = 0.5  # keep a group's best sibling from this normalised score on
     evaluation.neg_threshold = -0.5  # keep a group's worst sibling below this one
     evaluation.prompt_file = "config/prompt/template1_test.json"  # held-out prompts for run_eval.py
     evaluation.judge = ""  # reward never trained on whose mean is reported as accuracy: shapes, or none
+    evaluation.diversity = ("clip",)  # features whose spread within a prompt is reported: clip (reward.model's), layout
     evaluation.num_images = 256  # images a prompt file is judged by
     evaluation.batch_size = 32  # images generated at once
     evaluation.seed = 0  # of the evaluation noise, the same for every experiment and checkpoint
@@ -98,7 +100,7 @@ def reference() -> ConfigDict:
     train.beta1 = 1.0  # weight of positive advantages
     train.beta2 = 1.0  # weight of negative advantages
     train.adv_clip_max = 5.0  # advantages are clamped to +- this
-    train.step_weight = "none"  # none | leverage | sigma: weigh each step by 1 / its leverage, or by its noise
+    train.step_weight = "none"  # none | leverage | variance: weigh each step by 1 / its leverage, or by sigma^2
     train.lora_rank = 4  # LoRA rank; alpha always equals it
     train.save_interval = 2  # epochs between checkpoints; the last epoch is always saved
 
@@ -122,6 +124,7 @@ def shapes(config: ConfigDict) -> None:
     config.prompt_file = "config/prompt/shapes_relation_train.json"
     config.eval.prompt_file = "config/prompt/shapes_relation_test.json"
     config.eval.judge = "shapes"
+    config.eval.diversity = ("clip", "layout")
     config.eval.num_images = 512
     config.eval.batch_size = 64
     config.stage_cnt = 8
@@ -141,7 +144,7 @@ def shapes(config: ConfigDict) -> None:
     config.train.learning_rate = 1e-3
     config.train.eps = 0.01  # D * c = 2.6 at D = 256; 0.1 never binds, and a longer run collapses
     config.train.lora_rank = 16
-    config.train.step_weight = "sigma"
+    config.train.step_weight = "variance"
     config.keep.images = 64
 
 

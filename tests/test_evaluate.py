@@ -3,12 +3,15 @@
 import contextlib
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import PROMPTS, experiment, make_config, run_script, run_stage, snapshot
+from PIL import Image
 
-from b2diffurl.evaluate import SamplerSettings, evaluate
+from b2diffurl.evaluate import SamplerSettings, evaluate, summarise_diversity
 from b2diffurl.seeding import generator
 
 SETTINGS = SamplerSettings(num_steps=4, eta=1.0, guidance_scale=5.0)
@@ -56,6 +59,40 @@ def test_figures_by_numpy(workplace, overrides):
                 assert result[f"{key}_gain"] == pytest.approx(difference.mean())
                 assert result[f"{key}_gain_se"] == pytest.approx(difference.std(ddof=1) / 6**0.5)
         assert (result["values"]["reward"] == base["values"]["reward"]) == (result is base)
+
+
+def test_diversity_is_reported_by_prompt_and_paired(workplace, overrides):
+    """Six images of three prompts are three pairs; the mean, its error over prompts and the paired gain follow from them."""
+    base, last = judged(workplace, overrides, ["base", "last"], **{"eval.diversity": ("clip", "layout")})
+    pairs = [base["diversity"]["clip"]["all"], last["diversity"]["clip"]["all"]]
+    assert pairs[0].keys() == pairs[1].keys() == set(PROMPTS)
+    before, after = (np.array([one[prompt] for prompt in PROMPTS]) for one in pairs)
+    assert (before > 0).all()
+    assert (before != after).all()
+    assert last["diversity/clip"] == pytest.approx(after.mean())
+    assert last["diversity/clip_se"] == pytest.approx(after.std(ddof=1) / 3**0.5)
+    assert last["diversity/clip_gain"] == pytest.approx((after - before).mean())
+    assert last["diversity/clip_gain_se"] == pytest.approx((after - before).std(ddof=1) / 3**0.5)
+    assert last["diversity/layout"] is None  # an untrained model shows no things, so it has no layouts
+    assert "diversity/clip_right" not in last  # without a judge nobody knows which are right
+
+
+def test_diversity_of_right_images_leaves_the_wrong_ones_out():
+    """Rows 1 and 3 are wrong: what is left of prompt a is one pair, of prompt b a single image."""
+    features = torch.tensor([[0.0], [50.0], [3.0], [90.0], [1.0]])
+    found = summarise_diversity(features, list("aaabb"), [1.0, 0.0, 1.0, 0.0, 1.0], "euclidean")
+    assert found == {"all": {"a": pytest.approx((50 + 3 + 47) / 3), "b": 89.0}, "right": {"a": 3.0}}
+
+
+def test_a_reward_of_the_users_own(overrides, tmp_path, monkeypatch):
+    """`package.module:function` names any function on the Python path: its mean is the reward."""
+    (tmp_path / "my_rewards.py").write_text(
+        "def redness(images, prompts):\n    return images[..., 0].float().mean((1, 2))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (result,) = judged(tmp_path, overrides, ["base"], **{"reward.name": "my_rewards:redness", "eval.num_images": 4})
+    shown = sorted(Path(tmp_path, result["folder"]).glob("*.png"))
+    assert result["values"]["reward"] == pytest.approx([np.asarray(Image.open(path))[..., 0].mean() for path in shown])
 
 
 def test_evaluation_noise_is_its_own(overrides, tmp_path):

@@ -137,6 +137,7 @@ FREE = {  # key: a value other than the tiny experiment's, which another call ma
     "eval.batch_size": 5,
     "eval.seed": 1,
     "eval.judge": "shapes",
+    "eval.diversity": (),
 }
 
 
@@ -165,6 +166,7 @@ def test_identity_leaves_room_for_what_changes_from_call_to_call(finished, overr
         ("sample.num_batches_per_epoch", 4),
         ("reward.name", "shapes"),
         ("eval.history_cnt", 2),
+        ("eval.advantage", "group"),
         ("eval.pos_threshold", 0.6),
         ("eval.neg_threshold", -0.6),
         ("train.num_epochs", 3),
@@ -245,7 +247,8 @@ def test_planning_writes_nothing(finished, overrides, tmp_path):
         ("train.lora_rank", 0, "train.lora_rank is 0"),
         ("train.save_interval", 0, "train.save_interval is 0"),
         ("train.objective", "ppo2", "'ddpo'"),
-        ("train.step_weight", "both", "'none', 'leverage'"),
+        ("train.step_weight", "both", "'none', 'leverage', 'variance'"),
+        ("eval.advantage", "batch", "'prompt', 'group'"),
         ("mixed_precision", "fp8", "'bf16'"),
         ("wandb", "yes", "'offline'"),
     ],

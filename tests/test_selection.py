@@ -50,6 +50,25 @@ def test_small_spreads_on_a_large_mean_are_kept():
     assert normalised([low, high], "aa") == pytest.approx([-math.sqrt(0.5), math.sqrt(0.5)])
 
 
+def test_scores_relative_to_siblings_by_hand():
+    """Two groups of one prompt, 0 0 1 and 1 1 1, with deviation sqrt(4/15): against 1/3 and 1, not against the prompt's 2/3.
+    Siblings that do not differ score 0, and so are in no pair."""
+    rewards = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+    scores = normalise(rewards, ["a"] * 6, num_siblings=3)
+    deviation = math.sqrt(4 / 15)
+    assert scores.tolist() == pytest.approx([-1 / 3 / deviation] * 2 + [2 / 3 / deviation] + [0.0] * 3)
+    assert [(one.group, one.branch) for one in select_pairs(scores.view(2, 3), **PAIRS)] == [(0, 2), (0, 0)]
+
+
+def test_scores_relative_to_siblings_keep_the_scale_of_the_prompt():
+    """Siblings that differ by a hundredth of their prompt's spread score hundredths, not +-1; equal rewards exactly 0."""
+    rewards, history = torch.tensor([0.50, 0.51]), [("a", 0.0), ("a", 1.0)]
+    scores = normalise(rewards, ["a", "a"], history, num_siblings=2)
+    assert scores.abs().max() < 0.02
+    assert scores[1] == -scores[0] > 0
+    assert normalise(torch.full((4,), 0.1), ["a"] * 4, num_siblings=2).tolist() == [0.0] * 4
+
+
 def test_pairs_by_hand():
     """Best if >= 0.5, worst if < -0.5: two, one, one and no trajectory from four groups."""
     scores = torch.tensor([[0.1, 1.5, -2.0], [0.9, 0.2, -0.4], [0.3, -0.7, 0.4], [0.4, -0.4, 0.0]])

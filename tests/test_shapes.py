@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from b2diffurl.rewards.shapes import layouts
 from b2diffurl.shapes.broken import KINDS as BROKEN_KINDS
 from b2diffurl.shapes.broken import broken_picture
 from b2diffurl.shapes.checker import Seen, check, judge, look
@@ -169,6 +170,18 @@ def test_checker_reads_what_was_drawn():
         found = next(item for item in objects if item.thing == scene.first.thing)
         assert abs(found.x_px - scene.first.x_px) < 0.5 and abs(found.y_px - scene.first.y_px) < 0.5
         assert abs(found.size_px - scene.first.size_px) < 0.5
+
+
+def test_layouts_are_what_was_drawn():
+    """x, y and size of the things in the order of the prompt; NaN if one is missing, zeros for a thing not asked for."""
+    scene = scene_of(RED_CIRCLE, BLUE_SQUARE, "left of")
+    image = torch.from_numpy(render(scene))
+    drawn = {item.thing: (item.x_px, item.y_px, item.size_px) for item in (scene.first, scene.second)}
+    asked = ["a blue square right of a red circle", "a red circle", "a red circle left of a green square"]
+    found = layouts(torch.stack([image] * 3), asked)
+    torch.testing.assert_close(found[0], torch.tensor(drawn[BLUE_SQUARE] + drawn[RED_CIRCLE]).float(), atol=0.5, rtol=0)
+    torch.testing.assert_close(found[1], torch.tensor(drawn[RED_CIRCLE] + (0.0,) * 3).float(), atol=0.5, rtol=0)
+    assert found[2].isnan().tolist() == [False] * 3 + [True] * 3
 
 
 def test_checker_accepts_right_captions_and_refuses_wrong_ones(world):

@@ -1,8 +1,10 @@
 """Rewards: a function of (images uint8 [N,H,W,3], prompts [N]) that returns float32 [N].
 
-A reward may also return (rewards, parts), parts a dict of float32 [N], which scores.jsonl then records.
+A name is one of REWARDS, or `package.module:function`, your own function on the Python path. A reward may also return
+(rewards, parts), parts a dict of float32 [N], which scores.jsonl then records.
 """
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,13 +20,15 @@ Reward = Callable[[Tensor, Sequence[str]], Tensor | tuple[Tensor, Parts]]
 def load_reward(name: str, config: Mapping, device: torch.device) -> Reward:
     """The reward of that name; its module, and the packages it needs, are imported only now."""
     check_reward(name, config)
-    return REWARDS[name](config, device)
+    return import_reward(name) if ":" in name else REWARDS[name](config, device)
 
 
 def check_reward(name: str, config: Mapping, prompts: Sequence[str] = ()) -> None:
     """Refuse an unknown reward, one whose model cannot be had, or one that cannot read the prompts, before any work."""
-    if name not in REWARDS:
-        raise ValueError(f"unknown reward {name!r}; known: {', '.join(REWARDS)}")
+    if ":" in name:
+        import_reward(name)
+    elif name not in REWARDS:
+        raise ValueError(f"unknown reward {name!r}; known: {', '.join(REWARDS)}, or your own as package.module:function")
     if name == "clip":
         clip_directory(config)
     if name == "shapes":
@@ -32,6 +36,18 @@ def check_reward(name: str, config: Mapping, prompts: Sequence[str] = ()) -> Non
 
         for prompt in prompts:
             parse(prompt)
+
+
+def import_reward(name: str) -> Reward:
+    """The function that `package.module:function` names; a ValueError if the module has none."""
+    module, _, function = name.partition(":")
+    try:
+        reward = getattr(importlib.import_module(module), function, None)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"reward {name!r}: {error}; it must be importable from where the script is run") from None
+    if not callable(reward):
+        raise ValueError(f"reward {name!r}: {module} has no function {function!r}")
+    return reward
 
 
 def clip_directory(config: Mapping) -> Path:

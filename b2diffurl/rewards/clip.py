@@ -21,20 +21,28 @@ class Clip:
         self.processor = AutoImageProcessor.from_pretrained(root, backend="pil")
         self.device = device
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        pixels = self.processor(images=list(images.permute(0, 3, 1, 2).cpu()), return_tensors="pt").pixel_values
         distinct = list(dict.fromkeys(prompts))
+        texts = self.embed_prompts(distinct)
+        rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.device)
+        return cosine_similarity(self.embed_images(images), texts[rows])
+
+    @torch.no_grad()
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Embeddings [N,E] of images uint8 [N,H,W,3]; their length means nothing."""
+        pixels = self.processor(images=list(images.permute(0, 3, 1, 2).cpu()), return_tensors="pt").pixel_values
+        features = self.model.get_image_features(pixel_values=pixels.to(self.device))
+        return features.pooler_output if hasattr(features, "pooler_output") else features
+
+    @torch.no_grad()
+    def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings [P,E] of prompts, cut at the text tower's length."""
         tokens = self.tokenizer(
-            distinct,
+            list(prompts),
             padding="max_length",
             truncation=True,
             max_length=self.model.config.text_config.max_position_embeddings,
             return_tensors="pt",
         ).to(self.device)
-        texts = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-        texts = texts.pooler_output if hasattr(texts, "pooler_output") else texts
-        features = self.model.get_image_features(pixel_values=pixels.to(self.device))
-        features = features.pooler_output if hasattr(features, "pooler_output") else features
-        rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.device)
-        return cosine_similarity(features, texts[rows])
+        features = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+        return features.pooler_output if hasattr(features, "pooler_output") else features

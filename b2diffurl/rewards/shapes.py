@@ -1,11 +1,13 @@
 """The embedded world's exact checker as a sparse reward: 1 if the picture shows what the prompt says, else 0."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from b2diffurl.shapes.checker import check
+from b2diffurl.shapes.scene import parse
 
 
 def shapes(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -16,3 +18,16 @@ def shapes(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Te
         parts[key] = [verdict.parts.get(key, verdict.well_formed) for verdict in verdicts]
     rewards = torch.tensor([verdict.correct for verdict in verdicts], dtype=torch.float32)
     return rewards, {key: torch.tensor(values, dtype=torch.float32) for key, values in parts.items()}
+
+
+def layouts(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Where the things of each prompt are: x, y and size in px of the first, then of the second (0 if it names one), [N,6].
+
+    NaN where the picture does not show those very things.
+    """
+    rows = torch.zeros(len(prompts), 6)
+    for n, (verdict, prompt) in enumerate(zip(check(images, prompts), map(parse, prompts), strict=True)):
+        seen = {item.thing: (item.x_px, item.y_px, item.size_px) for item in verdict.objects}
+        places = [place for thing in prompt.things for place in seen.get(thing, (math.nan,) * 3)]
+        rows[n, : len(places)] = torch.tensor(places)
+    return rows

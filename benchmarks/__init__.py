@@ -1,0 +1,1 @@
+"""What the project claims of itself, measured; each module is a command."""

@@ -1,0 +1,220 @@
+"""Tables and curves of benchmarks.learning."""
+
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+SETS = {"train": "training", "test": "held-out"}
+COLOURS = {"train": "#1f6feb", "test": "#c2410c"}
+GREY = "#8b8b8b"
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def write_tables(facts: dict[str, Any], path: Path) -> None:
+    """Markdown of every figure, one table a question."""
+    parts = [
+        f"# Does the default run learn?\n\nBy `python -m benchmarks.learning`, {facts['date']}, {facts['machine']}. "
+        f"{facts['num_images']} images a figure, on noise of their own; ± is the standard error, of gains the paired one.",
+        "## By seed\n\n" + gains(facts),
+        "## What the gain consists of\n\nThe first thing that is wrong with an image, mean over the seeds.\n\n"
+        + failures(facts),
+        "## Against the base at its best\n\n" + best(facts),
+        "## Base model over samplers\n\nAccuracy on training prompts, fewer images each.\n\n" + sweep(facts),
+        "## As it is deployed\n\nStock diffusers, deterministic DDIM, 50 steps, the LoRA loaded.\n\n" + deployed(facts),
+        "## Diversity within a prompt\n\n" + diversity(facts),
+    ]
+    path.write_text("\n\n".join(parts) + "\n")
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def percent(value: float) -> str:
+    return f"{value:.1%}".replace("%", " %")
+
+
+def points(value: float, error: float | None = None) -> str:
+    return f"{100 * value:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def runs(facts: dict[str, Any]) -> list[str]:
+    return [f"seed{seed}" for seed in facts["seeds"]]
+
+
+def last(facts: dict[str, Any], name: str, prompts: str) -> dict[str, Any]:
+    return [one for one in facts["curves"][name] if one["prompts"] == prompts][-1]
+
+
+def title(name: str) -> str:
+    return name.replace("seed", "seed ").replace("control", "meaningless reward, seed ")
+
+
+def gains(facts: dict[str, Any]) -> str:
+    rows = []
+    for prompts, words in SETS.items():
+        finals = [last(facts, name, prompts) for name in runs(facts)]
+        for name in facts["curves"]:
+            one, seconds = last(facts, name, prompts), facts["seconds"][name]
+            rows.append([
+                words, title(name), percent(one["accuracy"] - one["accuracy_gain"]), percent(one["accuracy"]),
+                points(one["accuracy_gain"], one["accuracy_gain_se"]),
+                f"{one['reward_gain']:+.4f} ± {one['reward_gain_se']:.4f}",
+                f"{seconds / 60:.1f}" if seconds else "interrupted",
+            ])  # fmt: skip
+        mean = points(fmean(one["accuracy_gain"] for one in finals))
+        least = points(min(one["accuracy_gain"] for one in finals))
+        reward = f"{fmean(one['reward_gain'] for one in finals):+.4f}"
+        tuned = percent(fmean(one["accuracy"] for one in finals))
+        rows.append([words, "**mean, (least)**", "", tuned, f"**{mean}, ({least})**", reward, ""])
+    return table(["prompts", "run", "accuracy: base", "tuned", "gain, points", "reward gain", "minutes"], rows)
+
+
+def failures(facts: dict[str, Any]) -> str:
+    words = {"malformed": "malformed", "binding": "shape or colour wrong", "relation": "relation wrong", "right": "right"}
+    rows = []
+    for prompts in SETS:
+        for kind, said in words.items():
+            found = [facts["failures"][name][prompts][kind] for name in runs(facts)]
+            base, tuned = fmean(one["base"] for one in found), fmean(one["tuned"] for one in found)
+            each = ", ".join(points(one["change"], one["se"]) for one in found)
+            rows.append([SETS[prompts], said, percent(base), percent(tuned), points(tuned - base), each])
+    return table(["prompts", "first failure", "base", "tuned", "change", "by seed"], rows)
+
+
+def best(facts: dict[str, Any]) -> str:
+    compared, rows = facts["best"], []
+    sampler = compared["sampler"]
+    for prompts in SETS:
+        base = compared["base"][prompts]
+        for name in runs(facts):
+            one = compared[name][prompts]
+            same = one["at_best"]
+            rows.append([
+                SETS[prompts], title(name), percent(base["accuracy"]), points(one["gain"], one["gain_se"]),
+                percent(same["accuracy"]), points(same["accuracy_gain"], same["accuracy_gain_se"]),
+            ])  # fmt: skip
+    trained = "{num_steps} steps, guidance {guidance_scale:g}".format(**facts["sampler"])
+    setting = "{num_steps} steps, guidance {guidance_scale:g}, eta {eta:g}".format(**sampler)
+    note = f"The base's best sampler of those below: {setting}. Tuned models are trained at {trained}, eta 1.\n\n"
+    header = ["prompts", "run", "base at its best", "gain as trained", "tuned at that sampler", "gain"]
+    return note + table(header, rows)
+
+
+def sweep(facts: dict[str, Any]) -> str:
+    columns = list(dict.fromkeys((one["eta"], one["num_steps"]) for one in facts["sweep"]))
+    found = {(one["guidance_scale"], one["eta"], one["num_steps"]): one["accuracy"] for one in facts["sweep"]}
+    guidances = sorted({one["guidance_scale"] for one in facts["sweep"]})
+    rows = [[f"{guidance:g}"] + [percent(found[guidance, *column]) for column in columns] for guidance in guidances]
+    return table(["guidance"] + [f"eta {eta:g}, {steps} steps" for eta, steps in columns], rows)
+
+
+def deployed(facts: dict[str, Any]) -> str:
+    rows = []
+    for guidance, compared in facts["deployed"].items():
+        for prompts in SETS:
+            base = compared["base"][prompts]
+            for name in runs(facts):
+                one = compared[name][prompts]
+                rows.append([
+                    guidance, SETS[prompts], title(name), percent(base["accuracy"]), percent(one["accuracy"]),
+                    points(one["gain"], one["gain_se"]),
+                ])  # fmt: skip
+    return table(["guidance", "prompts", "run", "base", "tuned", "gain"], rows)
+
+
+MEASURES = {
+    "diversity/clip": "scorer's embeddings, cosine distance, all images",
+    "diversity/clip_right": "the same, right images",
+    "diversity/layout": "layouts, px, all images that show the named things",
+    "diversity/layout_right": "the same, right images",
+}
+
+
+def diversity(facts: dict[str, Any]) -> str:
+    rows = []
+    for prompts in SETS:
+        for key, said in MEASURES.items():
+            finals = [last(facts, name, prompts) for name in runs(facts)]
+            base = next(one for one in facts["curves"][runs(facts)[0]] if one["prompts"] == prompts)[key]
+            each = ", ".join(f"{one[key]:.3g} ({one[f'{key}_gain']:+.2g} ± {one[f'{key}_gain_se']:.1g})" for one in finals)
+            rows.append([SETS[prompts], said, f"{base:.3g}", each])
+    return table(["prompts", "mean distance of two images of a prompt", "base", "tuned, by seed"], rows)
+
+
+# --- curves ---------------------------------------------------------------------------------------
+
+
+def draw_curves(facts: dict[str, Any], path: Path) -> None:
+    """Four panels over reward queries: training reward, accuracy, and the two diversities; thin lines are single seeds."""
+    plt.rcParams |= {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
+    plt.rcParams |= {"grid.color": "#e6e6e6", "axes.axisbelow": True, "axes.titleweight": "bold", "axes.titlesize": 11}
+    figure, panels = plt.subplots(2, 2, figsize=(10.5, 7.2), constrained_layout=True)
+    reward_panel(panels[0, 0], facts)
+    accuracy_panel(panels[0, 1], facts)
+    for panel, kind, unit in ((panels[1, 0], "clip", "cosine distance of embeddings"), (panels[1, 1], "layout", "px")):
+        diversity_panel(panel, facts, kind, unit)
+    for panel in panels.flat:
+        panel.set_xlabel("reward queries, thousands")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def controls(facts: dict[str, Any]) -> list[str]:
+    return [name for name in facts["curves"] if name.startswith("control")]
+
+
+def series(facts: dict[str, Any], name: str, prompts: str, key: str) -> tuple[list[float], list[float]]:
+    chosen = [one for one in facts["curves"][name] if one["prompts"] == prompts]
+    return [one["queries"] / 1000 for one in chosen], [one[key] for one in chosen]
+
+
+def draw_mean(panel: plt.Axes, curves: list[tuple[list[float], list[float]]], **style: Any) -> None:
+    for x, y in curves:
+        panel.plot(x, y, lw=0.8, alpha=0.45, color=style["color"], ls=style.get("ls", "-"))
+    mean = [fmean(values) for values in zip(*(y for _, y in curves), strict=True)]
+    panel.plot(curves[0][0], mean, lw=2.2, **style)
+
+
+def reward_panel(panel: plt.Axes, facts: dict[str, Any]) -> None:
+    """Of the images that each stage sampled with the policy it began with, and of the evaluation's."""
+    sampled = [(series(facts, name, "train", "reward")[0][:-1], facts["training_reward"][name]) for name in runs(facts)]
+    draw_mean(panel, sampled, color="#3d3d3d", label="images that were trained on")
+    for prompts, words in SETS.items():
+        draw_mean(
+            panel, [series(facts, name, prompts, "reward") for name in runs(facts)], color=COLOURS[prompts], label=words
+        )
+    panel.set(title="Reward (the scorer's cosine)")
+    panel.legend(frameon=False, title="prompts")
+
+
+def accuracy_panel(panel: plt.Axes, facts: dict[str, Any]) -> None:
+    for prompts, words in SETS.items():
+        curves = [series(facts, name, prompts, "accuracy") for name in runs(facts)]
+        draw_mean(
+            panel, [(x, [100 * value for value in y]) for x, y in curves], color=COLOURS[prompts], label=f"{words} prompts"
+        )
+        best_base = 100 * facts["best"]["base"][prompts]["accuracy"]
+        panel.axhline(best_base, color=COLOURS[prompts], ls=":", lw=1.2, label=f"{words}: base at its best sampler")
+    for name in controls(facts):
+        x, y = series(facts, name, "train", "accuracy")
+        panel.plot(x, [100 * value for value in y], color=GREY, ls="--", lw=1.4, label="training: meaningless reward")
+    panel.set(title="Accuracy (the exact checker, never trained on)", ylabel="images that show the prompt, %")
+    panel.legend(frameon=False, fontsize=9)
+
+
+def diversity_panel(panel: plt.Axes, facts: dict[str, Any], kind: str, unit: str) -> None:
+    for prompts, words in SETS.items():
+        for suffix, style in (("", "-"), ("_right", "--")):
+            curves = [series(facts, name, prompts, f"diversity/{kind}{suffix}") for name in runs(facts)]
+            which = "right images" if suffix else "all images"
+            draw_mean(panel, curves, color=COLOURS[prompts], ls=style, label=f"{words}, {which}")
+    panel.set_ylim(bottom=0)
+    panel.set(title={"clip": "Diversity of images", "layout": "Diversity of layouts"}[kind], ylabel=f"mean distance, {unit}")
+    panel.legend(frameon=False, fontsize=9, ncols=2)

@@ -1,0 +1,54 @@
+"""Distances between images of one prompt, against loops over pairs."""
+
+import math
+from itertools import combinations
+
+import pytest
+import torch
+
+from b2diffurl.diversity import mean_pairwise_distance
+
+
+def test_by_hand():
+    """(0,0), (3,4), (0,8) are 5, 8 and 5 apart: mean 6; another prompt's pair is 1 apart and does not mix with them."""
+    features = torch.tensor([[0.0, 0.0], [7.0, 7.0], [3.0, 4.0], [7.0, 8.0], [0.0, 8.0]])
+    assert mean_pairwise_distance(features, list("abaca"), metric="euclidean") == {"a": pytest.approx(6.0)}
+    assert mean_pairwise_distance(features, list("ababa"), metric="euclidean") == {
+        "a": pytest.approx(6.0),
+        "b": pytest.approx(1.0),
+    }
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_against_a_loop_over_pairs(metric):
+    """Random features of three prompts: the mean over pairs of torch's own distance, whatever the order of the rows."""
+    features = torch.randn(30, 5, generator=torch.Generator().manual_seed(0))
+    groups = ["abc"[n * n % 7 % 3] for n in range(30)]
+    found = mean_pairwise_distance(features, groups, metric=metric)
+    for group in "abc":
+        rows = [row.double() for row, name in zip(features, groups, strict=True) if name == group]
+        pairs = list(combinations(rows, 2))
+        if metric == "cosine":
+            distances = [1 - torch.cosine_similarity(a, b, dim=0) for a, b in pairs]
+        else:
+            distances = [torch.dist(a, b) for a, b in pairs]
+        assert found[group] == pytest.approx(torch.stack(distances).mean().item(), rel=1e-9)
+
+
+def test_the_length_of_an_embedding_does_not_count_for_cosine():
+    """Opposite directions are 2 apart, equal ones of different length 0."""
+    features = torch.tensor([[1.0, 0.0], [-5.0, 0.0], [0.0, 2.0], [0.0, 3.0]])
+    found = mean_pairwise_distance(features, list("aabb"), metric="cosine")
+    assert found == {"a": pytest.approx(2.0), "b": pytest.approx(0.0, abs=1e-12)}
+
+
+def test_images_without_features_are_left_out():
+    """A row with a NaN joins no pair; a prompt with fewer than two rows left has no diversity, not 0."""
+    features = torch.tensor([[0.0], [math.nan], [2.0], [1.0], [math.nan]])
+    assert mean_pairwise_distance(features, list("aaabb"), metric="euclidean") == {"a": pytest.approx(2.0)}
+    assert mean_pairwise_distance(features[:0], [], metric="euclidean") == {}
+
+
+def test_unknown_metric_is_refused():
+    with pytest.raises(ValueError, match=r"'manhattan'.*euclidean, cosine"):
+        mean_pairwise_distance(torch.zeros(2, 1), list("aa"), metric="manhattan")

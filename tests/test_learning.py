@@ -1,0 +1,139 @@
+"""The default run learns, and the figures that say so are computed right.
+
+python -m pytest -m slow -rP tests/test_learning.py     a shortened default run, about 10 minutes on two cores
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from benchmarks.learning import SETS, failures, meaningless, sweep_settings, with_gains
+from benchmarks.learning_report import draw_curves, write_tables
+
+
+def result(checkpoint: str, prompts: str, formed: list[int], bound: list[int], right: list[int]) -> dict:
+    """An evaluation's result, with what the figures need."""
+    values = {"accuracy": right, "reward": right, "shapes/well_formed": formed, "shapes/binding": bound}
+    means = {key: sum(numbers) / len(numbers) for key, numbers in values.items()}
+    errors = {f"{key}_se": 0.1 for key in values}
+    spread = {name: {"all": {"a": 1.0, "b": 2.0}, "right": {"a": 0.5}} for name in ("clip", "layout")}
+    sampler = {"num_steps": 10, "eta": 1.0, "guidance_scale": 2.0}
+    facts = {"checkpoint": checkpoint, "prompts": prompts, "values": values, "diversity": spread}
+    return facts | means | errors | sampler
+
+
+BASE = [result("base", prompts, [1, 1, 1, 0, 1], [1, 1, 0, 0, 1], [1, 0, 0, 0, 0]) for prompts in SETS]
+TUNED = [
+    result(f"stage{stage}", prompts, [1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 0, 1, 0])
+    for stage in (0, 1)
+    for prompts in SETS
+]
+
+
+def test_the_gain_is_the_sum_of_what_no_longer_fails():
+    """Of five images one is malformed, one has a wrong binding, two a wrong relation; afterwards two a wrong relation."""
+    found = failures(BASE, TUNED[-1])
+    assert {kind: (one["base"], one["tuned"]) for kind, one in found.items()} == {
+        "malformed": (0.2, 0.0),
+        "binding": (pytest.approx(0.2), 0.0),
+        "relation": (0.4, 0.4),
+        "right": (0.2, 0.6),
+    }
+    assert sum(one["base"] for one in found.values()) == pytest.approx(1)
+    assert found["right"]["change"] == pytest.approx(-sum(found[kind]["change"] for kind in found if kind != "right"))
+    # the relation's changes are -1, 0, 1 and 0, 0: mean 0, deviation sqrt(2 / 4), over sqrt(5)
+    assert found["relation"]["se"] == pytest.approx((2 / 4) ** 0.5 / 5**0.5)
+
+
+def test_reward_queries_are_counted_by_stage():
+    """The base cost none, stage i the images of i + 1 stages; 8 stages are the 25,600 that the docs promise."""
+    found = with_gains(BASE, TUNED)
+    assert [one["queries"] for one in found] == [0, 0, 3200, 3200, 6400, 6400]
+    assert "accuracy_gain" not in found[0]
+    assert found[-1]["accuracy_gain"] == pytest.approx(0.4)
+
+
+def test_a_meaningless_reward_says_nothing_but_differs_from_image_to_image():
+    """Random images: values spread evenly over [0, 1), the same for the same image, and all others for one changed pixel."""
+    images = torch.randint(0, 256, (500, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    values = meaningless(images, [""] * 500)
+    assert torch.equal(values, meaningless(images, ["x"] * 500))
+    assert values.min() >= 0 and values.max() < 1
+    assert abs(values.mean() - 0.5) < 0.05
+    assert values.std() == pytest.approx(12**-0.5, rel=0.1)
+    images[:, 0, 0, 0] ^= 1
+    assert (meaningless(images, [""] * 500) != values).all()
+
+
+def test_the_sweep_covers_guidance_and_steps():
+    """Guidance 1 to 10 and 10 to 50 steps, the training sampler among them, deterministic ones too."""
+    settings = sweep_settings()
+    assert {1.0, 10.0} <= {one.guidance_scale for one in settings}
+    assert {10, 50} <= {one.num_steps for one in settings if one.eta == 1}
+    assert len(set(settings)) == len(settings)
+
+
+def test_tables_and_curves_are_drawn_from_the_facts(tmp_path):
+    """Every table has its figures, by hand where they are simple, and the picture is written."""
+    curve = with_gains(BASE, TUNED)
+    best = {
+        prompts: {"gain": 0.3, "gain_se": 0.02, "at_best": {"accuracy": 0.8, "accuracy_gain": 0.2, "accuracy_gain_se": 0.01}}
+        for prompts in SETS
+    }
+    deployed = {prompts: {"accuracy": 0.7, "se": 0.01, "gain": 0.1, "gain_se": 0.02} for prompts in SETS}
+    facts = {
+        "date": "today",
+        "machine": "here",
+        "seeds": [1, 2],
+        "num_images": 5,
+        "sampler": {"num_steps": 10, "eta": 1.0, "guidance_scale": 2.0},
+        "seconds": {"seed1": 600.0, "seed2": None},
+        "training_reward": {"seed1": [0.1, 0.2], "seed2": [0.1, 0.3]},
+        "curves": {"seed1": curve, "seed2": curve},
+        "failures": {name: {one["prompts"]: failures(BASE, one) for one in TUNED[-2:]} for name in ("seed1", "seed2")},
+        "sweep": BASE[:1],
+        "best": {
+            "sampler": {"num_steps": 20, "eta": 0.0, "guidance_scale": 3.0},
+            "base": {prompts: {"accuracy": 0.55} for prompts in SETS},
+            "seed1": best,
+            "seed2": best,
+        },
+        "deployed": {"2": {"base": deployed, "seed1": deployed, "seed2": deployed}},
+    }
+    write_tables(facts, tmp_path / "learning.md")
+    draw_curves(facts, tmp_path / "learning.png")
+    text = (tmp_path / "learning.md").read_text()
+    assert "| training | seed 1 | 20.0 % | 60.0 % | +40.0 ± 24.5 | +0.4000 ± 0.2449 | 10.0 |" in text
+    assert "| training | seed 2 | 20.0 % | 60.0 % | +40.0 ± 24.5 | +0.4000 ± 0.2449 | interrupted |" in text
+    assert "**+40.0, (+40.0)**" in text
+    assert "| held-out | malformed | 20.0 % | 0.0 % | -20.0 |" in text
+    assert "| training | seed 1 | 55.0 % | +30.0 ± 2.0 | 80.0 % | +20.0 ± 1.0 |" in text
+    assert "| 2 | held-out | seed 2 | 70.0 % | 70.0 % | +10.0 ± 2.0 |" in text
+    assert (tmp_path / "learning.png").stat().st_size > 20_000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_shortened_default_run_learns(tmp_path):
+    """Four stages of the preset's eight, all at the last window: the training reward rises by at least 3 standard errors on
+    the same noise."""
+    overrides = [f"--config.log_path={tmp_path}/log", "--config.eval.num_images=1152"]
+    settings = {"ExpName": "short", "StageCnt": "4", "SplitStepLeft": "10", "SavePath": str(tmp_path), "Seed": "17"}
+    subprocess.run(["bash", "run_process.sh", *overrides], env=os.environ | settings, cwd=ROOT, check=True)
+    flags = [
+        "--config=config/stage_process.py:shapes",
+        "--config.exp_name=short",
+        f"--config.save_path={tmp_path}",
+        *overrides,
+    ]
+    command = [sys.executable, "run_eval.py", *flags, "--checkpoint=base,last", "--prompts=train"]
+    ended = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    found = json.loads(ended.stdout.splitlines()[-1])
+    print(found)
+    assert found["n_images"] == 1152
+    assert found["reward_gain"] >= 3 * found["reward_gain_se"] > 0
