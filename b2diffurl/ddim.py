@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-STEP_WEIGHTS = ("none", "leverage", "variance")
+STEP_WEIGHTS = ("none", "leverage", "sigma")
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ def leverage(sampler: Sampler) -> Tensor:
 def step_weights(sampler: Sampler, num_trained_steps: int, kind: str) -> Tensor:
     """Weight of each of the last S steps in the objective, [S], mean 1.
 
-    `none` weighs all alike (the reference). `leverage` divides by the leverage. `variance` weighs a step by sigma^2: where
-    the state has unit variance, that is the share of it which the step draws anew, and so can decide.
+    `none` weighs all alike (the reference). `leverage` divides by the leverage. `sigma` weighs a step by the noise it
+    adds, for a step decides as much as its noise can change; it also evens out the steps' gradient norms.
     """
     window = slice(sampler.num_steps - num_trained_steps, None)
     if kind == "none":
@@ -123,7 +123,6 @@ def step_weights(sampler: Sampler, num_trained_steps: int, kind: str) -> Tensor:
     if kind == "leverage":
         weights = 1 / leverage(sampler)[window]
         return weights / weights.mean()
-    if kind == "variance":
-        weights = sampler.sigma[window] ** 2
-        return weights / weights.mean()
+    if kind == "sigma":
+        return sampler.sigma[window] / sampler.sigma[window].mean()
     raise ValueError(f"unknown train.step_weight {kind!r}; known: {', '.join(STEP_WEIGHTS)}")

@@ -35,8 +35,8 @@ from config.stage_process import get_config
 SEEDS = (1, 2, 3)
 NUM_IMAGES, SWEEP_IMAGES = 1152, 384  # 24 and 8 a prompt
 EVAL_SEED = 1
-GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.5, 10.0)
-STEP_COUNTS = {1.0: (10, 20, 30, 50), 0.0: (20, 50)}  # by eta
+GUIDANCES = (1.0, 1.5, 2.0, 2.5, 3.0, 5.0, 10.0)
+STEP_COUNTS = {1.0: (10, 20, 50), 0.0: (50,)}  # by eta
 DEPLOYED_STEPS = 50
 RESULTS = Path("docs/results")
 SETS = {"train": "training", "test": "held-out"}

@@ -100,7 +100,7 @@ def reference() -> ConfigDict:
     train.beta1 = 1.0  # weight of positive advantages
     train.beta2 = 1.0  # weight of negative advantages
     train.adv_clip_max = 5.0  # advantages are clamped to +- this
-    train.step_weight = "none"  # none | leverage | variance: weigh each step by 1 / its leverage, or by sigma^2
+    train.step_weight = "none"  # none | leverage | sigma: weigh each step by 1 / its leverage, or by its noise
     train.lora_rank = 4  # LoRA rank; alpha always equals it
     train.save_interval = 2  # epochs between checkpoints; the last epoch is always saved
 
@@ -131,7 +131,7 @@ def shapes(config: ConfigDict) -> None:
     config.split_step_left = 9  # a relation is decided in the first two steps
     config.split_step_right = 10
     config.sample.num_steps = 10
-    config.sample.guidance_scale = 3.0
+    config.sample.guidance_scale = 2.0  # the base's best at 10 steps
     config.sample.batch_size = 32
     config.sample.num_batches_per_epoch = 20
     config.sample.micro_batch_size = 64
@@ -141,10 +141,10 @@ def shapes(config: ConfigDict) -> None:
     config.train.batch_size = 64
     config.train.gradient_accumulation_steps = 1
     config.train.micro_batch_size = 32
-    config.train.learning_rate = 1e-3
+    config.train.learning_rate = 2e-3
     config.train.eps = 0.01  # D * c = 2.6 at D = 256; 0.1 never binds, and a longer run collapses
     config.train.lora_rank = 16
-    config.train.step_weight = "variance"
+    config.train.step_weight = "sigma"
     config.keep.images = 64
 
 

@@ -156,18 +156,18 @@ def test_leverage_of_stable_diffusion(num_steps, last, timestep):
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("num_trained_steps", [1, 6, 20])
 def test_leverage_weights_level_the_steps(prediction_type, num_trained_steps):
-    """`leverage` weights times leverage is the same for each trained step, `variance` weights are in proportion to sigma^2,
-    and the mean weight is 1; `none` is all ones."""
+    """`leverage` weights times leverage is the same for each trained step, `sigma` weights are in proportion to sigma, and
+    the mean weight is 1; `none` is all ones."""
     sampler = v1_4_sampler(20, prediction_type)
     weights = step_weights(sampler, num_trained_steps, "leverage")
     products = weights * leverage(sampler)[-num_trained_steps:]
     torch.testing.assert_close(products, products[:1].expand(num_trained_steps))
     torch.testing.assert_close(weights.mean(), torch.tensor(1.0))
     assert torch.equal(step_weights(sampler, num_trained_steps, "none"), torch.ones(num_trained_steps))
-    by_variance = step_weights(sampler, num_trained_steps, "variance") / sampler.sigma[-num_trained_steps:] ** 2
-    torch.testing.assert_close(by_variance, by_variance[:1].expand(num_trained_steps))
-    torch.testing.assert_close(step_weights(sampler, num_trained_steps, "variance").mean(), torch.tensor(1.0))
-    with pytest.raises(ValueError, match="none, leverage, variance"):
+    by_sigma = step_weights(sampler, num_trained_steps, "sigma") / sampler.sigma[-num_trained_steps:]
+    torch.testing.assert_close(by_sigma, by_sigma[:1].expand(num_trained_steps))
+    torch.testing.assert_close(step_weights(sampler, num_trained_steps, "sigma").mean(), torch.tensor(1.0))
+    with pytest.raises(ValueError, match="none, leverage, sigma"):
         step_weights(sampler, num_trained_steps, "both")
 
 

@@ -247,7 +247,7 @@ def test_planning_writes_nothing(finished, overrides, tmp_path):
         ("train.lora_rank", 0, "train.lora_rank is 0"),
         ("train.save_interval", 0, "train.save_interval is 0"),
         ("train.objective", "ppo2", "'ddpo'"),
-        ("train.step_weight", "both", "'none', 'leverage', 'variance'"),
+        ("train.step_weight", "both", "'none', 'leverage', 'sigma'"),
         ("eval.advantage", "batch", "'prompt', 'group'"),
         ("mixed_precision", "fp8", "'bf16'"),
         ("wandb", "yes", "'offline'"),

@@ -103,7 +103,7 @@ def test_the_update_is_the_mean_over_all_pairs_computed_one_by_one(bench, batch)
     assert 0.0 < cut.mean() < 1.0
     num_rows, num_steps = cut.shape
     assert num_steps == 3
-    for kind in ("none", "variance", "leverage"):
+    for kind in ("none", "sigma", "leverage"):
         trainer.step_weight = step_weights(trainer.sampler, num_steps, kind)
         found, per_step = gradient(trainer, *batch, torch.arange(num_rows))
         shares = (one_by_one * trainer.step_weight[None, :, None]).sum(0) / (num_rows * num_steps)

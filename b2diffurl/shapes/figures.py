@@ -42,7 +42,6 @@ log = logging.getLogger(__name__)
 Through = Callable[[torch.Tensor], torch.Tensor]
 
 SEED = 2026
-GUIDANCES, STEP_COUNTS = (1.0, 2.0, 3.0, 5.0, 7.5), (10, 20, 50)
 ANY_ERROR = CaptionErrors(reversed_relation=0.3, other_axis=0.2, swapped_colours=0.2, wrong_attribute=0.3)
 
 
@@ -58,7 +57,6 @@ def measure(base_dir: Path, clip_dir: Path, figures_path: Path, grid_path: Path)
         "samples": lambda: sample_figures(pipeline, prompts),
         "scorer": lambda: scorer_figures(pipeline, clip, prompts["train"] + prompts["test"]),
         "checker_after_vae": lambda: checker_figures(2000, partial(round_trip, pipeline.vae)),
-        "sweep": lambda: sweep(pipeline, prompts["train"] * 8),
         "milliseconds": lambda: timings(pipeline, clip),
     }
     for name, part in parts.items():
@@ -137,17 +135,6 @@ def relation_confusion(images: np.ndarray, prompts: list[str]) -> dict[str, dict
     return {
         asked: {str(shown): round(shows.count(shown) / max(len(shows), 1), 3) for shown in (*RELATIONS, None)}
         for asked, shows in drawn.items()
-    }
-
-
-def sweep(pipeline: StableDiffusionPipeline, prompts: list[str]) -> dict[str, dict[str, float]]:
-    """Accuracy over guidance scales at 10 steps and over step counts at guidance 3, eta 1."""
-    settings = [(10, guidance) for guidance in GUIDANCES] + [(steps, 3.0) for steps in STEP_COUNTS[1:]]
-    return {
-        f"{steps} steps, guidance {guidance:g}": accuracy(
-            sample(pipeline, prompts, seed=SEED, num_steps=steps, guidance=guidance), prompts
-        )
-        for steps, guidance in settings
     }
 
 

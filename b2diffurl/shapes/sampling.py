@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from b2diffurl.shapes.checker import check
 
-NUM_STEPS, GUIDANCE, BATCH = 10, 3.0, 128
+NUM_STEPS, GUIDANCE, BATCH = 10, 2.0, 128
 
 
 def load_pipeline(base_dir) -> StableDiffusionPipeline:
