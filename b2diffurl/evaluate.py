@@ -24,7 +24,7 @@ from b2diffurl.features import Features, check_features, load_features
 from b2diffurl.models import Model, base_fingerprint
 from b2diffurl.policy import decode, load_policy, predictor
 from b2diffurl.prompts import load_prompts
-from b2diffurl.rewards import Reward, check_reward, load_reward, score
+from b2diffurl.rewards import Reward, check_reward, load_reward, reward_fingerprint, score
 from b2diffurl.runtime import logger, make_accelerator, progress
 from b2diffurl.seeding import generator
 from b2diffurl.stage import Stage
@@ -76,7 +76,7 @@ def evaluate(
     for checkpoint, lora in loras.items():
         model = None
         for name, some_prompts in prompts.items():
-            folder = result_folder(config, root, checkpoint, lora, name, some_prompts, settings)
+            folder = result_folder(config, root, checkpoint, lora, name, some_prompts, settings, accelerator)
             if not (folder / "result.json").is_file():
                 model = model or load_judged(config, accelerator, lora)
                 instruments = instruments or load_instruments(config, scorers, accelerator)
@@ -119,15 +119,21 @@ def result_folder(
     name: str,
     prompts: list[str],
     settings: SamplerSettings,
+    accelerator: Accelerator,
 ) -> Path:
-    """Where one evaluation lies: its name says what, a checksum of all that decides the numbers says which."""
+    """Where one evaluation lies: its name says what, a checksum of what decides the numbers says which.
+
+    Left out are the number of threads, which moves results by rounding, and this package's own code.
+    """
     reward = {key: value for key, value in config.reward.to_dict().items() if key != "batch_size"}
     evaluation = {key: config.eval[key] for key in ("judge", "diversity", "num_images", "batch_size", "seed")}
     decisive = [
         vars(settings),
         prompts,
         reward,
+        [reward_fingerprint(key, config.reward) for key in (config.reward.name, config.eval.judge) if key],
         evaluation,
+        [accelerator.device.type, accelerator.mixed_precision, config.allow_tf32],
         base_fingerprint(config.pretrained),
         config.pretrained.resolution,
         files.sha256(lora) if lora else "",
@@ -164,6 +170,10 @@ def judge(
             files.write_image(folder / f"{n:05d}.png", images[n - start])
         for key, reward in instruments.rewards.items():
             total, parts = score(reward, images, some_prompts)
+            if not total[:count].isfinite().all():
+                raise FloatingPointError(
+                    f"reward {key} is not finite for images of batch {batch}; prompts {some_prompts[:3]} …"
+                )
             for part, numbers in ({key: total} | {f"{key}/{part}": value for part, value in parts.items()}).items():
                 values.setdefault(part, []).extend(numbers[:count].tolist())
         for key, feature in instruments.features.items():
@@ -214,11 +224,12 @@ def summarise_diversity(
 ) -> dict[str, dict[str, float]]:
     """Mean pairwise distance [N,E] -> by prompt: of all its images, and where there is a judge of the right ones alone.
 
-    Wrong images differ from right ones, so a model that makes fewer of them is less diverse for a good reason.
+    Right is what the judge gives more than 1/2. Wrong images differ from right ones, so a model that makes fewer of them is
+    less diverse for a good reason.
     """
     found = {"all": mean_pairwise_distance(features, asked, metric=metric)}
     if right is not None:
-        rows = [n for n, value in enumerate(right) if value]
+        rows = [n for n, value in enumerate(right) if value > 0.5]
         found["right"] = mean_pairwise_distance(features[rows], [asked[n] for n in rows], metric=metric)
     return found
 
@@ -235,7 +246,7 @@ def mean_and_error(numbers: list[float]) -> tuple[float | None, float | None]:
 def add_differences(results: list[dict[str, Any]]) -> None:
     """Beside each checkpoint's figures the mean paired difference to the base on the same noise, and its error.
 
-    Values are paired by image, diversity by prompt.
+    Values are paired by image. Diversity is paired by prompt, over those that both have; its mean is over all that it has.
     """
     base = {result["prompts"]: result for result in results if result["checkpoint"] == "base"}
     for result in results:
@@ -249,7 +260,7 @@ def add_differences(results: list[dict[str, Any]]) -> None:
             result[f"{key}_gain"], result[f"{key}_gain_se"] = mean_and_error(paired)
         before = dict(diversities(against))
         for name, after in diversities(result):
-            paired = [after[prompt] - before[name][prompt] for prompt in after.keys() & before[name].keys()]
+            paired = [value - before[name][prompt] for prompt, value in after.items() if prompt in before[name]]
             result[f"{name}_gain"], result[f"{name}_gain_se"] = mean_and_error(paired)
 
 

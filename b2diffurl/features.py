@@ -27,7 +27,11 @@ def check_features(name: str, config: Mapping, prompts: Sequence[str] = ()) -> N
     """Refuse unknown features, or those whose model cannot be had or whose prompts they cannot read."""
     if name not in FEATURES:
         raise ValueError(f"unknown features {name!r} in eval.diversity; known: {', '.join(FEATURES)}")
-    check_reward({"clip": "clip", "layout": "shapes"}[name], config, prompts)
+    try:
+        check_reward(REWARD_OF[name], config, prompts)
+    except (ValueError, OSError) as error:
+        hint = "without it: --config.eval.diversity='()'"
+        raise ValueError(f"eval.diversity asks for {name!r}, which cannot be had: {error} ({hint})") from None
 
 
 def _clip(config: Mapping, device: torch.device, rewards: Mapping[str, Reward]) -> Features:
@@ -42,3 +46,4 @@ def _layout(config: Mapping, device: torch.device, rewards: Mapping[str, Reward]
 
 
 FEATURES = {"clip": _clip, "layout": _layout}
+REWARD_OF = {"clip": "clip", "layout": "shapes"}  # the reward that needs the same model and reads the same prompts

@@ -16,6 +16,7 @@ from b2diffurl import files
 from b2diffurl.branching import branch_sample
 from b2diffurl.ddim import Sampler, require_stochastic
 from b2diffurl.experiment import Plan, make_plan, record_experiment
+from b2diffurl.features import check_features
 from b2diffurl.metrics import open_metrics
 from b2diffurl.models import Model
 from b2diffurl.policy import decode, load_policy, predictor
@@ -33,6 +34,8 @@ def sample_stage(config: ConfigDict) -> None:
     check_reward(config.reward.name, config.reward, plan.prompts)
     if config.eval.judge:
         check_reward(config.eval.judge, config.reward, [*plan.prompts, *load_prompts(config.eval.prompt_file)])
+    for name in config.eval.diversity:
+        check_features(name, config.reward, plan.prompts)
     stage = plan.stage
     if stage.finished("sample"):
         logger.info("sample stage%d: already finished", stage.index)

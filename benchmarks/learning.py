@@ -1,45 +1,51 @@
 """Does the default run learn? Everything that README and docs/results say of it.
 
     python -m benchmarks.learning                    # all of it, one part after the other
-    python -m benchmarks.learning run --seeds 1,2    # one part of it: sweep, run, control, judge, deployed, draw
+    python -m benchmarks.learning run --seeds 1,2    # one part of it: base, run, control, judge, deployed, draw
 
-What is done is not redone. Two calls may work side by side on different seeds (--threads=1 each), but for `run`, which is
-timed, and `draw`, which collects what the others left in model/lora/learning_*.
+What is done is not redone. `judge` and `deployed` may work on different seeds side by side (--threads=1 each), after `base`.
 """
 
 import argparse
+import hashlib
 import json
 import logging
-import math
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
+from ml_collections import ConfigDict
 from torch import Tensor
 
 from b2diffurl import files
 from b2diffurl.evaluate import SamplerSettings, add_differences, evaluate, mean_and_error
+from b2diffurl.experiment import make_plan
 from b2diffurl.metrics import read_events
+from b2diffurl.models import base_fingerprint
 from b2diffurl.prompts import load_prompts
 from b2diffurl.runtime import set_up_logging
-from b2diffurl.stage import Stage
+from b2diffurl.stage import LORA_FILE, Stage
 from config.stage_process import get_config
 
 SEEDS = (1, 2, 3)
-NUM_IMAGES, SWEEP_IMAGES = 1152, 384  # 24 and 8 a prompt
-EVAL_SEED = 1
+NUM_IMAGES, SWEEP_IMAGES = 1152, 288  # 24 and 6 a prompt
+EVAL_SEED, SWEEP_SEED = 1, 2
 GUIDANCES = (1.0, 1.5, 2.0, 2.5, 3.0, 5.0, 10.0)
-STEP_COUNTS = {1.0: (10, 20, 50), 0.0: (50,)}  # by eta
-DEPLOYED_STEPS = 50
+STEP_COUNTS = {1.0: (10, 20, 30, 50), 0.0: (10, 20, 50)}  # by eta
+NUM_FINALISTS = 4  # samplers of the sweep that are judged again
+DEPLOYED_STEPS, DEPLOYED_IMAGES = 50, 576
 RESULTS = Path("docs/results")
-SETS = {"train": "training", "test": "held-out"}
+SETS = ("train", "test")
+BASE, CONTROL_REWARD = "base", "benchmarks.learning:meaningless"
 
 log = logging.getLogger("b2diffurl")
 
@@ -55,12 +61,38 @@ def main() -> None:
         PARTS[part]([int(seed) for seed in given.seeds.split(",")], given.threads)
 
 
-def configure(name: str, threads: int = 0, num_images: int = NUM_IMAGES) -> Any:
-    """The default configuration as experiment `learning_<name>`, judged with noise of its own."""
+def configure(name: str, threads: int = 0) -> ConfigDict:
+    """The default configuration as experiment `learning_<name>`: the base, or seed<i> or control<i> with that seed."""
     config = get_config("shapes")
     config.exp_name, config.num_threads = f"learning_{name}", threads
-    config.eval.num_images, config.eval.seed = num_images, EVAL_SEED
+    config.eval.num_images, config.eval.seed = NUM_IMAGES, EVAL_SEED
+    if name != BASE:
+        config.seed = int(re.sub(r"\D", "", name))
+    if name.startswith("control"):
+        config.reward.name = CONTROL_REWARD
     return config
+
+
+def judged(name: str, threads: int = 0) -> ConfigDict:
+    """The same with the reward that every run is judged by; a run that was made with other settings is refused."""
+    config = configure(name, threads)
+    if name != BASE:
+        require_finished(config)
+    config.reward.name = get_config("shapes").reward.name
+    return config
+
+
+def folder(config: ConfigDict) -> Path:
+    return Path(config.save_path) / config.exp_name
+
+
+def require_finished(config: ConfigDict) -> None:
+    """Refuse a run that is not whole, or was made with other settings than today's."""
+    make_plan(config)
+    recorded = files.read_json(folder(config) / "config.json")["config"]["stage_cnt"]
+    finished = all(Stage(folder(config), index).finished("train") for index in range(config.stage_cnt))
+    if not finished or recorded != config.stage_cnt:
+        raise ValueError(f"{folder(config)} is not a whole run of {config.stage_cnt} stages; finish it, or delete it")
 
 
 def training_sampler() -> SamplerSettings:
@@ -71,11 +103,117 @@ def training_sampler() -> SamplerSettings:
 # --- the parts ------------------------------------------------------------------------------------
 
 
-def sweep(_seeds: Sequence[int], threads: int) -> None:
-    """The base model at every sampler, on the training prompts; the best one again with more images, on both sets."""
-    for settings in sweep_settings():
-        evaluate(configure("base", threads, SWEEP_IMAGES), ["base"], ["train"], settings)
-    evaluate(configure("base", threads), ["base"], ["train", "test"], best_sampler(threads))
+def base(_seeds: Sequence[int], threads: int) -> None:
+    """The base model at every sampler, then all that runs are compared with."""
+    best_sampler(threads)
+    at_best(BASE, threads)
+    curve(BASE, threads)
+    deploy([BASE], threads)
+
+
+def run(seeds: Sequence[int], _threads: int) -> None:
+    """The default run as its users start it, with nothing but seed and name changed; the time counts if it is whole."""
+    for seed in seeds:
+        run_process(f"seed{seed}")
+
+
+def control(seeds: Sequence[int], _threads: int) -> None:
+    """The same once with a reward that means nothing: what it gains, any training that wanders as far might."""
+    run_process(f"control{seeds[0]}", f"--config.reward.name={CONTROL_REWARD}")
+
+
+def run_process(name: str, *arguments: str) -> None:
+    config = configure(name)
+    root = folder(config)
+    if (root / "before_after.png").is_file():
+        require_finished(config)
+        return
+    fresh, started = not root.exists(), time.perf_counter()
+    environment = {
+        key: value for key, value in os.environ.items() if key in ("PATH", "HOME", "VIRTUAL_ENV", "OMP_NUM_THREADS")
+    }
+    environment |= {"ExpName": config.exp_name, "Seed": str(config.seed)}
+    subprocess.run(["bash", "run_process.sh", *arguments], env=environment, check=True)
+    if fresh:
+        files.write_json(root / "seconds.json", time.perf_counter() - started)
+
+
+def judge(seeds: Sequence[int], threads: int) -> None:
+    """Every stage of every run at the sampler of training, and the last one at the base's best."""
+    for name in run_names(seeds):
+        curve(name, threads)
+        at_best(name, threads)
+
+
+def deployed(seeds: Sequence[int], threads: int) -> None:
+    """What people do with a LoRA: stock diffusers, deterministic DDIM, 50 steps."""
+    deploy([name for name in run_names(seeds) if name.startswith("seed")], threads)
+
+
+def draw(seeds: Sequence[int], _threads: int) -> None:
+    """docs/results/learning.json, .md and .png from what the other parts left."""
+    from benchmarks.learning_report import draw_curves, write_tables
+
+    names, bases = run_names(seeds), curve(BASE)
+    curves = {name: with_gains(bases, curve(name)) for name in names}
+    tuned = {name: results[-len(SETS) :] for name, results in curves.items()}
+    seed_names = [name for name in names if name.startswith("seed")]
+    facts = {
+        "date": str(date.today()),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
+        "seeds": list(seeds),
+        "num_images": NUM_IMAGES,
+        "sweep_images": SWEEP_IMAGES,
+        "deployed_images": DEPLOYED_IMAGES,
+        "sampler": vars(training_sampler()),
+        "seconds": {name: seconds_of(name) for name in names},
+        "updates": {name: num_updates(name) for name in names},
+        "training_reward": {name: training_reward(name) for name in names},
+        "curves": {name: [plain(result) for result in results] for name, results in curves.items()},
+        "mean_gain": {one["prompts"]: mean_gain(one, [tuned[name] for name in seed_names]) for one in bases},
+        "failures": {name: {one["prompts"]: failures(bases, one) for one in results} for name, results in tuned.items()},
+        "sweep": [plain(result) for result in swept()],
+        "best": best_comparison({name: tuned[name] for name in seed_names}),
+        "deployed": {f"{guidance:g}": deployed_comparison(seed_names, guidance) for guidance in deployed_guidances()},
+    }
+    files.write_json(RESULTS / "learning.json", facts)
+    write_tables(facts, RESULTS / "learning.md")
+    draw_curves(facts, RESULTS / "learning.png")
+
+
+def meaningless(images: Tensor, _prompts: Sequence[str]) -> Tensor:
+    """A reward [N] in [0, 1) that depends on every pixel and on nothing one can see."""
+    weights = torch.arange(1, images[0].numel() + 1, dtype=torch.int64) * 2654435761 % 1000003
+    return (images.flatten(1).long() @ weights % 10007) / 10007
+
+
+# --- what the parts judge -------------------------------------------------------------------------
+
+
+def run_names(seeds: Iterable[int]) -> list[str]:
+    """Every seed's run, and the controls that there are."""
+    controls = [f"control{seed}" for seed in seeds]
+    return [f"seed{seed}" for seed in seeds] + [name for name in controls if folder(configure(name)).is_dir()]
+
+
+def curve(name: str, threads: int = 0) -> list[dict]:
+    """The results of each stage on both prompt sets, in order, or those of the base."""
+    config = judged(name, threads)
+    checkpoints = [BASE] if name == BASE else [f"stage{index}" for index in range(config.stage_cnt)]
+    return evaluate(config, checkpoints, list(SETS), training_sampler())
+
+
+def at_best(name: str, threads: int = 0) -> list[dict]:
+    """The results of a run's last stage, or of the base, at the base's best sampler."""
+    return evaluate(judged(name, threads), [BASE if name == BASE else "last"], list(SETS), best_sampler(threads))
+
+
+@cache
+def swept(threads: int = 0) -> list[dict]:
+    """The base on the training prompts at every sampler, on noise that nothing else is judged with."""
+    config = judged(BASE, threads)
+    config.eval.num_images, config.eval.seed = SWEEP_IMAGES, SWEEP_SEED
+    return [result for settings in sweep_settings() for result in evaluate(config, [BASE], ["train"], settings)]
 
 
 def sweep_settings() -> list[SamplerSettings]:
@@ -87,82 +225,32 @@ def sweep_settings() -> list[SamplerSettings]:
     ]
 
 
-def sweep_results(threads: int = 0) -> list[dict]:
-    config = configure("base", threads, SWEEP_IMAGES)
-    return [result for settings in sweep_settings() for result in evaluate(config, ["base"], ["train"], settings)]
-
-
+@cache
 def best_sampler(threads: int = 0) -> SamplerSettings:
-    """That with which the base gets most of the training prompts right."""
-    best = max(sweep_results(threads), key=lambda result: result["accuracy"])
-    return SamplerSettings(best["num_steps"], best["eta"], best["guidance_scale"])
+    """With which the base gets most of the training prompts right: the best of the sweep's few best, judged once more."""
+    few = sorted(swept(threads), key=lambda result: -result["accuracy"])[:NUM_FINALISTS]
+    again = [result for one in few for result in evaluate(judged(BASE, threads), [BASE], ["train"], sampler_of(one))]
+    return sampler_of(max(again, key=lambda result: result["accuracy"]))
 
 
-def run(seeds: Sequence[int], _threads: int) -> None:
-    """The default run as its users start it, with nothing but seed and name changed; the time counts if it is whole."""
-    for seed in seeds:
-        run_process(f"seed{seed}", seed)
-
-
-def control(seeds: Sequence[int], _threads: int) -> None:
-    """The same with a reward that means nothing: whatever it gains, any nudge would."""
-    run_process(f"control{seeds[0]}", seeds[0], "--config.reward.name=benchmarks.learning:meaningless")
-
-
-def run_process(name: str, seed: int, *arguments: str) -> None:
-    config = configure(name)
-    root = Path(config.save_path) / config.exp_name
-    if Stage(root, config.stage_cnt - 1).finished("train") and (root / "before_after.png").is_file():
-        return
-    fresh, started = not root.exists(), time.perf_counter()
-    environment = os.environ | {"ExpName": config.exp_name, "Seed": str(seed)}
-    subprocess.run(["bash", "run_process.sh", *arguments], env=environment, check=True)
-    if fresh:
-        files.write_json(root / "seconds.json", time.perf_counter() - started)
-
-
-def meaningless(images: Tensor, _prompts: Sequence[str]) -> Tensor:
-    """A reward [N] in [0, 1) that depends on every pixel and on nothing one can see."""
-    weights = torch.arange(1, images[0].numel() + 1, dtype=torch.int64) * 2654435761 % 1000003
-    return (images.flatten(1).long() @ weights % 10007) / 10007
-
-
-def judge(seeds: Sequence[int], threads: int) -> None:
-    """Every stage of every run at the sampler of training, and the last stage at the base's best one."""
-    for name in ("base", *run_names(seeds)):
-        curve(name, threads)
-        for prompts in SETS:
-            evaluate(configure(name, threads), ["base" if name == "base" else "last"], [prompts], best_sampler(threads))
-
-
-def run_names(seeds: Iterable[int]) -> list[str]:
-    """The runs that there are: of each seed, and their controls."""
-    names = [f"{kind}{seed}" for kind in ("seed", "control") for seed in seeds]
-    return [name for name in names if (Path(get_config("shapes").save_path) / f"learning_{name}").is_dir()]
-
-
-def curve(name: str, threads: int = 0) -> list[dict]:
-    """The results of each stage on both prompt sets, in order, or those of the base."""
-    config = configure(name, threads)
-    checkpoints = ["base"] if name == "base" else [f"stage{index}" for index in range(config.stage_cnt)]
-    return evaluate(config, checkpoints, list(SETS), training_sampler())
-
-
-def deployed(seeds: Sequence[int], threads: int) -> None:
-    """What people do with the LoRA: stock diffusers, deterministic DDIM, 50 steps; at the guidance of training and at the
-    base's best for this sampler."""
-    if threads:
-        torch.set_num_threads(threads)
-    for guidance in deployed_guidances():
-        for name in ("base", *(name for name in run_names(seeds) if name.startswith("seed"))):
-            for prompts in SETS:
-                deployed_values(name, prompts, guidance)
+def sampler_of(result: dict) -> SamplerSettings:
+    return SamplerSettings(result["num_steps"], result["eta"], result["guidance_scale"])
 
 
 def deployed_guidances() -> list[float]:
-    like_this = [one for one in sweep_results() if (one["num_steps"], one["eta"]) == (DEPLOYED_STEPS, 0.0)]
+    """That of training, and the base's best for the deployed sampler."""
+    like_this = [one for one in swept() if (one["num_steps"], one["eta"]) == (DEPLOYED_STEPS, 0.0)]
     best = max(like_this, key=lambda result: result["accuracy"])["guidance_scale"]
     return list(dict.fromkeys([training_sampler().guidance_scale, best]))
+
+
+def deploy(names: Iterable[str], threads: int) -> None:
+    if threads:
+        torch.set_num_threads(threads)
+    for name in names:
+        for guidance in deployed_guidances():
+            for prompts in SETS:
+                deployed_values(name, prompts, guidance)
 
 
 def deployed_values(name: str, prompts: str, guidance: float) -> dict[str, list[float]]:
@@ -170,57 +258,34 @@ def deployed_values(name: str, prompts: str, guidance: float) -> dict[str, list[
     from b2diffurl.rewards.shapes import shapes
     from b2diffurl.shapes.sampling import load_pipeline, sample
 
-    config = configure(name)
-    root = Path(config.save_path) / config.exp_name
-    file = root / "eval" / f"deployed_{prompts}_guidance{guidance:g}.json"
+    config = judged(name)
+    lora = None if name == BASE else Stage(folder(config), config.stage_cnt - 1).checkpoints()[-1]
+    some = load_prompts({"train": config.prompt_file, "test": config.eval.prompt_file}[prompts])
+    decisive = [base_fingerprint(config.pretrained), files.sha256(lora / LORA_FILE) if lora else "", some]
+    decisive += [guidance, DEPLOYED_STEPS, DEPLOYED_IMAGES, EVAL_SEED]
+    digest = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12]
+    file = folder(config) / "eval" / f"deployed_{prompts}_{digest}.json"
     if not file.is_file():
         pipeline = load_pipeline(config.pretrained.model)
-        if name != "base":
-            pipeline.load_lora_weights(Stage(root, config.stage_cnt - 1).checkpoints()[-1])
-        some = load_prompts({"train": config.prompt_file, "test": config.eval.prompt_file}[prompts])
-        asked = [some[n % len(some)] for n in range(NUM_IMAGES)]
+        if lora:
+            pipeline.load_lora_weights(lora)
+        asked = [some[n % len(some)] for n in range(DEPLOYED_IMAGES)]
         images = sample(pipeline, asked, seed=EVAL_SEED, num_steps=DEPLOYED_STEPS, guidance=guidance, eta=0.0)
         accuracy, parts = shapes(torch.from_numpy(images), asked)
         values = {"accuracy": accuracy} | {f"shapes/{part}": value for part, value in parts.items()}
         files.write_json(file, {key: value.tolist() for key, value in values.items()})
         log.info("deployed %s on %s prompts, guidance %g: %.4f", name, prompts, guidance, accuracy.mean().item())
-    return json.loads(file.read_text())
-
-
-def draw(seeds: Sequence[int], _threads: int) -> None:
-    """docs/results/learning.json, .md and .png from what the other parts left."""
-    from benchmarks.learning_report import draw_curves, write_tables
-
-    names, base = run_names(seeds), curve("base")
-    curves = {name: with_gains(base, curve(name)) for name in names}
-    tuned = {name: results[-len(SETS) :] for name, results in curves.items()}
-    facts = {
-        "date": str(date.today()),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
-        "seeds": list(seeds),
-        "num_images": NUM_IMAGES,
-        "sampler": vars(training_sampler()),
-        "seconds": {name: seconds_of(name) for name in names},
-        "training_reward": {name: training_reward(name) for name in names},
-        "curves": {name: [plain(result) for result in results] for name, results in curves.items()},
-        "failures": {name: {one["prompts"]: failures(base, one) for one in results} for name, results in tuned.items()},
-        "sweep": [plain(result) for result in sweep_results()],
-        "best": best_comparison(tuned),
-        "deployed": {f"{guidance:g}": deployed_comparison(names, guidance) for guidance in deployed_guidances()},
-    }
-    files.write_json(RESULTS / "learning.json", facts)
-    write_tables(facts, RESULTS / "learning.md")
-    draw_curves(facts, RESULTS / "learning.png")
+    return files.read_json(file)
 
 
 # --- figures --------------------------------------------------------------------------------------
 
 
-def with_gains(base: list[dict], results: list[dict]) -> list[dict]:
+def with_gains(bases: list[dict], results: list[dict]) -> list[dict]:
     """Base and checkpoints in one list, each with the number of reward queries it cost and its gain over the base."""
-    config = configure("base")
+    config = get_config("shapes")
     per_stage = config.sample.num_batches_per_epoch * config.sample.batch_size * config.split_time
-    together = [dict(result) for result in [*base, *results]]
+    together = [dict(result) for result in [*bases, *results]]
     add_differences(together)
     for result in together:
         stage = result["checkpoint"].removeprefix("stage")
@@ -237,21 +302,37 @@ def plain(result: dict) -> dict:
 
 def training_reward(name: str) -> list[float]:
     """Mean reward of the images that each stage sampled, so before its update."""
+    return [read_events(stage.metrics("select"), "select")[-1]["reward_mean"] for stage in stages(name)]
+
+
+def num_updates(name: str) -> int:
+    return sum(files.read_json(stage.folder / "train.json")["num_updates"] for stage in stages(name))
+
+
+def stages(name: str) -> list[Stage]:
     config = configure(name)
-    stages = [Stage(Path(config.save_path) / config.exp_name, index) for index in range(config.stage_cnt)]
-    return [read_events(stage.metrics("select"), "select")[-1]["reward_mean"] for stage in stages]
+    return [Stage(folder(config), index) for index in range(config.stage_cnt)]
 
 
 def seconds_of(name: str) -> float | None:
     """How long `bash run_process.sh` took; None where it was interrupted."""
-    config = configure(name)
-    file = Path(config.save_path) / config.exp_name / "seconds.json"
+    file = folder(configure(name)) / "seconds.json"
     return files.read_json(file) if file.is_file() else None
 
 
-def failures(base: list[dict], tuned: dict) -> dict[str, dict[str, float]]:
+def mean_gain(before: dict, tuned: Sequence[list[dict]]) -> dict[str, float]:
+    """Gain in accuracy, mean over the seeds, with two errors: taken over images (of all seeds' means), and over prompts."""
+    runs = [one["values"]["accuracy"] for results in tuned for one in results if one["prompts"] == before["prompts"]]
+    after, base_values = (torch.tensor(values, dtype=torch.float64) for values in (runs, before["values"]["accuracy"]))
+    change = after.mean(0) - base_values
+    by_prompt = [change[n :: before["n_prompts"]].mean().item() for n in range(before["n_prompts"])]
+    gain, error = mean_and_error(change.tolist())
+    return {"gain": gain, "se": error, "se_by_prompt": mean_and_error(by_prompt)[1]}
+
+
+def failures(bases: list[dict], tuned: dict) -> dict[str, dict[str, float]]:
     """Where images go wrong first; the four shares add up to 1, so the changes of the first three make up the gain."""
-    (before,) = (split_by_failure(result["values"]) for result in base if result["prompts"] == tuned["prompts"])
+    (before,) = (split_by_failure(result["values"]) for result in bases if result["prompts"] == tuned["prompts"])
     after, found = split_by_failure(tuned["values"]), {}
     for kind in before:
         change, error = mean_and_error((after[kind] - before[kind]).tolist())
@@ -268,30 +349,28 @@ def split_by_failure(values: dict[str, list[float]]) -> dict[str, Tensor]:
 
 
 def best_comparison(tuned: dict[str, list[dict]]) -> dict[str, Any]:
-    """The base at its best sampler, against each tuned model as it was trained, and against the same at that sampler."""
-    settings = best_sampler()
-    base = evaluate(configure("base"), ["base"], list(SETS), settings)
-    compared: dict[str, Any] = {"sampler": vars(settings), "base": {result["prompts"]: plain(result) for result in base}}
+    """The base at its best sampler, against each tuned model as it was trained, and against the same at that sampler.
+
+    Prompts and first noise are the same for each image at all samplers, so that these differences are paired, too.
+    """
+    bases = at_best(BASE)
+    compared: dict[str, Any] = {"sampler": vars(best_sampler()), "base": {one["prompts"]: plain(one) for one in bases}}
     for name, results in tuned.items():
-        same_sampler = with_gains(base, evaluate(configure(name), ["last"], list(SETS), settings))[len(SETS) :]
+        as_trained, same_sampler = (with_gains(bases, some)[len(SETS) :] for some in (results, at_best(name)))
         compared[name] = {
-            one["prompts"]: {
-                "gain": one["accuracy"] - best["accuracy"],
-                "gain_se": math.hypot(one["accuracy_se"], best["accuracy_se"]),
-                "at_best": plain(same),
-            }
-            for one, best, same in zip(results, base, same_sampler, strict=True)
+            one["prompts"]: {"as_trained": plain(one), "at_best": plain(same)}
+            for one, same in zip(as_trained, same_sampler, strict=True)
         }
     return compared
 
 
 def deployed_comparison(names: Sequence[str], guidance: float) -> dict[str, Any]:
     """Accuracy of base and tuned model in stock diffusers, with the paired gain."""
-    compared: dict[str, Any] = {"base": {}}
+    compared: dict[str, Any] = {BASE: {}}
     for prompts in SETS:
-        before = deployed_values("base", prompts, guidance)["accuracy"]
-        compared["base"][prompts] = dict(zip(("accuracy", "se"), mean_and_error(before), strict=True))
-        for name in (name for name in names if name.startswith("seed")):
+        before = deployed_values(BASE, prompts, guidance)["accuracy"]
+        compared[BASE][prompts] = dict(zip(("accuracy", "se"), mean_and_error(before), strict=True))
+        for name in names:
             after = deployed_values(name, prompts, guidance)["accuracy"]
             gain, error = mean_and_error([new - old for new, old in zip(after, before, strict=True)])
             compared.setdefault(name, {})[prompts] = {"accuracy": fmean(after), "gain": gain, "gain_se": error}
@@ -299,13 +378,14 @@ def deployed_comparison(names: Sequence[str], guidance: float) -> dict[str, Any]
 
 
 PARTS: dict[str, Callable[[Sequence[int], int], None]] = {
-    "sweep": sweep,
+    "base": base,
     "run": run,
     "control": control,
     "judge": judge,
     "deployed": deployed,
     "draw": draw,
 }
+
 
 if __name__ == "__main__":
     main()

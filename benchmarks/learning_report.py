@@ -14,20 +14,55 @@ GREY = "#8b8b8b"
 # --- tables ---------------------------------------------------------------------------------------
 
 
+PAGE = """# Does the default run learn?
+
+By `python -m benchmarks.learning`, {date}, {machine}. {num_images} images a figure, on noise that is used for nothing else;
+± is the standard error, of gains the paired one over images (the prompts are the same everywhere).
+
+## By seed
+
+{gains}
+
+## What the gain consists of
+
+The first thing that is wrong with an image, mean over the seeds; the changes of the first three rows make up the gain.
+
+{failures}
+
+The same as shares of those that came so far, mean over the seeds.
+
+{conditional}
+
+## Against the base at its best
+
+{best}
+
+## Base model over samplers
+
+Accuracy on training prompts, {sweep_images} images each. The best few were judged again, on {num_images} images of other
+noise; the best of those is the base's best.
+
+{sweep}
+
+## As it is deployed
+
+Stock diffusers, deterministic DDIM, 50 steps, the LoRA loaded with `load_lora_weights`; {deployed_images} images each.
+
+{deployed}
+
+## Diversity within a prompt
+
+Mean distance of two images of a prompt: of the base over all prompts, and by how much the tuned models differ on the prompts
+that have such images in both.
+
+{diversity}
+"""
+
+
 def write_tables(facts: dict[str, Any], path: Path) -> None:
     """Markdown of every figure, one table a question."""
-    parts = [
-        f"# Does the default run learn?\n\nBy `python -m benchmarks.learning`, {facts['date']}, {facts['machine']}. "
-        f"{facts['num_images']} images a figure, on noise of their own; ± is the standard error, of gains the paired one.",
-        "## By seed\n\n" + gains(facts),
-        "## What the gain consists of\n\nThe first thing that is wrong with an image, mean over the seeds.\n\n"
-        + failures(facts),
-        "## Against the base at its best\n\n" + best(facts),
-        "## Base model over samplers\n\nAccuracy on training prompts, fewer images each.\n\n" + sweep(facts),
-        "## As it is deployed\n\nStock diffusers, deterministic DDIM, 50 steps, the LoRA loaded.\n\n" + deployed(facts),
-        "## Diversity within a prompt\n\n" + diversity(facts),
-    ]
-    path.write_text("\n\n".join(parts) + "\n")
+    makers = (gains, failures, conditional, best, sweep, deployed, diversity)
+    path.write_text(PAGE.format(**facts | {maker.__name__: maker(facts) for maker in makers}))
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -65,14 +100,13 @@ def gains(facts: dict[str, Any]) -> str:
                 words, title(name), percent(one["accuracy"] - one["accuracy_gain"]), percent(one["accuracy"]),
                 points(one["accuracy_gain"], one["accuracy_gain_se"]),
                 f"{one['reward_gain']:+.4f} ± {one['reward_gain_se']:.4f}",
-                f"{seconds / 60:.1f}" if seconds else "interrupted",
+                str(facts["updates"][name]), f"{seconds / 60:.1f}" if seconds else "interrupted",
             ])  # fmt: skip
-        mean = points(fmean(one["accuracy_gain"] for one in finals))
-        least = points(min(one["accuracy_gain"] for one in finals))
-        reward = f"{fmean(one['reward_gain'] for one in finals):+.4f}"
-        tuned = percent(fmean(one["accuracy"] for one in finals))
-        rows.append([words, "**mean, (least)**", "", tuned, f"**{mean}, ({least})**", reward, ""])
-    return table(["prompts", "run", "accuracy: base", "tuned", "gain, points", "reward gain", "minutes"], rows)
+        mean, least = facts["mean_gain"][prompts], min(one["accuracy_gain"] for one in finals)
+        gain = f"**{points(mean['gain'], mean['se'])}** (over prompts ± {100 * mean['se_by_prompt']:.1f})"
+        rows.append([words, "mean of the seeds", "", percent(fmean(one["accuracy"] for one in finals)), gain, "", "", ""])
+        rows.append([words, "least of the seeds", "", "", f"**{points(least)}**", "", "", ""])
+    return table(["prompts", "run", "accuracy: base", "tuned", "gain, points", "reward gain", "updates", "minutes"], rows)
 
 
 def failures(facts: dict[str, Any]) -> str:
@@ -87,22 +121,34 @@ def failures(facts: dict[str, Any]) -> str:
     return table(["prompts", "first failure", "base", "tuned", "change", "by seed"], rows)
 
 
+def conditional(facts: dict[str, Any]) -> str:
+    rows = []
+    for prompts, words in SETS.items():
+        for which in ("base", "tuned"):
+            malformed, binding, relation, _ = (
+                fmean(facts["failures"][name][prompts][kind][which] for name in runs(facts))
+                for kind in ("malformed", "binding", "relation", "right")
+            )
+            formed, bound = 1 - malformed, 1 - malformed - binding
+            rows.append([words, which, percent(formed), percent(bound / formed), percent((bound - relation) / bound)])
+    return table(["prompts", "model", "well formed", "of these bound right", "of these the relation right"], rows)
+
+
 def best(facts: dict[str, Any]) -> str:
     compared, rows = facts["best"], []
-    sampler = compared["sampler"]
-    for prompts in SETS:
+    for prompts, words in SETS.items():
         base = compared["base"][prompts]
         for name in runs(facts):
-            one = compared[name][prompts]
-            same = one["at_best"]
+            one, same = compared[name][prompts]["as_trained"], compared[name][prompts]["at_best"]
             rows.append([
-                SETS[prompts], title(name), percent(base["accuracy"]), points(one["gain"], one["gain_se"]),
+                words, title(name), percent(base["accuracy"]), points(one["accuracy_gain"], one["accuracy_gain_se"]),
                 percent(same["accuracy"]), points(same["accuracy_gain"], same["accuracy_gain_se"]),
             ])  # fmt: skip
-    trained = "{num_steps} steps, guidance {guidance_scale:g}".format(**facts["sampler"])
-    setting = "{num_steps} steps, guidance {guidance_scale:g}, eta {eta:g}".format(**sampler)
-    note = f"The base's best sampler of those below: {setting}. Tuned models are trained at {trained}, eta 1.\n\n"
-    header = ["prompts", "run", "base at its best", "gain as trained", "tuned at that sampler", "gain"]
+    setting, trained = ("{num_steps} steps, guidance {guidance_scale:g}, eta {eta:g}".format(**one) for one in (
+        compared["sampler"], facts["sampler"]
+    ))  # fmt: skip
+    note = f"The base's best sampler of those below: {setting}. The tuned models were trained at {trained}.\n\n"
+    header = ["prompts", "run", "base at its best", "gain of the tuned one as trained", "tuned at that sampler", "gain"]
     return note + table(header, rows)
 
 
@@ -138,13 +184,13 @@ MEASURES = {
 
 def diversity(facts: dict[str, Any]) -> str:
     rows = []
-    for prompts in SETS:
+    for prompts, words in SETS.items():
         for key, said in MEASURES.items():
             finals = [last(facts, name, prompts) for name in runs(facts)]
             base = next(one for one in facts["curves"][runs(facts)[0]] if one["prompts"] == prompts)[key]
-            each = ", ".join(f"{one[key]:.3g} ({one[f'{key}_gain']:+.2g} ± {one[f'{key}_gain_se']:.1g})" for one in finals)
-            rows.append([SETS[prompts], said, f"{base:.3g}", each])
-    return table(["prompts", "mean distance of two images of a prompt", "base", "tuned, by seed"], rows)
+            each = ", ".join(f"{one[f'{key}_gain']:+.2g} ± {one[f'{key}_gain_se']:.1g}" for one in finals)
+            rows.append([words, said, f"{base:.3g}", each])
+    return table(["prompts", "measured in", "base", "change, by seed"], rows)
 
 
 # --- curves ---------------------------------------------------------------------------------------
@@ -204,7 +250,7 @@ def accuracy_panel(panel: plt.Axes, facts: dict[str, Any]) -> None:
         panel.axhline(best_base, color=COLOURS[prompts], ls=":", lw=1.2, label=f"{words}: base at its best sampler")
     for name in controls(facts):
         x, y = series(facts, name, "train", "accuracy")
-        panel.plot(x, [100 * value for value in y], color=GREY, ls="--", lw=1.4, label="training: meaningless reward")
+        panel.plot(x, [100 * value for value in y], color=GREY, ls="--", lw=1.4, label="training: a meaningless reward")
     panel.set(title="Accuracy (the exact checker, never trained on)", ylabel="images that show the prompt, %")
     panel.legend(frameon=False, fontsize=9)
 

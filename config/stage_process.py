@@ -65,7 +65,7 @@ def reference() -> ConfigDict:
 
     # ---- reward ----
     config.reward = reward = ConfigDict()
-    reward.name = "clip"  # clip | shapes
+    reward.name = "clip"  # clip | shapes | package.module:function, your own
     reward.model = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # for clip: hub id or local directory
     reward.batch_size = 32  # images scored at once
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from benchmarks.learning import SETS, failures, meaningless, sweep_settings, with_gains
+from benchmarks.learning import SETS, failures, mean_gain, meaningless, sweep_settings, training_sampler, with_gains
 from benchmarks.learning_report import draw_curves, write_tables
 
 
@@ -23,7 +23,7 @@ def result(checkpoint: str, prompts: str, formed: list[int], bound: list[int], r
     errors = {f"{key}_se": 0.1 for key in values}
     spread = {name: {"all": {"a": 1.0, "b": 2.0}, "right": {"a": 0.5}} for name in ("clip", "layout")}
     sampler = {"num_steps": 10, "eta": 1.0, "guidance_scale": 2.0}
-    facts = {"checkpoint": checkpoint, "prompts": prompts, "values": values, "diversity": spread}
+    facts = {"checkpoint": checkpoint, "prompts": prompts, "n_prompts": 2, "values": values, "diversity": spread}
     return facts | means | errors | sampler
 
 
@@ -50,6 +50,17 @@ def test_the_gain_is_the_sum_of_what_no_longer_fails():
     assert found["relation"]["se"] == pytest.approx((2 / 4) ** 0.5 / 5**0.5)
 
 
+def test_the_mean_gain_has_an_error_over_images_and_one_over_prompts():
+    """Two seeds, four images of two prompts in turn: changes 1, 0 and 1, 1 for prompt a, 0, 0 and 0, 1 for b. Their means by
+    image 1, 0, 0.5, 0.5; by prompt 0.75 and 0.25."""
+    before = {"prompts": "test", "n_prompts": 2, "values": {"accuracy": [0, 0, 0, 0]}}
+    runs = [[{"prompts": "test", "values": {"accuracy": values}}] for values in ([1, 0, 0, 0], [1, 0, 1, 1])]
+    found = mean_gain(before, runs)
+    assert found["gain"] == 0.5
+    assert found["se"] == pytest.approx((0.5 / 3) ** 0.5 / 2)
+    assert found["se_by_prompt"] == pytest.approx(0.25)
+
+
 def test_reward_queries_are_counted_by_stage():
     """The base cost none, stage i the images of i + 1 stages; 8 stages are the 25,600 that the docs promise."""
     found = with_gains(BASE, TUNED)
@@ -71,8 +82,10 @@ def test_a_meaningless_reward_says_nothing_but_differs_from_image_to_image():
 
 
 def test_the_sweep_covers_guidance_and_steps():
-    """Guidance 1 to 10 and 10 to 50 steps, the training sampler among them, deterministic ones too."""
+    """Guidance 1 to 10 and 10 to 50 steps, stochastic and deterministic, the training sampler among them."""
     settings = sweep_settings()
+    assert training_sampler() in settings
+    assert {one.eta for one in settings} == {0.0, 1.0}
     assert {1.0, 10.0} <= {one.guidance_scale for one in settings}
     assert {10, 50} <= {one.num_steps for one in settings if one.eta == 1}
     assert len(set(settings)) == len(settings)
@@ -81,16 +94,18 @@ def test_the_sweep_covers_guidance_and_steps():
 def test_tables_and_curves_are_drawn_from_the_facts(tmp_path):
     """Every table has its figures, by hand where they are simple, and the picture is written."""
     curve = with_gains(BASE, TUNED)
-    best = {
-        prompts: {"gain": 0.3, "gain_se": 0.02, "at_best": {"accuracy": 0.8, "accuracy_gain": 0.2, "accuracy_gain_se": 0.01}}
-        for prompts in SETS
-    }
+    as_trained, at_best = ({"accuracy": 0.8, "accuracy_gain": gain, "accuracy_gain_se": gain / 10} for gain in (0.3, 0.2))
+    best = {prompts: {"as_trained": as_trained, "at_best": at_best} for prompts in SETS}
     deployed = {prompts: {"accuracy": 0.7, "se": 0.01, "gain": 0.1, "gain_se": 0.02} for prompts in SETS}
     facts = {
         "date": "today",
         "machine": "here",
         "seeds": [1, 2],
         "num_images": 5,
+        "sweep_images": 5,
+        "deployed_images": 5,
+        "updates": {"seed1": 20, "seed2": 21},
+        "mean_gain": {one["prompts"]: mean_gain(one, [TUNED[-2:], TUNED[-2:]]) for one in BASE},
         "sampler": {"num_steps": 10, "eta": 1.0, "guidance_scale": 2.0},
         "seconds": {"seed1": 600.0, "seed2": None},
         "training_reward": {"seed1": [0.1, 0.2], "seed2": [0.1, 0.3]},
@@ -108,11 +123,13 @@ def test_tables_and_curves_are_drawn_from_the_facts(tmp_path):
     write_tables(facts, tmp_path / "learning.md")
     draw_curves(facts, tmp_path / "learning.png")
     text = (tmp_path / "learning.md").read_text()
-    assert "| training | seed 1 | 20.0 % | 60.0 % | +40.0 ± 24.5 | +0.4000 ± 0.2449 | 10.0 |" in text
-    assert "| training | seed 2 | 20.0 % | 60.0 % | +40.0 ± 24.5 | +0.4000 ± 0.2449 | interrupted |" in text
-    assert "**+40.0, (+40.0)**" in text
+    assert "| training | seed 1 | 20.0 % | 60.0 % | +40.0 ± 24.5 | +0.4000 ± 0.2449 | 20 | 10.0 |" in text
+    assert "| training | seed 2 | 20.0 % | 60.0 % | +40.0 ± 24.5 | +0.4000 ± 0.2449 | 21 | interrupted |" in text
+    assert "| training | mean of the seeds |  | 60.0 % | **+40.0 ± 24.5** (over prompts ± 50.0) |" in text
+    assert "| training | least of the seeds |  |  | **+40.0** |" in text
+    assert "| training | base | 80.0 % | 75.0 % | 33.3 % |" in text
     assert "| held-out | malformed | 20.0 % | 0.0 % | -20.0 |" in text
-    assert "| training | seed 1 | 55.0 % | +30.0 ± 2.0 | 80.0 % | +20.0 ± 1.0 |" in text
+    assert "| training | seed 1 | 55.0 % | +30.0 ± 3.0 | 80.0 % | +20.0 ± 2.0 |" in text
     assert "| 2 | held-out | seed 2 | 70.0 % | 70.0 % | +10.0 ± 2.0 |" in text
     assert (tmp_path / "learning.png").stat().st_size > 20_000
 
@@ -123,8 +140,9 @@ def test_a_shortened_default_run_learns(tmp_path):
     """Four stages of the preset's eight, all at the last window: the training reward rises by at least 3 standard errors on
     the same noise."""
     overrides = [f"--config.log_path={tmp_path}/log", "--config.eval.num_images=1152"]
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}  # conftest's: one thread
     settings = {"ExpName": "short", "StageCnt": "4", "SplitStepLeft": "10", "SavePath": str(tmp_path), "Seed": "17"}
-    subprocess.run(["bash", "run_process.sh", *overrides], env=os.environ | settings, cwd=ROOT, check=True)
+    subprocess.run(["bash", "run_process.sh", *overrides], env=environment | settings, cwd=ROOT, check=True)
     flags = [
         "--config=config/stage_process.py:shapes",
         "--config.exp_name=short",
@@ -132,7 +150,7 @@ def test_a_shortened_default_run_learns(tmp_path):
         *overrides,
     ]
     command = [sys.executable, "run_eval.py", *flags, "--checkpoint=base,last", "--prompts=train"]
-    ended = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    ended = subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True)
     found = json.loads(ended.stdout.splitlines()[-1])
     print(found)
     assert found["n_images"] == 1152

@@ -21,6 +21,7 @@ from conftest import (
     flags,
     make_config,
     run_and_kill,
+    run_script,
     run_stage,
     snapshot,
 )
@@ -177,6 +178,42 @@ def test_selection_follows_from_the_scores_and_their_history(finished):
         assert [row["score"] for row in found] == pytest.approx([row[3] for row in expected], rel=1e-5)
         assert [row["advantage"] for row in found] == pytest.approx([row[3] for row in expected], rel=1e-5)
         assert min(row["advantage"] for row in found) < 0 < max(row["advantage"] for row in found)
+
+
+def test_selection_relative_to_siblings_follows_from_the_scores(overrides, tmp_path):
+    """With eval.advantage=group a score is the reward minus its siblings' mean, over the deviation of its prompt."""
+    thresholds = {"eval.pos_threshold": 0.0, "eval.neg_threshold": 0.0}  # everybody's best and worst
+    run_stage(tmp_path, overrides | thresholds | {"eval.advantage": "group"}, verbs=VERBS[:2])
+    stage = Stage(experiment(tmp_path), 0)
+    rows, expected = json_lines(stage.scores), {}
+    for group in range(6):
+        rewards = np.array([row["reward"] for row in rows[3 * group : 3 * group + 3]])
+        seen = [row["reward"] for row in rows if row["prompt"] == rows[3 * group]["prompt"]]
+        scores = (rewards - rewards.mean()) / np.std(seen, ddof=1)
+        best, worst = int(scores.argmax()), int(scores.argmin())
+        expected |= {3 * group + best: scores[best], 3 * group + worst: scores[worst]}
+        assert scores[worst] < 0 < scores[best]
+    found = {row["id"]: row["score"] for row in json.loads(stage.selection.read_text())}
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_reward_of_the_users_own_through_the_scripts(overrides, tmp_path, monkeypatch):
+    """`package.module:function` scores, selects and trains; it runs without gradients, and its values are recorded."""
+    (tmp_path / "redness_rewards.py").write_text(
+        "import torch\n\nscale = torch.tensor(2.0, requires_grad=True)\n\n\n"
+        "def redness(images, prompts):\n    values = scale * images[..., 0].float().mean((1, 2))\n"
+        "    assert not values.requires_grad\n    return values\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    mine = overrides | {"reward.name": "redness_rewards:redness"}
+    for verb in VERBS:
+        ended = run_script(tmp_path, verb, mine)
+        assert ended.code == 0, ended.stderr
+    stage = experiment(tmp_path) / "stage0"
+    for row in json_lines(stage / "scores.jsonl"):
+        image = np.asarray(Image.open(stage / "images" / f"{row['id']:05d}.png"))
+        assert row["reward"] == pytest.approx(2 * image[..., 0].mean(), rel=1e-5)
+    assert json.loads((stage / "train.json").read_text())["num_updates"] > 0
 
 
 def test_no_two_stages_or_seeds_share_their_noise(finished, overrides, tmp_path):

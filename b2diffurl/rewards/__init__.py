@@ -5,12 +5,14 @@ A name is one of REWARDS, or `package.module:function`, your own function on the
 """
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from b2diffurl import files
 from b2diffurl.models.hub import locate
 
 Parts = dict[str, Tensor]
@@ -43,11 +45,21 @@ def import_reward(name: str) -> Reward:
     module, _, function = name.partition(":")
     try:
         reward = getattr(importlib.import_module(module), function, None)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"reward {name!r}: {error}; it must be importable from where the script is run") from None
+    except (ModuleNotFoundError, TypeError, ValueError) as error:
+        hint = "write package.module:function, and keep the package beside the scripts or on PYTHONPATH"
+        raise ValueError(f"reward {name!r}: {error}; {hint}") from None
     if not callable(reward):
         raise ValueError(f"reward {name!r}: {module} has no function {function!r}")
     return reward
+
+
+def reward_fingerprint(name: str, config: Mapping) -> str:
+    """SHA-256 of what decides a reward's numbers: a function's source file, or the weights of its model; "" if neither."""
+    if ":" in name:
+        return files.sha256(Path(inspect.getsourcefile(import_reward(name))))
+    if name == "clip":
+        return " ".join(files.sha256(path) for path in sorted(clip_directory(config).glob("model*.safetensors")))
+    return ""
 
 
 def clip_directory(config: Mapping) -> Path:
@@ -60,8 +72,13 @@ def clip_directory(config: Mapping) -> Path:
 
 def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Parts]:
     """Rewards [N] and their parts, whichever form the reward returns."""
-    result = reward(images, prompts)
+    with torch.no_grad():
+        result = reward(images, prompts)
     rewards, parts = result if isinstance(result, tuple) else (result, {})
+    if not all(isinstance(value, Tensor) for value in (rewards, *parts.values())):
+        raise ValueError(
+            f"the reward returned {type(rewards).__name__}; it must be a tensor [N], or that and a dict of them"
+        )
     if rewards.shape != (len(prompts),):
         raise ValueError(f"the reward returned shape {tuple(rewards.shape)} for {len(prompts)} images")
     return rewards.float().cpu(), {key: value.float().cpu() for key, value in parts.items()}

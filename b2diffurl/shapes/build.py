@@ -18,11 +18,11 @@ log = logging.getLogger(__name__)
 
 
 def write_prompts() -> None:
-    """The six prompt files of the world."""
-    from b2diffurl.shapes.scene import prompt_sets
+    """The six prompt files of the world, and the two to tune on."""
+    from b2diffurl.shapes.scene import development_split, prompt_sets
 
     PROMPT_DIR.mkdir(parents=True, exist_ok=True)
-    for name, prompts in prompt_sets().items():
+    for name, prompts in (prompt_sets() | development_split()).items():
         (PROMPT_DIR / f"{name}.json").write_text(json.dumps(prompts, indent=1) + "\n")
 
 

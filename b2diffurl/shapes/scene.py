@@ -282,3 +282,9 @@ def prompt_sets() -> dict[str, list[str]]:
         sets[f"shapes_binding_{name}"] = [str(Prompt(*pair)) for pair in pairs]
         sets[f"shapes_relation_{name}"] = [str(Prompt(*pair, RELATIONS[i % 4])) for i, pair in enumerate(pairs)]
     return sets
+
+
+def development_split() -> dict[str, list[str]]:
+    """The relation prompts of the train half split again, 36 to train and 12 to judge, three a relation: to tune on."""
+    prompts = prompt_sets()["shapes_relation_train"]
+    return {"shapes_development_train": prompts[:36], "shapes_development_test": prompts[36:]}
