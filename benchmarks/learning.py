@@ -37,7 +37,7 @@ from b2diffurl.stage import LORA_FILE, Stage
 from config.stage_process import get_config
 
 SEEDS = (1, 2, 3)
-NUM_IMAGES, SWEEP_IMAGES = 1152, 288  # 24 and 6 a prompt
+NUM_IMAGES, SWEEP_IMAGES = 1152, 192  # 24 and 4 a prompt
 EVAL_SEED, SWEEP_SEED = 1, 2
 GUIDANCES = (1.0, 1.5, 2.0, 2.5, 3.0, 5.0, 10.0)
 STEP_COUNTS = {1.0: (10, 20, 30, 50), 0.0: (10, 20, 50)}  # by eta
