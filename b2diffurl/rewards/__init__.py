@@ -5,7 +5,6 @@ A name is one of REWARDS, or `package.module:function`, your own function on the
 """
 
 import importlib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -54,9 +53,10 @@ def import_reward(name: str) -> Reward:
 
 
 def reward_fingerprint(name: str, config: Mapping) -> str:
-    """SHA-256 of what decides a reward's numbers: a function's source file, or the weights of its model; "" if neither."""
+    """SHA-256 of what decides a reward's numbers: the file of your function, or the weights of its model; "" if neither."""
     if ":" in name:
-        return files.sha256(Path(inspect.getsourcefile(import_reward(name))))
+        source = getattr(importlib.import_module(name.partition(":")[0]), "__file__", None)
+        return files.sha256(Path(source)) if source else ""
     if name == "clip":
         return " ".join(files.sha256(path) for path in sorted(clip_directory(config).glob("model*.safetensors")))
     return ""
