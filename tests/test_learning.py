@@ -10,9 +10,22 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, get_config
 
-from benchmarks.learning import SETS, failures, mean_gain, meaningless, sweep_settings, training_sampler, with_gains
+from b2diffurl.experiment import make_plan, record_experiment
+from benchmarks import learning
+from benchmarks.learning import (
+    SETS,
+    configure,
+    failures,
+    folder,
+    judged,
+    mean_gain,
+    meaningless,
+    sweep_settings,
+    training_sampler,
+    with_gains,
+)
 from benchmarks.learning_report import draw_curves, write_tables
 
 
@@ -89,6 +102,46 @@ def test_the_sweep_covers_guidance_and_steps():
     assert {1.0, 10.0} <= {one.guidance_scale for one in settings}
     assert {10, 50} <= {one.num_steps for one in settings if one.eta == 1}
     assert len(set(settings)) == len(settings)
+
+
+def test_runs_of_other_settings_or_unfinished_are_refused(tmp_path, monkeypatch):
+    """A folder that was made with another rate, or that is not whole, is not published as the default run."""
+    (tmp_path / "model").mkdir()
+    for name in ("config", "model/shapes"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    config = configure("seed7")
+    assert (config.seed, config.exp_name) == (7, "learning_seed7")
+    record_experiment(make_plan(config), 1)
+    with pytest.raises(ValueError, match=r"learning_seed7 is not a whole run of 8 stages"):
+        judged("seed7")
+    (folder(config) / "config.json").unlink()
+    config.train.learning_rate = 0.5
+    record_experiment(make_plan(config), 1)
+    with pytest.raises(ValueError, match=r"train.learning_rate is 0.002, was 0.5"):
+        judged("seed7")
+    assert judged("base").seed == get_config("shapes").seed
+
+
+def test_the_base_s_best_sampler_is_the_best_of_a_second_look(monkeypatch):
+    """The sweep's best is no better than the others when judged again on other noise: the second best of the sweep wins."""
+    sweep = {setting: 0.5 for setting in sweep_settings()}
+    first, second, third = list(sweep)[3:6]
+    sweep |= {first: 0.7, second: 0.6, third: 0.55}
+    again = {first: 0.58, second: 0.6, third: 0.59}
+
+    def evaluate(config, checkpoints, prompt_sets, settings):
+        assert (checkpoints, prompt_sets) == (["base"], ["train"])
+        few = config.eval.seed == learning.SWEEP_SEED
+        assert config.eval.num_images == (learning.SWEEP_IMAGES if few else learning.NUM_IMAGES)
+        return [{"accuracy": sweep[settings] if few else again.get(settings, 0.5)} | vars(settings)]
+
+    monkeypatch.setattr(learning, "evaluate", evaluate)
+    for cached in (learning.swept, learning.best_sampler):
+        cached.cache_clear()
+    assert learning.best_sampler() == second
+    for cached in (learning.swept, learning.best_sampler):
+        cached.cache_clear()
 
 
 def test_tables_and_curves_are_drawn_from_the_facts(tmp_path):
