@@ -203,7 +203,7 @@ def draw_curves(facts: dict[str, Any], path: Path) -> None:
     figure, panels = plt.subplots(2, 2, figsize=(10.5, 7.2), constrained_layout=True)
     reward_panel(panels[0, 0], facts)
     accuracy_panel(panels[0, 1], facts)
-    for panel, kind, unit in ((panels[1, 0], "clip", "cosine distance of embeddings"), (panels[1, 1], "layout", "px")):
+    for panel, kind, unit in ((panels[1, 0], "clip", "cosine"), (panels[1, 1], "layout", "px")):
         diversity_panel(panel, facts, kind, unit)
     for panel in panels.flat:
         panel.set_xlabel("reward queries, thousands")
@@ -262,5 +262,8 @@ def diversity_panel(panel: plt.Axes, facts: dict[str, Any], kind: str, unit: str
             which = "right images" if suffix else "all images"
             draw_mean(panel, curves, color=COLOURS[prompts], ls=style, label=f"{words}, {which}")
     panel.set_ylim(bottom=0)
-    panel.set(title={"clip": "Diversity of images", "layout": "Diversity of layouts"}[kind], ylabel=f"mean distance, {unit}")
+    panel.set(
+        title={"clip": "Diversity of image embeddings", "layout": "Diversity of layouts"}[kind],
+        ylabel=f"mean pairwise distance, {unit}",
+    )
     panel.legend(frameon=False, fontsize=9, ncols=2)
