@@ -204,7 +204,7 @@ def test_every_variable_of_run_process_sets_its_key(tmp_path):
         ended = parse_command(tmp_path, argv)
         assert ended.code == 0, ended.stderr
         found = flatten(json.loads(ended.stdout))
-        reference = flatten(get_config("sd14").to_dict()) | dict(VARIABLES.values())
+        reference = json.loads(json.dumps(flatten(get_config("sd14").to_dict()) | dict(VARIABLES.values())))
         assert found | {"run_name": ""} == reference | {"run_name": ""}
 
 
