@@ -3,10 +3,8 @@
 N images, one prompt each: the file's prompts in turn; E features an image
 """
 
-import hashlib
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,10 @@ from b2diffurl import files
 from b2diffurl.branching import denoise
 from b2diffurl.diversity import mean_pairwise_distance
 from b2diffurl.experiment import check, find_lora
-from b2diffurl.features import Features, check_features, load_features
+from b2diffurl.features import REWARD_OF, Features, check_features, load_features
 from b2diffurl.models import Model, base_fingerprint
 from b2diffurl.policy import decode, load_policy, predictor
-from b2diffurl.prompts import load_prompts
+from b2diffurl.prompts import batch_prompts, load_prompts
 from b2diffurl.rewards import Reward, check_reward, load_reward, reward_fingerprint, score
 from b2diffurl.runtime import logger, make_accelerator, progress
 from b2diffurl.seeding import generator
@@ -71,12 +69,13 @@ def evaluate(
     begun = root / "config.json"
     threads = config.num_threads or (files.read_json(begun)["num_threads"] if begun.is_file() else 0)
     accelerator = make_accelerator(config, threads)
+    common = conditions(config, scorers, accelerator)
     results = []
     instruments = None
     for checkpoint, lora in loras.items():
         model = None
         for name, some_prompts in prompts.items():
-            folder = result_folder(config, root, checkpoint, lora, name, some_prompts, settings, accelerator)
+            folder = result_folder(root, checkpoint, lora, name, [vars(settings), some_prompts, *common])
             if not (folder / "result.json").is_file():
                 model = model or load_judged(config, accelerator, lora)
                 instruments = instruments or load_instruments(config, scorers, accelerator)
@@ -111,34 +110,25 @@ def named_prompts(config: ConfigDict, name: str) -> list[str]:
     return load_prompts({"train": config.prompt_file, "test": config.eval.prompt_file}.get(name, name))
 
 
-def result_folder(
-    config: ConfigDict,
-    root: Path,
-    checkpoint: str,
-    lora: Path | None,
-    name: str,
-    prompts: list[str],
-    settings: SamplerSettings,
-    accelerator: Accelerator,
-) -> Path:
-    """Where one evaluation lies: its name says what, a checksum of what decides the numbers says which.
+def conditions(config: ConfigDict, scorers: list[str], accelerator: Accelerator) -> list:
+    """What decides the numbers beside checkpoint, prompts and sampler.
 
     Left out are the number of threads, which moves results by rounding, and this package's own code.
     """
-    reward = {key: value for key, value in config.reward.to_dict().items() if key != "batch_size"}
-    evaluation = {key: config.eval[key] for key in ("judge", "diversity", "num_images", "batch_size", "seed")}
-    decisive = [
-        vars(settings),
-        prompts,
-        reward,
-        [reward_fingerprint(key, config.reward) for key in (config.reward.name, config.eval.judge) if key],
-        evaluation,
+    models = dict.fromkeys([*scorers, *(REWARD_OF[name] for name in config.eval.diversity)])
+    return [
+        {key: value for key, value in config.reward.to_dict().items() if key != "batch_size"},
+        [reward_fingerprint(name, config.reward) for name in models],
+        {key: config.eval[key] for key in ("judge", "diversity", "num_images", "batch_size", "seed")},
         [accelerator.device.type, accelerator.mixed_precision, config.allow_tf32],
         base_fingerprint(config.pretrained),
         config.pretrained.resolution,
-        files.sha256(lora) if lora else "",
     ]
-    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def result_folder(root: Path, checkpoint: str, lora: Path | None, name: str, decisive: list) -> Path:
+    """Where one evaluation lies: its name says what, a checksum of `decisive` and of the LoRA says which."""
+    digest = files.digest([*decisive, files.sha256(lora) if lora else ""])
     label = checkpoint if lora is None else "-".join(lora.parent.parts[-3::2]) if "checkpoints" in lora.parts else lora.stem
     return root / "eval" / f"{label}_{Path(name).stem}_{digest}"
 
@@ -164,7 +154,7 @@ def judge(
     for batch in progress(range(math.ceil(config.eval.num_images / config.eval.batch_size)), "eval"):
         start = batch * config.eval.batch_size
         count = min(config.eval.batch_size, config.eval.num_images - start)
-        some_prompts = [prompts[n % len(prompts)] for n in range(start, start + config.eval.batch_size)]
+        some_prompts = batch_prompts(prompts, config.eval.batch_size, batch, None)
         images = sample_images(config, model, some_prompts, batch, settings)
         for n in range(start, min(start + count, NUM_SHOWN)):
             files.write_image(folder / f"{n:05d}.png", images[n - start])
@@ -178,7 +168,7 @@ def judge(
                 values.setdefault(part, []).extend(numbers[:count].tolist())
         for key, feature in instruments.features.items():
             features[key].append(feature.embed(images, some_prompts)[:count])
-    asked = [prompts[n % len(prompts)] for n in range(config.eval.num_images)]
+    asked = batch_prompts(prompts, config.eval.num_images, 0, None)
     summary = summarise(config, values, asked, len(prompts))
     right = summary["values"].get("accuracy")
     summary["diversity"] = {
@@ -243,6 +233,11 @@ def mean_and_error(numbers: list[float]) -> tuple[float | None, float | None]:
     return tensor.mean().item(), error
 
 
+def paired_difference(after: Sequence[float], before: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean of after - before, value by value, and its standard error."""
+    return mean_and_error([new - old for new, old in zip(after, before, strict=True)])
+
+
 def add_differences(results: list[dict[str, Any]]) -> None:
     """Beside each checkpoint's figures the mean paired difference to the base on the same noise, and its error.
 
@@ -256,12 +251,12 @@ def add_differences(results: list[dict[str, Any]]) -> None:
         if against is None or result is against:
             continue
         for key, numbers in result["values"].items():
-            paired = [after - before for after, before in zip(numbers, against["values"][key], strict=True)]
-            result[f"{key}_gain"], result[f"{key}_gain_se"] = mean_and_error(paired)
+            result[f"{key}_gain"], result[f"{key}_gain_se"] = paired_difference(numbers, against["values"][key])
         before = dict(diversities(against))
         for name, after in diversities(result):
-            paired = [value - before[name][prompt] for prompt, value in after.items() if prompt in before[name]]
-            result[f"{name}_gain"], result[f"{name}_gain_se"] = mean_and_error(paired)
+            both = [prompt for prompt in after if prompt in before[name]]
+            gain = paired_difference([after[prompt] for prompt in both], [before[name][prompt] for prompt in both])
+            result[f"{name}_gain"], result[f"{name}_gain_se"] = gain
 
 
 def diversities(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:

@@ -90,6 +90,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digest(value: Any) -> str:
+    """A short checksum of a JSON value, for a file name that says what made the file."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def remove_temporaries(folder: Path) -> None:
     """Delete what an interrupted write left below `folder`."""
     for path in sorted(folder.rglob("*" + TEMPORARY)):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import PROMPTS, experiment, make_config, run_script, run_stage, snapshot
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from b2diffurl.evaluate import SamplerSettings, evaluate, summarise_diversity
 from b2diffurl.seeding import generator
@@ -93,6 +94,25 @@ def test_a_reward_of_the_users_own(overrides, tmp_path, monkeypatch):
     (result,) = judged(tmp_path, overrides, ["base"], **{"reward.name": "my_rewards:redness", "eval.num_images": 4})
     shown = sorted(Path(tmp_path, result["folder"]).glob("*.png"))
     assert result["values"]["reward"] == pytest.approx([np.asarray(Image.open(path))[..., 0].mean() for path in shown])
+
+
+def test_what_a_reward_is_belongs_to_an_evaluation(overrides, tmp_path, monkeypatch):
+    """Another line in the file of your reward, or other weights of the CLIP that only diversity uses: judged anew."""
+    source = tmp_path / "constant_reward.py"
+    source.write_text("def one(images, prompts):\n    return images[:, 0, 0, 0] * 0.0 + 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    clip = shutil.copytree(overrides["reward.model"], tmp_path / "clip")
+    settings = {"reward.name": "constant_reward:one", "reward.model": str(clip), "eval.num_images": 2}
+    folders = []
+    for changed in (None, None, source, clip / "model.safetensors"):
+        if changed == source:
+            source.write_text(source.read_text() + "# another version\n")
+        elif changed:
+            weights = load_file(changed)
+            save_file({name: value * 1.5 for name, value in weights.items()}, changed)
+        folders.append(judged(tmp_path, overrides, ["base"], **settings)[0]["folder"])
+    assert folders[0] == folders[1]
+    assert len(set(folders)) == 3
 
 
 def test_evaluation_noise_is_its_own(overrides, tmp_path):
