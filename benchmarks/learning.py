@@ -1,14 +1,12 @@
 """Does the default run learn? Everything that README and docs/results say of it.
 
     python -m benchmarks.learning                    # all of it, one part after the other
-    python -m benchmarks.learning run --seeds 1,2    # one part of it: base, run, control, judge, deployed, draw
+    python -m benchmarks.learning run --seeds 1,2    # one part of it: base, run, judge, deployed, draw
 
 What is done is not redone. `judge` and `deployed` may work on different seeds side by side (--threads=1 each), after `base`.
 """
 
 import argparse
-import hashlib
-import json
 import logging
 import os
 import platform
@@ -27,11 +25,11 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from b2diffurl import files
-from b2diffurl.evaluate import SamplerSettings, add_differences, evaluate, mean_and_error
+from b2diffurl.evaluate import SamplerSettings, add_differences, evaluate, mean_and_error, named_prompts, paired_difference
 from b2diffurl.experiment import make_plan
 from b2diffurl.metrics import read_events
 from b2diffurl.models import base_fingerprint
-from b2diffurl.prompts import load_prompts
+from b2diffurl.prompts import batch_prompts
 from b2diffurl.runtime import set_up_logging
 from b2diffurl.stage import LORA_FILE, Stage
 from config.stage_process import get_config
@@ -45,7 +43,7 @@ NUM_FINALISTS = 4  # samplers of the sweep that are judged again
 DEPLOYED_STEPS, DEPLOYED_IMAGES = 50, 576
 RESULTS = Path("docs/results")
 SETS = ("train", "test")
-BASE, CONTROL_REWARD = "base", "benchmarks.learning:meaningless"
+BASE = "base"
 
 log = logging.getLogger("b2diffurl")
 
@@ -62,23 +60,20 @@ def main() -> None:
 
 
 def configure(name: str, threads: int = 0) -> ConfigDict:
-    """The default configuration as experiment `learning_<name>`: the base, or seed<i> or control<i> with that seed."""
+    """The default configuration as experiment `learning_<name>`: the base, or seed<i> with that seed."""
     config = get_config("shapes")
     config.exp_name, config.num_threads = f"learning_{name}", threads
     config.eval.num_images, config.eval.seed = NUM_IMAGES, EVAL_SEED
     if name != BASE:
         config.seed = int(re.sub(r"\D", "", name))
-    if name.startswith("control"):
-        config.reward.name = CONTROL_REWARD
     return config
 
 
 def judged(name: str, threads: int = 0) -> ConfigDict:
-    """The same with the reward that every run is judged by; a run that was made with other settings is refused."""
+    """The same; a run that is not whole, or was made with other settings, is refused."""
     config = configure(name, threads)
     if name != BASE:
         require_finished(config)
-    config.reward.name = get_config("shapes").reward.name
     return config
 
 
@@ -113,16 +108,11 @@ def base(_seeds: Sequence[int], threads: int) -> None:
 
 def run(seeds: Sequence[int], _threads: int) -> None:
     """The default run as its users start it, with nothing but seed and name changed; the time counts if it is whole."""
-    for seed in seeds:
-        run_process(f"seed{seed}")
+    for name in run_names(seeds):
+        run_process(name)
 
 
-def control(seeds: Sequence[int], _threads: int) -> None:
-    """The same once with a reward that means nothing: what it gains, any training that wanders as far might."""
-    run_process(f"control{seeds[0]}", f"--config.reward.name={CONTROL_REWARD}")
-
-
-def run_process(name: str, *arguments: str) -> None:
+def run_process(name: str) -> None:
     config = configure(name)
     root = folder(config)
     if (root / "before_after.png").is_file():
@@ -133,7 +123,7 @@ def run_process(name: str, *arguments: str) -> None:
         key: value for key, value in os.environ.items() if key in ("PATH", "HOME", "VIRTUAL_ENV", "OMP_NUM_THREADS")
     }
     environment |= {"ExpName": config.exp_name, "Seed": str(config.seed)}
-    subprocess.run(["bash", "run_process.sh", *arguments], env=environment, check=True)
+    subprocess.run(["bash", "run_process.sh"], env=environment, check=True)
     if fresh:
         files.write_json(root / "seconds.json", time.perf_counter() - started)
 
@@ -147,7 +137,7 @@ def judge(seeds: Sequence[int], threads: int) -> None:
 
 def deployed(seeds: Sequence[int], threads: int) -> None:
     """What people do with a LoRA: stock diffusers, deterministic DDIM, 50 steps."""
-    deploy([name for name in run_names(seeds) if name.startswith("seed")], threads)
+    deploy(run_names(seeds), threads)
 
 
 def draw(seeds: Sequence[int], _threads: int) -> None:
@@ -157,7 +147,6 @@ def draw(seeds: Sequence[int], _threads: int) -> None:
     names, bases = run_names(seeds), curve(BASE)
     curves = {name: with_gains(bases, curve(name)) for name in names}
     tuned = {name: results[-len(SETS) :] for name, results in curves.items()}
-    seed_names = [name for name in names if name.startswith("seed")]
     facts = {
         "date": str(date.today()),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
@@ -170,11 +159,11 @@ def draw(seeds: Sequence[int], _threads: int) -> None:
         "updates": {name: num_updates(name) for name in names},
         "training_reward": {name: training_reward(name) for name in names},
         "curves": {name: [plain(result) for result in results] for name, results in curves.items()},
-        "mean_gain": {one["prompts"]: mean_gain(one, [tuned[name] for name in seed_names]) for one in bases},
+        "mean_gain": {one["prompts"]: mean_gain(one, list(tuned.values())) for one in bases},
         "failures": {name: {one["prompts"]: failures(bases, one) for one in results} for name, results in tuned.items()},
         "sweep": [plain(result) for result in swept()],
-        "best": best_comparison({name: tuned[name] for name in seed_names}),
-        "deployed": {f"{guidance:g}": deployed_comparison(seed_names, guidance) for guidance in deployed_guidances()},
+        "best": best_comparison(tuned),
+        "deployed": {f"{guidance:g}": deployed_comparison(names, guidance) for guidance in deployed_guidances()},
     }
     files.write_json(RESULTS / "learning.json", facts)
     write_tables(facts, RESULTS / "learning.md")
@@ -182,7 +171,7 @@ def draw(seeds: Sequence[int], _threads: int) -> None:
 
 
 def meaningless(images: Tensor, _prompts: Sequence[str]) -> Tensor:
-    """A reward [N] in [0, 1) that depends on every pixel and on nothing one can see."""
+    """A reward [N] in [0, 1) that depends on every pixel and on nothing one can see; docs/shapes.md has it as a control."""
     weights = torch.arange(1, images[0].numel() + 1, dtype=torch.int64) * 2654435761 % 1000003
     return (images.flatten(1).long() @ weights % 10007) / 10007
 
@@ -191,9 +180,7 @@ def meaningless(images: Tensor, _prompts: Sequence[str]) -> Tensor:
 
 
 def run_names(seeds: Iterable[int]) -> list[str]:
-    """Every seed's run, and the controls that there are."""
-    controls = [f"control{seed}" for seed in seeds]
-    return [f"seed{seed}" for seed in seeds] + [name for name in controls if folder(configure(name)).is_dir()]
+    return [f"seed{seed}" for seed in seeds]
 
 
 def curve(name: str, threads: int = 0) -> list[dict]:
@@ -260,16 +247,15 @@ def deployed_values(name: str, prompts: str, guidance: float) -> dict[str, list[
 
     config = judged(name)
     lora = None if name == BASE else Stage(folder(config), config.stage_cnt - 1).checkpoints()[-1]
-    some = load_prompts({"train": config.prompt_file, "test": config.eval.prompt_file}[prompts])
+    some = named_prompts(config, prompts)
     decisive = [base_fingerprint(config.pretrained), files.sha256(lora / LORA_FILE) if lora else "", some]
     decisive += [guidance, DEPLOYED_STEPS, DEPLOYED_IMAGES, EVAL_SEED]
-    digest = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12]
-    file = folder(config) / "eval" / f"deployed_{prompts}_{digest}.json"
+    file = folder(config) / "eval" / f"deployed_{prompts}_{files.digest(decisive)}.json"
     if not file.is_file():
         pipeline = load_pipeline(config.pretrained.model)
         if lora:
             pipeline.load_lora_weights(lora)
-        asked = [some[n % len(some)] for n in range(DEPLOYED_IMAGES)]
+        asked = batch_prompts(some, DEPLOYED_IMAGES, 0, None)
         images = sample(pipeline, asked, seed=EVAL_SEED, num_steps=DEPLOYED_STEPS, guidance=guidance, eta=0.0)
         accuracy, parts = shapes(torch.from_numpy(images), asked)
         values = {"accuracy": accuracy} | {f"shapes/{part}": value for part, value in parts.items()}
@@ -335,7 +321,7 @@ def failures(bases: list[dict], tuned: dict) -> dict[str, dict[str, float]]:
     (before,) = (split_by_failure(result["values"]) for result in bases if result["prompts"] == tuned["prompts"])
     after, found = split_by_failure(tuned["values"]), {}
     for kind in before:
-        change, error = mean_and_error((after[kind] - before[kind]).tolist())
+        change, error = paired_difference(after[kind].tolist(), before[kind].tolist())
         found[kind] = {"base": before[kind].mean().item(), "tuned": after[kind].mean().item(), "change": change, "se": error}
     return found
 
@@ -372,7 +358,7 @@ def deployed_comparison(names: Sequence[str], guidance: float) -> dict[str, Any]
         compared[BASE][prompts] = dict(zip(("accuracy", "se"), mean_and_error(before), strict=True))
         for name in names:
             after = deployed_values(name, prompts, guidance)["accuracy"]
-            gain, error = mean_and_error([new - old for new, old in zip(after, before, strict=True)])
+            gain, error = paired_difference(after, before)
             compared.setdefault(name, {})[prompts] = {"accuracy": fmean(after), "gain": gain, "gain_se": error}
     return compared
 
@@ -380,7 +366,6 @@ def deployed_comparison(names: Sequence[str], guidance: float) -> dict[str, Any]
 PARTS: dict[str, Callable[[Sequence[int], int], None]] = {
     "base": base,
     "run": run,
-    "control": control,
     "judge": judge,
     "deployed": deployed,
     "draw": draw,

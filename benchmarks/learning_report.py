@@ -8,7 +8,6 @@ import matplotlib.pyplot as plt
 
 SETS = {"train": "training", "test": "held-out"}
 COLOURS = {"train": "#1f6feb", "test": "#c2410c"}
-GREY = "#8b8b8b"
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -87,14 +86,14 @@ def last(facts: dict[str, Any], name: str, prompts: str) -> dict[str, Any]:
 
 
 def title(name: str) -> str:
-    return name.replace("seed", "seed ").replace("control", "meaningless reward, seed ")
+    return name.replace("seed", "seed ")
 
 
 def gains(facts: dict[str, Any]) -> str:
     rows = []
     for prompts, words in SETS.items():
         finals = [last(facts, name, prompts) for name in runs(facts)]
-        for name in facts["curves"]:
+        for name in runs(facts):
             one, seconds = last(facts, name, prompts), facts["seconds"][name]
             rows.append([
                 words, title(name), percent(one["accuracy"] - one["accuracy_gain"]), percent(one["accuracy"]),
@@ -212,10 +211,6 @@ def draw_curves(facts: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def controls(facts: dict[str, Any]) -> list[str]:
-    return [name for name in facts["curves"] if name.startswith("control")]
-
-
 def series(facts: dict[str, Any], name: str, prompts: str, key: str) -> tuple[list[float], list[float]]:
     chosen = [one for one in facts["curves"][name] if one["prompts"] == prompts]
     return [one["queries"] / 1000 for one in chosen], [one[key] for one in chosen]
@@ -248,9 +243,6 @@ def accuracy_panel(panel: plt.Axes, facts: dict[str, Any]) -> None:
         )
         best_base = 100 * facts["best"]["base"][prompts]["accuracy"]
         panel.axhline(best_base, color=COLOURS[prompts], ls=":", lw=1.2, label=f"{words}: base at its best sampler")
-    for name in controls(facts):
-        x, y = series(facts, name, "train", "accuracy")
-        panel.plot(x, [100 * value for value in y], color=GREY, ls="--", lw=1.4, label="training: a meaningless reward")
     panel.set(title="Accuracy (the exact checker, never trained on)", ylabel="images that show the prompt, %")
     panel.legend(frameon=False, fontsize=9)
 
