@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-Preset="${Preset:-shapes}"                # of config/stage_process.py: shapes, sd14
+Preset="${Preset:-shapes}"                # of config/stage_process.py: shapes, sd14; b2, bs, bpt, ddpo
 ExpName="${ExpName:-}"                    # names the experiment's folder and log
 SavePath="${SavePath:-}"                  # where experiments lie
 ModelVersion="${ModelVersion:-}"          # base model: hub id, directory or .safetensors file
@@ -15,14 +15,19 @@ PromptFile="${PromptFile:-}"              # training prompts
 RandomPrompt="${RandomPrompt:-}"          # 1: at random, 0: in turn
 Seed="${Seed:-}"
 StageCnt="${StageCnt:-}"                  # stages
+Curriculum="${Curriculum:-}"              # progressive, fixed (at SplitStepLeft), reversed, random
 SplitStepLeft="${SplitStepLeft:-}"        # trained steps of the first stage
 SplitStepRight="${SplitStepRight:-}"      # trained steps of the last stage
-SplitTime="${SplitTime:-}"                # branches of each prefix
+SplitTime="${SplitTime:-}"                # siblings in a group
+Sampling="${Sampling:-}"                  # siblings: branch (of one prefix) or independent
 NumStep="${NumStep:-}"                    # sampler steps
 BatchCnt="${BatchCnt:-}"                  # sampling batches a stage
 History_Cnt="${History_Cnt:-}"            # earlier stages that count in a prompt's mean and std
+Advantage="${Advantage:-}"                # scores relative to prompt or group
+Selection="${Selection:-}"                # pairs (best and worst sibling) or all
 PosThreshold="${PosThreshold:-}"          # best sibling kept from this score on
 NegThreshold="${NegThreshold:-}"          # worst sibling kept below this score
+Objective="${Objective:-}"                # ddpo, reinforce, dpok, d3po
 TrainEpoch="${TrainEpoch:-}"
 AccStep="${AccStep:-}"                    # gradient accumulation
 LR="${LR:-}"
@@ -40,14 +45,19 @@ set_flag prompt_file "$PromptFile"
 set_flag prompt_random_choose "$RandomPrompt"
 set_flag seed "$Seed"
 set_flag stage_cnt "$StageCnt"
+set_flag curriculum "$Curriculum"
 set_flag split_step_left "$SplitStepLeft"
 set_flag split_step_right "$SplitStepRight"
 set_flag split_time "$SplitTime"
+set_flag sampling "$Sampling"
 set_flag sample.num_steps "$NumStep"
 set_flag sample.num_batches_per_epoch "$BatchCnt"
 set_flag eval.history_cnt "$History_Cnt"
+set_flag eval.advantage "$Advantage"
+set_flag eval.selection "$Selection"
 set_flag eval.pos_threshold "$PosThreshold"
 set_flag eval.neg_threshold "$NegThreshold"
+set_flag train.objective "$Objective"
 set_flag train.num_epochs "$TrainEpoch"
 set_flag train.gradient_accumulation_steps "$AccStep"
 set_flag train.learning_rate "$LR"

@@ -100,6 +100,14 @@ def log_prob(x_prev: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
     return density.flatten(1).mean(1)
 
 
+def transition_kl(mu: Tensor, mu_ref: Tensor, sigma: Tensor) -> Tensor:
+    """KL(N(mu, sigma^2) || N(mu_ref, sigma^2)) = |mu - mu_ref|^2 / (2 sigma^2), [N,C,H,W] -> [N].
+
+    Exact for equal variances; the mean (not the sum) over the latent dimensions, as in `log_prob`.
+    """
+    return (0.5 * ((mu - mu_ref) / sigma) ** 2).flatten(1).mean(1)
+
+
 def leverage(sampler: Sampler) -> Tensor:
     """|d mu / d model_output| / sigma of every step, [T]: how far a unit of network output moves the policy.
 

@@ -17,16 +17,35 @@ def mean_pairwise_distance(features: Tensor, groups: Sequence[str], *, metric: s
     minus the cosine similarity. Rows that are not finite are left out: those images have no such features. Every pair
     counts once, so that the mean does not depend on how many images a prompt has.
     """
+    if metric not in ("euclidean", "cosine"):
+        raise ValueError(f"unknown metric {metric!r}; known: euclidean, cosine")
+    found = {}
+    for group, rows in grouped_rows(features, groups).items():
+        if len(rows) > 1:
+            distances = torch.pdist(rows) if metric == "euclidean" else torch.pdist(normalize(rows)) ** 2 / 2
+            found[group] = distances.mean().item()
+    return found
+
+
+def vendi_score(features: Tensor, groups: Sequence[str]) -> dict[str, float]:
+    """Effective number of different rows in each group (Friedman and Dieng 2022, arXiv 2210.02410, definition 3.1).
+
+    features [N,E], `groups` [N] as above. The exponential of the entropy of the eigenvalues of k / n, k the cosine
+    similarities of the group's n finite rows: 1 if all are alike, n if no two have anything in common. It grows with n, so
+    compare only groups of equal size.
+    """
+    found = {}
+    for group, rows in grouped_rows(features, groups).items():
+        unit = normalize(rows)
+        shares = torch.linalg.eigvalsh(unit @ unit.T / len(unit)).clamp_min(0)
+        found[group] = torch.special.entr(shares).sum().exp().item()
+    return found
+
+
+def grouped_rows(features: Tensor, groups: Sequence[str]) -> dict[str, Tensor]:
+    """The finite rows of each group, float64; groups without any are left out."""
     members: dict[str, list[int]] = {}
     for n, (group, known) in enumerate(zip(groups, features.isfinite().all(1).tolist(), strict=True)):
         if known:
             members.setdefault(group, []).append(n)
-    features = features.double()
-    if metric == "cosine":
-        features = normalize(features)
-    elif metric != "euclidean":
-        raise ValueError(f"unknown metric {metric!r}; known: euclidean, cosine")
-    distances = {group: torch.pdist(features[rows]) for group, rows in members.items() if len(rows) > 1}
-    if metric == "cosine":
-        distances = {group: distance**2 / 2 for group, distance in distances.items()}  # of unit vectors
-    return {group: distance.mean().item() for group, distance in distances.items()}
+    return {group: features[rows].double() for group, rows in members.items()}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from b2diffurl import files
 from b2diffurl.branching import denoise
-from b2diffurl.diversity import mean_pairwise_distance
+from b2diffurl.diversity import mean_pairwise_distance, vendi_score
 from b2diffurl.experiment import check, find_lora
 from b2diffurl.features import REWARD_OF, Features, check_features, load_features
 from b2diffurl.models import Model, base_fingerprint
@@ -27,6 +27,7 @@ from b2diffurl.runtime import logger, make_accelerator, progress
 from b2diffurl.seeding import generator
 from b2diffurl.stage import Stage
 
+RESULT_FORMAT = 2  # counts up when result.json holds something new, so that older ones are made again
 NUM_SHOWN = 12  # images of each evaluation that are kept, for pictures
 
 
@@ -117,6 +118,7 @@ def conditions(config: ConfigDict, scorers: list[str], accelerator: Accelerator)
     """
     models = dict.fromkeys([*scorers, *(REWARD_OF[name] for name in config.eval.diversity)])
     return [
+        RESULT_FORMAT,
         {key: value for key, value in config.reward.to_dict().items() if key != "batch_size"},
         [reward_fingerprint(name, config.reward) for name in models],
         {key: config.eval[key] for key in ("judge", "diversity", "num_images", "batch_size", "seed")},
@@ -212,12 +214,15 @@ def summarise(config: ConfigDict, values: dict[str, list[float]], asked: list[st
 def summarise_diversity(
     features: Tensor, asked: list[str], right: list[float] | None, metric: str
 ) -> dict[str, dict[str, float]]:
-    """Mean pairwise distance [N,E] -> by prompt: of all its images, and where there is a judge of the right ones alone.
+    """Diversity of features [N,E], by prompt: mean pairwise distance of all its images, and where there is a judge of the
+    right ones alone; where the metric is a cosine also the Vendi score, of all.
 
     Right is what the judge gives more than 1/2. Wrong images differ from right ones, so a model that makes fewer of them is
     less diverse for a good reason.
     """
     found = {"all": mean_pairwise_distance(features, asked, metric=metric)}
+    if metric == "cosine":
+        found["vendi"] = vendi_score(features, asked)
     if right is not None:
         rows = [n for n, value in enumerate(right) if value > 0.5]
         found["right"] = mean_pairwise_distance(features[rows], [asked[n] for n in rows], metric=metric)
@@ -260,7 +265,7 @@ def add_differences(results: list[dict[str, Any]]) -> None:
 
 
 def diversities(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
-    """(name, distance by prompt) of each diversity in a result: diversity/<features>, diversity/<features>_right."""
+    """(name, figure by prompt) of each diversity in a result: diversity/<features>, and with _right or _vendi after it."""
     for features, found in result["diversity"].items():
         for which, groups in found.items():
             yield f"diversity/{features}" + ("" if which == "all" else f"_{which}"), groups

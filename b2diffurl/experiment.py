@@ -5,6 +5,7 @@ Nothing here writes before everything is checked.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from b2diffurl.ddim import STEP_WEIGHTS
 from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.prompts import load_prompts
 from b2diffurl.runtime import run_script
+from b2diffurl.seeding import stable_seed
 from b2diffurl.stage import LORA_FILE, Stage, find_checkpoints
 
 # What may differ from call to call; everything else is the experiment and stays as config.json has it. Where things lie
@@ -30,6 +32,13 @@ VOLATILE = (
     "sample.micro_batch_size", "sample.decode_batch_size", "train.micro_batch_size", "reward.batch_size",
     "eval.prompt_file", "eval.judge", "eval.diversity", "eval.num_images", "eval.batch_size", "eval.seed",
 )  # fmt: skip
+# Keys that came later: what was done without them, so that an experiment begun before goes on; and those of new objectives.
+ADDED = {"curriculum": "progressive", "sampling": "branch", "eval.selection": "pairs", "eval.advantage": "prompt"}
+ADDED_UNUSED = ("train.kl_weight", "train.dpo_beta")
+CURRICULA = ("progressive", "fixed", "reversed", "random")
+SAMPLINGS = ("branch", "independent")
+SELECTIONS = ("pairs", "all")
+ADVANTAGES = ("prompt", "group")
 PRECISIONS = ("auto", "no", "fp16", "bf16")
 
 
@@ -45,9 +54,24 @@ class Plan:
     num_threads: int  # 0: torch's default
 
 
-def schedule(left: int, right: int, num_stages: int, index: int) -> int:
-    """S of stage `index`: left + floor(index (right - left + 1) / num_stages) (arXiv 2503.11240, section 4.1)."""
-    return left + index * (right - left + 1) // num_stages
+def schedule(curriculum: str, left: int, right: int, num_stages: int, index: int, *, seed: int) -> int:
+    """S of stage `index`, in left..right.
+
+    `progressive` is backward progressive training, S = left + floor(index (right - left + 1) / num_stages) (arXiv
+    2503.11240, section 4.1), `reversed` the same from right down to left, `fixed` always left, and `random` uniform, from
+    the hash of (seed, stage).
+    """
+    grown = min(index * (right - left + 1) // num_stages, right - left)  # the index may lie beyond num_stages
+    match curriculum:
+        case "progressive":
+            return left + grown
+        case "reversed":
+            return right - grown
+        case "fixed":
+            return left
+        case "random":
+            return left + stable_seed(seed, index, "curriculum") % (right - left + 1)
+    raise ValueError(f"unknown curriculum {curriculum!r}; known: {', '.join(CURRICULA)}")
 
 
 def stage_index(run_name: str) -> int:
@@ -84,6 +108,7 @@ def check(config: ConfigDict) -> None:
         "sample.batch_size": sample["batch_size"],
         "sample.num_batches_per_epoch": sample["num_batches_per_epoch"],
         "sample.decode_batch_size": sample["decode_batch_size"],
+        "split_time": config["split_time"],
         "train.batch_size": train["batch_size"],
         "train.gradient_accumulation_steps": train["gradient_accumulation_steps"],
         "train.micro_batch_size": train["micro_batch_size"],
@@ -97,9 +122,8 @@ def check(config: ConfigDict) -> None:
     for name, value in at_least_one.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
-    if config["split_time"] < 2:
-        raise ValueError(f"split_time is {config['split_time']}; a contrast needs at least 2 branches")
     left, right, num_steps = config["split_step_left"], config["split_step_right"], sample["num_steps"]
+    right = left if config["curriculum"] == "fixed" else right
     if not 1 <= left <= right <= num_steps:
         raise ValueError(
             f"split_step_left..split_step_right is {left}..{right}; it must lie in 1..{num_steps} (sample.num_steps)"
@@ -114,11 +138,37 @@ def check(config: ConfigDict) -> None:
         raise ValueError("eval.pos_threshold is below eval.neg_threshold: a sibling could be both best and worst")
     if evaluation["history_cnt"] < 0:
         raise ValueError(f"eval.history_cnt is {evaluation['history_cnt']}; it must not be negative")
+    for name in ("kl_weight", "dpo_beta", "eps"):
+        if not 0 <= train[name] < math.inf:
+            raise ValueError(f"train.{name} is {train[name]}; it must be finite and not negative")
     check_choice("mixed_precision", config["mixed_precision"], PRECISIONS)
+    check_choice("curriculum", config["curriculum"], CURRICULA)
+    check_choice("sampling", config["sampling"], SAMPLINGS)
+    check_choice("eval.selection", evaluation["selection"], SELECTIONS)
+    check_choice("eval.advantage", evaluation["advantage"], ADVANTAGES)
     check_choice("train.objective", train["objective"], OBJECTIVES)
     check_choice("train.step_weight", train["step_weight"], STEP_WEIGHTS)
-    check_choice("eval.advantage", evaluation["advantage"], ("prompt", "group"))
     check_choice("wandb", config["wandb"], ("", "offline", "online"))
+    check_combination(config)
+
+
+def check_combination(config: ConfigDict) -> None:
+    """Refuse values that cannot work together, each with the reason."""
+    train, evaluation, siblings = config["train"], config["eval"], config["split_time"]
+    objective = OBJECTIVES[train["objective"]]
+    if siblings < 2 and evaluation["selection"] == "pairs":
+        raise ValueError("split_time is 1; a contrast needs at least 2 siblings. Or take eval.selection=all.")
+    if siblings < 2 and evaluation["advantage"] == "group":
+        raise ValueError("split_time is 1; relative to itself (eval.advantage=group) every image scores 0. Take prompt.")
+    if objective.paired and evaluation["selection"] != "pairs":
+        raise ValueError(f"train.objective {train['objective']} compares best and worst: eval.selection must be pairs")
+    if objective.paired and config["sampling"] != "branch":
+        raise ValueError(f"train.objective {train['objective']} compares branches of one prefix: sampling must be branch")
+    if objective.single_pass and train["num_epochs"] > 1:
+        raise ValueError(
+            f"train.num_epochs is {train['num_epochs']}; {train['objective']} does not correct for samples of an older "
+            "policy, so it makes one pass. Take ddpo for more."
+        )
 
 
 def check_choice(name: str, value: str, choices: Any) -> None:
@@ -128,7 +178,8 @@ def check_choice(name: str, value: str, choices: Any) -> None:
 
 def check_identity(recorded: dict, wanted: dict, root: Path) -> None:
     """Refuse a configuration that differs from the recorded one in anything that is not volatile."""
-    before, now = flatten(recorded["config"]), flatten(wanted["config"])
+    now = flatten(wanted["config"])
+    before = {key: now[key] for key in ADDED_UNUSED} | ADDED | flatten(recorded["config"])
     differing = [
         f"{key} is {now.get(key)!r}, was {before.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -159,8 +210,9 @@ def record_experiment(plan: Plan, num_threads: int) -> None:
 
 def trained_steps(config: ConfigDict, stage: Stage) -> int:
     """S of this stage: what it was sampled with, else split_step if given, else the schedule."""
-    scheduled = schedule(config["split_step_left"], config["split_step_right"], config["stage_cnt"], stage.index)
-    wanted = config["split_step"] or min(scheduled, config["split_step_right"])
+    left, right, num_stages = config["split_step_left"], config["split_step_right"], config["stage_cnt"]
+    scheduled = schedule(config["curriculum"], left, right, num_stages, stage.index, seed=config["seed"])
+    wanted = config["split_step"] or scheduled
     if not stage.finished("sample"):
         return wanted
     recorded = stage.manifest("sample")["num_trained_steps"]

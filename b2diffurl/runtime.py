@@ -60,7 +60,7 @@ def die(message: str, *, hint: str) -> None:
     sys.exit(2)
 
 
-def set_up_logging(log_file: Path) -> None:
+def set_up_logging(log_file: Path, *, console_too: bool = True) -> None:
     """Events to stdout and, in the first process, to `log_file`, which also gets tracebacks."""
     rank, form = int(os.environ.get("RANK", 0)), "%(asctime)s %(message)s"
     logger.setLevel(logging.DEBUG)
@@ -69,7 +69,7 @@ def set_up_logging(log_file: Path) -> None:
         logger.removeHandler(handler)
     console = logging.StreamHandler(sys.stdout)
     console.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    handlers: list[logging.Handler] = [console]
+    handlers: list[logging.Handler] = [console] if console_too else []
     if rank == 0:
         handlers.append(logging.FileHandler(log_file, delay=True))
         log_file.parent.mkdir(parents=True, exist_ok=True)

@@ -95,14 +95,17 @@ def sample_batch(
         guidance_scale=config.sample.guidance_scale,
         micro_batch_size=config.sample.micro_batch_size,
     )
+    branches = config.split_time if config.sampling == "branch" else 1  # of each prefix
     latents, log_probs = branch_sample(
         predict,
         sampler,
-        noise((num_groups, *model.latent_shape)),
+        noise((num_groups * config.split_time // branches, *model.latent_shape)),
         noise,
-        num_branches=config.split_time,
+        num_branches=branches,
         num_trained_steps=plan.num_trained_steps,
     )
+    grouped = (num_groups, config.split_time)
+    latents, log_probs = (states.flatten(0, 1).unflatten(0, grouped) for states in (latents, log_probs))
     require_finite(latents, log_probs, prompts, stage, batch)
     images = decode(model, latents[:, :, -1].flatten(0, 1), config.sample.decode_batch_size)
     if record:
@@ -130,10 +133,14 @@ def stage_facts(config: ConfigDict, plan: Plan, model: Model, accelerator: Accel
         "base_model_sha256": model.fingerprint,
         "lora_sha256": files.sha256(plan.resume_from) if plan.resume_from else "",
     }
+    num_images = config.sample.num_batches_per_epoch * config.sample.batch_size * config.split_time
+    num_prefixes = num_images // config.split_time if config.sampling == "branch" else num_images
+    num_prefix_steps = config.sample.num_steps - plan.num_trained_steps
     return {
         "seed": config.seed,
         "num_trained_steps": plan.num_trained_steps,
-        "num_images": config.sample.num_batches_per_epoch * config.sample.batch_size * config.split_time,
+        "num_images": num_images,
+        "num_evaluations": num_prefixes * num_prefix_steps + num_images * plan.num_trained_steps,  # guided ones
         "policy": policy,
         "batch_shape": [config.sample.batch_size, config.split_time, *model.latent_shape],
         "scheduler": json.loads(json.dumps(model.scheduler_config, default=str)),
@@ -168,8 +175,8 @@ def finish(config: ConfigDict, plan: Plan, facts: dict, seconds: dict, *, num_sa
     files.write_json(stage.prompts, prompts)
     written += [stage.prompts, *(stage.image(n) for n in range(len(prompts)))]
     rate = num_sampled * config.sample.batch_size * config.split_time / seconds["sample"]
-    metrics = open_metrics(config, plan, "sample")
-    metrics.log("sample", stage=stage.index, num_trained_steps=plan.num_trained_steps, num_images=len(prompts), **seconds)
+    counts = {key: facts[key] for key in ("num_trained_steps", "num_images", "num_evaluations")}
+    open_metrics(config, plan, "sample").log("sample", stage=stage.index, **counts, **seconds)
     stage.write_manifest("sample", facts | {"seconds": seconds}, [*written, stage.metrics("sample")])
     logger.info(
         "sample stage%d: done, %d images in %.1f s (%.1f images/s)", stage.index, len(prompts), seconds["sample"], rate

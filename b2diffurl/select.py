@@ -1,4 +1,4 @@
-"""Score one stage's images and pick the contrast pairs.
+"""Score one stage's images and pick what is trained on: contrast pairs, or all.
 
 G groups, K branches, N = G*K images
 """
@@ -16,7 +16,7 @@ from b2diffurl.experiment import make_plan
 from b2diffurl.metrics import open_metrics
 from b2diffurl.rewards import Parts, Reward, check_reward, load_reward, score
 from b2diffurl.runtime import logger, make_accelerator, progress
-from b2diffurl.selection import Selected, advantages, normalise, select_pairs
+from b2diffurl.selection import Selected, advantages, normalise, select_all, select_pairs
 from b2diffurl.stage import Stage
 
 
@@ -45,11 +45,9 @@ def select_stage(config: ConfigDict) -> None:
     history = score_history(stage, config.eval.history_cnt)
     siblings = {"prompt": 0, "group": config.split_time}[config.eval.advantage]
     scores = normalise(rewards, prompts, history, num_siblings=siblings)
-    chosen = select_pairs(
-        scores.unflatten(0, (-1, config.split_time)),
-        pos_threshold=config.eval.pos_threshold,
-        neg_threshold=config.eval.neg_threshold,
-    )
+    thresholds = {"pos_threshold": config.eval.pos_threshold, "neg_threshold": config.eval.neg_threshold}
+    grouped = scores.unflatten(0, (-1, config.split_time))
+    chosen = select_all(grouped) if config.eval.selection == "all" else select_pairs(grouped, **thresholds)
     weights = advantages(
         torch.tensor([one.score for one in chosen]),
         clip=config.train.adv_clip_max,
@@ -64,15 +62,15 @@ def select_stage(config: ConfigDict) -> None:
     files.write_json(stage.selection, rows)
 
     seconds = {"load": loaded - started, "score": time.perf_counter() - loaded}
-    summary = summarise(rewards, parts, chosen, config.split_time, config.eval.pos_threshold)
+    summary = summarise(rewards, parts, chosen, config.split_time, **thresholds)
     open_metrics(config, plan, "select").log("select", stage=stage.index, **summary, **seconds)
     facts = {"seconds": seconds, "reward": config.reward.name, "num_history": len(history)} | summary
     facts |= {"device": str(accelerator.device), "num_threads": torch.get_num_threads(), "seed": sampled["seed"]}
     stage.write_manifest("select", facts, [stage.scores, stage.selection, stage.metrics("select")])
     logger.info(
-        "select stage%d: reward %.4f (sd %.4f, inside groups %.4f), kept %d best and %d worst of %d groups",
+        "select stage%d: reward %.4f (sd %.4f, inside groups %.4f), kept %d (%d good and %d bad ones) of %d groups",
         stage.index, summary["reward_mean"], summary["reward_std"], summary["reward_group_std"],
-        summary["num_best"], summary["num_worst"], summary["num_groups"],
+        summary["num_selected"], summary["num_best"], summary["num_worst"], summary["num_groups"],
     )  # fmt: skip
 
 
@@ -118,16 +116,17 @@ def score_history(stage: Stage, count: int) -> list[tuple[str, float]]:
 
 
 def summarise(
-    rewards: Tensor, parts: Parts, chosen: list[Selected], num_branches: int, pos_threshold: float
+    rewards: Tensor, parts: Parts, chosen: list[Selected], num_siblings: int, *, pos_threshold: float, neg_threshold: float
 ) -> dict[str, float | int]:
     """The stage's figures for log, metrics and manifest."""
-    num_best = sum(one.score >= pos_threshold for one in chosen)
+    inside = rewards.unflatten(0, (-1, num_siblings))
     return {
         "num_images": len(rewards),
-        "num_groups": len(rewards) // num_branches,
-        "num_best": num_best,
-        "num_worst": len(chosen) - num_best,
+        "num_groups": len(inside),
+        "num_selected": len(chosen),
+        "num_best": sum(one.score >= pos_threshold for one in chosen),
+        "num_worst": sum(one.score < neg_threshold for one in chosen),
         "reward_mean": rewards.mean().item(),
-        "reward_std": rewards.std().item(),
-        "reward_group_std": rewards.unflatten(0, (-1, num_branches)).std(1).mean().item(),
+        "reward_std": rewards.std().item() if len(rewards) > 1 else 0.0,
+        "reward_group_std": inside.std(1).mean().item() if num_siblings > 1 else 0.0,
     } | {f"{key}_mean": value.mean().item() for key, value in parts.items()}

@@ -1,4 +1,4 @@
-"""From raw rewards to contrast pairs (arXiv 2503.11240, section 4.2).
+"""From raw rewards to what is trained on (arXiv 2503.11240, section 4.2).
 
 G groups, K branches, N = G*K images in group-major order
 """
@@ -59,6 +59,20 @@ def select_pairs(scores: Tensor, *, pos_threshold: float, neg_threshold: float) 
         if row[worst] < neg_threshold:
             selected.append(Selected(group, worst, row[worst]))
     return selected
+
+
+def select_all(scores: Tensor) -> list[Selected]:
+    """Keep every trajectory, scores [G,K]: plain policy gradient, without contrast pairs."""
+    return [Selected(group, branch, score) for group, row in enumerate(scores.tolist()) for branch, score in enumerate(row)]
+
+
+def contrast_pairs(selected: Sequence[Selected]) -> list[tuple[int, int]]:
+    """(best, worst) of each group of which both were kept, as positions in `selected`, which holds what `select_pairs` kept:
+    a group's best first."""
+    members = defaultdict(list)
+    for position, one in enumerate(selected):
+        members[one.group].append(position)
+    return [(group[0], group[1]) for group in members.values() if len(group) == 2]
 
 
 def advantages(scores: Tensor, *, clip: float, positive_weight: float, negative_weight: float) -> Tensor:

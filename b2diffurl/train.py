@@ -1,14 +1,13 @@
 """Update the LoRA on one stage's selected trajectories.
 
-N trajectories, S trained steps, M of the N in one micro-batch, W processes
+N trajectories, S trained steps, W processes
+U units: what one term of the loss is of, a trajectory, or a group's best and worst; M of them in one micro-batch
 """
 
 import math
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,15 +17,15 @@ from torch import Tensor
 
 from b2diffurl import files
 from b2diffurl.checkpoint import load_optimizer, read_state, save_checkpoint
-from b2diffurl.ddim import Sampler, log_prob, require_stochastic, step_weights, transition
+from b2diffurl.ddim import Sampler, log_prob, require_stochastic, step_weights, transition, transition_kl
 from b2diffurl.experiment import Plan, make_plan
 from b2diffurl.metrics import Metrics, open_metrics, read_events
 from b2diffurl.models import Model
-from b2diffurl.objectives import OBJECTIVES
+from b2diffurl.objectives import OBJECTIVES, Objective
 from b2diffurl.policy import load_policy
 from b2diffurl.runtime import logger, make_accelerator, progress
 from b2diffurl.seeding import generator
-from b2diffurl.selection import Selected
+from b2diffurl.selection import Selected, contrast_pairs
 from b2diffurl.stage import LORA_FILE, Stage
 from b2diffurl.trajectory import Trajectories, load_selected
 
@@ -60,15 +59,16 @@ def train_stage(config: ConfigDict) -> None:
         files.remove_temporaries(stage.folder)
     accelerator.wait_for_everyone()
     selection = files.read_json(stage.selection)
+    selected = [Selected(row["group"], row["branch"], row["score"]) for row in selection]
     loaded = time.perf_counter()
     kept = [event for event in read_events(stage.metrics("train")) if event.get("epoch", 0) <= done]
     trainer.num_updates = sum(event["event"] == "update" for event in kept)
     if accelerator.is_main_process:
         trainer.metrics = open_metrics(config, plan, "train", kept)
-    if selection:
-        train_epochs(config, trainer, selection, done)
+    if len(make_units(selected, paired=trainer.objective.paired)):
+        train_epochs(config, trainer, selected, torch.tensor([row["advantage"] for row in selection]), done)
     else:
-        logger.info("train stage%d: nothing selected, the weights go on unchanged", stage.index)
+        logger.info("train stage%d: nothing to train on, the weights go on unchanged", stage.index)
         trainer.save(config.train.num_epochs, config.train.save_interval)
     if accelerator.is_main_process:
         finish(config, trainer, sampled, {"load": loaded - started, "train": time.perf_counter() - loaded})
@@ -85,17 +85,18 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     sampler: Sampler
     step_weight: Tensor  # [S], mean 1
-    objective: Callable
+    objective: Objective
+    options: dict[str, float]  # of the objective
     guidance_scale: float
     micro_batch_size: int
     max_grad_norm: float
     metrics: Metrics | None = field(default=None)
     num_updates: int = 0
 
-    def update(self, trajectories: Trajectories, advantages: Tensor, rows: Tensor) -> dict:
-        """One optimizer step on the trajectories `rows`, all their S steps; returns the metrics of this process's share,
-        which can be empty in all but the first process."""
-        per_step = self.accumulate(trajectories, advantages, rows)
+    def update(self, trajectories: Trajectories, advantages: Tensor, units: Tensor) -> dict:
+        """One optimizer step on `units`, trajectories [U] or pairs of them [U,2], all their S steps; returns the metrics of
+        this process's share, which can be empty in all but the first process."""
+        per_step = self.accumulate(trajectories, advantages, units)
         norm = self.accelerator.clip_grad_norm_(list(self.model.trainable().values()), self.max_grad_norm)
         self.require_finite(per_step, norm, trajectories)
         self.optimizer.step()
@@ -103,51 +104,66 @@ class Trainer:
             logger.warning("train stage%d: fp16 overflow, update %d is skipped", self.stage.index, self.num_updates)
         self.optimizer.zero_grad()
         self.num_updates += 1
-        if not len(per_step[0]["row"]):
+        if not len(per_step[0]["loss"]):
             return {"grad_norm": finite(norm.item())}
         return summarise(per_step, norm, self.sampler.timesteps[-len(self.step_weight) :])
 
-    def accumulate(self, trajectories: Trajectories, advantages: Tensor, rows: Tensor) -> list[dict[str, Tensor]]:
-        """Add up the gradient of the mean loss over all pairs of trajectory and step, step by step.
+    def accumulate(self, trajectories: Trajectories, advantages: Tensor, units: Tensor) -> list[dict[str, Tensor]]:
+        """Add up the gradient of the mean loss over all units and steps, step by step.
 
-        Returns, for each of the S steps, `row`, `loss`, `log_ratio` and `clipped` of this process's rows, and
-        `grad_norm`, the norm of what the step alone adds to the gradient.
+        Returns, for each of the S steps, this process's `units` [U] or [U,2], their `loss` [U] and the objective's metrics
+        [U] or [2U], and `grad_norm`, the norm of what the step alone adds to the gradient.
         """
         num_steps = len(self.step_weight)
-        shares = micro_batches(rows, self.accelerator.process_index, self.accelerator.num_processes, self.micro_batch_size)
-        scale = self.accelerator.num_processes / (len(rows) * num_steps)
+        size = max(1, self.micro_batch_size // units[0].numel())
+        shares = micro_batches(units, self.accelerator.process_index, self.accelerator.num_processes, size)
+        scale = self.accelerator.num_processes / (len(units) * num_steps)
         per_step, before = [], self.gradient()
         for step in range(num_steps):
             collected = []
             for number, (chosen, counts) in enumerate(shares):
                 last = step == num_steps - 1 and number == len(shares) - 1
                 with nullcontext() if last else self.accelerator.no_sync(self.model.network):
-                    loss, metrics = self.pair_loss(trajectories, advantages, chosen, step)
+                    loss, metrics = self.step_loss(trajectories, advantages, chosen, step)
                     counts = counts.to(loss.device)
                     self.accelerator.backward((loss * counts).sum() * self.step_weight[step] * scale)
                 real = counts > 0
-                values = {"loss": loss.detach(), "row": chosen.to(loss.device)} | metrics
-                collected.append({key: value[real] for key, value in values.items()})
+                values = {"loss": loss.detach()} | metrics
+                kept = {key: value[..., real].flatten() for key, value in values.items()}
+                collected.append(kept | {"units": chosen.to(loss.device)[real]})
             after = self.gradient()
             merged = {key: torch.cat([part[key] for part in collected]) for key in collected[0]}
             per_step.append(merged | {"grad_norm": (after - before).norm() / self.gradient_scale()})
             before = after
         return per_step
 
-    def pair_loss(
-        self, trajectories: Trajectories, advantages: Tensor, rows: Tensor, step: int
+    def step_loss(
+        self, trajectories: Trajectories, advantages: Tensor, units: Tensor, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss [M] and metrics of the trajectories `rows` [M] at one of the S steps."""
-        device = self.sampler.sigma.device
+        """Loss [M] and metrics ([M], of pairs [M] or [2,M]) of `units` at one of the S steps."""
+        device, rows = self.sampler.sigma.device, units.movedim(0, -1).flatten()  # of pairs: all the best, then the worst
         i = self.sampler.num_steps - len(self.step_weight) + step
         x_t, x_prev = trajectories.latents[rows, step : step + 2].to(device).unbind(1)
         ids = trajectories.prompt_ids[rows]
         conditions = {name: value[ids].to(device) for name, value in trajectories.conditions.items()}
         unconditional = {name: value.to(device) for name, value in trajectories.unconditional.items()}
-        output = self.model.predict(x_t, self.sampler.timesteps[i], conditions, unconditional, self.guidance_scale)
-        mu, sigma = transition(self.sampler, i, x_t, output)
-        new = log_prob(x_prev, mu, sigma)
-        return self.objective(new, trajectories.log_probs[rows, step].to(device), advantages[rows].to(device))
+
+        def policy() -> tuple[Tensor, Tensor]:
+            output = self.model.predict(x_t, self.sampler.timesteps[i], conditions, unconditional, self.guidance_scale)
+            return transition(self.sampler, i, x_t, output)
+
+        tensors = {"old_log_prob": trajectories.log_probs[rows, step].to(device), "advantage": advantages[rows].to(device)}
+        mu_ref = None
+        if self.objective.needs_reference:
+            with torch.no_grad(), self.model.base_policy():
+                mu_ref, sigma = policy()
+            tensors["ref_log_prob"] = log_prob(x_prev, mu_ref, sigma)
+        mu, sigma = policy()
+        tensors["log_prob"] = log_prob(x_prev, mu, sigma)
+        if "kl" in self.objective.tensors:
+            tensors["kl"] = transition_kl(mu, mu_ref, sigma)
+        shape = units.movedim(0, -1).shape  # [M] or [2,M]
+        return self.objective.loss(*(tensors[name].view(shape) for name in self.objective.tensors), **self.options)
 
     def gradient(self) -> Tensor:
         """The accumulated gradient, flat."""
@@ -163,12 +179,12 @@ class Trainer:
 
     def require_finite(self, per_step: list[dict[str, Tensor]], norm: Tensor, trajectories: Trajectories) -> None:
         """Stop on a non-finite loss; and on a non-finite gradient, except under fp16, whose scaler skips that update."""
-        losses = torch.stack([step["loss"] for step in per_step], 1).cpu()  # [N,S]
-        finite_rows = losses.isfinite().all(1)
-        if finite_rows.all() and (norm.isfinite() or self.accelerator.scaler):
+        losses = torch.stack([step["loss"] for step in per_step], 1).cpu()  # [U,S]
+        finite_units = losses.isfinite().all(1)
+        if finite_units.all() and (norm.isfinite() or self.accelerator.scaler):
             return
-        rows = per_step[0]["row"].cpu()
-        rows = rows if finite_rows.all() else rows[~finite_rows]
+        units = per_step[0]["units"].cpu()
+        rows = (units if finite_units.all() else units[~finite_units]).flatten()
         where = self.stage.folder / f"nonfinite_update_{self.num_updates}.safetensors"
         kept = {"latents": trajectories.latents[rows], "log_probs": trajectories.log_probs[rows], "losses": losses}
         files.write_tensors(where, kept, {"images": trajectories.ids[rows].tolist()})
@@ -192,6 +208,7 @@ class Trainer:
 
 def make_trainer(config: ConfigDict, plan: Plan, accelerator: Accelerator, model: Model, source: Path | None) -> Trainer:
     """Optimizer (with the state saved beside `source`), prepared network, sampler and objective."""
+    objective = OBJECTIVES[config.train.objective]
     sampler = model.sampler(config.sample.num_steps, config.sample.eta)
     require_stochastic(sampler, plan.num_trained_steps)
     parameters = model.trainable()
@@ -209,7 +226,8 @@ def make_trainer(config: ConfigDict, plan: Plan, accelerator: Accelerator, model
         optimizer=optimizer,
         sampler=sampler,
         step_weight=step_weights(sampler, plan.num_trained_steps, config.train.step_weight),
-        objective=partial(OBJECTIVES[config.train.objective], clip_range=config.train.eps),
+        objective=objective,
+        options={keyword: config.train[key] for keyword, key in objective.options.items()},
         guidance_scale=config.sample.guidance_scale,
         micro_batch_size=config.train.micro_batch_size,
         max_grad_norm=config.train.max_grad_norm,
@@ -241,59 +259,67 @@ def check_policy(plan: Plan, sampled: dict, model: Model) -> None:
         raise ValueError(f"{plan.stage.folder} was sampled with another LoRA than {plan.resume_from or 'a fresh one'}.")
 
 
-def train_epochs(config: ConfigDict, trainer: Trainer, selection: list[dict], done: int) -> None:
-    """The epochs after `done`: every selected trajectory once an epoch, in an order from (seed, stage, epoch)."""
-    selected = [Selected(row["group"], row["branch"], row["score"]) for row in selection]
+def train_epochs(config: ConfigDict, trainer: Trainer, selected: list[Selected], advantages: Tensor, done: int) -> None:
+    """The epochs after `done`: every unit once an epoch, in an order from (seed, stage, epoch)."""
     trajectories = load_selected(trainer.stage, selected, config.sample.batch_size)
-    advantages = torch.tensor([row["advantage"] for row in selection])
+    units = make_units(selected, paired=trainer.objective.paired)
     effective = config.train.batch_size * config.train.gradient_accumulation_steps
     for epoch in range(done + 1, config.train.num_epochs + 1):
         rng = generator(config.seed, trainer.stage.index, "train", epoch)
-        for rows in progress(update_rows(len(selection), effective, rng), f"stage{trainer.stage.index} epoch {epoch}"):
+        deal = update_rows(len(units), max(1, effective // units[0].numel()), rng)
+        for rows in progress(deal, f"stage{trainer.stage.index} epoch {epoch}"):
             first = trainer.num_updates == 0
-            report = trainer.update(trajectories, advantages, rows)
+            report = trainer.update(trajectories, advantages, units[rows])
             if trainer.metrics:
-                trainer.metrics.log("update", epoch=epoch, num_trajectories=len(rows), first=first, **report)
+                trainer.metrics.log("update", epoch=epoch, num_trajectories=units[rows].numel(), first=first, **report)
                 if first:
                     what = "train stage%d: %d trajectories, max |log-ratio| at the first update %.2e"
-                    logger.info(what, trainer.stage.index, len(selection), report["max_abs_log_ratio"])
+                    logger.info(what, trainer.stage.index, units.numel(), report["max_abs_log_ratio"])
                     if report["max_abs_log_ratio"] > config.train.eps:
                         logger.warning("train: that is beyond the clip range; was the stage sampled on another device?")
         if epoch % config.train.save_interval == 0 or epoch == config.train.num_epochs:
             trainer.save(epoch, config.train.save_interval)
 
 
-def update_rows(num_trajectories: int, effective: int, rng: torch.Generator) -> list[Tensor]:
-    """Deal a permutation of the trajectories to ceil(N / effective) updates of nearly equal size.
+def make_units(selected: list[Selected], *, paired: bool) -> Tensor:
+    """What the loss has one term for, as rows of `selected`: each trajectory [N], or each group's (best, worst) [P,2]."""
+    return torch.tensor(contrast_pairs(selected), dtype=torch.int64) if paired else torch.arange(len(selected))
+
+
+def update_rows(num_units: int, effective: int, rng: torch.Generator) -> list[Tensor]:
+    """Deal a permutation of the units to ceil(U / effective) updates of nearly equal size.
 
     Nearly equal, for AdamW makes as long a step on a remainder of one trajectory as on a full batch.
     """
-    order = torch.randperm(num_trajectories, generator=rng)
-    return list(order.tensor_split(math.ceil(num_trajectories / effective)))
+    order = torch.randperm(num_units, generator=rng)
+    return list(order.tensor_split(math.ceil(num_units / effective)))
 
 
-def micro_batches(rows: Tensor, process: int, num_processes: int, size: int) -> list[tuple[Tensor, Tensor]]:
-    """One process's share of an update, in micro-batches of equal size M <= `size`: (rows [M], counts [M]).
+def micro_batches(units: Tensor, process: int, num_processes: int, size: int) -> list[tuple[Tensor, Tensor]]:
+    """One process's share of an update, in micro-batches of equal size M <= `size`: (units [M] or [M,2], counts [M]).
 
-    Every process gets as many micro-batches of the same shape, filled up with rows that count 0, so that none waits for
+    Every process gets as many micro-batches of the same shape, filled up with units that count 0, so that none waits for
     another and no trajectory is lost or counted twice.
     """
-    share = math.ceil(len(rows) / num_processes)
+    share = math.ceil(len(units) / num_processes)
     number = math.ceil(share / size)
     length = math.ceil(share / number) * number
-    mine = rows[process * share : (process + 1) * share]
+    mine = units[process * share : (process + 1) * share]
     counts = torch.ones(len(mine))
     missing = length - len(mine)
-    mine = torch.cat([mine, rows[:1].expand(missing)])
+    mine = torch.cat([mine, units[:1].expand(missing, *units.shape[1:])])
     counts = torch.cat([counts, torch.zeros(missing)])
     return list(zip(mine.chunk(number), counts.chunk(number), strict=True))
 
 
 def summarise(per_step: list[dict[str, Tensor]], norm: Tensor, timesteps: Tensor) -> dict:
-    """An update's metrics, over all pairs and for each timestep."""
+    """An update's metrics, over all units and for each timestep; what only some objectives have, such as `kl`, too."""
     ratios = [step["log_ratio"] for step in per_step]
     clipped = [step["clipped"].mean().item() for step in per_step]
-    return {
+    special = [key for key in per_step[0] if key not in ("units", "loss", "log_ratio", "clipped", "grad_norm")]
+    means = {key: [step[key].mean().item() for step in per_step] for key in special}
+    return {key: sum(values) / len(values) for key, values in means.items()} | {
+        **{f"{key}_per_step": values for key, values in means.items()},
         "loss": torch.stack([step["loss"].mean() for step in per_step]).mean().item(),
         "grad_norm": finite(norm.item()),
         "clip_fraction": sum(clipped) / len(clipped),
@@ -319,6 +345,7 @@ def finish(config: ConfigDict, trainer: Trainer, sampled: dict, seconds: dict) -
         "seed": config.seed,
         "num_trained_steps": len(trainer.step_weight),
         "num_updates": len(updates),
+        "num_transitions": sum(update["num_trajectories"] for update in updates) * len(trainer.step_weight),
         "max_abs_log_ratio_first_update": updates[0]["max_abs_log_ratio"] if updates else None,
         "policy": sampled["policy"],
         "device": str(trainer.accelerator.device),

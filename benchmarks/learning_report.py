@@ -6,6 +6,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
+from benchmarks.page import STYLE, percent, table
+
 SETS = {"train": "training", "test": "held-out"}
 COLOURS = {"train": "#1f6feb", "test": "#c2410c"}
 
@@ -62,15 +64,6 @@ def write_tables(facts: dict[str, Any], path: Path) -> None:
     """Markdown of every figure, one table a question."""
     makers = (gains, failures, conditional, best, sweep, deployed, diversity)
     path.write_text(PAGE.format(**facts | {maker.__name__: maker(facts) for maker in makers}))
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def percent(value: float) -> str:
-    return f"{value:.1%}".replace("%", " %")
 
 
 def points(value: float, error: float | None = None) -> str:
@@ -197,8 +190,7 @@ def diversity(facts: dict[str, Any]) -> str:
 
 def draw_curves(facts: dict[str, Any], path: Path) -> None:
     """Four panels over reward queries: training reward, accuracy, and the two diversities; thin lines are single seeds."""
-    plt.rcParams |= {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
-    plt.rcParams |= {"grid.color": "#e6e6e6", "axes.axisbelow": True, "axes.titleweight": "bold", "axes.titlesize": 11}
+    plt.rcParams |= STYLE
     figure, panels = plt.subplots(2, 2, figsize=(10.5, 7.2), constrained_layout=True)
     reward_panel(panels[0, 0], facts)
     accuracy_panel(panels[0, 1], facts)

@@ -1,4 +1,5 @@
-"""Every setting of the pipeline. Presets: config/stage_process.py:shapes (default) and config/stage_process.py:sd14.
+"""Every setting of the pipeline. Presets: config/stage_process.py:shapes (default) and config/stage_process.py:sd14; and
+those of the study's four arms, b2, bs, bpt and ddpo.
 
 Override any key on the command line: --config.train.learning_rate=1e-4. Names are those of the paper's repository.
 """
@@ -31,13 +32,15 @@ def reference() -> ConfigDict:
     config.num_threads = 0  # CPU threads; 0: as the experiment was begun, else torch's default
     config.wandb = ""  # "" | offline | online; metrics go to JSON lines in any case
 
-    # ---- the schedule: backward progressive training ----
+    # ---- the schedule: backward progressive training, branch-based sampling ----
     config.stage_cnt = 100  # M, number of stages
+    config.curriculum = "progressive"  # S goes L..R: progressive | reversed (R..L) | random in L..R | fixed (always L)
     config.split_step_left = 14  # L, trained steps S of the first stage
     config.split_step_right = 20  # R, trained steps of the last stage
     config.split_step = 0  # S of this call; 0: by the schedule
     config.resume_from = ""  # LoRA to start from: a .safetensors file, a checkpoint_<n> folder, a folder of those
-    config.split_time = 5  # K, branches of each prefix
+    config.split_time = 5  # K, siblings in a group
+    config.sampling = "branch"  # branch: siblings are branches of one prefix | independent: each has its own noise
 
     # ---- prompts ----
     config.prompt_file = "config/prompt/template1_train.json"  # JSON list of strings, or .txt with a prompt a line
@@ -73,6 +76,7 @@ def reference() -> ConfigDict:
     config.eval = evaluation = ConfigDict()
     evaluation.history_cnt = 8  # earlier stages whose rewards join a prompt's mean and std
     evaluation.advantage = "prompt"  # prompt | group: a reward's score is relative to its prompt's mean or to its siblings'
+    evaluation.selection = "pairs"  # pairs: a group's best and worst, by the thresholds | all: every image
     evaluation.pos_threshold = 0.5  # keep a group's best sibling from this normalised score on
     evaluation.neg_threshold = -0.5  # keep a group's worst sibling below this one
     evaluation.prompt_file = "config/prompt/template1_test.json"  # held-out prompts for run_eval.py
@@ -84,7 +88,7 @@ def reference() -> ConfigDict:
 
     # ---- training ----
     config.train = train = ConfigDict()
-    train.objective = "ddpo"  # ddpo
+    train.objective = "ddpo"  # ddpo | reinforce (no clipping, one epoch) | dpok (ddpo, KL to the base) | d3po (DPO, pairs)
     train.num_epochs = 2  # passes over a stage's selection
     train.batch_size = 2  # batch_size * gradient_accumulation_steps trajectories, each with
     train.gradient_accumulation_steps = 64  # all its S steps, make one update
@@ -97,6 +101,8 @@ def reference() -> ConfigDict:
     train.use_8bit_adam = False  # AdamW of bitsandbytes, if that is installed
     train.max_grad_norm = 1.0  # gradient norm is clipped to this
     train.eps = 0.1  # PPO's clip range of the ratio of (mean) likelihoods; see docs/method.md before lowering it
+    train.kl_weight = 0.1  # dpok: advantages a nat of KL to the base costs, both as means over the D latent dimensions
+    train.dpo_beta = 0.1  # d3po: beta of mean log-ratios, D times that of joint ones; D3PO's at D = 16,384
     train.beta1 = 1.0  # weight of positive advantages
     train.beta2 = 1.0  # weight of negative advantages
     train.adv_clip_max = 5.0  # advantages are clamped to +- this
@@ -147,9 +153,52 @@ def shapes(config: ConfigDict) -> None:
     config.train.micro_batch_size = 32
     config.train.learning_rate = 2e-3
     config.train.eps = 0.01  # D * c = 2.6 at D = 256; 0.1 never binds, and a longer run collapses
+    config.train.dpo_beta = 256.0  # at D = 256, 1 on joint log-ratios; at a tenth of it runs fell apart
     config.train.lora_rank = 16
     config.train.step_weight = "sigma"
     config.keep.images = 64
 
 
-PRESETS = {"shapes": shapes, "sd14": sd14}
+def b2(config: ConfigDict) -> None:
+    """B2-DiffuRL in the study (docs/results.md): 9 stages of 640 images, 5,760 in all, in about 3 minutes on one core.
+
+    In 8 steps and without guidance, for which an image costs two fifths of the default's.
+    """
+    shapes(config)
+    config.exp_name = "b2"
+    config.stage_cnt = 9
+    config.split_step_left = 6  # of 8: the reference's 14 of 20
+    config.split_step_right = 8
+    config.sample.num_steps = 8
+    config.sample.guidance_scale = 1.0
+    config.sample.num_batches_per_epoch = 4
+    config.train.batch_size = 16
+    config.eval.num_images = 384
+    config.keep.images = 0
+
+
+def bs(config: ConfigDict) -> None:
+    """The study's branch-based sampling alone, in about 2 minutes: S stays L."""
+    b2(config)
+    config.exp_name = "bs"
+    config.curriculum = "fixed"
+
+
+def bpt(config: ConfigDict) -> None:
+    """The study's progressive training alone, in about 3 minutes: siblings share a prompt, not a prefix."""
+    b2(config)
+    config.exp_name = "bpt"
+    config.sampling = "independent"
+
+
+def ddpo(config: ConfigDict) -> None:
+    """The study's plain DDPO, in about 5 minutes: independent images, all T steps, every image with its advantage."""
+    b2(config)
+    config.exp_name = "ddpo"
+    config.sampling = "independent"
+    config.curriculum = "fixed"
+    config.split_step_left = config.sample.num_steps
+    config.eval.selection = "all"
+
+
+PRESETS = {"shapes": shapes, "sd14": sd14, "b2": b2, "bs": bs, "bpt": bpt, "ddpo": ddpo}

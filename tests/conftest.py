@@ -62,6 +62,20 @@ TINY = {
     "keep.samples": True,
 }
 
+# What stages need beside TINY for the objectives that ask the base policy. Trained on all their steps siblings differ enough
+# for three of the six groups to be complete, and the three pairs make one update of two and one of what is left.
+REFERRING = {
+    "dpok": {"train.objective": "dpok"},
+    "d3po": {
+        "train.objective": "d3po",
+        "split_step_left": 4,
+        "split_step_right": 4,
+        "eval.pos_threshold": 0.2,
+        "train.batch_size": 5,
+        "train.gradient_accumulation_steps": 1,
+    },
+}
+
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
@@ -98,6 +112,21 @@ def finished(overrides, tmp_path_factory) -> Path:
     for index in range(2):
         run_stage(folder, overrides, index)
     return folder
+
+
+@pytest.fixture(scope="session")
+def stage_with(overrides, tmp_path_factory) -> Callable[..., Path]:
+    """stage_with(**settings) -> a folder in which stage 0 with these settings is finished. Made once; not to be changed."""
+    made: dict[str, Path] = {}
+
+    def make(**settings) -> Path:
+        key = repr(sorted(settings.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("stage")
+            run_stage(made[key], overrides | settings)
+        return made[key]
+
+    return make
 
 
 @pytest.fixture

@@ -161,7 +161,18 @@ def test_unknown_preset(empty):
         ({"reward.name": "beauty"}, "beauty.*clip, shapes"),
         ({"reward.name": "no.such.module:beauty"}, "no.such.module:beauty.*No module named 'no'"),
         ({"reward.name": "math:beauty"}, "math has no function 'beauty'"),
-        ({"train.objective": "dpo"}, "dpo.*ddpo"),
+        ({"train.objective": "dpo"}, "'dpo'.*'ddpo', 'reinforce', 'dpok', 'd3po'"),
+        ({"curriculum": "forward"}, "'forward'.*'progressive', 'fixed', 'reversed', 'random'"),
+        ({"sampling": "prefix"}, "'prefix'.*'branch', 'independent'"),
+        ({"eval.selection": "best"}, "'best'.*'pairs', 'all'"),
+        ({"eval.advantage": "batch"}, "'batch'.*'prompt', 'group'"),
+        ({"train.objective": "d3po", "eval.selection": "all"}, "d3po compares best and worst.*must be pairs"),
+        ({"train.objective": "d3po", "sampling": "independent"}, "d3po compares branches of one prefix.*must be branch"),
+        ({"train.objective": "reinforce"}, "num_epochs is 2; reinforce .* one pass"),
+        ({"split_time": 1}, "split_time is 1; a contrast needs at least 2 siblings"),
+        ({"split_time": 1, "eval.selection": "all", "eval.advantage": "group"}, "split_time is 1.*every image scores 0"),
+        ({"train.kl_weight": -0.1}, "kl_weight is -0.1.*not negative"),
+        ({"train.dpo_beta": -0.1}, "dpo_beta is -0.1.*not negative"),
         ({"pretrained.family": "sdxl"}, "sdxl.*stable_diffusion"),
         ({"pretrained.resolution": 100}, "resolution is 100.*multiple of 16"),
         ({"resume_from": "/no/such/lora"}, "no LoRA at /no/such/lora"),
@@ -170,7 +181,8 @@ def test_unknown_preset(empty):
     ids=str,
 )
 def test_settings_that_cannot_work(empty, overrides, settings, said):
-    """S outside 1..T, eta 0, names that are none: what was given and what is allowed."""
+    """S outside 1..T, eta 0, names that are none, switches that exclude each other: what was given and what is allowed, or
+    why not."""
     refuse(empty, "sample", overrides | settings, said)
 
 
@@ -332,13 +344,14 @@ def test_the_real_process_ends_in_two_lines(empty, overrides):
 
 def test_run_process_stops_at_bad_input(empty, overrides):
     """The loop ends before its first stage, with the exit code and the two lines of the check."""
-    settings = flags(overrides | {"split_step_right": 9, "log_path": empty, "save_path": empty})
+    settings = flags(overrides | {"log_path": empty, "save_path": empty})
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "Preset": "sd14"}
+    environment |= {"Objective": "d3po", "Selection": "all"}
     command = ["bash", ROOT / "run_process.sh", *settings]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 2
-    assert "2..9" in result.stderr
+    assert "eval.selection must be pairs" in result.stderr
     assert [path.name for path in empty.iterdir()] == ["tiny.log"]
 
 

@@ -13,9 +13,16 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, get_config, parse_command, run_script
 
-from b2diffurl.experiment import check, flatten
+from b2diffurl.experiment import check, flatten, schedule
+from b2diffurl.objectives import OBJECTIVES
 
-PRESETS = ("shapes", "sd14")
+PRESETS = ("shapes", "sd14", "b2", "bs", "bpt", "ddpo")
+ARMS = {  # of the study: what each changes of b2, beside its name
+    "b2": {},
+    "bs": {"curriculum": "fixed"},
+    "bpt": {"sampling": "independent"},
+    "ddpo": {"sampling": "independent", "curriculum": "fixed", "split_step_left": "T", "eval.selection": "all"},
+}
 CONFIG = f"--config={ROOT}/config/stage_process.py"
 
 
@@ -36,7 +43,7 @@ def test_the_presets_named_here_are_all():
     """PRESETS of the file, and an unknown name lists them."""
     with pytest.raises(ValueError) as error:
         get_config("sd15")
-    assert str(error.value) == "unknown preset 'sd15'; known: shapes, sd14"
+    assert str(error.value) == "unknown preset 'sd15'; known: " + ", ".join(PRESETS)
 
 
 def test_sd14_keeps_the_reference_values():
@@ -71,19 +78,53 @@ def test_sd14_keeps_the_reference_values():
         "train.lora_rank": 4,
         "train.step_weight": "none",
         "train.objective": "ddpo",
+        "curriculum": "progressive",
+        "sampling": "branch",
+        "eval.selection": "pairs",
+        "eval.advantage": "prompt",
     }
     found = flatten(get_config("sd14").to_dict())
     assert {key: found[key] for key in reference} == reference
 
 
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_arm_of_the_study_is_what_its_name_says_and_nothing_else(arm):
+    """It differs from b2 in nothing but its name and the keys that define it; its stages train L growing to R, L, or all T
+    steps."""
+    b2, config = get_config("b2"), get_config(arm)
+    expected = flatten(b2.to_dict()) | {"exp_name": arm} | ARMS[arm]
+    num_steps = b2.sample.num_steps
+    assert flatten(config.to_dict()) == {key: num_steps if value == "T" else value for key, value in expected.items()}
+    bounds, stages = (config.split_step_left, config.split_step_right), range(config.stage_cnt)
+    steps = {schedule(config.curriculum, *bounds, config.stage_cnt, stage, seed=config.seed) for stage in stages}
+    growing = {*range(b2.split_step_left, num_steps + 1)}
+    assert steps == {"b2": growing, "bpt": growing, "bs": {b2.split_step_left}, "ddpo": {num_steps}}[arm]
+    assert len(growing) > 1
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_any_arm_runs_with_any_objective_that_its_selection_allows(arm, objective):
+    """Only d3po, which wants pairs of branches, is not for independent images."""
+    config = get_config(arm)
+    config.train.objective = objective
+    config.train.num_epochs = 1
+    if objective == "d3po" and config.sampling == "independent":
+        with pytest.raises(ValueError, match="d3po"):
+            check(config)
+    else:
+        check(config)
+
+
 def test_every_key_has_a_comment_and_is_read():
-    """Each key stands on a line of its own with a comment, and some code outside the mere checking of values reads it."""
+    """Each key stands on a line of its own with a comment, and some code outside the mere checking of values reads it, or an
+    objective takes it as an option."""
     source = (ROOT / "config" / "stage_process.py").read_text()
-    read = set()
+    read = {key for objective in OBJECTIVES.values() for key in objective.options.values()}
     for path in [*(ROOT / "b2diffurl").rglob("*.py"), *ROOT.glob("run_*.py")]:
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef) and node.name == "check" and path.name == "experiment.py":
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("check") and path.name == "experiment.py":
                 node.body = []
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute):
@@ -150,6 +191,7 @@ VARIABLES = {
     "Beta2": ("train.beta2", 0.25),
     "BatchCnt": ("sample.num_batches_per_epoch", 3),
     "StageCnt": ("stage_cnt", 2),
+    "Curriculum": ("curriculum", "reversed"),
     "SplitStepLeft": ("split_step_left", 3),
     "SplitStepRight": ("split_step_right", 4),
     "TrainEpoch": ("train.num_epochs", 5),
@@ -160,6 +202,10 @@ VARIABLES = {
     "PosThreshold": ("eval.pos_threshold", 0.75),
     "NegThreshold": ("eval.neg_threshold", -0.75),
     "SplitTime": ("split_time", 11),
+    "Sampling": ("sampling", "independent"),
+    "Advantage": ("eval.advantage", "group"),
+    "Selection": ("eval.selection", "all"),
+    "Objective": ("train.objective", "dpok"),
     "SaveInterval": ("train.save_interval", 12),
     "Dev_Id": ("dev_id", 13),
 }

@@ -16,6 +16,7 @@ from b2diffurl.ddim import (
     require_stochastic,
     step_weights,
     transition,
+    transition_kl,
 )
 
 
@@ -129,6 +130,22 @@ def test_log_prob_gradient_by_hand():
     sigma = torch.tensor(0.3)
     log_prob(x, mu, sigma).sum().backward()
     torch.testing.assert_close(mu.grad, (x - mu.detach()) / (0.09 * 5))
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 8, 8), (5, 4, 2, 3), (3, 7)])
+def test_kl_is_the_mean_of_the_normal_kl(shape):
+    """transition_kl is torch.distributions' KL divergence of the two normals, averaged over all dimensions but the first; of
+    equal means it is exactly 0, and so is its gradient."""
+    generator = torch.Generator().manual_seed(0)
+    mu, mu_ref = torch.randn(2, *shape, generator=generator)
+    sigma = torch.rand(shape[0], *(1,) * (len(shape) - 1), generator=generator) + 0.1
+    normals = [torch.distributions.Normal(mean.double(), sigma.double()) for mean in (mu, mu_ref)]
+    expected = torch.distributions.kl_divergence(*normals).flatten(1).mean(1)
+    torch.testing.assert_close(transition_kl(mu, mu_ref, sigma).double(), expected, rtol=1e-6, atol=0)
+    same = mu.clone().requires_grad_()
+    kl = transition_kl(same, mu, sigma)
+    assert torch.equal(kl, torch.zeros(shape[0]))
+    assert not torch.autograd.grad(kl.sum(), same)[0].any()
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)

@@ -1,4 +1,4 @@
-"""Distances between images of one prompt, against loops over pairs."""
+"""Distances between images of one prompt, against loops over pairs; and their effective number."""
 
 import math
 from itertools import combinations
@@ -6,7 +6,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from b2diffurl.diversity import mean_pairwise_distance
+from b2diffurl.diversity import mean_pairwise_distance, vendi_score
 
 
 def test_by_hand():
@@ -52,3 +52,33 @@ def test_images_without_features_are_left_out():
 def test_unknown_metric_is_refused():
     with pytest.raises(ValueError, match=r"'manhattan'.*euclidean, cosine"):
         mean_pairwise_distance(torch.zeros(2, 1), list("aa"), metric="manhattan")
+
+
+# ---- Vendi score ----
+
+
+@pytest.mark.parametrize(
+    ("rows", "score"),
+    [
+        ([[1.0, 2.0]], 1.0),  # one image
+        ([[1.0, 2.0]] * 5, 1.0),  # all alike
+        ([[1.0, 2.0], [2.0, 4.0], [0.5, 1.0]], 1.0),  # alike but for their length, which does not count
+        (torch.eye(4).tolist(), 4.0),  # nothing in common
+        ([[1.0, 0.0], [1.0, 0.0], [0.0, 3.0], [0.0, 3.0]], 2.0),  # two equal clusters
+        ([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]], 4 / 3**0.75),  # shares 3/4 and 1/4
+        ([[1.0, 0.0], [0.5, 0.75**0.5]], 4 / 3**0.75),  # similarity 1/2: eigenvalues (1 +- 1/2) / 2, the same shares
+    ],
+)
+def test_vendi_score_by_hand(rows, score):
+    """exp of the entropy of the eigenvalues of the similarities over n."""
+    assert vendi_score(torch.tensor(rows), ["a"] * len(rows)) == {"a": pytest.approx(score, rel=1e-6)}
+
+
+def test_vendi_score_of_each_prompt():
+    """Prompts do not mix, images without features are left out, and a prompt that has none left has no score; the order of
+    the rows does not count."""
+    features = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0], [math.nan, 1.0], [3.0, 3.0], [math.inf, 0.0]])
+    expected = {"a": pytest.approx(2.0), "b": pytest.approx(1.0)}
+    assert vendi_score(features, list("ababbc")) == expected
+    assert vendi_score(features.flip(0), list("cbbaba")) == expected
+    assert vendi_score(features[:0], []) == {}

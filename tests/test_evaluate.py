@@ -74,6 +74,12 @@ def test_diversity_is_reported_by_prompt_and_paired(workplace, overrides):
     assert last["diversity/clip_se"] == pytest.approx(after.std(ddof=1) / 3**0.5)
     assert last["diversity/clip_gain"] == pytest.approx((after - before).mean())
     assert last["diversity/clip_gain_se"] == pytest.approx((after - before).std(ddof=1) / 3**0.5)
+    for result, pair in zip((base, last), pairs, strict=True):  # two images of similarity c: eigenvalues (1 +- c) / 2
+        shares = {prompt: np.array([distance / 2, 1 - distance / 2]) for prompt, distance in pair.items()}
+        expected = {prompt: np.exp(-(share * np.log(share)).sum()) for prompt, share in shares.items()}
+        assert result["diversity"]["clip"]["vendi"] == pytest.approx(expected)
+        assert result["diversity/clip_vendi"] == pytest.approx(np.mean(list(expected.values())))
+    assert "vendi" not in last["diversity"]["layout"]  # distances of layouts are no similarities
     assert last["diversity/layout"] is None  # an untrained model shows no things, so it has no layouts
     assert "diversity/clip_right" not in last  # without a judge nobody knows which are right
 

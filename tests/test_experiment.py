@@ -24,19 +24,27 @@ def plan(folder: Path, overrides: dict, **more):
 # ---- schedule ----
 
 
+def steps_of(curriculum: str, left: int, right: int, num_stages: int, seed: int = 0) -> list[int]:
+    """S of every stage."""
+    return [schedule(curriculum, left, right, num_stages, stage, seed=seed) for stage in range(num_stages)]
+
+
 def test_reference_schedule():
-    """L = 14, R = 20, M = 100: the table of the method, stage by stage."""
+    """L = 14, R = 20, M = 100: the table of the method, stage by stage; reversed, its mirror image."""
     table = {14: range(0, 15), 15: range(15, 29), 16: range(29, 43), 17: range(43, 58), 18: range(58, 72)}
     table |= {19: range(72, 86), 20: range(86, 100)}
-    for steps, stages in table.items():
-        assert {schedule(14, 20, 100, stage) for stage in stages} == {steps}
+    expected = [steps for steps, stages in table.items() for _ in stages]
+    assert steps_of("progressive", 14, 20, 100) == expected
+    mirror = {14: 20, 15: 19, 16: 18, 17: 17, 18: 16, 19: 15, 20: 14}
+    assert steps_of("reversed", 14, 20, 100) == [mirror[steps] for steps in expected]
 
 
 @pytest.mark.parametrize(("left", "right", "num_stages"), [(1, 1, 1), (6, 10, 8), (1, 20, 7), (14, 20, 100), (3, 9, 70)])
 def test_schedule_grows_evenly_from_left_to_right(left, right, num_stages):
     """S starts at L, never falls, ends at R if there are stages enough, and each value holds for as many stages, one
-    more or less."""
-    steps = [schedule(left, right, num_stages, stage) for stage in range(num_stages)]
+    more or less. Fixed, it stays at L."""
+    assert steps_of("fixed", left, right, num_stages) == [left] * num_stages
+    steps = steps_of("progressive", left, right, num_stages)
     assert steps[0] == left
     assert steps == sorted(steps)
     assert max(steps) <= right
@@ -45,19 +53,53 @@ def test_schedule_grows_evenly_from_left_to_right(left, right, num_stages):
         assert max(Counter(steps).values()) - min(Counter(steps).values()) <= 1
 
 
-def test_stage_takes_its_steps_from_schedule_or_flag(tmp_path, overrides):
-    """split_step 0 follows the schedule of the named stage; any other value is taken as it is."""
+def test_random_steps_are_uniform_and_follow_from_the_seed():
+    """Every S of L..R comes as often as chance has it (within 5 standard errors) and no other; the seed and the stage decide
+    it, however many stages there are."""
+    steps = steps_of("random", 14, 20, 7000)
+    assert set(steps) == set(range(14, 21))
+    assert all(abs(count - 1000) < 5 * (7000 * 1 / 7 * 6 / 7) ** 0.5 for count in Counter(steps).values())
+    assert steps_of("random", 14, 20, 100) == steps[:100]
+    assert steps_of("random", 14, 20, 100, seed=1) != steps[:100]
+    assert steps_of("random", 5, 5, 3) == [5, 5, 5]
+
+
+@pytest.mark.parametrize(("curriculum", "last"), [("progressive", 9), ("reversed", 4), ("fixed", 4)])
+def test_stages_beyond_the_last_stay_within_the_bounds(curriculum, last):
+    """Stage 6 of 6 and stage 1,000 train as many steps as stage 5, R or L; at random any in L..R."""
+    assert [schedule(curriculum, 4, 9, 6, stage, seed=0) for stage in (5, 6, 1000)] == [last] * 3
+    assert {schedule("random", 4, 9, 6, stage, seed=0) for stage in range(6, 100)} == set(range(4, 10))
+
+
+def test_unknown_curriculum_lists_the_choices():
+    """A ValueError names all four."""
+    with pytest.raises(ValueError, match=r"'forward'.*progressive, fixed, reversed, random"):
+        schedule("forward", 1, 2, 3, 0, seed=0)
+
+
+@pytest.mark.parametrize(("curriculum", "steps"), [("progressive", [2, 3]), ("fixed", [2, 2]), ("reversed", [3, 2])])
+def test_stage_takes_its_steps_from_schedule_or_flag(tmp_path, overrides, curriculum, steps):
+    """split_step 0 follows the curriculum's schedule of the named stage; any other value is taken as it is."""
     lora = tmp_path / "any.safetensors"
     lora.touch()
-    for stage, steps in [(0, 2), (1, 3)]:
-        assert plan(tmp_path, overrides, run_name=f"stage{stage}", resume_from=str(lora)).num_trained_steps == steps
+    overrides = overrides | {"curriculum": curriculum}
+    for stage, wanted in enumerate(steps):
+        assert plan(tmp_path, overrides, run_name=f"stage{stage}", resume_from=str(lora)).num_trained_steps == wanted
     assert plan(tmp_path, overrides, split_step=4).num_trained_steps == 4
+
+
+def test_random_steps_follow_from_the_experiment_s_seed(tmp_path, overrides):
+    """The plan of stage 0 takes what the schedule has for its seed; some seeds have L, others R."""
+    overrides = overrides | {"curriculum": "random"}
+    planned = [plan(tmp_path, overrides, seed=seed).num_trained_steps for seed in range(12)]
+    assert planned == [schedule("random", 2, 3, 2, 0, seed=seed) for seed in range(12)]
+    assert set(planned) == {2, 3}
 
 
 def test_a_sampled_stage_keeps_its_steps(finished, overrides):
     """More stages stretch the schedule, but a stage already sampled is trained on the steps it was sampled with; asking
     for others is an error."""
-    assert schedule(2, 3, 20, 1) == 2
+    assert schedule("progressive", 2, 3, 20, 1, seed=300) == 2
     assert plan(finished, overrides, run_name="stage1", stage_cnt=20).num_trained_steps == 3
     with pytest.raises(ValueError, match="split_step 3, not 2"):
         plan(finished, overrides, run_name="stage1", split_step=2)
@@ -152,6 +194,8 @@ def test_identity_leaves_room_for_what_changes_from_call_to_call(finished, overr
     ("key", "value"),
     [
         ("seed", 301),
+        ("curriculum", "fixed"),
+        ("sampling", "independent"),
         ("split_step_left", 1),
         ("split_step_right", 4),
         ("split_time", 4),
@@ -167,13 +211,17 @@ def test_identity_leaves_room_for_what_changes_from_call_to_call(finished, overr
         ("reward.name", "shapes"),
         ("eval.history_cnt", 2),
         ("eval.advantage", "group"),
+        ("eval.selection", "all"),
         ("eval.pos_threshold", 0.6),
         ("eval.neg_threshold", -0.6),
         ("train.num_epochs", 3),
         ("train.batch_size", 3),
         ("train.gradient_accumulation_steps", 3),
         ("train.learning_rate", 2e-2),
+        ("train.objective", "dpok"),
         ("train.eps", 0.2),
+        ("train.kl_weight", 1.0),
+        ("train.dpo_beta", 1.0),
         ("train.beta1", 2.0),
         ("train.step_weight", "leverage"),
         ("train.lora_rank", 8),
@@ -189,6 +237,29 @@ def test_identity_refuses_every_other_key(finished, overrides, key, value):
         plan(finished, overrides | {key: value})
     assert f"{key} is {value!r}, was {was!r}" in str(error.value) or key == "prompt"
     assert "another configuration" in str(error.value)
+
+
+def test_an_experiment_begun_before_a_key_was_there_goes_on_as_it_was(workplace, overrides):
+    """Without the switches in its config.json a run is what was done before there were any: branches, pairs, progressive,
+    and no other; options of objectives that there were not may have any value."""
+    path = experiment(workplace) / "config.json"
+    recorded = json.loads(path.read_text())
+    for section, key in (("", "curriculum"), ("", "sampling"), ("eval", "selection"), ("train", "kl_weight")):
+        del (recorded["config"][section] if section else recorded["config"])[key]
+    path.write_text(json.dumps(recorded))
+    assert plan(workplace, overrides, **{"train.kl_weight": 0.7}).num_trained_steps == 2
+    for key, value in (("curriculum", "fixed"), ("sampling", "independent"), ("eval.selection", "all")):
+        with pytest.raises(ValueError, match=f"{key} is '{value}', was"):
+            plan(workplace, overrides, **{key: value})
+
+
+def test_a_fixed_curriculum_needs_no_upper_end(tmp_path, overrides):
+    """S may be anything in 1..T, whatever split_step_right is."""
+    for steps in (1, 4):
+        settings = {"curriculum": "fixed", "split_step_left": steps, "split_step_right": 3, "exp_name": f"fixed{steps}"}
+        assert plan(tmp_path, overrides, **settings).num_trained_steps == steps
+    with pytest.raises(ValueError, match=r"1\.\.4"):
+        plan(tmp_path, overrides, curriculum="fixed", split_step_left=5, exp_name="fixed5")
 
 
 def test_other_prompts_under_the_same_name_are_another_experiment(finished, overrides, tmp_path):
@@ -229,7 +300,10 @@ def test_planning_writes_nothing(finished, overrides, tmp_path):
         ("split_step_right", 5, r"1\.\.4"),
         ("split_step_left", 0, r"1\.\.4"),
         ("split_step_left", 4, r"4\.\.3"),
-        ("split_time", 1, "at least 2"),
+        ("split_time", 0, "split_time is 0"),
+        ("split_time", 1, "at least 2 siblings"),
+        ("curriculum", "forward", "'progressive', 'fixed', 'reversed', 'random'"),
+        ("sampling", "prefix", "'branch', 'independent'"),
         ("sample.num_steps", 0, "sample.num_steps is 0"),
         ("sample.batch_size", 0, "sample.batch_size is 0"),
         ("sample.num_batches_per_epoch", -1, "sample.num_batches_per_epoch is -1"),
@@ -246,9 +320,15 @@ def test_planning_writes_nothing(finished, overrides, tmp_path):
         ("train.micro_batch_size", 0, "train.micro_batch_size is 0"),
         ("train.lora_rank", 0, "train.lora_rank is 0"),
         ("train.save_interval", 0, "train.save_interval is 0"),
-        ("train.objective", "ppo2", "'ddpo'"),
+        ("train.objective", "ppo2", "'ddpo', 'reinforce', 'dpok', 'd3po'"),
+        ("train.objective", "reinforce", "num_epochs is 2; reinforce .* one pass"),
+        ("train.kl_weight", -0.1, "kl_weight is -0.1"),
+        ("train.kl_weight", float("nan"), "kl_weight is nan"),
+        ("train.dpo_beta", -1.0, "dpo_beta is -1.0"),
+        ("train.eps", -0.1, "eps is -0.1"),
         ("train.step_weight", "both", "'none', 'leverage', 'sigma'"),
         ("eval.advantage", "batch", "'prompt', 'group'"),
+        ("eval.selection", "best", "'pairs', 'all'"),
         ("mixed_precision", "fp8", "'bf16'"),
         ("wandb", "yes", "'offline'"),
     ],
@@ -257,6 +337,44 @@ def test_values_that_cannot_work_are_refused(tmp_path, overrides, key, value, me
     """The error says what was given and what is allowed."""
     with pytest.raises(ValueError, match=message):
         plan(tmp_path, overrides | {key: value})
+
+
+OBJECTIVE_NEEDS = {
+    "ddpo": {},
+    "dpok": {},
+    "reinforce": {"train.num_epochs": 1},
+    "d3po": {"sampling": "branch", "eval.selection": "pairs"},
+}
+
+
+@pytest.mark.parametrize("advantage", ["prompt", "group"])
+@pytest.mark.parametrize("selection", ["pairs", "all"])
+@pytest.mark.parametrize("sampling", ["branch", "independent"])
+@pytest.mark.parametrize("objective", OBJECTIVE_NEEDS)
+def test_switches_combine_freely_but_for_what_an_objective_needs(
+    tmp_path, overrides, objective, sampling, selection, advantage
+):
+    """Any objective runs with any sampling, selection and advantage, except for d3po, which compares branches in pairs, and
+    reinforce, which makes one pass."""
+    settings = {"train.objective": objective, "sampling": sampling, "eval.selection": selection, "eval.advantage": advantage}
+    needs = OBJECTIVE_NEEDS[objective]
+    if settings | needs == settings:
+        plan(tmp_path, overrides | settings)
+    else:
+        with pytest.raises(ValueError, match=f"{objective}.*(one pass|must be (branch|pairs))"):
+            plan(tmp_path, overrides | settings)
+    plan(tmp_path, overrides | settings | needs)
+
+
+@pytest.mark.parametrize("sampling", ["branch", "independent"])
+def test_a_single_sibling_has_nothing_to_be_compared_with(tmp_path, overrides, sampling):
+    """K = 1 works with selection all and scores relative to the prompt, and with nothing else."""
+    single = overrides | {"split_time": 1, "sampling": sampling, "eval.selection": "all"}
+    plan(tmp_path, single)
+    with pytest.raises(ValueError, match=r"split_time is 1.*eval.advantage=group"):
+        plan(tmp_path, single | {"eval.advantage": "group"})
+    with pytest.raises(ValueError, match=r"split_time is 1.*eval.selection=all"):
+        plan(tmp_path, single | {"eval.selection": "pairs"})
 
 
 # ---- seeds and prompts ----

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import (
     PROMPTS,
+    REFERRING,
     ROOT,
     VERBS,
     assert_same,
@@ -105,7 +106,7 @@ def test_samples_hold_each_state_once(finished):
 
 def test_manifests_say_how_a_stage_was_made(finished, models):
     """Seeds, versions, threads, shapes, processes, the resolved scheduler with clip_sample off, the base model by the
-    SHA-256 of its UNet, and how far the first update's ratio is from 1."""
+    SHA-256 of its UNet, how many were selected and trained on, and how far the first update's ratio is from 1."""
     base = hashlib.sha256((models / "sd" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
     for stage in stages(finished):
         sampled, trained = stage.manifest("sample"), stage.manifest("train")
@@ -117,6 +118,13 @@ def test_manifests_say_how_a_stage_was_made(finished, models):
             assert (manifest["seed"], manifest["num_threads"], manifest["num_processes"]) == (300, 1, 1)
             assert manifest["versions"]["torch"] == torch.__version__
         assert trained["max_abs_log_ratio_first_update"] is not None
+        updates = [event for event in json_lines(stage.metrics("train")) if event["event"] == "update"]
+        num_steps = sampled["num_trained_steps"]
+        assert trained["num_transitions"] == num_steps * sum(update["num_trajectories"] for update in updates)
+        selected = stage.manifest("select")
+        kept = [row["score"] for row in json.loads(stage.selection.read_text())]
+        assert selected["num_selected"] == len(kept) == selected["num_best"] + selected["num_worst"]
+        assert selected["num_best"] == sum(score > 0 for score in kept)
     lora = stages(finished)[0].checkpoints()[-1] / LORA_FILE
     assert stages(finished)[1].manifest("sample")["policy"]["lora_sha256"] == hashlib.sha256(lora.read_bytes()).hexdigest()
 
@@ -311,17 +319,31 @@ def test_interrupted_before_selecting_and_after(workplace, finished, overrides):
 def test_interrupted_after_an_epoch(workplace, finished, overrides, index):
     """Training left with the checkpoint of epoch 1, events of epoch 2 and half a line, ends in the same weights, the same
     optimizer and the same metrics."""
-    stage = stages(workplace)[index]
-    stage.manifest_path("train").unlink()
-    shutil.rmtree(stage.checkpoint(2))
-    with stage.metrics("train").open("a") as file:
-        file.write('{"event": "upd')
+    lose_last_epoch(stages(workplace)[index])
     if index == 0:
         shutil.rmtree(stages(workplace)[1].folder)
     run_stage(workplace, overrides, index, verbs=["train"])
     if index == 0:
         run_stage(workplace, overrides, 1)
     assert_same(workplace, finished)
+
+
+@pytest.mark.parametrize("objective", REFERRING)
+def test_interrupted_after_an_epoch_with_a_base_policy(stage_with, overrides, tmp_path, objective):
+    """The same for the objectives that ask the base policy: it is the base still, not what the LoRA was on resuming."""
+    finished = stage_with(**REFERRING[objective])
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    lose_last_epoch(stages(folder)[0])
+    run_stage(folder, overrides | REFERRING[objective], verbs=["train"])
+    assert_same(folder, finished)
+
+
+def lose_last_epoch(stage: Stage) -> None:
+    """Leave training as if it had been stopped in its second epoch."""
+    stage.manifest_path("train").unlink()
+    shutil.rmtree(stage.checkpoint(2))
+    with stage.metrics("train").open("a") as file:
+        file.write('{"event": "upd')
 
 
 def test_killed_again_and_again(finished, overrides, tmp_path):
@@ -455,9 +477,9 @@ open("norms" + os.environ["RANK"] + ".json", "w").write(json.dumps(norms))
 
 def test_two_processes_do_the_work_of_one(overrides, tmp_path):
     """Under torchrun with 2 CPU processes: the same samples and images byte for byte; gradient norms equal across ranks
-    in every update; and the update is that of one process within rounding (AdamW's mean after one update is linear in
-    the gradient)."""
-    settings = overrides | {"train.num_epochs": 1, "train.gradient_accumulation_steps": 64}
+    in every update, though the adapter is switched off and on for the base policy; and the update is that of one process
+    within rounding (AdamW's mean after one update is linear in the gradient)."""
+    settings = overrides | {"train.num_epochs": 1, "train.gradient_accumulation_steps": 64, "train.objective": "dpok"}
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
         folder.mkdir()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from b2diffurl.selection import Selected, advantages, normalise, select_pairs
+from b2diffurl.selection import Selected, advantages, contrast_pairs, normalise, select_all, select_pairs
 
 PAIRS = {"pos_threshold": 0.5, "neg_threshold": -0.5}
 
@@ -96,6 +96,38 @@ def test_ties_go_to_the_lowest_branch():
         Selected(1, 0, 1.0),
         Selected(2, 0, -1.0),
     ]
+
+
+def test_all_by_hand():
+    """Every trajectory with its own score, group by group."""
+    assert select_all(torch.tensor([[0.5, -2.0], [0.0, 0.25]])) == [
+        Selected(0, 0, 0.5),
+        Selected(0, 1, -2.0),
+        Selected(1, 0, 0.0),
+        Selected(1, 1, 0.25),
+    ]
+    assert select_all(torch.zeros(3, 1)) == [Selected(group, 0, 0.0) for group in range(3)]
+
+
+def test_contrast_pairs_by_hand():
+    """Positions of best and worst of the groups that have both, best first; a group with one of them is left out."""
+    scores = torch.tensor([[0.1, 1.5, -2.0], [0.9, 0.2, -0.4], [0.3, -0.7, 0.4], [0.4, -0.4, 0.0], [-3.0, 0.0, 3.0]])
+    selected = select_pairs(scores, **PAIRS)
+    assert [(one.group, one.branch) for one in selected] == [(0, 1), (0, 2), (1, 0), (2, 1), (4, 2), (4, 0)]
+    assert contrast_pairs(selected) == [(0, 1), (4, 5)]
+    assert contrast_pairs(selected[2:4]) == contrast_pairs([]) == []
+
+
+def test_the_better_of_a_contrast_pair_comes_first():
+    """Whatever the thresholds, the first of each pair is its group's maximum and the second its minimum."""
+    scores = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    selected = select_pairs(scores, pos_threshold=0.3, neg_threshold=-0.2)
+    pairs = contrast_pairs(selected)
+    assert 0 < len(pairs) < 50
+    for best, worst in pairs:
+        row = scores[selected[best].group]
+        assert (selected[best].score, selected[worst].score) == (row.max().item(), row.min().item())
+        assert selected[best].group == selected[worst].group
 
 
 def test_nothing_selected_is_an_empty_list():

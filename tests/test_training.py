@@ -1,25 +1,29 @@
 """One update at a time: its gradient, its divisor, its optimizer step, and when it refuses.
 
-N selected trajectories, S trained steps
+N selected trajectories, S trained steps, U units: trajectories or pairs of them
 """
 
 import contextlib
 import json
 import re
 import shutil
+from collections import Counter
+from collections.abc import Callable
 from functools import cache
 
 import pytest
 import torch
-from conftest import experiment, make_config, run_stage
+from conftest import REFERRING, experiment, make_config, run_stage
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributions import Normal, kl_divergence
 
 from b2diffurl.checkpoint import load_optimizer, save_checkpoint
 from b2diffurl.ddim import step_weights
 from b2diffurl.experiment import make_plan
 from b2diffurl.models import load_model
+from b2diffurl.objectives import Objective
 from b2diffurl.policy import load_policy
 from b2diffurl.runtime import make_accelerator
 from b2diffurl.selection import Selected
@@ -28,18 +32,23 @@ from b2diffurl.train import Trainer, make_trainer, micro_batches, update_rows
 from b2diffurl.trajectory import Trajectories, load_selected
 
 CLIP_RANGE = 1e-3  # of the gradient tests: small enough for the off-policy ratios below to be clipped in part
+DPOK = {"train.objective": "dpok", "train.kl_weight": 2.0}  # large enough for both terms to count
+D3PO = {"train.objective": "d3po", "train.dpo_beta": 2.0}
+UNITS = {"ddpo": torch.arange(7), "dpok": torch.arange(7), "d3po": torch.tensor([[0, 1], [2, 3], [4, 5], [6, 0], [3, 1]])}
 
 
 @pytest.fixture
 def bench(finished, overrides):
-    """make(**settings) -> a Trainer on stage 1's window with stage 1's trained LoRA, so that no ratio is 1."""
+    """make(**settings) -> a Trainer on stage 1's window with stage 1's trained LoRA, so that no ratio is 1; with `fresh` one
+    on stage 0's window with the LoRA that stage 0 was sampled with."""
 
-    def make(**settings) -> Trainer:
+    def make(*, fresh: bool = False, **settings) -> Trainer:
+        run_name = "stage0" if fresh else "stage1"
         with contextlib.chdir(finished):
-            plan = make_plan(make_config(overrides, run_name="stage1"))
-            config = make_config(overrides, run_name="stage1", **({"train.eps": CLIP_RANGE} | settings))
+            plan = make_plan(make_config(overrides, run_name=run_name))
+            config = make_config(overrides, run_name=run_name, **({"train.eps": CLIP_RANGE} | settings))
             accelerator = make_accelerator(config, 1)
-            source = plan.stage.checkpoints()[-1] / LORA_FILE
+            source = None if fresh else plan.stage.checkpoints()[-1] / LORA_FILE
             model = load_policy(config, accelerator, source, decoder=False)
             return make_trainer(config, plan, accelerator, model, source)
 
@@ -55,9 +64,9 @@ def batch(finished) -> tuple[Trajectories, Tensor]:
     return load_selected(stage, selected, 2), torch.tensor([row["advantage"] for row in rows])
 
 
-def gradient(trainer: Trainer, trajectories: Trajectories, advantages: Tensor, rows: Tensor) -> tuple[Tensor, list]:
+def gradient(trainer: Trainer, trajectories: Trajectories, advantages: Tensor, units: Tensor) -> tuple[Tensor, list]:
     trainer.optimizer.zero_grad()
-    per_step = trainer.accumulate(trajectories, advantages, rows)
+    per_step = trainer.accumulate(trajectories, advantages, units)
     return trainer.gradient().clone(), per_step
 
 
@@ -65,31 +74,48 @@ def difference(one: Tensor, other: Tensor) -> float:
     return ((one - other).norm() / other.norm()).item()
 
 
-def pair_gradients(trainer: Trainer, trajectories: Trajectories, advantages: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient [N,S,parameters] and clip flag [N,S] of every pair on its own: the network called plainly, guidance
-    written out, mu and sigma from stock diffusers, the density from torch.distributions, PPO's two cases by hand."""
-    unet: UNet2DConditionModel = trainer.model.unet
+def plainly(unet: UNet2DConditionModel, trainer: Trainer, trajectories: Trajectories, n: int, step: int) -> Normal:
+    """One transition: the network called plainly, guidance written out, mu and sigma from stock diffusers."""
     scheduler = DDIMScheduler.from_config(trainer.model.scheduler_config)
     scheduler.set_timesteps(4)
-    num_rows, num_steps = trajectories.log_probs.shape
-    gradients, flags = [], []
-    for n in range(num_rows):
-        text = trajectories.conditions["prompt_embeds"][trajectories.prompt_ids[n]][None]
+    t = scheduler.timesteps[4 - trajectories.log_probs.shape[1] + step]
+    x_t, text = trajectories.latents[n, step][None], trajectories.conditions["prompt_embeds"]
+    without = unet(x_t, t, trajectories.unconditional["prompt_embeds"]).sample
+    eps = without + 5.0 * (unet(x_t, t, text[trajectories.prompt_ids[n]][None]).sample - without)
+    mu = scheduler.step(eps, t, x_t, eta=1.0, variance_noise=torch.zeros_like(x_t)).prev_sample
+    return Normal(mu, scheduler._get_variance(t, t - 250).sqrt())
+
+
+def one_by_one(trainer: Trainer, loss: Callable[[int, int], Tensor], num_units: int, num_steps: int) -> Tensor:
+    """Gradient [U,S,parameters] of loss(unit, step), each on its own."""
+    gradients = []
+    for unit in range(num_units):
         for step in range(num_steps):
-            t = scheduler.timesteps[4 - num_steps + step]
-            x_t, x_prev = trajectories.latents[n, step : step + 2].unsqueeze(1)
-            without = unet(x_t, t, trajectories.unconditional["prompt_embeds"]).sample
-            eps = without + 5.0 * (unet(x_t, t, text).sample - without)
-            mu = scheduler.step(eps, t, x_t, eta=1.0, variance_noise=torch.zeros_like(x_t)).prev_sample
-            sigma = scheduler._get_variance(t, t - 250).sqrt()
-            log_ratio = torch.distributions.Normal(mu, sigma).log_prob(x_prev).mean() - trajectories.log_probs[n, step]
-            ratio, advantage = log_ratio.exp(), advantages[n]
-            cut = bool(ratio > 1 + CLIP_RANGE if advantage > 0 else ratio < 1 - CLIP_RANGE)
             trainer.optimizer.zero_grad()
-            (-advantage * ratio * (0.0 if cut else 1.0)).backward()
+            loss(unit, step).backward()
             gradients.append(trainer.gradient().clone())
-            flags.append(float(cut))
-    return torch.stack(gradients).unflatten(0, (num_rows, num_steps)), torch.tensor(flags).view(num_rows, num_steps)
+    return torch.stack(gradients).unflatten(0, (num_units, num_steps))
+
+
+def surrogate(trainer: Trainer, trajectories: Trajectories, advantages: Tensor) -> tuple[Callable, Tensor]:
+    """PPO's two cases by hand, the density from torch.distributions: a loss for `one_by_one`, and the clip flags [N,S] that
+    it fills in."""
+    cut = torch.zeros_like(trajectories.log_probs)
+
+    def loss(n: int, step: int) -> Tensor:
+        x_prev = trajectories.latents[n, step + 1]
+        density = plainly(trainer.model.unet, trainer, trajectories, n, step).log_prob(x_prev).mean()
+        ratio, advantage = (density - trajectories.log_probs[n, step]).exp(), advantages[n]
+        cut[n, step] = ratio > 1 + CLIP_RANGE if advantage > 0 else ratio < 1 - CLIP_RANGE
+        return -advantage * ratio * (1 - cut[n, step])
+
+    return loss, cut
+
+
+@pytest.fixture
+def base_unet(models) -> UNet2DConditionModel:
+    """The base network, loaded a second time and never given an adapter."""
+    return UNet2DConditionModel.from_pretrained(models / "sd", subfolder="unet").eval().requires_grad_(False)
 
 
 # ---- the gradient ----
@@ -99,14 +125,15 @@ def test_the_update_is_the_mean_over_all_pairs_computed_one_by_one(bench, batch)
     """Batched accumulation equals a loop over single pairs: its gradient is their mean over N*S, with and without step
     weights; each step's reported norm is that of its own share, its clip fraction that of its pairs."""
     trainer = bench()
-    one_by_one, cut = pair_gradients(trainer, *batch)
-    assert 0.0 < cut.mean() < 1.0
+    loss, cut = surrogate(trainer, *batch)
     num_rows, num_steps = cut.shape
+    gradients = one_by_one(trainer, loss, num_rows, num_steps)
+    assert 0.0 < cut.mean() < 1.0
     assert num_steps == 3
     for kind in ("none", "sigma", "leverage"):
         trainer.step_weight = step_weights(trainer.sampler, num_steps, kind)
         found, per_step = gradient(trainer, *batch, torch.arange(num_rows))
-        shares = (one_by_one * trainer.step_weight[None, :, None]).sum(0) / (num_rows * num_steps)
+        shares = (gradients * trainer.step_weight[None, :, None]).sum(0) / (num_rows * num_steps)
         assert difference(found, shares.sum(0)) < 1e-4
         for step in range(num_steps):
             torch.testing.assert_close(per_step[step]["grad_norm"], shares[step].norm(), rtol=1e-3, atol=0)
@@ -114,27 +141,80 @@ def test_the_update_is_the_mean_over_all_pairs_computed_one_by_one(bench, batch)
     assert trainer.step_weight.max() > 1.5
 
 
+def test_the_penalty_is_the_divergence_from_the_base_on_disk(bench, batch, base_unet):
+    """dpok's gradient is the mean of ddpo's plus kl_weight times that of torch.distributions' KL to a second model without
+    any adapter, computed one by one; both terms count, and the reported `kl` is that KL."""
+    trainer = bench(**DPOK)
+    plain, cut = surrogate(trainer, *batch)
+    found_kl = torch.zeros_like(cut)
+
+    def penalty(n: int, step: int) -> Tensor:
+        normals = [plainly(unet, trainer, batch[0], n, step) for unet in (trainer.model.unet, base_unet)]
+        kl = kl_divergence(*normals).mean()
+        found_kl[n, step] = kl.detach()
+        return 2.0 * kl
+
+    shares = [one_by_one(trainer, loss, *cut.shape).mean((0, 1)) for loss in (plain, penalty)]
+    found, per_step = gradient(trainer, *batch, UNITS["dpok"])
+    assert difference(found, sum(shares)) < 1e-4
+    assert min(share.norm() for share in shares) > 0.1 * sum(shares).norm()
+    assert (found_kl > 0).all()
+    for step, report in enumerate(per_step):
+        torch.testing.assert_close(report["kl"], found_kl[:, step], rtol=1e-3, atol=1e-9)
+        assert torch.equal(report["clipped"], cut[:, step])
+
+
+def test_preferences_are_those_over_the_base_on_disk(bench, batch, base_unet):
+    """d3po's gradient is the mean over pairs and steps of DPO's, its log-ratios taken one by one to a second model without
+    any adapter; the reported margins are theirs, and some bend the sigmoid."""
+    trainer = bench(**D3PO | {"train.dpo_beta": 20.0, "train.micro_batch_size": 4})  # two pairs at once
+    trajectories, units = batch[0], UNITS["d3po"]
+    margins = torch.zeros(len(units), trajectories.log_probs.shape[1])
+
+    def loss(unit: int, step: int) -> Tensor:
+        ratios = []
+        for n in units[unit].tolist():
+            policy, base = (plainly(unet, trainer, trajectories, n, step) for unet in (trainer.model.unet, base_unet))
+            x_prev = trajectories.latents[n, step + 1]
+            ratios.append((policy.log_prob(x_prev) - base.log_prob(x_prev)).mean())
+        margin = 20.0 * (ratios[0] - ratios[1])
+        margins[unit, step] = margin.detach()
+        return -(1 / (1 + (-margin).exp())).log()
+
+    shares = one_by_one(trainer, loss, *margins.shape)
+    found, per_step = gradient(trainer, *batch, units)
+    assert difference(found, shares.mean((0, 1))) < 1e-4
+    assert margins.abs().max() > 0.5
+    for step, report in enumerate(per_step):
+        torch.testing.assert_close(report["margin"], margins[:, step], rtol=1e-3, atol=1e-4)
+        assert torch.equal(report["units"], units)
+        assert len(report["log_ratio"]) == 2 * len(units)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
-def test_micro_batching_does_not_change_the_update(bench, batch, size):
-    """Any micro-batch size gives the same gradient up to rounding, remainders included."""
-    trainer = bench()
-    rows = torch.arange(7)
-    whole, _ = gradient(trainer, *batch, rows)
+@pytest.mark.parametrize("settings", [{}, D3PO], ids=["ddpo", "d3po"])
+def test_micro_batching_does_not_change_the_update(bench, batch, settings, size):
+    """Any micro-batch size, in trajectories, gives the same gradient up to rounding, remainders included."""
+    trainer = bench(**settings)
+    units = UNITS[settings.get("train.objective", "ddpo")]
+    whole, _ = gradient(trainer, *batch, units)
     trainer.micro_batch_size = size
-    split, per_step = gradient(trainer, *batch, rows)
+    split, per_step = gradient(trainer, *batch, units)
     assert difference(split, whole) < 1e-5
-    assert all(len(step["loss"]) == 7 for step in per_step)
+    assert all(len(step["loss"]) == len(units) for step in per_step)
 
 
-def test_a_remainder_is_divided_by_its_own_size(bench, batch):
-    """An update on r trajectories is their mean: the updates of an epoch, weighted by their sizes, add up to the
+@pytest.mark.parametrize("settings", [{}, D3PO], ids=["ddpo", "d3po"])
+def test_a_remainder_is_divided_by_its_own_size(bench, batch, settings):
+    """An update on r trajectories or pairs is their mean: the updates of an epoch, weighted by their sizes, add up to the
     gradient of the whole epoch."""
-    trainer = bench()
-    num_rows = len(batch[0])
-    whole, _ = gradient(trainer, *batch, torch.arange(num_rows))
-    for sizes in ([num_rows - 1, 1], [4] * (num_rows // 4) + [num_rows % 4]):
-        parts = [rows for rows in torch.arange(num_rows).split(sizes) if len(rows)]
-        total = sum(gradient(trainer, *batch, rows)[0] * len(rows) for rows in parts) / num_rows
+    trainer = bench(**settings)
+    units = UNITS[settings.get("train.objective", "ddpo")]
+    whole, _ = gradient(trainer, *batch, units)
+    for size in (4, 3):
+        parts = units.split(size)
+        total = sum(gradient(trainer, *batch, part)[0] * len(part) for part in parts) / len(units)
+        assert len(parts[-1]) < size
         assert difference(total, whole) < 1e-5
 
 
@@ -155,30 +235,32 @@ def test_every_trajectory_counts_once_an_epoch(num_trajectories, effective):
         assert not torch.equal(other, torch.cat(dealt[0]))
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 5, 12])
+@pytest.mark.parametrize("num_units", [1, 2, 5, 12])
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 2, 5, 64])
-def test_processes_share_an_update_without_loss(num_rows, num_processes, size):
-    """Over all processes each row counts exactly once; all have as many micro-batches, of one shape, within the size."""
-    rows = torch.arange(100, 100 + num_rows)
-    shares = [micro_batches(rows, process, num_processes, size) for process in range(num_processes)]
-    counted = [row for share in shares for part, counts in share for row in part[counts > 0].tolist()]
-    assert sorted(counted) == rows.tolist()
+@pytest.mark.parametrize("shape", [(-1,), (-1, 2)], ids=["trajectories", "pairs"])
+def test_processes_share_an_update_without_loss(num_units, num_processes, size, shape):
+    """Over all processes each unit counts exactly once; all have as many micro-batches, of one shape, within the size."""
+    units = torch.arange(100, 100 + num_units * len(shape)).view(shape)
+    shares = [micro_batches(units, process, num_processes, size) for process in range(num_processes)]
+    counted = [unit for share in shares for part, counts in share for unit in part[counts > 0].tolist()]
+    assert sorted(counted) == units.tolist()
     assert len({len(share) for share in shares}) == 1
     assert len({part.shape for share in shares for part, _ in share}) == 1
     assert all(len(part) <= size and set(counts.tolist()) <= {0.0, 1.0} for share in shares for part, counts in share)
 
 
-def test_processes_add_up_to_one(bench, batch):
+@pytest.mark.parametrize("settings", [{}, D3PO], ids=["ddpo", "d3po"])
+def test_processes_add_up_to_one(bench, batch, settings):
     """The mean over processes of their gradients, which is what DDP takes, is the gradient of one process."""
-    trainer = bench()
-    rows = torch.arange(7)
-    whole, _ = gradient(trainer, *batch, rows)
+    trainer = bench(**settings)
+    units = UNITS[settings.get("train.objective", "ddpo")]
+    whole, _ = gradient(trainer, *batch, units)
     for num_processes in (2, 3):
         total = torch.zeros_like(whole)
         for process in range(num_processes):
             trainer.accelerator = Elsewhere(trainer.accelerator, process, num_processes)
-            total += gradient(trainer, *batch, rows)[0] / num_processes
+            total += gradient(trainer, *batch, units)[0] / num_processes
             trainer.accelerator = trainer.accelerator.real
         assert difference(total, whole) < 1e-5
 
@@ -219,12 +301,60 @@ def test_an_update_is_clipped_adamw(bench, batch):
     assert trainer.gradient().abs().max() == 0
 
 
+# ---- the base policy ----
+
+
+def test_a_fresh_lora_is_the_base_policy(bench, finished):
+    """Where the adapter is 0, and in the batch shape of sampling, the base policy's log-probs are to the bit those of the
+    policy and those that sampling recorded, and the KL is exactly 0; a trained adapter is another policy."""
+    names = ("log_prob", "old_log_prob", "ref_log_prob", "kl")
+    siblings = [Selected(group, branch, 0.0) for group in range(2) for branch in range(3)]
+    trajectories = load_selected(Stage(experiment(finished), 0), siblings, 2)
+    for fresh in (True, False):
+        trainer = bench(fresh=fresh)
+        trainer.step_weight = torch.ones(2)
+        trainer.objective = Objective(lambda *tensors: (tensors[0], dict(zip(names, tensors, strict=True))), names)
+        trainer.options = {}
+        for step in range(2):
+            _, found = trainer.step_loss(trajectories, torch.ones(6), torch.arange(6), step)
+            assert torch.equal(found["ref_log_prob"], found["old_log_prob"])
+            assert torch.equal(found["log_prob"], found["ref_log_prob"]) == fresh
+            assert torch.equal(found["kl"], torch.zeros(6)) == fresh
+            assert not found["ref_log_prob"].requires_grad
+
+
+def test_the_base_policy_leaves_no_trace(bench, batch, base_unet):
+    """Inside base_policy the network is, to the bit, the one on disk. Afterwards, and after an error, the policy is what it
+    was, all of the adapter wants gradients and nothing else does, and those that were accumulated are untouched."""
+    trainer = bench()
+    accumulated, _ = gradient(trainer, *batch, UNITS["ddpo"])
+    unet = trainer.model.unet
+    x, text = batch[0].latents[:, 0], batch[0].unconditional["prompt_embeds"].expand(7, -1, -1)
+    with torch.no_grad():
+        before = unet(x, 501, text).sample
+        with contextlib.suppress(KeyError), trainer.model.base_policy():
+            assert torch.equal(unet(x, 501, text).sample, base_unet(x, 501, text).sample)
+            raise KeyError
+        assert torch.equal(unet(x, 501, text).sample, before)
+        assert not torch.equal(before, base_unet(x, 501, text).sample)
+    assert {name for name, value in unet.named_parameters() if value.requires_grad} == set(trainer.model.trainable())
+    assert torch.equal(trainer.gradient(), accumulated)
+    again, _ = gradient(trainer, *batch, UNITS["ddpo"])
+    assert torch.equal(again, accumulated)
+
+
 # ---- the stage ----
 
 
 def updates(stage: Stage) -> list[dict]:
     events = [json.loads(line) for line in stage.metrics("train").read_text().splitlines()]
     return [event for event in events if event["event"] == "update"]
+
+
+def is_fresh(stage: Stage) -> bool:
+    """Whether the stage's LoRA is still one that changes nothing."""
+    tensors = load_file(stage.checkpoints()[-1] / LORA_FILE)
+    return not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
 
 
 def test_a_stage_updates_on_its_whole_selection(finished):
@@ -239,6 +369,37 @@ def test_a_stage_updates_on_its_whole_selection(finished):
             assert sum(sizes) == selected
             assert len(sizes) == -(-selected // 4)
         assert stage.manifest("train")["num_updates"] == len(updates(stage))
+
+
+def test_a_stage_of_pairs_leaves_single_siblings_out(stage_with):
+    """d3po trains on the groups of which both siblings were selected: an update has half as many pairs as the effective
+    batch has trajectories, rounded down, and all of them count in every epoch."""
+    stage = Stage(experiment(stage_with(**REFERRING["d3po"])), 0)
+    groups = [row["group"] for row in json.loads(stage.selection.read_text())]
+    assert sorted(Counter(groups).values()) == [1, 1, 1, 2, 2, 2]
+    sizes = [(event["epoch"], event["num_trajectories"]) for event in updates(stage)]
+    assert sizes == [(1, 4), (1, 2), (2, 4), (2, 2)]
+    assert stage.manifest("train")["num_transitions"] == (4 + 2) * 2 * 4
+    assert not is_fresh(stage)
+
+
+@pytest.mark.parametrize(("objective", "metric"), [("dpok", "kl"), ("d3po", "margin")])
+def test_a_stage_reports_its_way_from_the_base(stage_with, objective, metric):
+    """The distance to the base policy is exactly 0 at a fresh LoRA's first update, and not at the next ones."""
+    first, *later = updates(Stage(experiment(stage_with(**REFERRING[objective])), 0))
+    assert first[metric] == 0.0
+    assert all(update[metric] != 0.0 for update in later)
+    assert {"kl", "margin"} & first.keys() == {metric}
+
+
+def test_without_a_complete_group_the_weights_go_on(overrides, tmp_path):
+    """d3po on a selection of single siblings: no update, and the stage is finished with the LoRA it began with."""
+    run_stage(tmp_path, overrides | {"train.objective": "d3po"})
+    stage = Stage(experiment(tmp_path), 0)
+    groups = [row["group"] for row in json.loads(stage.selection.read_text())]
+    assert len(set(groups)) == len(groups) > 0
+    assert (updates(stage), stage.manifest("train")["num_updates"]) == ([], 0)
+    assert is_fresh(stage)
 
 
 def test_optimizer_state_carries_over_from_stage_to_stage(finished):
@@ -275,8 +436,7 @@ def test_an_empty_selection_passes_the_weights_on(finished, overrides, tmp_path)
         assert json.loads(stage.selection.read_text()) == []
         assert updates(stage) == []
         assert stage.manifest("train")["num_updates"] == 0
-        tensors = load_file(stage.checkpoints()[-1] / LORA_FILE)
-        assert all(not tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
+        assert is_fresh(stage)
     # and a trained LoRA with its optimizer
     last = Stage(experiment(finished), 1).checkpoints()[-1]
     run_stage(tmp_path, strict | {"exp_name": "other", "resume_from": str(last)})
@@ -371,27 +531,32 @@ def test_checkpoint_round_trip_is_exact(models, tmp_path):
 # ---- not finite ----
 
 
-@pytest.mark.parametrize("where", ["latents", "log_probs", "advantages"])
-def test_a_non_finite_loss_stops_the_update(bench, batch, tmp_path, where):
-    """One poisoned trajectory of an update: nothing is stepped, the error names its image and no other, and the losses
-    are on disk with its states."""
-    trainer = bench()
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [({}, "latents"), ({}, "log_probs"), ({}, "advantages"), (DPOK, "latents"), (D3PO, "latents")],
+    ids=str,
+)
+def test_a_non_finite_loss_stops_the_update(bench, batch, tmp_path, settings, where):
+    """One poisoned trajectory of an update: nothing is stepped, the error names its image, or its pair's, and no other, and
+    the losses are on disk with their states."""
+    trainer = bench(**settings)
     trainer.stage = Stage(tmp_path, 1)
     trajectories, advantages = batch
     {"latents": trajectories.latents, "log_probs": trajectories.log_probs, "advantages": advantages}[where][5] = torch.nan
     before = {name: value.detach().clone() for name, value in trainer.model.trainable().items()}
-    rows = torch.tensor([2, 5, 6])
+    units = torch.tensor([[0, 1], [4, 5], [2, 3]] if settings is D3PO else [2, 5, 6])
+    rows = units[1].flatten()
     with pytest.raises(FloatingPointError, match="not finite") as error:
-        trainer.update(trajectories, advantages, rows)
+        trainer.update(trajectories, advantages, units)
     for name, value in trainer.model.trainable().items():
         assert torch.equal(value, before[name])
     (written,) = tmp_path.rglob("*.safetensors")
     assert str(written) in str(error.value)
-    assert f"images [{trajectories.ids[5]}]" in str(error.value)
+    assert f"images {trajectories.ids[rows].tolist()} " in str(error.value)
     found = load_file(written)
     assert found["losses"].isfinite().all(1).tolist() == [True, False, True]
-    assert torch.equal(found["latents"][0].isnan(), trajectories.latents[5].isnan())
-    assert len(found["latents"]) == 1
+    assert torch.equal(found["latents"].isnan(), trajectories.latents[rows].isnan())
+    assert len(found["latents"]) == len(rows)
 
 
 def test_a_non_finite_stage_is_not_sampled(finished, overrides, tmp_path):

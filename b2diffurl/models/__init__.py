@@ -4,6 +4,7 @@ N rows, P prompts, latents [N,C,h,w], images [N,H,W,3]
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -32,6 +33,9 @@ class Model(Protocol):
         self, x_t: Tensor, timesteps: Tensor, conditions: Conditions, unconditional: Conditions, guidance_scale: float
     ) -> Tensor:
         """Model output [N,C,h,w] float32 with classifier-free guidance inside; conditions [N, ...] or [1, ...]."""
+
+    def base_policy(self) -> AbstractContextManager[None]:
+        """Inside it `predict` is the frozen base model's: the same network with its adapter disabled."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images uint8 [N,H,W,3]."""

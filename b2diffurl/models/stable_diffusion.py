@@ -5,7 +5,8 @@ N rows, P prompts, L tokens, E text width, latents [N,C,h,w]
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -102,6 +103,14 @@ class StableDiffusion:
         output = self.network(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), embeds, return_dict=False)[0]
         without, with_text = output.float().chunk(2)
         return without + guidance_scale * (with_text - without)
+
+    @contextmanager
+    def base_policy(self) -> Iterator[None]:
+        self.unet.disable_adapters()
+        try:
+            yield
+        finally:
+            self.unet.enable_adapters()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -1,0 +1,19 @@
+"""DPOK: policy gradient with a KL penalty to the frozen base policy (Fan et al. 2023, arXiv 2305.16381, section 4.2)."""
+
+from torch import Tensor
+
+from b2diffurl.objectives.ddpo import ddpo
+
+
+def dpok(
+    log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, kl: Tensor, *, clip_range: float, kl_weight: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped surrogate of `ddpo` plus kl_weight KL(p_theta || p_base).
+
+    All arguments [N]; `kl` is `ddim.transition_kl`, a mean over D like the log-probs. Both terms shrink alike with D, so
+    kl_weight trades a nat of the joint KL against an advantage whatever D is. As in the paper the penalty is that of the
+    states that were sampled; how an earlier step changes later states is left out. The trainer's step weights weigh both
+    terms. Metrics: those of `ddpo`, and `kl` [N], as it is without any weight.
+    """
+    loss, metrics = ddpo(log_prob, old_log_prob, advantage, clip_range=clip_range)
+    return loss + kl_weight * kl, metrics | {"kl": kl.detach()}

@@ -1,0 +1,65 @@
+"""A world in which everything is known: Gaussian data, whose noise prediction is a closed form without a network.
+
+N rows, P prompts, latents [N,C,h,w]
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import tiny
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
+
+from b2diffurl.ddim import Sampler, make_sampler
+from b2diffurl.trajectory import Conditions
+
+SPREAD = 0.5  # s, standard deviation of the data
+
+
+class NoiseOfGaussian(nn.Module):
+    """E[eps | x_t] for data N(mean + theta, SPREAD^2) and x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps."""
+
+    def __init__(self, latent_shape: tuple[int, int, int]):
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros(latent_shape))
+        self.adapted = True
+
+    def forward(self, x_t: Tensor, alpha_bar: Tensor, mean: Tensor) -> Tensor:
+        mean = mean + self.theta if self.adapted else mean
+        residual = x_t - alpha_bar.sqrt() * mean
+        return (1 - alpha_bar).sqrt() * residual / (alpha_bar * SPREAD**2 + 1 - alpha_bar)
+
+
+class GaussianWorld:
+    """What sampling and training use of `b2diffurl.models.Model`: a prompt is the mean of its data, written as a number, and
+    theta, which is 0 in the base policy, shifts them all."""
+
+    latent_shape = (1, 2, 2)
+
+    def __init__(self):
+        self.network = NoiseOfGaussian(self.latent_shape)
+        self.scheduler = DDIMScheduler.from_config(tiny.V1_4_SCHEDULER)
+
+    def sampler(self, num_steps: int, eta: float = 1.0) -> Sampler:
+        self.scheduler.set_timesteps(num_steps)
+        table, final = self.scheduler.alphas_cumprod, self.scheduler.final_alpha_cumprod
+        return make_sampler(self.scheduler.timesteps, table, final, eta=eta, prediction_type="epsilon")
+
+    def encode(self, prompts: list[str]) -> Conditions:
+        return {"mean": torch.tensor([float(prompt) for prompt in prompts]).view(-1, 1, 1, 1)}
+
+    def predict(
+        self, x_t: Tensor, timesteps: Tensor, conditions: Conditions, unconditional: Conditions, guidance_scale: float
+    ) -> Tensor:
+        assert guidance_scale == 1
+        return self.network(x_t, self.scheduler.alphas_cumprod[timesteps], conditions["mean"])
+
+    @contextmanager
+    def base_policy(self) -> Iterator[None]:
+        self.network.adapted = False
+        yield
+        self.network.adapted = True
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {"theta": self.network.theta}
