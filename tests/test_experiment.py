@@ -324,6 +324,7 @@ def test_planning_writes_nothing(finished, overrides, tmp_path):
         ("train.objective", "reinforce", "num_epochs is 2; reinforce .* one pass"),
         ("train.kl_weight", -0.1, "kl_weight is -0.1"),
         ("train.kl_weight", float("nan"), "kl_weight is nan"),
+        ("train.kl_weight", float("inf"), "kl_weight is inf"),
         ("train.dpo_beta", -1.0, "dpo_beta is -1.0"),
         ("train.eps", -0.1, "eps is -0.1"),
         ("train.step_weight", "both", "'none', 'leverage', 'sigma'"),

@@ -192,7 +192,8 @@ def answer(connection: socket.socket) -> None:
 SWITCHES = {  # beside TINY; what has a variable in run_process.sh is set by it
     "dpok": REFERRING["dpok"],
     "d3po": REFERRING["d3po"],
-    "reinforce": PLAIN_DDPO | {"train.objective": "reinforce", "train.num_epochs": 1},
+    "reinforce": INDEPENDENT
+    | {"curriculum": "fixed", "eval.selection": "all", "train.objective": "reinforce", "train.num_epochs": 1},
 }
 VARIABLES = {
     "train.objective": "Objective",

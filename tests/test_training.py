@@ -191,17 +191,17 @@ def test_preferences_are_those_over_the_base_on_disk(bench, batch, base_unet):
         assert len(report["log_ratio"]) == 2 * len(units)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
 @pytest.mark.parametrize("settings", [{}, D3PO], ids=["ddpo", "d3po"])
-def test_micro_batching_does_not_change_the_update(bench, batch, settings, size):
+def test_micro_batching_does_not_change_the_update(bench, batch, settings):
     """Any micro-batch size, in trajectories, gives the same gradient up to rounding, remainders included."""
     trainer = bench(**settings)
     units = UNITS[settings.get("train.objective", "ddpo")]
     whole, _ = gradient(trainer, *batch, units)
-    trainer.micro_batch_size = size
-    split, per_step = gradient(trainer, *batch, units)
-    assert difference(split, whole) < 1e-5
-    assert all(len(step["loss"]) == len(units) for step in per_step)
+    for size in (1, 2, 4, 5, 100):
+        trainer.micro_batch_size = size
+        split, per_step = gradient(trainer, *batch, units)
+        assert difference(split, whole) < 1e-5
+        assert all(len(step["loss"]) == len(units) for step in per_step)
 
 
 @pytest.mark.parametrize("settings", [{}, D3PO], ids=["ddpo", "d3po"])
