@@ -1,0 +1,413 @@
+"""The page of benchmarks.study: results.md and its pictures."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from scipy.stats import t as student
+
+from benchmarks.page import STYLE, percent, table
+from benchmarks.study_statistics import (
+    Interval,
+    Run,
+    Runs,
+    at_equal_cost,
+    at_matched_accuracy,
+    by_variant,
+    differences,
+    final,
+    gain,
+    interval,
+    matched_accuracy,
+    pooled_deviation,
+)
+
+ARMS = {"ddpo": "plain DDPO", "bpt": "progressive training alone", "bs": "branch sampling alone", "b2": "B²-DiffuRL: both"}
+COLOURS = {"ddpo": "#6b6b6b", "bpt": "#1f6feb", "bs": "#2da44e", "b2": "#c2410c"}
+SETS = {"train": "training", "test": "held-out"}
+FEW = 5  # a comparison of fewer seeds than this takes the spread of those like it
+TOO_FEW = 3  # and of fewer than this decides nothing
+# (claim, variant, compared with, kind, figure)
+CLAIMS = [
+    ("**B² beats plain DDPO** after equally many reward queries", "b2", "ddpo", "final", "accuracy"),
+    ("… and with as many updates, DDPO's batches being larger", "b2", "ddpo, updates of b2", "final", "accuracy"),
+    ("… and with as many updates, B² making three passes", "b2, updates of ddpo", "ddpo", "final", "accuracy"),
+    ("**Progressive training helps**: S = 6, 7, 8 against S = 8, branches, pairs", "b2", "b2, S = T", "final", "accuracy"),
+    ("… the same, independent images, pairs", "bpt", "ddpo, pairs", "final", "accuracy"),
+    ("… against S = 6 throughout, branches, pairs", "b2", "bs", "final", "accuracy"),
+    ("… growing windows against shrinking ones", "b2", "b2, reversed", "final", "accuracy"),
+    ("**A shared prefix helps**: branches against independent siblings, progressive", "b2", "bpt", "final", "accuracy"),
+    ("… the same at S = T, where branches share x_T alone", "b2, S = T", "ddpo, pairs", "final", "accuracy"),
+    ("**Best and worst alone are better** than all images, independent, S = T", "ddpo, pairs", "ddpo", "final", "accuracy"),
+    ("… the same, branches, progressive", "b2", "b2, all images", "final", "accuracy"),
+    ("**B² keeps more diversity** than DDPO at the same accuracy: layouts of right images, px", "b2", "ddpo", "matched",
+     "diversity/layout_right"),
+    ("… embeddings of right images", "b2", "ddpo", "matched", "diversity/clip_right"),
+    ("**B² beats the ddpo arm with another objective, too**: DPOK", "b2, dpok", "ddpo arm, dpok", "final",
+     "accuracy"),
+    ("**It improves on the base**: B² with DDPO's objective", "b2", "base", "gain", "accuracy"),
+    ("… B² with DPOK", "b2, dpok", "base", "gain", "accuracy"),
+    ("… B² with D3PO", "b2, d3po", "base", "gain", "accuracy"),
+    ("… plain DDPO", "ddpo", "base", "gain", "accuracy"),
+]  # fmt: skip
+PAGE = """# Do the claims of B²-DiffuRL hold?
+
+By `{command}`, {date}, {hardware} ({devices}), torch {torch}: {num_runs} runs of {queries:,} scored images each, one thread
+a run, two and more runs side by side.
+
+The world is the embedded one ([shapes.md](shapes.md)), at 8 sampler steps and without guidance, which makes a run last
+minutes. K = 5 siblings, CLIP as reward, rate {learning_rate:g}, batches of {batch_size} trajectories, {num_epochs} pass,
+clip range {eps:g}, step weights {step_weight}, rank 16. Where S grows, it goes 6, 7, 8, which is the reference's 14 to 20 of
+20; [shapes.md](shapes.md#how-the-study-was-set-up) says how all this was chosen. Every part of a method is a switch
+([method.md](method.md#ablations)), everything else is equal.
+
+| arm | siblings | S | what is trained |
+| --- | --- | --- | --- |
+| ddpo: plain DDPO | independent | 8 of 8 | every image with its advantage |
+| bpt: progressive training alone | independent | 6, 7, 8 | best and worst of 5, if beyond ± 0.5 |
+| bs: branch sampling alone | branches | 6 | the same |
+| b2: B²-DiffuRL | branches | 6, 7, 8 | the same |
+
+Runs are judged by the exact checker, which no training but one control's sees, on {num_images} images a figure, of the
+same noise for all. The base model has {base_train} of the training prompts right and {base_test} of the held-out ones. Runs
+of one seed are paired; a seed is one observation; all intervals are 95 %. Every curve is in
+[results/study.json](results/study.json).
+
+## The arms
+
+![Arms](results/study_arms.png)
+
+*Mean of the seeds with its 95 % band.*
+
+{arms}
+
+± is the standard deviation over seeds. Diversity is that of the right images of held-out prompts at the end: mean
+pairwise distance of layouts in px, and of the scorer's embeddings; the Vendi score is that of all {per_prompt} images of a
+prompt. Network evaluations are forward passes of one image, in thousands: one for a step of sampling, two for a trained
+step. Seconds are by the clock on a machine that was shared, and vary by a factor of two for the same work.
+
+## Claim by claim
+
+Differences in accuracy are in points. Supported: the whole interval is above 0; not supported: it is below; else
+undecided. With as many intervals one or two miss 0 by chance, and comparisons of few seeds share their runs: read the
+clear ones.
+
+{claims}
+
+## At equal cost
+
+The ddpo arm trains on all that it samples, the others on the best and worst of five that pass the thresholds. Here
+both runs of a pair have spent as much as the cheaper one spent in all (interpolated along the curves); points of accuracy.
+
+{equal_cost}
+
+## Diversity at matched accuracy
+
+Where both runs of a seed are as accurate as the less accurate one became, interpolated along the curves: on average
+{matched_at}.
+
+![Diversity against accuracy](results/study_diversity.png)
+
+{matched}
+
+## Other objectives
+
+{objectives}
+
+## Controls
+
+Each differs from the b2 arm, or the ddpo arm, in what its name says. {pooling}
+
+![Controls](results/study_controls.png)
+
+{controls}
+
+## Reward hacking
+
+{hacking}
+{missing}"""
+
+
+def write_report(facts: dict[str, Any], against: dict[str, str], out: Path) -> None:
+    """results.md and its three pictures, from study.json's `facts`; `against` says what each variant is compared with."""
+    runs, results = by_variant(facts["runs"]), out / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    against = {name: other for name, other in against.items() if name in runs and other in runs and name != other}
+    plt.rcParams |= STYLE
+    pictures = {"arms": draw_arms(runs), "diversity": draw_diversity(runs), "controls": draw_controls(runs, against)}
+    for name, figure in pictures.items():
+        figure.savefig(results / f"study_{name}.png", dpi=110)
+        plt.close(figure)
+    base = facts["runs"][0]["curve"][0]
+    pairs = {prompts: differences(runs, "b2", "ddpo", matched_accuracy(prompts)) for prompts in SETS}
+    objectives = [name for name in runs if "dpok" in name or "d3po" in name]
+    text = PAGE.format(
+        **facts["setting"],
+        command=facts["command"],
+        date=facts["date"],
+        hardware=facts["hardware"],
+        devices=", ".join(facts["devices"]),
+        torch=facts["versions"]["torch"],
+        num_runs=len(facts["runs"]),
+        queries=round(max(run["curve"][-1]["queries"] for run in facts["runs"])),
+        num_images=facts["num_images"],
+        per_prompt=facts["num_images"] // 48,
+        base_train=percent(base["train"]["accuracy"]),
+        base_test=percent(base["test"]["accuracy"]),
+        arms=arms_table(runs),
+        claims=claims_table(runs, against),
+        equal_cost=against_ddpo(runs, list(COSTS.items()), lambda prompts, cost: at_equal_cost(prompts, "accuracy", cost)),
+        matched_at=", ".join(
+            f"{percent(fmean(values))} of the {SETS[prompts]} prompts for b2 and ddpo"
+            for prompts, values in pairs.items()
+            if values
+        ),
+        matched=against_ddpo(runs, list(DIVERSITIES.items()), at_matched_accuracy),
+        objectives=variants_table(runs, objectives, against),
+        pooling=pooling(runs, against),
+        controls=variants_table(runs, [name for name in against if name not in [*ARMS, *objectives]], against),
+        hacking=hacking_table(runs),
+        missing=missing(facts),
+    )
+    (out / "results.md").write_text(text)
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def spread(values: Sequence[float], form: str = "{:.1f}", scale: float = 1.0) -> str:
+    """Mean ± standard deviation."""
+    mean = form.format(scale * fmean(values))
+    return f"{mean} ± {form.replace('+', '').format(scale * stdev(values))}" if len(values) > 1 else mean
+
+
+def shown(found: Interval | None, key: str) -> str:
+    """Difference [interval], accuracies in points."""
+    if found is None:
+        return ""
+    scale, form = {"accuracy": (100, "{:+.1f}"), "diversity/layout_right": (1, "{:+.2f}")}.get(key, (1, "{:+.4f}"))
+    mean, low, high = (form.format(scale * value) for value in (found.mean, found.low, found.high))
+    return f"**{mean}** [{low}, {high}]"
+
+
+def finals(runs: Runs, name: str, prompts: str, key: str) -> list[float]:
+    return [run["curve"][-1][prompts][key] for run in runs[name].values()]
+
+
+def arms_table(runs: Runs) -> str:
+    base = next(iter(next(iter(runs.values())).values()))["curve"][0]
+    header = ["arm", "seeds", "training accuracy, %", "held-out accuracy, %", "training reward", "layouts, px", "embeddings",
+              "Vendi score", "updates", "network evaluations", "seconds"]  # fmt: skip
+    rows = [[
+        "base", "", f"{100 * base['train']['accuracy']:.1f}", f"{100 * base['test']['accuracy']:.1f}",
+        f"{base['train']['reward']:.4f}", f"{base['test']['diversity/layout_right']:.1f}",
+        f"{base['test']['diversity/clip_right']:.4f}", f"{base['test']['diversity/clip_vendi']:.2f}", "", "", "",
+    ]]  # fmt: skip
+    for arm in present(runs, ARMS):
+        last = [run["curve"][-1] for run in runs[arm].values()]
+        rows.append([
+            f"{arm}: {ARMS[arm]}", str(len(last)),
+            *(spread(finals(runs, arm, prompts, "accuracy"), scale=100) for prompts in SETS),
+            spread(finals(runs, arm, "train", "reward"), "{:.4f}"),
+            spread(finals(runs, arm, "test", "diversity/layout_right")),
+            spread(finals(runs, arm, "test", "diversity/clip_right"), "{:.4f}"),
+            spread(finals(runs, arm, "test", "diversity/clip_vendi"), "{:.2f}"),
+            f"{fmean(one['updates'] for one in last):.0f}", f"{fmean(one['evaluations'] for one in last) / 1000:.0f}",
+            f"{fmean(one['seconds'] for one in last):.0f}",
+        ])  # fmt: skip
+    return table(header, rows)
+
+
+def claims_table(runs: Runs, against: dict[str, str]) -> str:
+    rows = []
+    for claim, one, other, kind, key in CLAIMS:
+        for prompts, words in SETS.items():
+            if found := compare(runs, against, one, other, kind, prompts, key):
+                names = f"{one} − {other}"
+                verdict = found.verdict if found.num_seeds >= TOO_FEW else "undecided: too few seeds"
+                rows.append([claim, words, names, str(found.num_seeds), shown(found, key), f"**{verdict}**"])
+    return table(["claim", "prompts", "compared", "seeds", "difference [95 %]", "verdict"], rows)
+
+
+def compare(runs: Runs, against: dict[str, str], one: str, other: str, kind: str, prompts: str, key: str) -> Interval | None:
+    """The interval of one claim's difference; None where there are no such runs."""
+    measures = {"final": final, "matched": at_matched_accuracy, "gain": gain}
+    values = differences(runs, one, one if kind == "gain" else other, measures[kind](prompts, key))
+    member = other if against.get(other) == one else one  # of those whose spread is taken
+    own = len(values) >= FEW or kind != "final"
+    return interval(values, pooled=None if own else pooled(runs, against, member, prompts, key))
+
+
+COSTS = {
+    "queries": "reward queries (images scored)",
+    "evaluations": "network evaluations",
+    "updates": "updates",
+    "seconds": "seconds",
+}
+DIVERSITIES = {
+    "diversity/layout_right": "layouts of right images, px",
+    "diversity/clip_right": "embeddings of right images",
+    "diversity/clip": "embeddings of all images",
+    "diversity/clip_vendi": "Vendi score of all images",
+}
+
+
+def against_ddpo(runs: Runs, rows: list[tuple[str, str]], measure: Callable[[str, str], Callable[[Run, Run], float]]) -> str:
+    """One row for each of (key, words) and prompt set: the other arms less ddpo, by measure(prompts, key)."""
+    arms = [arm for arm in present(runs, ARMS) if arm != "ddpo"]
+    cells = []
+    for key, words in rows:
+        form = key if key in DIVERSITIES else "accuracy"
+        for prompts, said in SETS.items():
+            found = [interval(differences(runs, arm, "ddpo", measure(prompts, key))) for arm in arms]
+            cells.append([words, said, *(shown(one, form) for one in found)])
+    return table(["", "prompts", *(f"{arm} − ddpo" for arm in arms)], cells)
+
+
+def variants_table(runs: Runs, names: Sequence[str], against: dict[str, str]) -> str:
+    header = ["variant", "seeds", "updates", "training accuracy, %", "held-out accuracy, %", "against", "training, points",
+              "held-out, points", "layouts of right images, held-out, px"]  # fmt: skip
+    rows = []
+    for name in names:
+        updates = fmean(run["curve"][-1]["updates"] for run in runs[name].values())
+        cells = [name, str(len(runs[name])), f"{updates:.0f}"]
+        cells += [spread(finals(runs, name, prompts, "accuracy"), scale=100) for prompts in SETS]
+        cells.append(against.get(name, ""))
+        for prompts, key in (("train", "accuracy"), ("test", "accuracy"), ("test", "diversity/layout_right")):
+            found = compare(runs, against, name, against[name], "final", prompts, key) if name in against else None
+            cells.append(shown(found, key))
+        rows.append(cells)
+    return table(header, rows) if rows else "None was run."
+
+
+def hacking_table(runs: Runs) -> str:
+    """Gains of the arms and of the runs that the checker itself rewarded, by both measures."""
+    rows = []
+    for name in present(runs, [*ARMS, "b2, rewarded by the checker"]):
+        for prompts, said in SETS.items():
+            cells = [name, said, str(len(runs[name]))]
+            for key, form, scale in (("reward", "{:+.4f}", 1), ("accuracy", "{:+.1f}", 100)):
+                cells.append(spread(differences(runs, name, name, gain(prompts, key)), form, scale))
+            rows.append(cells)
+    text = table(
+        ["trained", "prompts", "seeds", "gain in the scorer's reward", "gain in the checker's accuracy, points"], rows
+    )
+    return (
+        "Hacked is a reward that rises while the checker's accuracy does not. Gains over the base, ± standard deviation "
+        f"over seeds; in the last rows the checker is the reward, and the scorer watches.\n\n{text}"
+    )
+
+
+def missing(facts: dict[str, Any]) -> str:
+    """What failed, and what is still to be run: variants with their seeds."""
+    failed = "".join(f"\nFailed: {name} ({reason}).\n" for name, reason in facts["failed"].items())
+    seeds: dict[str, list[str]] = {}
+    for name, seed in facts["missing"]:
+        seeds.setdefault(name, []).append(str(seed))
+    todo = "; ".join(f"{name} (seed {', '.join(some)})" for name, some in seeds.items())
+    return failed + (f"\nNot run yet: {todo}. The same command goes on with them.\n" if todo else "")
+
+
+# --- what is compared -----------------------------------------------------------------------------
+
+
+def present(runs: Runs, names: Sequence[str]) -> list[str]:
+    return [name for name in names if name in runs]
+
+
+def pooled(runs: Runs, against: dict[str, str], one: str, prompts: str, key: str) -> tuple[float, int] | None:
+    """The common deviation of one figure's paired differences, over the variants compared with the same arm as `one`."""
+    alike = [name for name, other in against.items() if other == against.get(one, "ddpo")]
+    return pooled_deviation([differences(runs, name, against[name], final(prompts, key)) for name in alike])
+
+
+def pooling(runs: Runs, against: dict[str, str]) -> str:
+    """What stands in for the spread of a few seeds."""
+    words = []
+    for arm, member in (("b2", "b2, S = T"), ("ddpo", "b2")):
+        if found := pooled(runs, against, member, "test", "accuracy"):
+            words.append(f"{100 * found[0]:.1f} points of held-out accuracy against {arm} ({found[1]} degrees of freedom)")
+    return (
+        f"Where there are fewer than {FEW} seeds the interval takes the deviation of all differences against the same "
+        f"arm together, {' and '.join(words)}. That supposes they vary alike: variants that learn more vary more, so their "
+        "intervals are somewhat too narrow, and those of the others too wide."
+    )
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def draw_arms(runs: Runs) -> plt.Figure:
+    """Reward, accuracies and the diversity of right layouts over reward queries; held-out accuracy over other costs, too."""
+    figure, panels = plt.subplots(2, 3, figsize=(14, 7.4), constrained_layout=True)
+    held_out, costs = "Accuracy on held-out prompts, %", {"queries": "reward queries", "evaluations": "network evaluations"}
+    for panel, prompts, key, scale, heading, cost in (
+        (panels[0, 0], "train", "accuracy", 100, "Accuracy on training prompts, %", "queries"),
+        (panels[0, 1], "test", "accuracy", 100, held_out, "queries"),
+        (panels[0, 2], "train", "reward", 1, "Reward on training prompts (the scorer)", "queries"),
+        (panels[1, 0], "test", "accuracy", 100, held_out, "evaluations"),
+        (panels[1, 1], "test", "accuracy", 100, held_out, "updates"),
+        (panels[1, 2], "test", "diversity/layout_right", 1, "Layouts of right held-out images, px", "queries"),
+    ):
+        for arm in present(runs, ARMS):
+            some = list(runs[arm].values())
+            curves = np.array([[scale * point[prompts][key] for point in run["curve"]] for run in some])
+            spent = np.array([[point[cost] for point in run["curve"]] for run in some]).mean(0)
+            draw_band(panel, spent if cost == "updates" else spent / 1000, curves, COLOURS[arm], f"{arm}: {ARMS[arm]}")
+        panel.set(title=heading, xlabel=f"{costs[cost]}, thousands" if cost in costs else cost)
+    panels[0, 0].legend(frameon=False, fontsize=9)
+    return figure
+
+
+def draw_band(panel: plt.Axes, x: Sequence[float], curves: np.ndarray, colour: str, label: str) -> None:
+    """Mean of curves [seeds,points] with its 95 % interval."""
+    mean = curves.mean(0)
+    panel.plot(x, mean, color=colour, lw=2.2, label=label, marker="o", ms=3.5)
+    if len(curves) > 1:
+        half = student.ppf(0.975, len(curves) - 1) * curves.std(0, ddof=1) / len(curves) ** 0.5
+        panel.fill_between(x, mean - half, mean + half, color=colour, alpha=0.13, lw=0)
+
+
+def draw_diversity(runs: Runs) -> plt.Figure:
+    """Diversity of right images against accuracy, along each run."""
+    figure, panels = plt.subplots(2, 2, figsize=(10.5, 7.2), constrained_layout=True)
+    for row, (prompts, words) in zip(panels, SETS.items(), strict=True):
+        for panel, key, unit in (
+            (row[0], "diversity/layout_right", "layouts, px"),
+            (row[1], "diversity/clip_right", "embeddings, cosine distance"),
+        ):
+            for arm in present(runs, ARMS):
+                points = np.array([
+                    [(100 * point[prompts]["accuracy"], point[prompts][key]) for point in run["curve"]]
+                    for run in runs[arm].values()
+                ])  # fmt: skip
+                for run in points:
+                    panel.plot(run[:, 0], run[:, 1], color=COLOURS[arm], lw=0.8, alpha=0.35)
+                mean = points.mean(0)
+                panel.plot(mean[:, 0], mean[:, 1], color=COLOURS[arm], lw=2.2, marker="o", ms=3.5, label=arm)
+            panel.set(title=f"Right images, {words} prompts", xlabel="accuracy, %", ylabel=unit)
+    panels[0, 0].legend(frameon=False, title="thick: mean of the seeds", fontsize=9)
+    return figure
+
+
+def draw_controls(runs: Runs, against: dict[str, str]) -> plt.Figure:
+    """Paired differences in final accuracy, one row a comparison."""
+    figure, panel = plt.subplots(figsize=(9.5, 1.5 + 0.34 * len(against)), constrained_layout=True)
+    for row, (name, other) in enumerate(reversed(against.items())):
+        for (prompts, words), offset, colour in zip(SETS.items(), (0.14, -0.14), ("#1f6feb", "#c2410c"), strict=True):
+            found = compare(runs, against, name, other, "final", prompts, "accuracy")
+            if not found:
+                continue
+            bar = [[100 * (found.mean - found.low)], [100 * (found.high - found.mean)]]
+            panel.errorbar(100 * found.mean, row + offset, xerr=bar, fmt="o", ms=4, color=colour, capsize=2, lw=1.4,
+                           label=f"{words} prompts" if row == 0 else None)  # fmt: skip
+    panel.axvline(0, color="#3d3d3d", lw=1)
+    panel.set_yticks(range(len(against)), [f"{name} − {other}" for name, other in reversed(against.items())])
+    panel.grid(axis="y", visible=False)
+    panel.set(xlabel="difference in final accuracy, points [95 %]", title="Paired differences after equal reward queries")
+    if against:
+        panel.legend(frameon=False, fontsize=9, loc="best")
+    return figure
