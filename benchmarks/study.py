@@ -301,6 +301,7 @@ def draw(scale: Scale, out: Path, failed: dict[str, str]) -> None:
         raise SystemExit("no run is finished; without --draw they are made")
     missing = [(variant, seed) for variant, seed in runs(scale) if not finished_run(scale, variant, seed)]
     facts = {
+        "quick": scale is QUICK,
         "command": "python -m benchmarks.study" + (" --quick" if scale is QUICK else ""),
         "date": str(date.today()),
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}",

@@ -56,7 +56,7 @@ CLAIMS = [
 PAGE = """# Do the claims of B²-DiffuRL hold?
 
 By `{command}`, {date}, {hardware} ({devices}), torch {torch}: {num_runs} runs of {queries:,} scored images each, one thread
-a run, two and more runs side by side.
+a run, several side by side.{quick}
 
 The world is the embedded one ([shapes.md](shapes.md)), at 8 sampler steps and without guidance, which makes a run last
 minutes. K = 5 siblings, CLIP as reward, rate {learning_rate:g}, batches of {batch_size} trajectories, {num_epochs} pass,
@@ -147,6 +147,7 @@ def write_report(facts: dict[str, Any], against: dict[str, str], out: Path) -> N
     text = PAGE.format(
         **facts["setting"],
         command=facts["command"],
+        quick=" **A quick run, far shorter than the text below has it: to see that it works.**" if facts["quick"] else "",
         date=facts["date"],
         hardware=facts["hardware"],
         devices=", ".join(facts["devices"]),

@@ -136,7 +136,14 @@ def test_the_page_says_what_the_runs_say(tmp_path):
 
 def draw_page(made_up: list[dict], folder: Path) -> str:
     setting = {"learning_rate": 1e-3, "batch_size": 1, "num_epochs": 1, "eps": 0.1, "step_weight": "none"}
-    facts = {"command": "study", "date": "today", "hardware": "here", "devices": ["cpu"], "versions": {"torch": "2"}}
+    facts = {
+        "quick": False,
+        "command": "study",
+        "date": "today",
+        "hardware": "here",
+        "devices": ["cpu"],
+        "versions": {"torch": "2"},
+    }
     facts |= {
         "num_images": 48,
         "setting": setting,
