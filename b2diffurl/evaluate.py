@@ -40,6 +40,11 @@ class SamplerSettings:
     guidance_scale: float
 
 
+def training_sampler(config: ConfigDict) -> SamplerSettings:
+    """That with which the policy is trained."""
+    return SamplerSettings(config.sample.num_steps, config.sample.eta, config.sample.guidance_scale)
+
+
 @dataclass(frozen=True)
 class Instruments:
     """What images are judged by, by name."""

@@ -25,7 +25,15 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from b2diffurl import files
-from b2diffurl.evaluate import SamplerSettings, add_differences, evaluate, mean_and_error, named_prompts, paired_difference
+from b2diffurl.evaluate import (
+    SamplerSettings,
+    add_differences,
+    evaluate,
+    mean_and_error,
+    named_prompts,
+    paired_difference,
+    training_sampler,
+)
 from b2diffurl.experiment import make_plan
 from b2diffurl.metrics import read_events
 from b2diffurl.models import base_fingerprint
@@ -90,11 +98,6 @@ def require_finished(config: ConfigDict) -> None:
         raise ValueError(f"{folder(config)} is not a whole run of {config.stage_cnt} stages; finish it, or delete it")
 
 
-def training_sampler() -> SamplerSettings:
-    sample = get_config("shapes").sample
-    return SamplerSettings(sample.num_steps, sample.eta, sample.guidance_scale)
-
-
 # --- the parts ------------------------------------------------------------------------------------
 
 
@@ -154,7 +157,7 @@ def draw(seeds: Sequence[int], _threads: int) -> None:
         "num_images": NUM_IMAGES,
         "sweep_images": SWEEP_IMAGES,
         "deployed_images": DEPLOYED_IMAGES,
-        "sampler": vars(training_sampler()),
+        "sampler": vars(training_sampler(get_config("shapes"))),
         "seconds": {name: seconds_of(name) for name in names},
         "updates": {name: num_updates(name) for name in names},
         "training_reward": {name: training_reward(name) for name in names},
@@ -187,7 +190,7 @@ def curve(name: str, threads: int = 0) -> list[dict]:
     """The results of each stage on both prompt sets, in order, or those of the base."""
     config = judged(name, threads)
     checkpoints = [BASE] if name == BASE else [f"stage{index}" for index in range(config.stage_cnt)]
-    return evaluate(config, checkpoints, list(SETS), training_sampler())
+    return evaluate(config, checkpoints, list(SETS), training_sampler(get_config("shapes")))
 
 
 def at_best(name: str, threads: int = 0) -> list[dict]:
@@ -228,7 +231,7 @@ def deployed_guidances() -> list[float]:
     """That of training, and the base's best for the deployed sampler."""
     like_this = [one for one in swept() if (one["num_steps"], one["eta"]) == (DEPLOYED_STEPS, 0.0)]
     best = max(like_this, key=lambda result: result["accuracy"])["guidance_scale"]
-    return list(dict.fromkeys([training_sampler().guidance_scale, best]))
+    return list(dict.fromkeys([training_sampler(get_config("shapes")).guidance_scale, best]))
 
 
 def deploy(names: Iterable[str], threads: int) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from b2diffurl import files
-from b2diffurl.evaluate import SamplerSettings, add_differences, evaluate
+from b2diffurl.evaluate import add_differences, evaluate, training_sampler
 from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.runtime import set_up_logging
 from b2diffurl.sample import sample_stage
@@ -138,10 +138,6 @@ def root(config: ConfigDict) -> Path:
     return Path(config.save_path) / config.exp_name
 
 
-def sampler(config: ConfigDict) -> SamplerSettings:
-    return SamplerSettings(config.sample.num_steps, config.sample.eta, config.sample.guidance_scale)
-
-
 # --- runs -----------------------------------------------------------------------------------------
 
 
@@ -185,7 +181,7 @@ def end_with(parent: int) -> None:
 
 def judge_base(scale: Scale) -> list[dict[str, Any]]:
     config = configure(scale, None)
-    return evaluate(config, ["base"], list(SETS), sampler(config))
+    return evaluate(config, ["base"], list(SETS), training_sampler(config))
 
 
 def perform(scale: Scale, variant: Variant, seed: int) -> None:
@@ -225,7 +221,7 @@ def describe_run(scale: Scale, variant: Variant, seed: int) -> dict[str, Any]:
     config, bases = configure(scale, variant, seed), judge_base(scale)
     config.reward.name = configure(scale, None).reward.name
     judged = [index for index in range(config.stage_cnt) if (config.stage_cnt - 1 - index) % JUDGED_EVERY == 0]
-    results = evaluate(config, [f"stage{index}" for index in judged], list(SETS), sampler(config))
+    results = evaluate(config, [f"stage{index}" for index in judged], list(SETS), training_sampler(config))
     together = [dict(result) for result in [*bases, *results]]
     add_differences(together)
     points = [together[n : n + len(SETS)] for n in range(0, len(together), len(SETS))]
@@ -299,7 +295,8 @@ def draw(scale: Scale, out: Path, failed: dict[str, str]) -> None:
     found, config = list(finished(scale)), configure(scale, None)
     if not found:
         raise SystemExit("no run is finished; without --draw they are made")
-    missing = [(variant, seed) for variant, seed in runs(scale) if not finished_run(scale, variant, seed)]
+    done = {(run["name"], run["seed"]) for run in found}
+    missing = [(one, seed) for one, seed in runs(scale) if (one.name, seed) not in done and title(one, seed) not in failed]
     facts = {
         "quick": scale is QUICK,
         "command": "python -m benchmarks.study" + (" --quick" if scale is QUICK else ""),
@@ -308,9 +305,8 @@ def draw(scale: Scale, out: Path, failed: dict[str, str]) -> None:
         "devices": sorted({run["device"] for run in found}),
         "versions": versions(),
         "num_images": config.eval.num_images,
-        "latent_dimensions": 256,
         "setting": {key: config.train[key] for key in ("learning_rate", "batch_size", "num_epochs", "eps", "step_weight")},
-        "missing": [(variant.name, seed) for variant, seed in missing if title(variant, seed) not in failed],
+        "missing": [(variant.name, seed) for variant, seed in missing],
         "failed": failed,
         "runs": found,
     }

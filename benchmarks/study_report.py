@@ -7,7 +7,6 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from scipy.stats import t as student
 
 from benchmarks.page import STYLE, percent, table
 from benchmarks.study_statistics import (
@@ -365,11 +364,10 @@ def draw_arms(runs: Runs) -> plt.Figure:
 
 def draw_band(panel: plt.Axes, x: Sequence[float], curves: np.ndarray, colour: str, label: str) -> None:
     """Mean of curves [seeds,points] with its 95 % interval."""
-    mean = curves.mean(0)
-    panel.plot(x, mean, color=colour, lw=2.2, label=label, marker="o", ms=3.5)
+    panel.plot(x, curves.mean(0), color=colour, lw=2.2, label=label, marker="o", ms=3.5)
     if len(curves) > 1:
-        half = student.ppf(0.975, len(curves) - 1) * curves.std(0, ddof=1) / len(curves) ** 0.5
-        panel.fill_between(x, mean - half, mean + half, color=colour, alpha=0.13, lw=0)
+        bands = [interval(values) for values in curves.T.tolist()]
+        panel.fill_between(x, [one.low for one in bands], [one.high for one in bands], color=colour, alpha=0.13, lw=0)
 
 
 def draw_diversity(runs: Runs) -> plt.Figure:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, get_config
 
+from b2diffurl.evaluate import training_sampler
 from b2diffurl.experiment import make_plan, record_experiment
 from benchmarks import learning
 from benchmarks.learning import (
@@ -23,7 +24,6 @@ from benchmarks.learning import (
     mean_gain,
     meaningless,
     sweep_settings,
-    training_sampler,
     with_gains,
 )
 from benchmarks.learning_report import draw_curves, write_tables
@@ -97,7 +97,7 @@ def test_a_meaningless_reward_says_nothing_but_differs_from_image_to_image():
 def test_the_sweep_covers_guidance_and_steps():
     """Guidance 1 to 10 and 10 to 50 steps, stochastic and deterministic, the training sampler among them."""
     settings = sweep_settings()
-    assert training_sampler() in settings
+    assert training_sampler(get_config("shapes")) in settings
     assert {one.eta for one in settings} == {0.0, 1.0}
     assert {1.0, 10.0} <= {one.guidance_scale for one in settings}
     assert {10, 50} <= {one.num_steps for one in settings if one.eta == 1}

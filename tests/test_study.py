@@ -1,5 +1,6 @@
 """The study: its arithmetic by hand, its runs as the pipeline would take them, and a page that says what the runs say."""
 
+import contextlib
 import json
 import math
 import os
@@ -10,11 +11,11 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, experiment, make_config
 from scipy.stats import ttest_rel
 
 from b2diffurl.experiment import check, flatten
-from benchmarks.study import FULL, QUICK, VARIANTS, configure, root, runs
+from benchmarks.study import FULL, QUICK, VARIANTS, configure, cost, root, runs
 from benchmarks.study_report import SETS, write_report
 from benchmarks.study_statistics import (
     at_equal_cost,
@@ -163,6 +164,34 @@ def test_a_page_of_few_runs(tmp_path, made):
     """Whatever is finished first, the page can be drawn, and claims nothing that has no spread to go by."""
     page = draw_page([run(name, seed, [0.4, 0.5 + 0.01 * seed]) for name, seed in made], tmp_path)
     assert "b2 − ddpo | 1 |" not in page
+
+
+def test_two_seeds_decide_nothing(tmp_path):
+    """However wide apart two arms are, a claim needs three seeds."""
+    page = draw_page(
+        [run(name, seed, [0.4, end + seed / 100]) for name, end in (("ddpo", 0.5), ("b2", 0.9)) for seed in (1, 2)], tmp_path
+    )
+    rows = [line for line in page.splitlines() if "equally many reward queries" in line]
+    assert rows
+    assert all(row.endswith("| **undecided: too few seeds** |") for row in rows)
+
+
+def test_costs_by_hand(finished, overrides):
+    """Of the tiny experiment, 6 groups of 3 branches a stage, S = 2 and 3 of 4: images, network passes, updates."""
+    stages = [experiment(finished) / f"stage{index}" for index in range(2)]
+    selected = [len(json.loads((stage / "selection.json").read_text())) for stage in stages]
+    updates = [(stage / "metrics" / "train.jsonl").read_text().count('"update"') for stage in stages]
+    sampled = [6 * 2 + 18 * 2, 6 * 1 + 18 * 3]
+    trained = [2 * 2 * selected[0], 2 * 3 * selected[1]]  # two epochs
+    with contextlib.chdir(finished):
+        for passes, objective in ((2, "ddpo"), (3, "dpok")):
+            config = make_config(overrides | {"train.objective": objective})
+            for count in (1, 2):
+                spent = cost(config, count)
+                assert spent["queries"] == 18 * count
+                assert spent["updates"] == sum(updates[:count])
+                assert spent["evaluations"] == sum(sampled[:count]) + passes * sum(trained[:count])
+                assert spent["seconds"] > 0
 
 
 def test_workers_end_with_their_parent(tmp_path):
