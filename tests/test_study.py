@@ -79,8 +79,10 @@ def test_matched_accuracy_is_read_off_both_curves():
     short, long = run("b2", 1, [0.4, 0.5]), run("ddpo", 1, [0.4, 0.6, 0.5, 0.9])
     assert at_matched_accuracy("test", "diversity/clip")(short, long) == pytest.approx(0)
     dipped = run("bpt", 1, [0.40, 0.38, 0.50])
-    assert value_at(dipped, "test", "diversity/clip", 0.40) == pytest.approx(0.60)
-    assert value_at(dipped, "test", "diversity/clip", 0.44) == pytest.approx(0.56)
+    for point, figure in zip(dipped["curve"], (17.0, 18.0, 10.0), strict=True):
+        point["test"]["diversity/clip"] = figure
+    assert value_at(dipped, "test", "diversity/clip", 0.40) == 17
+    assert value_at(dipped, "test", "diversity/clip", 0.44) == pytest.approx(14)
     wider = run("bs", 1, [0.4, 0.5])
     wider["curve"][-1]["test"]["diversity/clip"] = 0.75
     assert at_matched_accuracy("test", "diversity/clip")(wider, long) == pytest.approx(0.25)
@@ -125,7 +127,7 @@ def test_the_page_says_what_the_runs_say(tmp_path):
     page = draw_page(made_up, tmp_path)
     judged = [line.split("|") for line in page.splitlines() if line.endswith("ed** |") and " px" not in line]
     verdicts = {cells[3].strip(): (cells[5].split()[0], cells[-2].strip()) for cells in judged}
-    beaten = [cells[-2].strip() for cells in judged if "b2 − ddpo" in cells[3] and "**+10.3**" in cells[5]]
+    beaten = [cells[-2].strip() for cells in judged if "b2 − ddpo" in cells[3] and "**+10.3** [+10.1, +10.5]" in cells[5]]
     assert beaten == ["**supported**"] * len(SETS)
     assert verdicts["b2 − bs"] == ("**-4.1**", "**not supported**")
     assert verdicts["b2 − bpt"][1] == "**undecided**"
