@@ -11,6 +11,9 @@ Preset="${Preset:-shapes}"                # of config/stage_process.py: shapes, 
 ExpName="${ExpName:-}"                    # names the experiment's folder and log
 SavePath="${SavePath:-}"                  # where experiments lie
 ModelVersion="${ModelVersion:-}"          # base model: hub id, directory or .safetensors file
+Reward="${Reward:-}"                      # what is rewarded: a name of docs/rewards.md, or package.module:function
+RewardWeights="${RewardWeights:-}"        # a mixture instead: "{'clip': 1.0, 'aesthetic': 0.1}"
+Watch="${Watch:-}"                        # rewards scored and logged, never trained on: pickscore,aesthetic
 PromptFile="${PromptFile:-}"              # training prompts
 RandomPrompt="${RandomPrompt:-}"          # 1: at random, 0: in turn
 Seed="${Seed:-}"
@@ -41,6 +44,9 @@ set_flag() { if [ -n "$2" ]; then Flags+=("--config.$1=$2"); fi; }
 set_flag exp_name "$ExpName"
 set_flag save_path "$SavePath"
 set_flag pretrained.model "$ModelVersion"
+set_flag reward.name "$Reward"
+set_flag reward.weights "$RewardWeights"
+set_flag reward.watch "$Watch"
 set_flag prompt_file "$PromptFile"
 set_flag prompt_random_choose "$RandomPrompt"
 set_flag seed "$Seed"
@@ -67,10 +73,14 @@ set_flag train.save_interval "$SaveInterval"
 set_flag dev_id "$Dev_Id"
 Flags+=("$@")
 
-Stages=$(python -m b2diffurl.experiment "${Flags[@]}")    # checks the whole configuration, prints stage0 stage1 …
-for Stage in $Stages; do
+Plan=$(python -m b2diffurl.experiment "${Flags[@]}")    # checks the whole configuration; folder, then stage0 stage1 …
+Folder=$(head -n 1 <<< "$Plan")
+for Stage in $(tail -n 1 <<< "$Plan"); do
     python run_sample.py "${Flags[@]}" --config.run_name="$Stage"
     python run_select.py "${Flags[@]}" --config.run_name="$Stage"
+    if [ -f "$Folder/$Stage/scores_wanted.csv" ] && [ ! -f "$Folder/$Stage/select.json" ]; then
+        exit 0    # Reward=file: scores are being made elsewhere
+    fi
     python run_train.py "${Flags[@]}" --config.run_name="$Stage"
 done
 python run_eval.py "${Flags[@]}" --checkpoint=base,last --prompts=train,test --grid

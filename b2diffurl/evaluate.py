@@ -22,7 +22,8 @@ from b2diffurl.features import REWARD_OF, Features, check_features, load_feature
 from b2diffurl.models import Model, base_fingerprint
 from b2diffurl.policy import decode, load_policy, predictor
 from b2diffurl.prompts import batch_prompts, load_prompts
-from b2diffurl.rewards import Reward, check_reward, load_reward, reward_fingerprint, score
+from b2diffurl.rewards import Reward, check_rewards, load_reward, reward_identity, reward_weights, score
+from b2diffurl.rewards.mixture import Scales, combine, recorded_scales
 from b2diffurl.runtime import logger, make_accelerator, progress
 from b2diffurl.seeding import generator
 from b2diffurl.stage import Stage
@@ -63,19 +64,21 @@ def evaluate(
     the others carry their paired difference to it.
     """
     check(config)
-    scorers = list(dict.fromkeys(name for name in (config.reward.name, config.eval.judge) if name))
     root = Path(config.save_path) / config.exp_name
+    scorers = named_scorers(config)
+    scales = recorded_scales(root) if config.reward.standardise else None
+    if config.reward.standardise and not scales:
+        raise ValueError(f"reward.standardise takes its scale from the first stage, and {root} has none selected yet")
     loras = {name: resolve_checkpoint(root, name) for name in sorted(checkpoints, key=lambda name: name != "base")}
     prompts = {name: named_prompts(config, name) for name in prompt_sets}
     everything = [prompt for some_prompts in prompts.values() for prompt in some_prompts]
-    for name in scorers:
-        check_reward(name, config.reward, everything)
+    check_rewards(scorers, config.reward, everything)
     for name in config.eval.diversity:
         check_features(name, config.reward, everything)
     begun = root / "config.json"
     threads = config.num_threads or (files.read_json(begun)["num_threads"] if begun.is_file() else 0)
     accelerator = make_accelerator(config, threads)
-    common = conditions(config, scorers, accelerator)
+    common = conditions(config, scorers, scales, accelerator)
     results = []
     instruments = None
     for checkpoint, lora in loras.items():
@@ -86,7 +89,7 @@ def evaluate(
                 model = model or load_judged(config, accelerator, lora)
                 instruments = instruments or load_instruments(config, scorers, accelerator)
                 logger.info("eval %s on %s prompts: %d images", checkpoint, name, config.eval.num_images)
-                judge(config, model, instruments, some_prompts, settings, folder)
+                judge(config, model, instruments, some_prompts, settings, scales, folder)
             facts = {"checkpoint": checkpoint, "lora": str(lora or ""), "prompts": name} | vars(settings)
             results.append(facts | files.read_json(folder / "result.json") | {"folder": str(folder)})
     add_differences(results)
@@ -116,7 +119,16 @@ def named_prompts(config: ConfigDict, name: str) -> list[str]:
     return load_prompts({"train": config.prompt_file, "test": config.eval.prompt_file}.get(name, name))
 
 
-def conditions(config: ConfigDict, scorers: list[str], accelerator: Accelerator) -> list:
+def named_scorers(config: ConfigDict) -> list[str]:
+    """The rewards that score every image: those trained on, those watched, and the judge.
+
+    `file` is not among them: it has no scores for new images.
+    """
+    named = (*reward_weights(config.reward), *config.reward.watch, config.eval.judge)
+    return [name for name in dict.fromkeys(named) if name not in ("", "file")]
+
+
+def conditions(config: ConfigDict, scorers: list[str], scales: Scales | None, accelerator: Accelerator) -> list:
     """What decides the numbers beside checkpoint, prompts and sampler.
 
     Left out are the number of threads, which moves results by rounding, and this package's own code.
@@ -124,8 +136,8 @@ def conditions(config: ConfigDict, scorers: list[str], accelerator: Accelerator)
     models = dict.fromkeys([*scorers, *(REWARD_OF[name] for name in config.eval.diversity)])
     return [
         RESULT_FORMAT,
-        {key: value for key, value in config.reward.to_dict().items() if key != "batch_size"},
-        [reward_fingerprint(name, config.reward) for name in models],
+        [reward_identity(name, config.reward) for name in models],
+        [reward_weights(config.reward), scales, config.reward.dtype],
         {key: config.eval[key] for key in ("judge", "diversity", "num_images", "batch_size", "seed")},
         [accelerator.device.type, accelerator.mixed_precision, config.allow_tf32],
         base_fingerprint(config.pretrained),
@@ -153,7 +165,13 @@ def load_judged(config: ConfigDict, accelerator: Accelerator, lora: Path | None)
 
 
 def judge(
-    config: ConfigDict, model: Model, instruments: Instruments, prompts: list[str], settings: SamplerSettings, folder: Path
+    config: ConfigDict,
+    model: Model,
+    instruments: Instruments,
+    prompts: list[str],
+    settings: SamplerSettings,
+    scales: Scales | None,
+    folder: Path,
 ) -> None:
     """Sample, score, and write result.json (last) with every image's values, and the first images."""
     values: dict[str, list[float]] = {}
@@ -172,11 +190,12 @@ def judge(
                     f"reward {key} is not finite for images of batch {batch}; prompts {some_prompts[:3]} …"
                 )
             for part, numbers in ({key: total} | {f"{key}/{part}": value for part, value in parts.items()}).items():
-                values.setdefault(part, []).extend(numbers[:count].tolist())
+                if isinstance(numbers, Tensor):
+                    values.setdefault(part, []).extend(numbers[:count].tolist())
         for key, feature in instruments.features.items():
             features[key].append(feature.embed(images, some_prompts)[:count])
     asked = batch_prompts(prompts, config.eval.num_images, 0, None)
-    summary = summarise(config, values, asked, len(prompts))
+    summary = summarise(config, values, scales, asked, len(prompts))
     right = summary["values"].get("accuracy")
     summary["diversity"] = {
         key: summarise_diversity(torch.cat(parts), asked, right, instruments.features[key].metric)
@@ -205,12 +224,25 @@ def sample_images(config: ConfigDict, model: Model, prompts: list[str], batch: i
     return decode(model, latents, config.sample.decode_batch_size)
 
 
-def summarise(config: ConfigDict, values: dict[str, list[float]], asked: list[str], num_prompts: int) -> dict[str, Any]:
-    """Means, errors and values; `reward` is the trained one, `accuracy` the judge's, `<name>/<part>` their parts."""
-    reward, judge = config.reward.name, config.eval.judge
-    kept = {"reward": values[reward]} | ({"accuracy": values[judge]} if judge else {})
-    kept |= {key: numbers for key, numbers in values.items() if "/" in key}
-    summary = {"n_images": len(asked), "n_prompts": num_prompts, "accuracy": None, "accuracy_se": None}
+def summarise(
+    config: ConfigDict, values: dict[str, list[float]], scales: Scales | None, asked: list[str], num_prompts: int
+) -> dict[str, Any]:
+    """Means, errors and values.
+
+    `reward` is the trained one, `accuracy` the judge's; those of a mixture and watched ones stand under their names, parts
+    of any under `<name>/<part>`.
+    """
+    weights, judge = reward_weights(config.reward), config.eval.judge
+    kept: dict[str, list[float]] = {}
+    if "file" not in weights:
+        trained = {name: torch.tensor(values[name]) for name in weights}
+        kept["reward"] = combine(trained, weights, scales).tolist()
+    if judge:
+        kept["accuracy"] = values[judge]
+    named = {*(config.reward.weights or ()), *config.reward.watch}
+    kept |= {key: numbers for key, numbers in values.items() if "/" in key or key in named}
+    nothing = dict.fromkeys(("reward", "reward_se", "accuracy", "accuracy_se"))
+    summary = {"n_images": len(asked), "n_prompts": num_prompts} | nothing
     for key, numbers in kept.items():
         summary[key], summary[f"{key}_se"] = mean_and_error(numbers)
     return summary | {"shown_prompts": asked[:NUM_SHOWN], "values": kept}
@@ -279,7 +311,8 @@ def diversities(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]
 def describe(result: dict[str, Any]) -> str:
     """One readable line."""
     words = [f"{result['checkpoint']} on {result['prompts']} prompts, {result['n_images']} images:"]
-    for key in ("reward", "accuracy"):
+    named = [key for key in result["values"] if key not in ("reward", "accuracy") and "/" not in key]
+    for key in ("reward", "accuracy", *named):
         if result[key] is not None:
             words.append(f"{key} {result[key]:.4f} ± {result[f'{key}_se']:.4f}")
         if f"{key}_gain" in result:

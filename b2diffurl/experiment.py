@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,21 @@ VOLATILE = (
     "exp_name", "save_path", "log_path", "prompt_file",
     "pretrained.model", "pretrained.revision", "pretrained.variant", "pretrained.config",
     "sample.micro_batch_size", "sample.decode_batch_size", "train.micro_batch_size", "reward.batch_size",
+    "reward.num_workers", "reward.watch", "reward.http.url", "reward.http.timeout_sec", "reward.http.num_retries",
     "eval.prompt_file", "eval.judge", "eval.diversity", "eval.num_images", "eval.batch_size", "eval.seed",
 )  # fmt: skip
 # Keys that came later: what was done without them, so that an experiment begun before goes on; and those of new objectives.
-ADDED = {"curriculum": "progressive", "sampling": "branch", "eval.selection": "pairs", "eval.advantage": "prompt"}
+ADDED = {
+    "curriculum": "progressive", "sampling": "branch", "eval.selection": "pairs", "eval.advantage": "prompt",
+    "reward.weights": None, "reward.standardise": False, "reward.dtype": "auto",
+}  # fmt: skip
 ADDED_UNUSED = ("train.kl_weight", "train.dpo_beta")
+RENAMED = {"reward.model": "reward.clip.model"}
 CURRICULA = ("progressive", "fixed", "reversed", "random")
 SAMPLINGS = ("branch", "independent")
 SELECTIONS = ("pairs", "all")
 ADVANTAGES = ("prompt", "group")
+REWARD_DTYPES = ("auto", "float32", "float16", "bfloat16")
 PRECISIONS = ("auto", "no", "fp16", "bf16")
 
 
@@ -116,6 +122,7 @@ def check(config: ConfigDict) -> None:
         "train.save_interval": train["save_interval"],
         "train.lora_rank": train["lora_rank"],
         "reward.batch_size": config["reward"]["batch_size"],
+        "reward.num_workers": config["reward"]["num_workers"],
         "eval.num_images": evaluation["num_images"],
         "eval.batch_size": evaluation["batch_size"],
     }
@@ -141,6 +148,7 @@ def check(config: ConfigDict) -> None:
     for name in ("kl_weight", "dpo_beta", "eps"):
         if not 0 <= train[name] < math.inf:
             raise ValueError(f"train.{name} is {train[name]}; it must be finite and not negative")
+    check_reward_settings(config["reward"])
     check_choice("mixed_precision", config["mixed_precision"], PRECISIONS)
     check_choice("curriculum", config["curriculum"], CURRICULA)
     check_choice("sampling", config["sampling"], SAMPLINGS)
@@ -150,6 +158,24 @@ def check(config: ConfigDict) -> None:
     check_choice("train.step_weight", train["step_weight"], STEP_WEIGHTS)
     check_choice("wandb", config["wandb"], ("", "offline", "online"))
     check_combination(config)
+
+
+def check_reward_settings(reward: ConfigDict) -> None:
+    """Refuse a mixture or a list of judges that is none."""
+    weights, watch = reward["weights"], reward["watch"]
+    check_choice("reward.dtype", reward["dtype"], REWARD_DTYPES)
+    if weights is not None:
+        if not isinstance(weights, Mapping) or not weights:
+            raise ValueError(f'reward.weights is {weights!r}; it must be like {{"clip": 1.0, "aesthetic": 0.1}}')
+        for name, weight in weights.items():
+            if type(weight) not in (int, float) or not math.isfinite(weight) or weight == 0:
+                raise ValueError(f"reward.weights has {weight!r} for {name}; a weight is a finite number other than 0")
+    elif reward["standardise"]:
+        raise ValueError("reward.standardise is on without reward.weights; a single reward's scale has no effect")
+    trained = list(weights or [reward["name"]])
+    for name in watch:
+        if not isinstance(name, str) or name in trained or watch.count(name) > 1:
+            raise ValueError(f"reward.watch names {name!r}, which is trained on, named twice or no name")
 
 
 def check_combination(config: ConfigDict) -> None:
@@ -179,11 +205,14 @@ def check_choice(name: str, value: str, choices: Any) -> None:
 def check_identity(recorded: dict, wanted: dict, root: Path) -> None:
     """Refuse a configuration that differs from the recorded one in anything that is not volatile."""
     now = flatten(wanted["config"])
-    before = {key: now[key] for key in ADDED_UNUSED} | ADDED | flatten(recorded["config"])
+    before = {RENAMED.get(key, key): value for key, value in flatten(recorded["config"]).items()}
+    before = {key: now[key] for key in ADDED_UNUSED} | ADDED | before
+    reward = wanted["config"]["reward"]
+    volatile = {*VOLATILE, *unused_settings(now, [*(reward["weights"] or [reward["name"]]), "weights"])}
     differing = [
         f"{key} is {now.get(key)!r}, was {before.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in VOLATILE
+        if before.get(key) != now.get(key) and key not in volatile
     ]
     if recorded["prompts_sha256"] != wanted["prompts_sha256"]:
         differing.append("the training prompts are others")
@@ -192,6 +221,11 @@ def check_identity(recorded: dict, wanted: dict, root: Path) -> None:
             f"{root} belongs to another configuration: {'; '.join(differing)}. "
             "Go on with the recorded values, or give the new experiment another exp_name."
         )
+
+
+def unused_settings(flat: Mapping[str, Any], rewards: Sequence[str]) -> list[str]:
+    """The keys reward.<name>.<setting> of all rewards but these."""
+    return [key for key in flat if re.match(r"reward\.\w+\.", key) and key.split(".")[1] not in rewards]
 
 
 def flatten(nested: Mapping, prefix: str = "") -> dict[str, Any]:
@@ -254,9 +288,10 @@ def find_lora(path: Path) -> Path:
 
 
 def print_stages(config: ConfigDict) -> None:
-    """Check the configuration and print the names of all its stages, for run_process.sh."""
-    make_plan(config)
+    """Check the configuration and print, for run_process.sh, the experiment's folder and the names of all its stages."""
+    plan = make_plan(config)
     load_prompts(config.eval.prompt_file)
+    print(plan.stage.root)
     print(" ".join(f"stage{index}" for index in range(config.stage_cnt)))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from b2diffurl.rewards import Reward, check_reward, load_reward
+from b2diffurl.rewards import Reward, check_rewards, load_reward
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def check_features(name: str, config: Mapping, prompts: Sequence[str] = ()) -> N
     if name not in FEATURES:
         raise ValueError(f"unknown features {name!r} in eval.diversity; known: {', '.join(FEATURES)}")
     try:
-        check_reward(REWARD_OF[name], config, prompts)
+        check_rewards([REWARD_OF[name]], config, prompts)
     except (ValueError, OSError) as error:
         hint = "without it: --config.eval.diversity='()'"
         raise ValueError(f"eval.diversity asks for {name!r}, which cannot be had: {error} ({hint})") from None

@@ -8,7 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -40,6 +42,14 @@ def write_image(path: Path, image: Tensor) -> None:
     buffer = io.BytesIO()
     Image.fromarray(image.numpy()).save(buffer, format="png", compress_level=1)
     write_bytes(path, buffer.getvalue(), durable=False)
+
+
+def read_image(path: Path) -> Tensor:
+    """One image uint8 [H,W,3]; a ValueError names a file that is none."""
+    try:
+        return torch.from_numpy(np.array(Image.open(path).convert("RGB")))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be read as an image ({error})") from None
 
 
 def read_json(path: Path) -> Any:

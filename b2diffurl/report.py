@@ -44,7 +44,8 @@ def draw_set(results: list[dict[str, Any]], name: str, *, judged: bool) -> Image
     for row, (result, paths) in enumerate(zip(results, pictures, strict=True)):
         top = title_px + row * row_px
         label = "base" if result["checkpoint"] == "base" else "tuned"
-        figure = f"{result['accuracy']:.1%} right" if judged else f"reward {result['reward']:.3f}"
+        rewards = result["values"].get("reward")  # none where they are made elsewhere
+        figure = f"{result['accuracy']:.1%} right" if judged else f"reward {result['reward']:.3f}" if rewards else ""
         draw.text((GAP_PX, top + TILE_PX // 2 - FONT_PX), f"{label}\n{figure}", INK, font=font)
         for column, path in enumerate(paths[:columns]):
             left = label_px + column * (TILE_PX + GAP_PX)
@@ -54,7 +55,7 @@ def draw_set(results: list[dict[str, Any]], name: str, *, judged: bool) -> Image
             if judged:
                 colour = RIGHT if result["values"]["accuracy"][column] else WRONG
                 draw.rectangle((left - 2, top - 2, left + TILE_PX + 1, top + TILE_PX + 1), outline=colour, width=3)
-            reward = f"{result['values']['reward'][column]:.3f}"
+            reward = f"{rewards[column]:.3f}" if rewards else ""
             draw.text((left + TILE_PX // 2, top + TILE_PX + 5), reward, FAINT, font=font, anchor="ma")
     for column in range(columns):
         text = textwrap.fill(results[0]["shown_prompts"][column], 21, max_lines=TEXT_LINES)

@@ -29,7 +29,8 @@ def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError, ImportError, SafetensorError) as error:
         logger.debug("%s failed", verb, exc_info=True)
-        die(f"{verb}: {error}", hint=f"Mend it and run the same command again; the traceback is in {log_file}.")
+        said = "; ".join([str(error), *getattr(error, "__notes__", ())])
+        die(f"{verb}: {said}", hint=f"Mend it and run the same command again; the traceback is in {log_file}.")
     except RuntimeError as error:
         logger.debug("%s failed", verb, exc_info=True)
         if "out of memory" not in str(error):

@@ -21,7 +21,7 @@ from b2diffurl.metrics import open_metrics
 from b2diffurl.models import Model
 from b2diffurl.policy import decode, load_policy, predictor
 from b2diffurl.prompts import batch_prompts, load_prompts
-from b2diffurl.rewards import check_reward
+from b2diffurl.rewards import check_rewards, reward_weights
 from b2diffurl.runtime import logger, make_accelerator, progress
 from b2diffurl.seeding import generator
 from b2diffurl.stage import Stage
@@ -31,9 +31,9 @@ from b2diffurl.trajectory import save_batch
 def sample_stage(config: ConfigDict) -> None:
     """Sample every batch of the stage that is not on disk yet; processes share the batches by global index."""
     plan = make_plan(config)
-    check_reward(config.reward.name, config.reward, plan.prompts)
+    check_rewards([*reward_weights(config.reward), *config.reward.watch], config.reward, plan.prompts)
     if config.eval.judge:
-        check_reward(config.eval.judge, config.reward, [*plan.prompts, *load_prompts(config.eval.prompt_file)])
+        check_rewards([config.eval.judge], config.reward, [*plan.prompts, *load_prompts(config.eval.prompt_file)])
     for name in config.eval.diversity:
         check_features(name, config.reward, plan.prompts)
     stage = plan.stage
@@ -77,7 +77,8 @@ def sample_batch(
     """
     stage, num_groups = plan.stage, config.sample.batch_size
     choice = generator(config.seed, stage.index, "prompts", batch) if config.prompt_random_choose else None
-    prompts = batch_prompts(list(plan.prompts), num_groups, batch, choice)
+    turn = stage.index * config.sample.num_batches_per_epoch + batch  # stages go on through the list where one stopped
+    prompts = batch_prompts(list(plan.prompts), num_groups, turn, choice)
     distinct = list(dict.fromkeys(prompts))
     conditions, unconditional = model.encode(distinct), model.encode([""])
     rng = generator(config.seed, stage.index, "sample", batch)

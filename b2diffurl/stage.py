@@ -42,6 +42,14 @@ class Stage:
         return self.folder / "scores.jsonl"
 
     @property
+    def wanted_scores(self) -> Path:
+        return self.folder / "scores_wanted.csv"
+
+    @property
+    def given_scores(self) -> Path:
+        return self.folder / "scores_given.csv"
+
+    @property
     def selection(self) -> Path:
         return self.folder / "selection.json"
 

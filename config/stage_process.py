@@ -4,7 +4,7 @@ those of the study's four arms, b2, bs, bpt and ddpo.
 Override any key on the command line: --config.train.learning_rate=1e-4. Names are those of the paper's repository.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
@@ -43,7 +43,7 @@ def reference() -> ConfigDict:
     config.sampling = "branch"  # branch: siblings are branches of one prefix | independent: each has its own noise
 
     # ---- prompts ----
-    config.prompt_file = "config/prompt/template1_train.json"  # JSON list of strings, or .txt with a prompt a line
+    config.prompt_file = "config/prompt/template1_train.json"  # .json list, .txt with a prompt a line, or .jsonl
     config.prompt = ""  # train on this one prompt instead of a file
     config.prompt_random_choose = 1  # 1: draw prompts at random; 0: go through the file in turn
 
@@ -68,9 +68,40 @@ def reference() -> ConfigDict:
 
     # ---- reward ----
     config.reward = reward = ConfigDict()
-    reward.name = "clip"  # clip | shapes | package.module:function, your own
-    reward.model = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # for clip: hub id or local directory
+    reward.name = "clip"  # one of docs/rewards.md's, or package.module:function, your own
+    reward.weights = config_dict.placeholder(object)  # a mixture instead: {"clip": 1.0, "aesthetic": 0.1}
+    reward.standardise = False  # a mixture's parts in units of their deviation in the first stage, from their mean there
+    reward.watch = ()  # rewards that are scored and logged and never trained on: ("pickscore",)
     reward.batch_size = 32  # images scored at once
+    reward.num_workers = 4  # threads that read images ahead of the scorer
+    reward.dtype = "auto"  # of scorers' models: auto | float32 | float16 | bfloat16; auto: float16 on CUDA
+    reward.clip = clip = ConfigDict()
+    clip.model = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # a CLIP: hub id or local directory, as are all models below
+    reward.pickscore = pickscore = ConfigDict()
+    pickscore.model = "yuvalkirstain/PickScore_v1"  # a CLIP trained on people's choices
+    pickscore.processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # its tokenizer and image processor; "": in model
+    reward.aesthetic = aesthetic = ConfigDict()
+    aesthetic.clip = "openai/clip-vit-large-patch14"  # whose image embeddings the head reads
+    aesthetic.head = "trl-lib/ddpo-aesthetic-predictor"  # LAION's head; a .safetensors or .pth file, too
+    reward.bertscore = bertscore = ConfigDict()
+    bertscore.captioner = "llava-hf/llava-1.5-7b-hf"  # any model of transformers' image-text-to-text classes
+    bertscore.question = "Answer concisely: what is going on in this image?"  # put to the captioner
+    bertscore.max_new_tokens = 64  # of a caption
+    bertscore.reference = "The image contains {prompt}"  # what a caption is compared with
+    bertscore.scorer = "microsoft/deberta-xlarge-mnli"  # the text model whose token embeddings are compared
+    bertscore.num_layers = 40  # the scorer's layer whose states those are; 0: the last
+    reward.image_reward = image_reward = ConfigDict()
+    image_reward.model = "RE-N-Y/ImageReward"  # in the format of the package imscore, as are the next three
+    reward.hps_v2 = hps_v2 = ConfigDict()
+    hps_v2.model = "RE-N-Y/hpsv21"  # human preference score 2.1
+    reward.mps = mps = ConfigDict()
+    mps.model = "RE-N-Y/mpsv1"  # multi-dimensional preference score, overall
+    reward.vqascore = vqascore = ConfigDict()
+    vqascore.model = "RE-N-Y/clip-t5-xxl"  # how sure a question answerer is that the image shows the prompt
+    reward.http = http = ConfigDict()
+    http.url = ""  # of a reward server, http://HOST:PORT/
+    http.timeout_sec = 60.0  # for one batch
+    http.num_retries = 3  # of a batch, where the server is away, slow, or has an error of its own
 
     # ---- selection (`eval` in the paper's repository), and judging ----
     config.eval = evaluation = ConfigDict()
@@ -81,7 +112,7 @@ def reference() -> ConfigDict:
     evaluation.neg_threshold = -0.5  # keep a group's worst sibling below this one
     evaluation.prompt_file = "config/prompt/template1_test.json"  # held-out prompts for run_eval.py
     evaluation.judge = ""  # reward never trained on whose mean is reported as accuracy: shapes, or none
-    evaluation.diversity = ("clip",)  # features whose spread within a prompt is reported: clip (reward.model's), layout
+    evaluation.diversity = ("clip",)  # features whose spread within a prompt is reported: clip (reward.clip's), layout
     evaluation.num_images = 256  # images a prompt file is judged by
     evaluation.batch_size = 32  # images generated at once
     evaluation.seed = 0  # of the evaluation noise, the same for every experiment and checkpoint
@@ -129,7 +160,7 @@ def shapes(config: ConfigDict) -> None:
     config.exp_name = "shapes"
     config.seed = 3  # one of the three that README reports
     config.pretrained.model = "model/shapes/base"
-    config.reward.model = "model/shapes/clip"
+    config.reward.clip.model = "model/shapes/clip"
     config.reward.batch_size = 256
     config.prompt_file = "config/prompt/shapes_relation_train.json"
     config.eval.prompt_file = "config/prompt/shapes_relation_test.json"

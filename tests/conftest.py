@@ -93,7 +93,7 @@ def overrides(models) -> dict:
     """The settings of the tiny experiment, by dotted key."""
     return TINY | {
         "pretrained.model": str(models / "sd"),
-        "reward.model": str(models / "clip"),
+        "reward.clip.model": str(models / "clip"),
         "prompt_file": str(models / "prompts.json"),
         "eval.prompt_file": str(models / "prompts.json"),
     }

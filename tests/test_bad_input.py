@@ -68,13 +68,13 @@ def empty(tmp_path) -> Path:
 @pytest.mark.parametrize("name", ["/no/such/model", "./no/such/model", "~/no_such_model", "model/no/such"])
 def test_missing_model_directory(empty, overrides, name):
     """A path at which there is nothing is named, with what may be given instead; for base model and scorer alike."""
-    for key in ("pretrained.model", "reward.model"):
+    for key in ("pretrained.model", "reward.clip.model"):
         refuse(empty, "sample", overrides | {key: name}, re.escape(name), "local path.*hub id")
 
 
 def test_model_neither_here_nor_on_a_hub_in_reach(empty, overrides):
     """Offline, an id that is not in the cache is named with the command that downloads it."""
-    for key in ("pretrained.model", "reward.model"):
+    for key in ("pretrained.model", "reward.clip.model"):
         refuse(empty, "sample", overrides | {key: "nobody/no-model"}, "nobody/no-model", "hf download nobody/no-model")
 
 
@@ -132,7 +132,9 @@ def test_a_scorer_directory_that_is_none(workplace, overrides, tmp_path):
     """A directory without a CLIP model in it is refused in both scripts that want one."""
     (tmp_path / "scorer").mkdir()
     shutil.rmtree(experiment(workplace))
-    refuse(workplace, "sample", overrides | {"reward.model": str(tmp_path / "scorer")}, re.escape(str(tmp_path / "scorer")))
+    refuse(
+        workplace, "sample", overrides | {"reward.clip.model": str(tmp_path / "scorer")}, re.escape(str(tmp_path / "scorer"))
+    )
 
 
 def test_a_variant_that_is_not_there(empty, overrides):
@@ -158,7 +160,7 @@ def test_unknown_preset(empty):
         ({"sample.eta": 0.0}, "eta is 0"),
         ({"run_name": "last"}, "run_name is 'last'"),
         ({"exp_name": "a/b"}, "exp_name is 'a/b'"),
-        ({"reward.name": "beauty"}, "beauty.*clip, shapes"),
+        ({"reward.name": "beauty"}, "beauty.*clip, pickscore.*shapes, http, file"),
         ({"reward.name": "no.such.module:beauty"}, "no.such.module:beauty.*No module named 'no'"),
         ({"reward.name": "math:beauty"}, "math has no function 'beauty'"),
         ({"train.objective": "dpo"}, "'dpo'.*'ddpo', 'reinforce', 'dpok', 'd3po'"),
@@ -321,7 +323,7 @@ def test_damaged_files_of_an_experiment(workplace, overrides, name, verb):
         (("--checkpoint=stage4",), "no LoRA at"),
         (("--checkpoint=/no/such/lora",), "no LoRA at /no/such/lora"),
         (("--checkpoint=base", "--prompts=/no/such/prompts.json"), "no prompt file at /no/such/prompts.json"),
-        (("--checkpoint=base", "--config.eval.judge=beauty"), "beauty.*clip, shapes"),
+        (("--checkpoint=base", "--config.eval.judge=beauty"), "beauty.*clip, pickscore.*shapes, http, file"),
         (("--checkpoint=base", "--config.eval.diversity=('beauty',)"), "beauty.*clip, layout"),
         (("--checkpoint=base", "--eta=2"), "eta"),
         (("--checkpoint=base", "--config.pretrained.model=/no/such/model"), "/no/such/model"),

@@ -107,8 +107,8 @@ def test_what_a_reward_is_belongs_to_an_evaluation(overrides, tmp_path, monkeypa
     source = tmp_path / "constant_reward.py"
     source.write_text("def one(images, prompts):\n    return images[:, 0, 0, 0] * 0.0 + 1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    clip = shutil.copytree(overrides["reward.model"], tmp_path / "clip")
-    settings = {"reward.name": "constant_reward:one", "reward.model": str(clip), "eval.num_images": 2}
+    clip = shutil.copytree(overrides["reward.clip.model"], tmp_path / "clip")
+    settings = {"reward.name": "constant_reward:one", "reward.clip.model": str(clip), "eval.num_images": 2}
     folders = []
     for changed in (None, None, source, clip / "model.safetensors"):
         if changed == source:

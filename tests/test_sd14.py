@@ -77,7 +77,7 @@ def base(tmp_path_factory):
 def run_stage(base: Path, folder: Path, **more) -> Stage:
     """The three scripts in turn, as child processes with all cores, in `folder`."""
     tiny.clip(folder / "clip")
-    overrides = TINY_BUDGET | {"pretrained.model": base, "reward.model": folder / "clip"} | more
+    overrides = TINY_BUDGET | {"pretrained.model": base, "reward.clip.model": folder / "clip"} | more
     overrides |= {"prompt_file": ROOT / "config/prompt/template1_train.json", "save_path": folder, "log_path": folder}
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     seconds, peak_gb = {}, {}

@@ -576,7 +576,7 @@ def test_a_non_finite_reward_stops_the_selection(workplace, overrides, models, t
     broken = shutil.copytree(models / "clip", tmp_path / "clip")
     weights = load_file(broken / "model.safetensors")
     save_file({name: torch.full_like(value, torch.nan) for name, value in weights.items()}, broken / "model.safetensors")
-    settings = overrides | {"exp_name": "broken", "reward.model": str(broken)}
+    settings = overrides | {"exp_name": "broken", "reward.clip.model": str(broken)}
     run_stage(tmp_path, settings, verbs=["sample"])
     with pytest.raises(FloatingPointError, match=r"images \[0, 1, 2"):
         run_stage(tmp_path, settings, verbs=["select"])

@@ -1,6 +1,9 @@
-"""CLIP score: cosine similarity of image and prompt (Radford et al. 2021, arXiv 2103.00020)."""
+"""CLIP score: cosine similarity of image and prompt (Radford et al. 2021, arXiv 2103.00020).
 
-from collections.abc import Sequence
+P distinct prompts, N images, E width of the embedding
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -8,41 +11,61 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
 
+from b2diffurl.models.hub import locate
+from b2diffurl.rewards import MODEL_PARTS, Reward, model_files, model_folder
+
+TEXT_BATCH_SIZE = 32  # constant, so that a prompt's embedding does not depend on which others there are
+
+
+def check(name: str, settings: Mapping, prompts: Sequence[str]) -> list[Path]:
+    return model_files(settings["clip"]["model"])
+
+
+def load(name: str, settings: Mapping, device: torch.device, dtype: torch.dtype) -> Reward:
+    return Clip(settings["clip"]["model"], device, dtype)
+
 
 class Clip:
-    """The CLIP model in directory `root`; call it with images uint8 [N,H,W,3] and prompts [N]."""
+    """The CLIP model of that hub id or directory; call it with images uint8 [N,H,W,3] and prompts [N].
 
-    def __init__(self, root: Path, device: torch.device):
-        model, info = CLIPModel.from_pretrained(root, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+    `processor` has its tokenizer and image processor, where they lie elsewhere.
+    """
+
+    def __init__(self, model: str, device: torch.device, dtype: torch.dtype, *, processor: str = ""):
+        root = model_folder(model)
+        self.model, info = CLIPModel.from_pretrained(root, dtype=dtype, output_loading_info=True)
         if info["missing_keys"]:
             raise ValueError(f"{root} lacks weights of a CLIP model, such as {sorted(info['missing_keys'])[0]}.")
-        self.model = model.to(device).eval()
-        self.tokenizer = CLIPTokenizer.from_pretrained(root)
-        self.processor = AutoImageProcessor.from_pretrained(root, backend="pil")
-        self.device = device
+        self.model = self.model.to(device).eval()
+        parts = locate(processor, patterns=MODEL_PARTS) if processor else root
+        self.tokenizer = CLIPTokenizer.from_pretrained(parts)
+        self.processor = AutoImageProcessor.from_pretrained(parts, backend="pil")
+        self.device, self.dtype = device, dtype
+        self.known: dict[str, Tensor] = {}  # embedding of each prompt seen
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        distinct = list(dict.fromkeys(prompts))
-        texts = self.embed_prompts(distinct)
-        rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.device)
-        return cosine_similarity(self.embed_images(images), texts[rows])
+        return cosine_similarity(self.embed_images(images), self.embed_prompts(prompts))
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
-        """Embeddings [N,E] of images uint8 [N,H,W,3]; their length means nothing."""
+        """Embeddings float32 [N,E] of images uint8 [N,H,W,3]; their length means nothing."""
         pixels = self.processor(images=list(images.permute(0, 3, 1, 2).cpu()), return_tensors="pt").pixel_values
-        features = self.model.get_image_features(pixel_values=pixels.to(self.device))
-        return features.pooler_output if hasattr(features, "pooler_output") else features
+        features = self.model.get_image_features(pixel_values=pixels.to(self.device, self.dtype))
+        return features.pooler_output.float()
 
     @torch.no_grad()
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings [P,E] of prompts, cut at the text tower's length."""
-        tokens = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            truncation=True,
-            max_length=self.model.config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        ).to(self.device)
-        features = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-        return features.pooler_output if hasattr(features, "pooler_output") else features
+        """Embeddings float32 [N,E] of prompts, cut at the text tower's length; each distinct one is computed once."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
+        for start in range(0, len(new), TEXT_BATCH_SIZE):
+            some = new[start : start + TEXT_BATCH_SIZE]
+            tokens = self.tokenizer(
+                [*some, *[""] * (TEXT_BATCH_SIZE - len(some))],
+                padding="max_length",
+                truncation=True,
+                max_length=self.model.config.text_config.max_position_embeddings,
+                return_tensors="pt",
+            ).to(self.device)
+            features = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+            self.known |= dict(zip(some, features.pooler_output.float(), strict=False))
+        return torch.stack([self.known[prompt] for prompt in prompts])

@@ -1,18 +1,30 @@
 """The embedded world's exact checker as a sparse reward: 1 if the picture shows what the prompt says, else 0."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from b2diffurl.shapes.checker import check
+from b2diffurl.rewards import Reward
+from b2diffurl.shapes import checker
 from b2diffurl.shapes.scene import parse
+
+
+def check(name: str, settings: Mapping, prompts: Sequence[str]) -> list[Path]:
+    for prompt in prompts:
+        parse(prompt)
+    return []
+
+
+def load(name: str, settings: Mapping, device: torch.device, dtype: torch.dtype) -> Reward:
+    return shapes
 
 
 def shapes(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
     """Images uint8 [N,64,64,3] -> rewards [N] in {0, 1}, and each part of the prompt on its own."""
-    verdicts = check(images, prompts)
+    verdicts = checker.check(images, prompts)
     parts = {"well_formed": [verdict.well_formed for verdict in verdicts]}
     for key in dict.fromkeys(key for verdict in verdicts for key in verdict.parts):
         parts[key] = [verdict.parts.get(key, verdict.well_formed) for verdict in verdicts]
@@ -26,7 +38,7 @@ def layouts(images: Tensor, prompts: Sequence[str]) -> Tensor:
     NaN where the picture does not show those very things.
     """
     rows = torch.zeros(len(prompts), 6)
-    for n, (verdict, prompt) in enumerate(zip(check(images, prompts), map(parse, prompts), strict=True)):
+    for n, (verdict, prompt) in enumerate(zip(checker.check(images, prompts), map(parse, prompts), strict=True)):
         seen = {item.thing: (item.x_px, item.y_px, item.size_px) for item in verdict.objects}
         places = [place for thing in prompt.things for place in seen.get(thing, (math.nan,) * 3)]
         rows[n, : len(places)] = torch.tensor(places)

@@ -1,0 +1,131 @@
+"""BERTScore of a caption: a captioner says what the picture shows, and its words are compared with the prompt's.
+
+The second reward of arXiv 2503.11240; question, reference sentence and recall as the reward are those of DDPO (Black et al.
+2023, arXiv 2305.13301, section 5.2). BERTScore: Zhang et al. 2020, arXiv 1904.09675.
+
+N images, L tokens of a text, E width of the scorer
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+from b2diffurl.rewards import Parts, Reward, model_files, model_folder
+
+MAX_TOKENS = 128  # of prompt or caption in the scorer; longer ones are cut
+TEXT_BATCH_SIZE = 32
+
+
+def check(name: str, settings: Mapping, prompts: Sequence[str]) -> list[Path]:
+    try:
+        import torchmetrics  # noqa: F401
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("reward bertscore needs torchmetrics: pip install torchmetrics==1.9.0") from None
+    models = (settings["bertscore"]["captioner"], settings["bertscore"]["scorer"])
+    return [path for model in models for path in model_files(model)]
+
+
+def load(name: str, settings: Mapping, device: torch.device, dtype: torch.dtype) -> Reward:
+    chosen = settings["bertscore"]
+    captioner = Captioner(chosen["captioner"], chosen["question"], chosen["max_new_tokens"], device, dtype)
+    scorer = TextScorer(chosen["scorer"], chosen["num_layers"], device)
+
+    def bertscore(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Parts]:
+        captions = captioner(images)
+        references = [chosen["reference"].format(prompt=prompt) for prompt in prompts]
+        scores = scorer(captions, references)
+        return scores["recall"], scores | {"caption": captions}
+
+    return bertscore
+
+
+class Captioner:
+    """A vision-language model of transformers' image-text-to-text classes; call it with images uint8 [N,H,W,3]."""
+
+    def __init__(self, model: str, question: str, max_new_tokens: int, device: torch.device, dtype: torch.dtype):
+        root = model_folder(model)
+        self.model = AutoModelForImageTextToText.from_pretrained(root, dtype=dtype).to(device).eval()
+        self.processor = AutoProcessor.from_pretrained(root, backend="pil")
+        self.max_new_tokens, self.device, self.dtype = max_new_tokens, device, dtype
+        self.text = question
+        if self.processor.chat_template:
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            self.text = self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> list[str]:
+        """The likeliest caption of each image, word by word."""
+        pictures = [[image] for image in images.permute(0, 3, 1, 2).cpu()]
+        inputs = self.processor(images=pictures, text=[self.text] * len(images), return_tensors="pt")
+        inputs = inputs.to(self.device, self.dtype)
+        tokens = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+        asked = inputs["input_ids"]
+        if torch.equal(tokens[:, : asked.shape[1]], asked):  # decoders repeat the question, encoder-decoders do not
+            tokens = tokens[:, asked.shape[1] :]
+        return [caption.strip() for caption in self.processor.batch_decode(tokens, skip_special_tokens=True)]
+
+
+class TextScorer:
+    """BERTScore with the text model of that hub id or directory; call it with texts [N] and references [N].
+
+    torchmetrics compares the embeddings. It is given one pair at a time, because in a batch it mixes up pairs of different
+    lengths (its issue 2728), and each text's embedding from here, where a text that comes again is not computed again.
+    """
+
+    def __init__(self, model: str, num_layers: int, device: torch.device):
+        root = model_folder(model)
+        self.tokenizer = AutoTokenizer.from_pretrained(root)
+        self.model = AutoModel.from_pretrained(root, dtype=torch.float32).to(device).eval()
+        depth = self.model.config.num_hidden_layers
+        if not 0 <= num_layers <= depth:
+            raise ValueError(f"reward.bertscore.num_layers is {num_layers}; {root} has {depth} layers, and 0 takes the last")
+        self.layer = num_layers or depth
+        self.known: dict[tuple[int, ...], Tensor] = {}  # embedding [L,E] of each text seen, by its tokens
+
+    def __call__(self, texts: Sequence[str], references: Sequence[str]) -> dict[str, Tensor]:
+        """precision, recall and f1 [N]; all 0 for an empty text."""
+        from torchmetrics.functional.text.bert import bert_score
+
+        self.embed([*texts, *references])
+        scores: dict[str, list[float]] = {"precision": [], "recall": [], "f1": []}
+        for text, reference in zip(texts, references, strict=True):
+            found = bert_score(
+                [text],
+                [reference],
+                model=self.model,
+                user_tokenizer=self.tokenizer,
+                user_forward_fn=self.look_up,
+                max_length=MAX_TOKENS,
+                truncation=True,
+            )
+            for key, values in scores.items():
+                values.append(float(found[key]) if text else 0.0)
+        return {key: torch.tensor(values) for key, values in scores.items()}
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> None:
+        """Compute what is not known yet, in batches of a constant shape, so that no text's embedding depends on others."""
+        new = [tokens for tokens in dict.fromkeys(map(self.tokens, texts)) if tokens not in self.known]
+        for start in range(0, len(new), TEXT_BATCH_SIZE):
+            some = new[start : start + TEXT_BATCH_SIZE]
+            rows = [*some, *[some[-1]] * (TEXT_BATCH_SIZE - len(some))]
+            ids = torch.full((TEXT_BATCH_SIZE, MAX_TOKENS), self.tokenizer.pad_token_id)
+            for row, tokens in zip(ids, rows, strict=True):
+                row[: len(tokens)] = torch.tensor(tokens)
+            mask = torch.arange(MAX_TOKENS) < torch.tensor([len(tokens) for tokens in rows])[:, None]
+            ids, mask = ids.to(self.model.device), mask.long().to(self.model.device)
+            states = self.model(ids, attention_mask=mask, output_hidden_states=True).hidden_states[self.layer]
+            self.known |= {tokens: state[: len(tokens)].cpu() for tokens, state in zip(some, states, strict=False)}
+
+    def tokens(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, truncation=True, max_length=MAX_TOKENS).input_ids)
+
+    def look_up(self, _: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The known embeddings [1,L,E] of torchmetrics' batch of one text; a copy, for it is normalised in place."""
+        tokens = batch["input_ids"][0][batch["attention_mask"][0].bool()]
+        return self.known[tuple(tokens.tolist())].clone()[None]

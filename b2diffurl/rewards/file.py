@@ -1,0 +1,61 @@
+"""Scores made elsewhere, by people or another program, handed over as a CSV file with the columns id and score."""
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from b2diffurl import files
+from b2diffurl.rewards import Reward
+from b2diffurl.stage import Stage
+
+
+def check(name: str, settings: Mapping, prompts: Sequence[str]) -> list[Path]:
+    return []
+
+
+def load(name: str, settings: Mapping, device: torch.device, dtype: torch.dtype) -> Reward:
+    raise ValueError("reward file has scores for the images of a stage only; other images need another reward")
+
+
+def write_template(stage: Stage, prompts: Sequence[str]) -> None:
+    """A CSV with the id, image and prompt of every row that is to be scored."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(("id", "score", "image", "prompt"))
+    table.writerows((n, "", stage.image(n).relative_to(stage.folder), prompt) for n, prompt in enumerate(prompts))
+    files.write_bytes(stage.wanted_scores, text.getvalue().encode())
+
+
+def read_scores(path: Path, count: int) -> Tensor:
+    """Scores [count] of the images 0..count-1; a ValueError that names lines which are none, and ids that are missing."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            table = csv.DictReader(file)
+            rows = list(enumerate(table, start=2))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a CSV file in UTF-8 ({error})") from None
+    columns = list(table.fieldnames or ())
+    if not {"id", "score"} <= set(columns):
+        raise ValueError(f"{path} has the columns {columns}; it needs id and score")
+    scores: dict[int, float] = {}
+    for line, row in rows:
+        if not (row["score"] or "").strip():
+            continue
+        try:
+            number, value = int(row["id"]), float(row["score"])
+        except (TypeError, ValueError):
+            raise ValueError(f"{path}, line {line}: id {row['id']!r} and score {row['score']!r} must be numbers") from None
+        if number in scores or not 0 <= number < count:
+            raise ValueError(f"{path}, line {line}: id {number} is given twice, or not one of 0..{count - 1}")
+        if not math.isfinite(value):
+            raise ValueError(f"{path}, line {line}: the score of id {number} is {row['score']}; it must be finite")
+        scores[number] = value
+    missing = [number for number in range(count) if number not in scores]
+    if missing:
+        raise ValueError(f"{path} lacks the scores of {len(missing)} ids: {', '.join(map(str, missing))}")
+    return torch.tensor([scores[number] for number in range(count)], dtype=torch.float32)

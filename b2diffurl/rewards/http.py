@@ -1,0 +1,86 @@
+"""A reward behind a URL: images and prompts go out as JSON, scores come back. docs/reward_server.py is such a server.
+
+Request: POST {"prompts": ["a cat", …], "images": ["<PNG, base64>", …]}. Answer: {"scores": [0.5, …]}, one an image.
+"""
+
+import base64
+import io
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from b2diffurl.rewards import Reward
+from b2diffurl.runtime import logger
+
+FIRST_WAIT_SEC = 0.5  # before the first repetition; each further wait is twice as long
+
+
+def check(name: str, settings: Mapping, prompts: Sequence[str]) -> list[Path]:
+    chosen = settings["http"]
+    if not chosen["url"].startswith(("http://", "https://")):
+        raise ValueError(f"reward.http.url is {chosen['url']!r}; give that of a reward server, http://HOST:PORT/…")
+    if chosen["timeout_sec"] <= 0 or chosen["num_retries"] < 0:
+        raise ValueError("reward.http.timeout_sec must be positive and reward.http.num_retries not negative")
+    return []
+
+
+def load(name: str, settings: Mapping, device: torch.device, dtype: torch.dtype) -> Reward:
+    chosen = dict(settings["http"])
+
+    def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        body = {"prompts": list(prompts), "images": [encode(image) for image in images]}
+        return read_scores(post(json.dumps(body).encode(), **chosen), chosen["url"], len(prompts))
+
+    return reward
+
+
+def encode(image: Tensor) -> str:
+    """An image uint8 [H,W,3] as PNG in base64."""
+    buffer = io.BytesIO()
+    Image.fromarray(image.cpu().numpy()).save(buffer, format="png", compress_level=1)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def post(body: bytes, *, url: str, timeout_sec: float, num_retries: int) -> bytes:
+    """The answer to `body`; asked again, `num_retries` times at most, where the server is away, slow, or has an error of its
+    own (5xx). A ConnectionError says what happened last."""
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    problem = ""
+    for attempt in range(num_retries + 1):
+        if attempt:
+            logger.warning("reward http: %s; asking again (%d of %d)", problem, attempt, num_retries)
+            time.sleep(FIRST_WAIT_SEC * 2 ** (attempt - 1))
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_sec) as answer:
+                return answer.read()
+        except urllib.error.HTTPError as error:
+            problem = f"{url} answered {error.code} {error.reason}: {error.read(500).decode(errors='replace')}".rstrip(": ")
+            if error.code < 500:
+                break
+        except TimeoutError:
+            problem = f"{url} did not answer within {timeout_sec} s (reward.http.timeout_sec)"
+        except OSError as error:  # refused, unknown host, connection lost
+            slow = isinstance(getattr(error, "reason", None), TimeoutError)
+            problem = f"{url} cannot be reached within {timeout_sec} s" if slow else f"{url} cannot be asked: {error}"
+    raise ConnectionError(f"reward http: {problem}; asked {attempt + 1} times")
+
+
+def read_scores(answer: bytes, url: str, count: int) -> Tensor:
+    """The scores [count] in an answer; a ValueError if it holds something else."""
+    try:
+        scores = json.loads(answer)["scores"]
+    except (ValueError, KeyError, TypeError):
+        shown = answer[:200].decode(errors="replace")
+        raise ValueError(f'reward http: {url} answered {shown!r}, not {{"scores": […]}}') from None
+    if not isinstance(scores, list) or not all(type(value) in (int, float) for value in scores):
+        raise ValueError(f"reward http: the scores of {url} are not a list of numbers")
+    if len(scores) != count:
+        raise ValueError(f"reward http: {url} answered {len(scores)} scores for {count} images")
+    return torch.tensor(scores, dtype=torch.float32)

@@ -1,0 +1,49 @@
+"""Preference models of the package imscore (github.com/RE-N-Y/imscore), where it is installed."""
+
+import importlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from b2diffurl.rewards import Reward, model_files, model_folder
+
+
+@dataclass(frozen=True)
+class Scorer:
+    module: str
+    kind: str  # the class in it
+    one_by_one: bool = False  # it returns one figure for all it is given
+
+
+SCORERS = {
+    "image_reward": Scorer("imscore.imreward.model", "ImageReward"),
+    "hps_v2": Scorer("imscore.hps.model", "HPSv2"),
+    "mps": Scorer("imscore.mps.model", "MPS"),
+    "vqascore": Scorer("imscore.vqascore.model", "VQAScore", one_by_one=True),
+}
+
+
+def check(name: str, settings: Mapping, prompts: Sequence[str]) -> list[Path]:
+    if importlib.util.find_spec("imscore") is None:
+        raise ModuleNotFoundError(f"reward {name} needs the package imscore: pip install -r requirements-rewards.txt")
+    return model_files(settings[name]["model"])
+
+
+def load(name: str, settings: Mapping, device: torch.device, dtype: torch.dtype) -> Reward:
+    """Images go in as float32 in 0..1; the model keeps the precision in which the package loads it."""
+    scorer = SCORERS[name]
+    kind = getattr(importlib.import_module(scorer.module), scorer.kind)
+    model = kind.from_pretrained(model_folder(settings[name]["model"])).to(device).eval()
+
+    def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        pixels = images.permute(0, 3, 1, 2).to(device).float() / 255
+        size = 1 if scorer.one_by_one else len(pixels)
+        starts = range(0, len(pixels), size)
+        found = [model.score(pixels[start : start + size], list(prompts[start : start + size])) for start in starts]
+        return torch.cat([value.float().reshape(size) for value in found])
+
+    return reward

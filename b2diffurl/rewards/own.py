@@ -1,0 +1,42 @@
+"""Your own function, by `package.module:function` on the Python path."""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from b2diffurl.rewards import Parts, Reward
+
+
+def check(name: str, settings: Mapping, prompts: Sequence[str]) -> list[Path]:
+    source = getattr(importlib.import_module(import_function(name).__module__), "__file__", None)
+    return [Path(source)] if source else []
+
+
+def load(name: str, settings: Mapping, device: torch.device, dtype: torch.dtype) -> Reward:
+    function = import_function(name)
+
+    @wraps(function)
+    def reward(images: Tensor, prompts: Sequence[str]) -> Tensor | tuple[Tensor, Parts]:
+        try:
+            return function(images, prompts)
+        except Exception as error:  # whatever it is, it is not ours: its traceback is shown
+            raise RuntimeError(f"reward {name} raised {error!r}") from error
+
+    return reward
+
+
+def import_function(name: str) -> Callable:
+    """The function that `package.module:function` names; a ValueError if the module has none."""
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except (ModuleNotFoundError, TypeError, ValueError) as error:
+        hint = "write package.module:function, and keep the package beside the scripts or on PYTHONPATH"
+        raise ValueError(f"reward {name!r}: {error}; {hint}") from None
+    if not callable(found):
+        raise ValueError(f"reward {name!r}: {module} has no function {function!r}")
+    return found
