@@ -20,8 +20,8 @@ from b2diffurl.diversity import mean_pairwise_distance, vendi_score
 from b2diffurl.experiment import check, find_lora
 from b2diffurl.features import REWARD_OF, Features, check_features, load_features
 from b2diffurl.models import Model, base_fingerprint
-from b2diffurl.policy import decode, load_policy, predictor
-from b2diffurl.prompts import batch_prompts, load_prompts
+from b2diffurl.policy import decode, load_policy, predictor, warn_of_cut_prompts
+from b2diffurl.prompts import batch_prompts, place_prompts
 from b2diffurl.rewards import Reward, check_rewards, load_reward, reward_identity, reward_weights, score
 from b2diffurl.rewards.mixture import Scales, combine, recorded_scales
 from b2diffurl.runtime import logger, make_accelerator, progress
@@ -70,7 +70,8 @@ def evaluate(
     if config.reward.standardise and not scales:
         raise ValueError(f"reward.standardise takes its scale from the first stage, and {root} has none selected yet")
     loras = {name: resolve_checkpoint(root, name) for name in sorted(checkpoints, key=lambda name: name != "base")}
-    prompts = {name: named_prompts(config, name) for name in prompt_sets}
+    placed = {name: named_prompts(config, name) for name in prompt_sets}
+    prompts = {name: [prompt for _, prompt in some] for name, some in placed.items()}
     everything = [prompt for some_prompts in prompts.values() for prompt in some_prompts]
     check_rewards(scorers, config.reward, everything)
     for name in config.eval.diversity:
@@ -88,6 +89,7 @@ def evaluate(
             if not (folder / "result.json").is_file():
                 model = model or load_judged(config, accelerator, lora)
                 instruments = instruments or load_instruments(config, scorers, accelerator)
+                warn_of_cut_prompts(model, placed[name])
                 logger.info("eval %s on %s prompts: %d images", checkpoint, name, config.eval.num_images)
                 judge(config, model, instruments, some_prompts, settings, scales, folder)
             facts = {"checkpoint": checkpoint, "lora": str(lora or ""), "prompts": name} | vars(settings)
@@ -112,11 +114,11 @@ def resolve_checkpoint(root: Path, name: str) -> Path | None:
     return find_lora(Path(name))
 
 
-def named_prompts(config: ConfigDict, name: str) -> list[str]:
-    """The prompts meant by `train`, `test` or the path of a prompt file."""
+def named_prompts(config: ConfigDict, name: str) -> list[tuple[str, str]]:
+    """The prompts meant by `train`, `test` or the path of a prompt file, each with where it stands."""
     if name == "train" and config.prompt:
-        return [config.prompt]
-    return load_prompts({"train": config.prompt_file, "test": config.eval.prompt_file}.get(name, name))
+        return [("prompt", config.prompt)]
+    return place_prompts({"train": config.prompt_file, "test": config.eval.prompt_file}.get(name, name))
 
 
 def named_scorers(config: ConfigDict) -> list[str]:

@@ -1,6 +1,6 @@
 """The policy of a stage: base model, LoRA and guidance, as sampling, training and judging all need it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from b2diffurl.checkpoint import read_state
 from b2diffurl.ddim import Sampler
 from b2diffurl.models import Model, load_model
+from b2diffurl.runtime import logger
 from b2diffurl.trajectory import Conditions
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -63,6 +64,13 @@ def predictor(
         return torch.cat(outputs)
 
     return predict
+
+
+def warn_of_cut_prompts(model: Model, placed: Iterable[tuple[str, str]]) -> None:
+    """Name the prompts, of (where it stands, prompt), that the model reads in part."""
+    for place, prompt in placed:
+        if cut := model.num_tokens_cut(prompt):
+            logger.warning("%s: the last %d tokens are cut off, the model takes no more: %.60s…", place, cut, prompt)
 
 
 def decode(model: Model, latents: Tensor, batch_size: int) -> Tensor:

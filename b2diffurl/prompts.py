@@ -1,32 +1,66 @@
 """Prompt files, and which prompts a sampling batch gets."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
+FORMS = 'Give a .json list of strings, a .jsonl with {"prompt": …} a line, or a .txt with a prompt a line.'
+
 
 def load_prompts(path: str | Path) -> list[str]:
-    """Read a JSON list of strings, or a .txt file with one prompt a line."""
+    """Read a JSON list of strings, JSON lines with a `prompt` each, or text with a prompt a line; blank lines are none."""
+    return [prompt for _, prompt in place_prompts(path)]
+
+
+def place_prompts(path: str | Path) -> list[tuple[str, str]]:
+    """(where it stands: file and line or entry, prompt) of each prompt; a ValueError names the one that is none."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no prompt file at {path}. Give a JSON list of strings, or a .txt with a prompt a line.")
+        raise FileNotFoundError(f"no prompt file at {path}. {FORMS}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text. A prompt file is a JSON list of strings, or .txt.") from None
-    if path.suffix == ".txt":
-        prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    else:
+        raise ValueError(f"{path} is not UTF-8 text. {FORMS}") from None
+    placed = PARSERS.get(path.suffix, parse_json)(path, text)
+    for place, prompt in placed:
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"{place}: {json.dumps(prompt)} is no prompt; it must be a string that is not empty")
+    if not placed:
+        raise ValueError(f"{path} holds no prompt. {FORMS}")
+    return placed
+
+
+def parse_text(path: Path, text: str) -> list[tuple[str, Any]]:
+    return [(f"{path}, line {n}", line.strip()) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+def parse_json_lines(path: Path, text: str) -> list[tuple[str, Any]]:
+    placed = []
+    for place, line in parse_text(path, text):
         try:
-            prompts = json.loads(text)
+            row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON ({error}). A prompt file is a JSON list of strings.") from None
-    if not isinstance(prompts, list) or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
-        raise ValueError(f"{path} must be a JSON list of non-empty strings.")
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt.")
-    return prompts
+            raise ValueError(f"{place} is not JSON ({error}). {FORMS}") from None
+        if not isinstance(row, dict) or "prompt" not in row:
+            raise ValueError(f'{place} has no "prompt". {FORMS}')
+        placed.append((place, row["prompt"]))
+    return placed
+
+
+def parse_json(path: Path, text: str) -> list[tuple[str, Any]]:
+    try:
+        prompts = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}). {FORMS}") from None
+    if not isinstance(prompts, list):
+        raise ValueError(f"{path} is not a list. {FORMS}")
+    return [(f"{path}, entry {n}", prompt) for n, prompt in enumerate(prompts, 1)]
+
+
+PARSERS: dict[str, Callable[[Path, str], list[tuple[str, Any]]]] = {".txt": parse_text, ".jsonl": parse_json_lines}
 
 
 def batch_prompts(prompts: list[str], count: int, batch: int, generator: torch.Generator | None) -> list[str]:

@@ -250,7 +250,7 @@ def deployed_values(name: str, prompts: str, guidance: float) -> dict[str, list[
 
     config = judged(name)
     lora = None if name == BASE else Stage(folder(config), config.stage_cnt - 1).checkpoints()[-1]
-    some = named_prompts(config, prompts)
+    some = [prompt for _, prompt in named_prompts(config, prompts)]
     decisive = [base_fingerprint(config.pretrained), files.sha256(lora / LORA_FILE) if lora else "", some]
     decisive += [guidance, DEPLOYED_STEPS, DEPLOYED_IMAGES, EVAL_SEED]
     file = folder(config) / "eval" / f"deployed_{prompts}_{files.digest(decisive)}.json"

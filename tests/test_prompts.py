@@ -1,12 +1,15 @@
 """Prompt files: the reference sets are what the paper describes, and loading refuses what is not a prompt file."""
 
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import experiment, run_script, run_stage
 
-from b2diffurl.prompts import load_prompts
+from b2diffurl.prompts import batch_prompts, load_prompts, place_prompts
 
 FOLDER = Path(__file__).parent.parent / "config" / "prompt"
 ANIMALS = """
@@ -66,10 +69,17 @@ def test_template3():
 
 
 def test_load_prompts_reads_json_and_text(tmp_path):
-    """A JSON list and a text file with a prompt a line say the same; blank lines are no prompts."""
+    """A JSON list, JSON lines and text with a prompt a line say the same; blank lines are no prompts; each is placed."""
     (tmp_path / "p.json").write_text(json.dumps(["a cat", "ein Vögelchen"]), encoding="utf-8")
     (tmp_path / "p.txt").write_text("a cat\n\n  ein Vögelchen \n", encoding="utf-8")
-    assert load_prompts(tmp_path / "p.json") == load_prompts(str(tmp_path / "p.txt")) == ["a cat", "ein Vögelchen"]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a cat", "id": 3}\n\n{"prompt": "ein Vögelchen"}\n', encoding="utf-8")
+    for name, places in (
+        ("p.json", ("entry 1", "entry 2")),
+        ("p.txt", ("line 1", "line 3")),
+        ("p.jsonl", ("line 1", "line 3")),
+    ):
+        assert load_prompts(str(tmp_path / name)) == ["a cat", "ein Vögelchen"]
+        assert [place for place, _ in place_prompts(tmp_path / name)] == [f"{tmp_path / name}, {place}" for place in places]
 
 
 @pytest.mark.parametrize(
@@ -77,12 +87,19 @@ def test_load_prompts_reads_json_and_text(tmp_path):
     [
         ("p.json", "[]", "holds no prompt"),
         ("p.txt", "\n \n", "holds no prompt"),
+        ("p.jsonl", "\n", "holds no prompt"),
         ("p.json", "", "is not JSON"),
         ("p.json", '["a cat"', "is not JSON"),
-        ("p.json", '{"prompts": ["a cat"]}', "must be a JSON list of non-empty strings"),
-        ("p.json", '"a cat"', "must be a JSON list of non-empty strings"),
-        ("p.json", '["a cat", 7]', "must be a JSON list of non-empty strings"),
-        ("p.json", '["a cat", " "]', "must be a JSON list of non-empty strings"),
+        ("p.json", '{"prompts": ["a cat"]}', "is not a list"),
+        ("p.json", '"a cat"', "is not a list"),
+        ("p.json", '["a cat", 7]', "entry 2: 7 is no prompt"),
+        ("p.json", '["a cat", " "]', 'entry 2: " " is no prompt'),
+        ("p.json", '["a cat", "a dog", ""]', 'entry 3: "" is no prompt'),
+        ("p.jsonl", '{"prompt": "a cat"}\n\n{"prompt": ""}', 'line 3: "" is no prompt'),
+        ("p.jsonl", '{"prompt": "a cat"}\n{"prompt": null}', "line 2: null is no prompt"),
+        ("p.jsonl", '{"prompt": "a cat"}\n"a dog"', 'line 2 has no "prompt"'),
+        ("p.jsonl", '{"prompt": "a cat"}\n{"text": "a dog"}', 'line 2 has no "prompt"'),
+        ("p.jsonl", '{"prompt": "a cat"}\n{"prompt": "a dog"', "line 2 is not JSON"),
     ],
 )
 def test_load_prompts_refuses_what_is_not_a_prompt_file(tmp_path, name, text, message):
@@ -97,3 +114,42 @@ def test_load_prompts_names_a_missing_file(tmp_path):
     """A file that is not there is an error with its path."""
     with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "none.json"))):
         load_prompts(tmp_path / "none.json")
+
+
+def test_prompts_in_turn_come_equally_often(overrides, tmp_path):
+    """With prompt_random_choose=0 each stage goes on through the file where the one before stopped: after stages of 6 groups
+    and a file of 4 prompts, each prompt's count differs from any other's by at most one, in the order of the file."""
+    (tmp_path / "four.txt").write_text("a red cat\na blue cat\na green cat\na grey cat\n")
+    mine = overrides | {"prompt_file": str(tmp_path / "four.txt"), "prompt_random_choose": 0}
+    for index in range(2):
+        run_stage(tmp_path, mine, index)
+    drawn = [json.loads((experiment(tmp_path) / f"stage{index}" / "prompts.json").read_text())[::3] for index in range(2)]
+    assert drawn[0] + drawn[1] == (load_prompts(tmp_path / "four.txt") * 3)
+
+
+def test_prompts_at_random_follow_from_the_seed():
+    """The same generator seed draws the same prompts, another seed others; over many draws none is preferred."""
+    prompts = [str(n) for n in range(10)]
+    one, same, other = (batch_prompts(prompts, 2000, 0, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert one == same != other
+    counts = [one.count(prompt) for prompt in prompts]
+    assert max(abs(count - 200) for count in counts) < 5 * math.sqrt(200 * 0.9)
+
+
+@pytest.mark.parametrize("name", ["long.json", "long.txt", "long.jsonl"])
+def test_a_prompt_that_is_too_long_is_named(models, overrides, tmp_path, name):
+    """75 letters and the tokenizer's two marks fit into its 77 tokens; with three more a warning names file, line and
+    how many are cut off. It comes when the experiment begins, not with every stage, and when it is judged."""
+    prompts = ["b" * 75, "a red circle", "b" * 78]
+    lines = {".txt": prompts, ".jsonl": [json.dumps({"prompt": prompt}) for prompt in prompts]}
+    text = json.dumps(prompts) if name == "long.json" else "\n".join(lines[Path(name).suffix])
+    (tmp_path / name).write_text(text)
+    place = re.escape(f"{tmp_path / name}, {'entry' if name == 'long.json' else 'line'} 3: the last 3 tokens are cut off")
+    mine = overrides | {"prompt_file": str(tmp_path / name)}
+    ended = run_script(tmp_path, "sample", mine)
+    assert ended.code == 0, ended.stderr
+    assert len(re.findall("cut off", ended.stdout)) == len(re.findall(place, ended.stdout)) == 1
+    (experiment(tmp_path) / "stage0" / "sample.json").unlink()
+    assert "cut off" not in run_script(tmp_path, "sample", mine).stdout
+    judged = run_script(tmp_path, "eval", mine, "--checkpoint=base", "--prompts=train")
+    assert len(re.findall(place, judged.stdout)) == 1

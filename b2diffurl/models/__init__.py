@@ -29,6 +29,9 @@ class Model(Protocol):
     def encode(self, prompts: list[str]) -> Conditions:
         """What the network is conditioned on, each tensor [P, ...]."""
 
+    def num_tokens_cut(self, prompt: str) -> int:
+        """How many of the prompt's tokens are beyond what `encode` reads."""
+
     def predict(
         self, x_t: Tensor, timesteps: Tensor, conditions: Conditions, unconditional: Conditions, guidance_scale: float
     ) -> Tensor:

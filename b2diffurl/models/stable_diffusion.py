@@ -92,6 +92,9 @@ class StableDiffusion:
         ids = tokens.input_ids.to(self.text_encoder.device)
         return {"prompt_embeds": self.text_encoder(ids, attention_mask=mask)[0]}
 
+    def num_tokens_cut(self, prompt: str) -> int:
+        return max(0, len(self.tokenizer(prompt, verbose=False).input_ids) - self.tokenizer.model_max_length)
+
     def predict(
         self, x_t: Tensor, timesteps: Tensor, conditions: Conditions, unconditional: Conditions, guidance_scale: float
     ) -> Tensor:
