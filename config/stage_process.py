@@ -91,11 +91,9 @@ def reference() -> ConfigDict:
     bertscore.scorer = "microsoft/deberta-xlarge-mnli"  # the text model whose token embeddings are compared
     bertscore.num_layers = 40  # the scorer's layer whose states those are; 0: the last
     reward.image_reward = image_reward = ConfigDict()
-    image_reward.model = "RE-N-Y/ImageReward"  # in the format of the package imscore, as are the next three
+    image_reward.model = "RE-N-Y/ImageReward"  # in the format of the package imscore, as are the next two
     reward.hps_v2 = hps_v2 = ConfigDict()
     hps_v2.model = "RE-N-Y/hpsv21"  # human preference score 2.1
-    reward.mps = mps = ConfigDict()
-    mps.model = "RE-N-Y/mpsv1"  # multi-dimensional preference score, overall
     reward.vqascore = vqascore = ConfigDict()
     vqascore.model = "RE-N-Y/clip-t5-xxl"  # how sure a question answerer is that the image shows the prompt
     reward.http = http = ConfigDict()

@@ -32,7 +32,6 @@ REWARDS = {
     "jpeg_incompressibility": "jpeg",
     "image_reward": "imscore",
     "hps_v2": "imscore",
-    "mps": "imscore",
     "vqascore": "imscore",
     "shapes": "shapes",
     "http": "http",

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from b2diffurl.rewards import Reward, model_files, model_folder
+from b2diffurl.models.hub import locate
+from b2diffurl.rewards import Reward
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,6 @@ class Scorer:
 SCORERS = {
     "image_reward": Scorer("imscore.imreward.model", "ImageReward"),
     "hps_v2": Scorer("imscore.hps.model", "HPSv2"),
-    "mps": Scorer("imscore.mps.model", "MPS"),
     "vqascore": Scorer("imscore.vqascore.model", "VQAScore", one_by_one=True),
 }
 
@@ -30,14 +30,19 @@ SCORERS = {
 def check(name: str, settings: Mapping, prompts: Sequence[str]) -> list[Path]:
     if importlib.util.find_spec("imscore") is None:
         raise ModuleNotFoundError(f"reward {name} needs the package imscore: pip install -r requirements-rewards.txt")
-    return model_files(settings[name]["model"])
+    return sorted(model_folder(name, settings).glob("model*.safetensors"))
 
 
 def load(name: str, settings: Mapping, device: torch.device, dtype: torch.dtype) -> Reward:
     """Images go in as float32 in 0..1; the model keeps the precision in which the package loads it."""
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+    if not hasattr(Tokenizer, "additional_special_tokens_ids"):  # renamed in transformers 5; imscore 0.0.11 reads it
+        ids = property(lambda self: self.convert_tokens_to_ids(list(self.extra_special_tokens)))
+        Tokenizer.additional_special_tokens_ids = ids
     scorer = SCORERS[name]
     kind = getattr(importlib.import_module(scorer.module), scorer.kind)
-    model = kind.from_pretrained(model_folder(settings[name]["model"])).to(device).eval()
+    model = kind.from_pretrained(model_folder(name, settings)).to(device).eval()
 
     def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
         pixels = images.permute(0, 3, 1, 2).to(device).float() / 255
@@ -47,3 +52,11 @@ def load(name: str, settings: Mapping, device: torch.device, dtype: torch.dtype)
         return torch.cat([value.float().reshape(size) for value in found])
 
     return reward
+
+
+def model_folder(name: str, settings: Mapping) -> Path:
+    """The directory of the model's weights; unlike models of transformers it may have no config.json."""
+    root = locate(settings[name]["model"], patterns=["*.json"], weights=["model*.safetensors"])
+    if not any(root.glob("model*.safetensors")):
+        raise FileNotFoundError(f"{root} has no model.safetensors, in which the package imscore keeps weights.")
+    return root
