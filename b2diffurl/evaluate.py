@@ -22,7 +22,7 @@ from b2diffurl.features import REWARD_OF, Features, check_features, load_feature
 from b2diffurl.models import Model, base_fingerprint
 from b2diffurl.policy import decode, load_policy, predictor, warn_of_cut_prompts
 from b2diffurl.prompts import batch_prompts, place_prompts
-from b2diffurl.rewards import Reward, check_rewards, load_reward, reward_identity, reward_weights, score
+from b2diffurl.rewards import Reward, by_name, check_rewards, load_reward, reward_identity, reward_weights, score
 from b2diffurl.rewards.mixture import Scales, combine, recorded_scales
 from b2diffurl.runtime import logger, make_accelerator, progress
 from b2diffurl.seeding import generator
@@ -191,7 +191,7 @@ def judge(
                 raise FloatingPointError(
                     f"reward {key} is not finite for images of batch {batch}; prompts {some_prompts[:3]} …"
                 )
-            for part, numbers in ({key: total} | {f"{key}/{part}": value for part, value in parts.items()}).items():
+            for part, numbers in by_name(key, total, parts).items():
                 if isinstance(numbers, Tensor):
                     values.setdefault(part, []).extend(numbers[:count].tolist())
         for key, feature in instruments.features.items():

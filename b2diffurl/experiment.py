@@ -168,8 +168,8 @@ def check_reward_settings(reward: ConfigDict) -> None:
         if not isinstance(weights, Mapping) or not weights:
             raise ValueError(f'reward.weights is {weights!r}; it must be like {{"clip": 1.0, "aesthetic": 0.1}}')
         for name, weight in weights.items():
-            if type(weight) not in (int, float) or not math.isfinite(weight) or weight == 0:
-                raise ValueError(f"reward.weights has {weight!r} for {name}; a weight is a finite number other than 0")
+            if not isinstance(name, str) or type(weight) not in (int, float) or not math.isfinite(weight) or weight == 0:
+                raise ValueError(f"reward.weights has {weight!r} for {name!r}; it gives names finite numbers other than 0")
     elif reward["standardise"]:
         raise ValueError("reward.standardise is on without reward.weights; a single reward's scale has no effect")
     trained = list(weights or [reward["name"]])

@@ -79,7 +79,6 @@ def reference() -> ConfigDict:
     clip.model = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # a CLIP: hub id or local directory, as are all models below
     reward.pickscore = pickscore = ConfigDict()
     pickscore.model = "yuvalkirstain/PickScore_v1"  # a CLIP trained on people's choices
-    pickscore.processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # its tokenizer and image processor; "": in model
     reward.aesthetic = aesthetic = ConfigDict()
     aesthetic.clip = "openai/clip-vit-large-patch14"  # whose image embeddings the head reads
     aesthetic.head = "trl-lib/ddpo-aesthetic-predictor"  # LAION's head; a .safetensors or .pth file, too

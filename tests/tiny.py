@@ -6,6 +6,9 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -14,10 +17,18 @@ from transformers import (
     CLIPTextModel,
     CLIPTokenizer,
     CLIPVisionConfig,
+    DebertaConfig,
+    DebertaModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
 )
 
 MAX_TOKENS, WIDTH = 77, 16
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+WORDS = ["a", "red", "blue", "green", "circle", "square", "cross", "and", "what", "is", "in", "this", "picture", "?"]
 
 # scheduler/scheduler_config.json of CompVis/stable-diffusion-v1-4, to the letter
 V1_4_SCHEDULER = {
@@ -87,8 +98,97 @@ def clip(root: Path) -> Path:
         root
     )
     tokens.save_pretrained(root)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(root)
+    image_processor().save_pretrained(root)
     return root
+
+
+def image_processor() -> CLIPImageProcessor:
+    return CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+
+
+def llava(root: Path, *, seed: int = 2) -> Path:
+    """A LLaVA with its processor and chat template in directory `root`; it says words of the tests' prompts."""
+    torch.manual_seed(seed)
+    words = ["<pad>", "<s>", "</s>", "<unk>", "<image>", *WORDS, "USER:", "ASSISTANT:"]
+    tokens = PreTrainedTokenizerFast(
+        tokenizer_object=word_level(words, "<unk>"),
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )
+    small = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    marks = {"bos_token_id": tokens.bos_token_id, "eos_token_id": tokens.eos_token_id, "pad_token_id": tokens.pad_token_id}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**small, image_size=32, patch_size=8, projection_dim=WIDTH),
+        text_config=LlamaConfig(**small, vocab_size=len(tokens), max_position_embeddings=128, **marks),
+        image_token_index=tokens.convert_tokens_to_ids("<image>"),
+    )
+    model = LlavaForConditionalGeneration(config)
+    for name, weight in model.named_parameters():  # as drawn, all pictures get one caption: enlarge what tells them apart
+        if "projector" in name or "patch_embedding" in name or "lm_head" in name:
+            weight.data *= 20
+    model.save_pretrained(root)
+    LlavaProcessor(
+        image_processor(),
+        tokens,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template="{% for message in messages %}{{ message['role'].upper() }}: {% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+    ).save_pretrained(root)
+    return root
+
+
+def deberta(root: Path, *, seed: int = 3) -> Path:
+    """A DeBERTa of 3 layers with its tokenizer in directory `root`; an unknown word is one token."""
+    torch.manual_seed(seed)
+    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", "the", "contains", "image", *WORDS]
+    wordwise = word_level(words, "[UNK]")
+    wordwise.normalizer = normalizers.Lowercase()
+    marks = [("[CLS]", 1), ("[SEP]", 2)]
+    wordwise.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=marks)
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "cls", "sep", "unk", "mask")}
+    PreTrainedTokenizerFast(tokenizer_object=wordwise, **names).save_pretrained(root)
+    config = DebertaConfig(
+        vocab_size=len(words),
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        relative_attention=True,
+        pos_att_type=["c2p", "p2c"],
+        max_position_embeddings=128,
+        type_vocab_size=0,
+        position_biased_input=False,
+        initializer_range=0.3,
+    )
+    DebertaModel(config).save_pretrained(root)
+    return root
+
+
+def word_level(words: list[str], unknown: str) -> Tokenizer:
+    """A token a word."""
+    tokens = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=unknown))
+    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokens
+
+
+def aesthetic_head(root: Path, width: int) -> dict[str, torch.Tensor]:
+    """LAION's aesthetic head for embeddings [N,width], as head.pth and head.safetensors in directory `root`; its tensors
+    by their names there."""
+    torch.manual_seed(4)
+    widths, state = (width, 1024, 128, 64, 16, 1), {}
+    for number, before, after in zip((0, 2, 4, 6, 7), widths, widths[1:], strict=False):
+        layer = nn.Linear(before, after)
+        state |= {f"layers.{number}.{name}": tensor.data for name, tensor in layer.named_parameters()}
+    root.mkdir(parents=True)
+    torch.save(state, root / "head.pth")
+    save_file(state, root / "head.safetensors")
+    return state
 
 
 def tokenizer() -> CLIPTokenizer:

@@ -102,6 +102,11 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> tuple[Tenso
     }
 
 
+def by_name(name: str, rewards: Tensor, parts: Parts) -> Parts:
+    """A reward's values under its name, and its parts as name/part."""
+    return {name: rewards} | {f"{name}/{key}": value for key, value in parts.items()}
+
+
 def model_folder(model: str) -> Path:
     """The directory of a model of transformers, by hub id or path; a FileNotFoundError says what is missing."""
     root = locate(model, patterns=MODEL_PARTS, weights=MODEL_WEIGHTS)

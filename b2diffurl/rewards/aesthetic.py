@@ -3,6 +3,7 @@
 The prompt plays no part. Head and training: github.com/christophschuhmann/improved-aesthetic-predictor.
 """
 
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -49,7 +50,11 @@ def load_head(path: Path, width: int) -> nn.Module:
     if path.suffix == ".safetensors":
         state = files.read_tensors(path)
     else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{path} is damaged, or holds more than tensors, which is never run ({reason})") from None
     numbered = sorted({int(key.split(".")[1]) for key in state if key.startswith("layers.") and key.endswith(".weight")})
     if len(numbered) != len(layers):
         raise ValueError(f"{path} is no aesthetic head: it has {len(numbered)} layers.<n>.weight, not {len(layers)}")

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
 
-from b2diffurl.models.hub import locate
-from b2diffurl.rewards import MODEL_PARTS, Reward, model_files, model_folder
+from b2diffurl.rewards import Reward, model_files, model_folder
 
 TEXT_BATCH_SIZE = 32  # constant, so that a prompt's embedding does not depend on which others there are
 
@@ -26,20 +25,16 @@ def load(name: str, settings: Mapping, device: torch.device, dtype: torch.dtype)
 
 
 class Clip:
-    """The CLIP model of that hub id or directory; call it with images uint8 [N,H,W,3] and prompts [N].
+    """The CLIP model of that hub id or directory; call it with images uint8 [N,H,W,3] and prompts [N]."""
 
-    `processor` has its tokenizer and image processor, where they lie elsewhere.
-    """
-
-    def __init__(self, model: str, device: torch.device, dtype: torch.dtype, *, processor: str = ""):
+    def __init__(self, model: str, device: torch.device, dtype: torch.dtype):
         root = model_folder(model)
         self.model, info = CLIPModel.from_pretrained(root, dtype=dtype, output_loading_info=True)
         if info["missing_keys"]:
             raise ValueError(f"{root} lacks weights of a CLIP model, such as {sorted(info['missing_keys'])[0]}.")
         self.model = self.model.to(device).eval()
-        parts = locate(processor, patterns=MODEL_PARTS) if processor else root
-        self.tokenizer = CLIPTokenizer.from_pretrained(parts)
-        self.processor = AutoImageProcessor.from_pretrained(parts, backend="pil")
+        self.tokenizer = CLIPTokenizer.from_pretrained(root)
+        self.processor = AutoImageProcessor.from_pretrained(root, backend="pil")
         self.device, self.dtype = device, dtype
         self.known: dict[str, Tensor] = {}  # embedding of each prompt seen
 

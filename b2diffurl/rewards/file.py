@@ -23,7 +23,9 @@ def load(name: str, settings: Mapping, device: torch.device, dtype: torch.dtype)
 
 
 def write_template(stage: Stage, prompts: Sequence[str]) -> None:
-    """A CSV with the id, image and prompt of every row that is to be scored."""
+    """A CSV with the id, image and prompt of every row that is to be scored; one that is there already is left alone."""
+    if stage.wanted_scores.is_file():
+        return
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(("id", "score", "image", "prompt"))
@@ -36,10 +38,10 @@ def read_scores(path: Path, count: int) -> Tensor:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             table = csv.DictReader(file)
+            columns = list(table.fieldnames or ())
             rows = list(enumerate(table, start=2))
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a CSV file in UTF-8 ({error})") from None
-    columns = list(table.fieldnames or ())
     if not {"id", "score"} <= set(columns):
         raise ValueError(f"{path} has the columns {columns}; it needs id and score")
     scores: dict[int, float] = {}

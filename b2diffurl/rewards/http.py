@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -66,7 +67,7 @@ def post(body: bytes, *, url: str, timeout_sec: float, num_retries: int) -> byte
                 break
         except TimeoutError:
             problem = f"{url} did not answer within {timeout_sec} s (reward.http.timeout_sec)"
-        except OSError as error:  # refused, unknown host, connection lost
+        except (OSError, HTTPException) as error:  # refused, unknown host, connection lost, no HTTP
             slow = isinstance(getattr(error, "reason", None), TimeoutError)
             problem = f"{url} cannot be reached within {timeout_sec} s" if slow else f"{url} cannot be asked: {error}"
     raise ConnectionError(f"reward http: {problem}; asked {attempt + 1} times")
@@ -83,4 +84,7 @@ def read_scores(answer: bytes, url: str, count: int) -> Tensor:
         raise ValueError(f"reward http: the scores of {url} are not a list of numbers")
     if len(scores) != count:
         raise ValueError(f"reward http: {url} answered {len(scores)} scores for {count} images")
-    return torch.tensor(scores, dtype=torch.float32)
+    try:
+        return torch.tensor(scores, dtype=torch.float32)
+    except OverflowError:  # an integer beyond any float
+        raise ValueError(f"reward http: one of the scores of {url} is too large for a float") from None

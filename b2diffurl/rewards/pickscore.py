@@ -7,19 +7,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from b2diffurl.models.hub import locate
-from b2diffurl.rewards import MODEL_PARTS, Reward, model_files
+from b2diffurl.rewards import Reward, model_files
 from b2diffurl.rewards.clip import Clip
 
 
 def check(name: str, settings: Mapping, prompts: Sequence[str]) -> list[Path]:
-    if settings["pickscore"]["processor"]:
-        locate(settings["pickscore"]["processor"], patterns=MODEL_PARTS)
     return model_files(settings["pickscore"]["model"])
 
 
 def load(name: str, settings: Mapping, device: torch.device, dtype: torch.dtype) -> Reward:
-    clip = Clip(settings["pickscore"]["model"], device, dtype, processor=settings["pickscore"]["processor"])
+    clip = Clip(settings["pickscore"]["model"], device, dtype)
     scale = clip.model.logit_scale.detach().float().exp()
 
     def pickscore(images: Tensor, prompts: Sequence[str]) -> Tensor:

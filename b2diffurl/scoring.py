@@ -1,0 +1,125 @@
+"""What the rewards say of a stage's images: the reward that is trained on, its parts, and the watched ones.
+
+N images
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from ml_collections import ConfigDict
+from torch import Tensor
+
+from b2diffurl import files
+from b2diffurl.rewards import Parts, Reward, by_name, load_reward, reward_weights, score
+from b2diffurl.rewards.file import read_scores
+from b2diffurl.rewards.mixture import Scales, combine, measure_scales, recorded_scales
+from b2diffurl.runtime import progress
+from b2diffurl.stage import Stage
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one stage's images."""
+
+    rewards: Tensor  # float32 [N], trained on
+    parts: Parts  # of the reward; those of a mixture by name, and name/part
+    watch: Parts  # watched rewards by name, and name/part
+    scales: Scales | None  # in whose units a mixture's parts were taken
+    seconds: dict[str, float]  # load: of the models; score
+
+
+def score_stage(config: ConfigDict, stage: Stage, prompts: list[str], device: torch.device) -> Scores:
+    """Score every image by every reward, one model after the other, and write scores.jsonl.
+
+    A FloatingPointError names the images whose score is not finite, after the file has been written.
+    """
+    weights, watched = reward_weights(config.reward), config.reward.watch
+    seconds = {"load": 0.0, "score": 0.0}
+    found = {}
+    for name in (*weights, *watched):
+        started = time.perf_counter()
+        reward = None if name == "file" else load_reward(name, config.reward, device)
+        loaded = time.perf_counter()
+        if reward is None:
+            found[name] = read_scores(stage.given_scores, len(prompts)), {}
+        else:
+            found[name] = score_images(name, reward, stage, prompts, config.reward.batch_size, config.reward.num_workers)
+        seconds["load"] += loaded - started
+        seconds["score"] += time.perf_counter() - loaded
+    values = {name: found[name][0] for name in weights}
+    scales = (recorded_scales(stage.root) or measure_scales(values)) if config.reward.standardise else None
+    parts = {key: value for name in weights for key, value in by_name(name, *found[name]).items()}
+    scores = Scores(
+        combine(values, weights, scales),
+        parts if config.reward.weights else found[config.reward.name][1],
+        {key: value for name in watched for key, value in by_name(name, *found[name]).items()},
+        scales,
+        seconds,
+    )
+    write_scores(stage, prompts, scores)
+    for name, (rewards, _) in found.items():
+        require_finite(name, rewards, stage)
+    return scores
+
+
+def score_images(
+    name: str, reward: Reward, stage: Stage, prompts: list[str], batch_size: int, num_workers: int
+) -> tuple[Tensor, Parts]:
+    """Rewards [N] and parts of all images, `batch_size` at once; the last batch is filled up by repeating its last."""
+    rewards: list[Tensor] = []
+    parts: dict[str, list] = {}
+    size = min(batch_size, len(prompts))
+    batches = [[min(n, len(prompts) - 1) for n in range(start, start + size)] for start in range(0, len(prompts), size)]
+    images = read_ahead([[stage.image(n) for n in batch] for batch in batches], num_workers)
+    for index, batch in enumerate(progress(batches, f"stage{stage.index} score {name}")):
+        real = min(size, len(prompts) - index * size)
+        try:
+            some_rewards, some_parts = score(reward, next(images), [prompts[n] for n in batch])
+        except Exception as error:
+            error.add_note(f"reward {name}, batch {index}: images {batch[0]} to {batch[-1]} of {stage.images}")
+            raise
+        rewards.append(some_rewards[:real])
+        for key, value in some_parts.items():
+            parts.setdefault(key, []).extend(value[:real])
+    return torch.cat(rewards), {
+        key: torch.stack(value) if isinstance(value[0], Tensor) else value for key, value in parts.items()
+    }
+
+
+def read_ahead(batches: list[list[Path]], num_workers: int) -> Iterator[Tensor]:
+    """Images uint8 [N,H,W,3] of each batch of files, the next batch being read while one is worked on."""
+    with ThreadPoolExecutor(num_workers) as pool:
+        reading = deque()
+        for paths in [*batches, []]:
+            reading.append([pool.submit(files.read_image, path) for path in paths])
+            if len(reading) > 1:
+                yield torch.stack([image.result() for image in reading.popleft()])
+
+
+def write_scores(stage: Stage, prompts: list[str], scores: Scores) -> None:
+    rows = []
+    for n, (prompt, reward) in enumerate(zip(prompts, scores.rewards.tolist(), strict=True)):
+        row = {"id": n, "prompt": prompt, "reward": finite(reward), "parts": nth(scores.parts, n)}
+        rows.append(row | ({"watch": nth(scores.watch, n)} if scores.watch else {}))
+    files.write_json_lines(stage.scores, rows)
+
+
+def nth(parts: Parts, n: int) -> dict[str, float | str | None]:
+    return {key: finite(value[n].item()) if isinstance(value, Tensor) else value[n] for key, value in parts.items()}
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def require_finite(name: str, rewards: Tensor, stage: Stage) -> None:
+    bad = (~rewards.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        shown = f"{bad[:20]}" + (f" and {len(bad) - 20} more" if len(bad) > 20 else "")
+        raise FloatingPointError(f"reward {name} is not finite for images {shown} of {stage.images}; see {stage.scores}")

@@ -1,0 +1,545 @@
+"""Each reward alone: against stock processor and forward one image at a time, Pillow's bytes, numbers by hand."""
+
+import io
+import json
+import pickle
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from conftest import ROOT, make_config
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import linear, normalize
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    DebertaModel,
+    LlavaForConditionalGeneration,
+)
+
+from b2diffurl.rewards import Reward, check_rewards, load_reward, reward_identity, score
+from b2diffurl.rewards.bertscore import TextScorer
+from b2diffurl.shapes.scene import RELATIONS, describe, random_scene, render, swap_colours
+
+CPU = torch.device("cpu")
+ASKED = ["a red circle", "a blue square", "a green cross", "a red circle and a blue square"]
+QUESTION = "what is in this picture ?"
+# How far a score may move with the batch size in float32, as a part of its size (rounding alone).
+BATCH_RTOL = 2e-6
+# How far a cosine may be from the float32 one: a few units in the last place of 11 and of 8 bits.
+HALF_ATOL = {"float16": 2e-3, "bfloat16": 1.5e-2}
+
+
+@pytest.fixture(scope="session")
+def zoo(models, tmp_path_factory) -> Path:
+    """A folder with `clip`, `llava` and `deberta`, another of each, and the aesthetic `head`."""
+    root = tmp_path_factory.mktemp("zoo")
+    shutil.copytree(models / "clip", root / "clip")
+    tiny.llava(root / "llava")
+    tiny.llava(root / "llava_other", seed=5)
+    tiny.deberta(root / "deberta")
+    tiny.deberta(root / "deberta_other", seed=6)
+    tiny.aesthetic_head(root / "head", tiny.WIDTH)
+    return root
+
+
+@pytest.fixture(scope="session")
+def images() -> Tensor:
+    """Images uint8 [8,64,64,3] of 16 coloured tiles each."""
+    tiles = torch.randint(0, 256, (8, 4, 4, 3), generator=torch.Generator().manual_seed(0))
+    return tiles.repeat_interleave(16, 1).repeat_interleave(16, 2).to(torch.uint8)
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[str]:
+    return ASKED * 2
+
+
+@pytest.fixture
+def settings(zoo) -> Callable:
+    """settings(**changed) -> the section `reward` of a configuration whose models are the zoo's; keys as in reward.<key>."""
+    mine = {
+        "clip.model": zoo / "clip",
+        "pickscore.model": zoo / "clip",
+        "aesthetic.clip": zoo / "clip",
+        "aesthetic.head": zoo / "head" / "head.pth",
+        "bertscore.captioner": zoo / "llava",
+        "bertscore.scorer": zoo / "deberta",
+        "bertscore.question": QUESTION,
+        "bertscore.max_new_tokens": 6,
+        "bertscore.num_layers": 2,
+    }
+
+    def make(changed: dict | None = None):
+        values = {f"reward.{key}": value for key, value in (mine | (changed or {})).items()}
+        return make_config({key: str(value) if isinstance(value, Path) else value for key, value in values.items()}).reward
+
+    return make
+
+
+@pytest.fixture
+def load(settings) -> Callable[..., Reward]:
+    """load(name, {key: value}) -> the reward with these settings on the CPU."""
+    return lambda name, changed=None: load_reward(name, settings(changed), CPU)
+
+
+def pictures(images: Tensor) -> list[Image.Image]:
+    return [Image.fromarray(image.numpy()) for image in images]
+
+
+# ---- CLIP, PickScore ----
+
+
+def stock_logits(root: Path, images: Tensor, prompts: list[str]) -> tuple[Tensor, float]:
+    """logits_per_image of stock CLIP, one picture and one prompt at a time, and its logit scale."""
+    model = CLIPModel.from_pretrained(root)
+    processor = CLIPProcessor(CLIPImageProcessor.from_pretrained(root), AutoTokenizer.from_pretrained(root))
+    with torch.no_grad():
+        rows = [
+            model(**processor(text=[prompt], images=picture, return_tensors="pt")).logits_per_image.item()
+            for picture, prompt in zip(pictures(images), prompts, strict=True)
+        ]
+    return torch.tensor(rows), model.logit_scale.exp().item()
+
+
+def test_clip_and_pickscore_are_stock_clips(zoo, load, images, prompts):
+    """`pickscore` is stock CLIP's logit of an image and its prompt, one at a time; `clip` is that by the logit scale."""
+    logits, scale = stock_logits(zoo / "clip", images, prompts)
+    assert scale > 2
+    assert len(set(logits.tolist())) == len(images)
+    torch.testing.assert_close(load("clip")(images, prompts), logits / scale, rtol=0, atol=2e-6)
+    torch.testing.assert_close(load("pickscore")(images, prompts), logits, rtol=0, atol=2e-6 * scale)
+
+
+def test_repeated_prompts_are_embedded_once(load, images, prompts):
+    """Four batches of the same prompts cost one call of the text tower; a new prompt costs one more, and 33 at once two."""
+    clip, calls = load("clip"), []
+    clip.model.text_model.register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(4):
+        clip(images, prompts)
+    assert len(calls) == 1
+    clip(images, ["a cross", *prompts[1:]])
+    assert len(calls) == 2
+    clip.embed_prompts([chr(97 + n % 26) * (1 + n // 26) for n in range(33)])
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("dtype", HALF_ATOL)
+def test_half_precision_gives_the_float32_score(load, images, prompts, dtype):
+    """In float16 and bfloat16 the model is in that type, and the CLIP score is float32's within the stated bound."""
+    half, full = load("clip", {"dtype": dtype}), load("clip", {"dtype": "float32"})
+    assert {weight.dtype for weight in half.model.parameters()} == {getattr(torch, dtype)}
+    assert half(images, prompts).dtype == torch.float32
+    difference = (half(images, prompts) - full(images, prompts)).abs().max().item()
+    assert 0 < difference < HALF_ATOL[dtype]
+    assert {weight.dtype for weight in load("clip", {"dtype": "auto"}).model.parameters()} == {torch.float32}
+
+
+def test_weights_as_a_pickle_are_read_as_tensors_alone(zoo, load, images, prompts, tmp_path):
+    """A model that has only pytorch_model.bin gives the same scores; one whose .bin holds code is refused, unexecuted."""
+    shutil.copytree(zoo / "clip", tmp_path / "clip")
+    (tmp_path / "clip" / "model.safetensors").unlink()
+    torch.save(CLIPModel.from_pretrained(zoo / "clip").state_dict(), tmp_path / "clip" / "pytorch_model.bin")
+    pickled = {"clip.model": tmp_path / "clip"}
+    assert torch.equal(load("clip", pickled)(images, prompts), load("clip")(images, prompts))
+    torch.save({"logit_scale": Touch(tmp_path / "owned")}, tmp_path / "clip" / "pytorch_model.bin")
+    with pytest.raises(Exception, match=r"(?i)weights.only"):
+        load("clip", pickled)
+    assert not (tmp_path / "owned").exists()
+
+
+class Touch:
+    """A pickle of it makes an empty file when code in pickles is run."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_a_clip_with_a_weight_missing_is_refused(zoo, load, tmp_path):
+    """Weights that a checkpoint lacks are not drawn at random."""
+    shutil.copytree(zoo / "clip", tmp_path / "clip")
+    state = CLIPModel.from_pretrained(zoo / "clip").state_dict()
+    del state["text_projection.weight"]
+    save_file(state, tmp_path / "clip" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "clip")) + ".*text_projection.weight"):
+        load("clip", {"clip.model": tmp_path / "clip"})
+
+
+# ---- the aesthetic head ----
+
+
+def stock_aesthetic(zoo: Path, images: Tensor) -> Tensor:
+    """LAION's head by hand on the normalised embedding of stock CLIP, one picture at a time."""
+    model, processor = CLIPModel.from_pretrained(zoo / "clip"), CLIPImageProcessor.from_pretrained(zoo / "clip")
+    state = torch.load(zoo / "head" / "head.pth", weights_only=True)
+    rows = []
+    for picture in pictures(images):
+        with torch.no_grad():
+            vision = model.vision_model(**processor(picture, return_tensors="pt")).pooler_output
+            x = normalize(model.visual_projection(vision))
+        for number in (0, 2, 4, 6, 7):
+            x = linear(x, state[f"layers.{number}.weight"], state[f"layers.{number}.bias"])
+        rows.append(x.item())
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize("form", ["head.pth", "head.safetensors", "folder of a .pth", "folder of a .safetensors"])
+def test_aesthetic_is_the_head_on_the_normalised_embedding(zoo, load, images, prompts, tmp_path, form):
+    """Whichever form the head's file has, and whatever the prompt says."""
+    head = zoo / "head" / form
+    if form.startswith("folder"):
+        head = tmp_path / "head"
+        head.mkdir()
+        shutil.copy(zoo / "head" / f"head{form.split()[-1]}", head)
+    expected = stock_aesthetic(zoo, images)
+    assert len(set(expected.tolist())) == len(images)
+    aesthetic = load("aesthetic", {"aesthetic.head": head})
+    torch.testing.assert_close(aesthetic(images, prompts), expected, rtol=0, atol=1e-6)
+    assert torch.equal(aesthetic(images, prompts), aesthetic(images, prompts[::-1]))
+
+
+def test_heads_that_are_none(zoo, load, tmp_path):
+    """Two heads in a folder or none, another width, a layer too few: refused with the file's name."""
+    head = tmp_path / "head"
+    state = tiny.aesthetic_head(head, tiny.WIDTH + 1)
+    with pytest.raises(ValueError, match=r"head\.pth.*layer 0 is \(1024, 17\), not \(1024, 16\)"):
+        load("aesthetic", {"aesthetic.head": head / "head.pth"})
+    save_file({name: tensor for name, tensor in state.items() if "layers.7" not in name}, head / "head.safetensors")
+    with pytest.raises(ValueError, match=r"head\.safetensors is no aesthetic head.*4 layers"):
+        load("aesthetic", {"aesthetic.head": head / "head.safetensors"})
+    shutil.copy(zoo / "head" / "head.safetensors", head / "another.safetensors")
+    with pytest.raises(FileNotFoundError, match=re.escape(str(head)) + ".*has 2"):
+        load("aesthetic", {"aesthetic.head": head})
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"nothing.*has 0"):
+        load("aesthetic", {"aesthetic.head": tmp_path / "nothing"})
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, 2))])
+def test_a_head_with_code_in_it_is_refused_and_the_code_not_run(load, tmp_path, write):
+    """A .pth is read for its tensors alone. What is refused is a ValueError with the file's name, as any other bad head."""
+    write({"layers.0.weight": Touch(tmp_path / "owned")}, tmp_path / "head.pth")
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "head.pth"))):
+        load("aesthetic", {"aesthetic.head": tmp_path / "head.pth"})
+    assert not (tmp_path / "owned").exists()
+
+
+# ---- BERTScore ----
+
+
+def stock_caption(root: Path, image: Tensor) -> str:
+    """LLaVA's words on one picture, by its own processor, chat template and generate."""
+    model, processor = LlavaForConditionalGeneration.from_pretrained(root), AutoProcessor.from_pretrained(root)
+    said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+    text = processor.apply_chat_template(said, add_generation_prompt=True)
+    inputs = processor(images=Image.fromarray(image.numpy()), text=text, return_tensors="pt")
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=6)[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(tokens, skip_special_tokens=True).strip()
+
+
+def hand_bertscore(root: Path, text: str, reference: str, layer: int) -> list[float]:
+    """Precision, recall and F1 by their definition, from stock DeBERTa's states, one text at a time, marks left out."""
+    model, tokenizer = DebertaModel.from_pretrained(root), AutoTokenizer.from_pretrained(root)
+    with torch.no_grad():
+        texts = [tokenizer(words, return_tensors="pt") for words in (text, reference)]
+        states = [model(**one, output_hidden_states=True).hidden_states[layer][0, 1:-1] for one in texts]
+    cosines = normalize(states[0].double(), dim=-1) @ normalize(states[1].double(), dim=-1).T
+    best = cosines.clamp(min=0)  # torchmetrics has the marks as zero vectors, so no match is worse than 0
+    precision, recall = best.amax(1).mean().item(), best.amax(0).mean().item()
+    return [precision, recall, 2 * precision * recall / (precision + recall)]
+
+
+def test_bertscore_is_the_recall_of_the_stock_caption(zoo, load, images, prompts):
+    """The caption is what stock LLaVA says of that picture alone; precision, recall and F1 are those by hand; recall is the
+    reward; the captions are among the parts, as strings, and differ."""
+    rewards, parts = score(load("bertscore"), images, prompts)
+    assert parts["caption"] == [stock_caption(zoo / "llava", image) for image in images]
+    assert len(set(parts["caption"])) > 2
+    for n, (caption, prompt) in enumerate(zip(parts["caption"], prompts, strict=True)):
+        expected = hand_bertscore(zoo / "deberta", caption, f"The image contains {prompt}", 2)
+        assert [parts[key][n].item() for key in ("precision", "recall", "f1")] == pytest.approx(expected, abs=2e-6)
+    assert torch.equal(rewards, parts["recall"])
+
+
+@pytest.mark.parametrize(("num_layers", "layer"), [(1, 1), (3, 3), (0, 3)])
+def test_bertscore_of_texts_of_very_different_lengths(zoo, num_layers, layer):
+    """Each pair has its own score in whatever order they come (torchmetrics, given all at once, mixes them up), from the
+    layer asked for, 0 being the last."""
+    texts = ["a red circle and a blue square and a green cross in this picture", "blue", "a cross", "square and circle"]
+    references = ["cross", "a blue square and a red circle and what is in the image", "a green cross", "a"]
+    found = TextScorer(str(zoo / "deberta"), num_layers, CPU)(texts, references)
+    for n, pair in enumerate(zip(texts, references, strict=True)):
+        expected = hand_bertscore(zoo / "deberta", *pair, layer)
+        assert [found[key][n].item() for key in ("precision", "recall", "f1")] == pytest.approx(expected, abs=2e-6)
+
+
+def test_captioner_and_scorer_can_be_swapped_each_alone(zoo, load, images, prompts):
+    """Another captioner says something else; another scorer rates the same captions differently, as it does by hand."""
+    _, mine = load("bertscore")(images, prompts)
+    _, captioned = load("bertscore", {"bertscore.captioner": zoo / "llava_other"})(images, prompts)
+    _, scored = load("bertscore", {"bertscore.scorer": zoo / "deberta_other"})(images, prompts)
+    assert captioned["caption"] == [stock_caption(zoo / "llava_other", image) for image in images] != mine["caption"]
+    assert scored["caption"] == mine["caption"]
+    expected = hand_bertscore(zoo / "deberta_other", mine["caption"][0], f"The image contains {prompts[0]}", 2)
+    assert scored["recall"][0].item() == pytest.approx(expected[1], abs=2e-6) != mine["recall"][0].item()
+
+
+def test_bertscore_edges(zoo, load):
+    """An empty caption scores 0; a layer the scorer has not got is refused with its depth."""
+    found = TextScorer(str(zoo / "deberta"), 2, CPU)(["", "a red circle"], ["a red circle", "a red circle"])
+    assert {key: value[0].item() for key, value in found.items()} == {"precision": 0.0, "recall": 0.0, "f1": 0.0}
+    assert found["recall"][1].item() == pytest.approx(1, abs=1e-6)
+    for number in (4, -1):
+        with pytest.raises(ValueError, match=f"num_layers is {number}.*has 3 layers"):
+            load("bertscore", {"bertscore.num_layers": number})
+
+
+def test_a_repeated_text_is_embedded_once(zoo):
+    """The scorer's network is called once for what 40 pairs have in common, and not again when they come again."""
+    scorer, calls = TextScorer(str(zoo / "deberta"), 2, CPU), []
+    scorer.model.register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(2):
+        scorer(ASKED * 10, ["the image"] * 40)
+    assert len(calls) == 1
+
+
+# ---- neighbours and batches ----
+
+MODEL_REWARDS = ("clip", "pickscore", "aesthetic", "bertscore")
+
+
+@pytest.mark.parametrize("name", MODEL_REWARDS)
+def test_a_score_does_not_depend_on_the_neighbours(load, images, prompts, name):
+    """In a batch of the same shape an image's score is the same to the bit, whatever images and prompts are beside it."""
+    one = score(load(name), images[:4], prompts[:4])[0]
+    other = score(load(name), torch.cat([images[4:7], images[3:4]]), [*prompts[:1] * 3, prompts[3]])[0]
+    assert one[3] == other[3]
+    assert not torch.equal(one[:3], other[:3])
+
+
+@pytest.mark.parametrize("name", MODEL_REWARDS)
+def test_a_score_does_not_depend_on_the_batch_size(load, images, prompts, name):
+    """One by one, three at once and all at once: the same score within rounding."""
+    reward = load(name)
+    whole = score(reward, images, prompts)[0]
+    for size in (1, 3):
+        pieces = [score(reward, images[n : n + size], prompts[n : n + size])[0] for n in range(0, len(images), size)]
+        torch.testing.assert_close(torch.cat(pieces), whole, rtol=BATCH_RTOL, atol=1e-6)
+
+
+# ---- without a model ----
+
+
+def test_jpeg_is_pillows_size_in_kb(load, images, prompts):
+    """Bytes of Pillow's JPEG at quality 95 by 1,000; negative for compressibility."""
+    expected = []
+    for picture in pictures(images):
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=95)
+        expected.append(len(file.getvalue()) / 1000)
+    assert len(set(expected)) > 1
+    assert load("jpeg_incompressibility")(images, prompts).tolist() == pytest.approx(expected, rel=1e-6)
+    assert load("jpeg_compressibility")(images, prompts).tolist() == pytest.approx([-size for size in expected], rel=1e-6)
+
+
+def test_shapes_says_whether_the_picture_shows_the_prompt(load):
+    """1 for a right prompt, 0 with the colours swapped, on drawn scenes; the parts say what is wrong."""
+    rng = np.random.default_rng(0)
+    scenes = [random_scene(rng) for _ in range(6)]
+    right = [describe(scene, "relation", rng) for scene in scenes]
+    wrong = [swap_colours(prompt) for prompt in right]
+    drawn = torch.from_numpy(np.stack([render(scene) for scene in scenes] * 2))
+    rewards, parts = score(load("shapes"), drawn, [*map(str, right), *map(str, wrong)])
+    assert any(relation in str(right[0]) for relation in RELATIONS)
+    assert rewards.tolist() == [1.0] * 6 + [0.0] * 6
+    assert parts["well_formed"].tolist() == [1.0] * 12
+
+
+# ---- your own ----
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch) -> Callable[[str], str]:
+    """own(source) -> the name of a module with that source on the Python path."""
+
+    def write(source: str) -> str:
+        name = f"own_rewards_{tmp_path.name}"
+        (tmp_path / f"{name}.py").write_text(source)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        return name
+
+    yield write
+    sys.modules.pop(f"own_rewards_{tmp_path.name}", None)
+
+
+def test_your_own_function_with_parts(own, load, settings, images, prompts):
+    """It may return rewards, or rewards and parts, numbers and strings; its source decides its identity."""
+    module = own(
+        "def plain(images, prompts):\n    return images.float().mean((1, 2, 3)).double()\n"
+        "def parted(images, prompts):\n    return plain(images, prompts), {'length': 1.0 * plain(images, prompts),\n"
+        "        'said': [prompt.upper() for prompt in prompts]}\n"
+    )
+    expected = [image.float().mean().item() for image in images]
+    rewards, parts = score(load(f"{module}:plain"), images, prompts)
+    assert (rewards.dtype, parts) == (torch.float32, {})
+    assert rewards.tolist() == pytest.approx(expected, rel=1e-6)
+    rewards, parts = score(load(f"{module}:parted"), images, prompts)
+    assert parts["said"] == [prompt.upper() for prompt in prompts]
+    assert parts["length"].tolist() == rewards.tolist()
+    before = reward_identity(f"{module}:plain", settings())
+    own("def plain(images, prompts):\n    return images.float().mean((1, 2, 3))\n")
+    assert reward_identity(f"{module}:plain", settings()) != before
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        ("[0.0] * len(prompts)", "returned list"),
+        ("None", "returned NoneType"),
+        ("images.float().mean((1, 2, 3))[:-1]", r"shape \(7,\) for 8 images"),
+        ("images.float().mean((2, 3))", r"shape \(8, 64\) for 8 images"),
+        ("images.float().mean()", r"shape \(\) for 8 images"),
+        ("(images.float().mean((1, 2, 3)), {'short': images.float().mean((1, 2, 3))[:3]})", "part 'short'.*8"),
+        ("(images.float().mean((1, 2, 3)), {'short': ['one']})", "part 'short'.*8"),
+        ("(images.float().mean((1, 2, 3)), {'odd': 'eight---'})", "part 'odd'.*8"),
+    ],
+)
+def test_what_a_function_must_not_return(own, load, images, prompts, returned, said):
+    """A list, another count, parts of another length: refused, with what came and how many there should be."""
+    module = own(f"def reward(images, prompts):\n    return {returned}\n")
+    with pytest.raises(ValueError, match=said):
+        score(load(f"{module}:reward"), images, prompts)
+
+
+# ---- imscore ----
+
+IMSCORE = {
+    "image_reward": ("imreward", "ImageReward"),
+    "hps_v2": ("hps", "HPSv2"),
+    "vqascore": ("vqascore", "VQAScore"),
+}
+STAND_IN = """
+import torch
+asked = []
+class Model(torch.nn.Module):
+    @classmethod
+    def from_pretrained(cls, path):
+        asked.append(("path", str(path)))
+        return cls()
+    def score(self, pixels, prompts):
+        asked.append((pixels, prompts))
+        rows = pixels.double().mean((1, 2, 3)) + torch.tensor([float(len(prompt)) for prompt in prompts])
+        return rows.mean() if type(self).__name__ == "VQAScore" else rows[:, None]
+"""
+
+
+@pytest.fixture
+def without_imscore(monkeypatch):
+    """The package as if it were not installed, and no trace of it afterwards."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "imscore"]:
+        monkeypatch.delitem(sys.modules, name)
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "imscore"]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def stand_in(without_imscore, tmp_path, monkeypatch) -> Path:
+    """A package `imscore` with the interface the package documents, which notes what it is asked."""
+    root = tmp_path / "site" / "imscore"
+    root.mkdir(parents=True)
+    (root / "__init__.py").write_text(STAND_IN)
+    for module, kind in IMSCORE.values():
+        (root / module).mkdir()
+        (root / module / "__init__.py").write_text("")
+        (root / module / "model.py").write_text(f"from imscore import Model\nclass {kind}(Model):\n    pass\n")
+    monkeypatch.syspath_prepend(str(root.parent))
+    return root
+
+
+@pytest.mark.parametrize("name", IMSCORE)
+def test_without_imscore_the_error_has_the_command(name, settings, monkeypatch):
+    """Where the package is not installed the check says the exact pip command, and the file it names asks for imscore."""
+    monkeypatch.setitem(sys.modules, "imscore", None)
+    real = [path for path in sys.path if not (Path(path) / "imscore").is_dir()]
+    monkeypatch.setattr(sys, "path", real)
+    monkeypatch.delitem(sys.modules, "imscore")
+    with pytest.raises(ModuleNotFoundError, match=f"{name} needs.*imscore: pip install -r requirements-rewards.txt"):
+        check_rewards([name], settings())
+    lines = (ROOT / "requirements-rewards.txt").read_text().splitlines()
+    assert any(line.startswith("imscore==") for line in lines)
+
+
+@pytest.mark.parametrize("name", IMSCORE)
+def test_imscore_is_given_pixels_and_prompts(zoo, stand_in, load, settings, images, prompts, name):
+    """The package's class is loaded from the model's folder and asked for float32 pixels [N,3,H,W] in 0..1 with their
+    prompts; scores [N,1], and one score for all (so asked one by one), become [N]."""
+    model = {f"{name}.model": zoo / "clip"}
+    reward = load(name, model)
+    found, _ = score(reward, images, prompts)
+    expected = [image.float().mean().item() / 255 + len(prompt) for image, prompt in zip(images, prompts, strict=True)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-6)
+    (_, path), *asked = sys.modules["imscore"].asked
+    assert path == str(zoo / "clip")
+    assert len(asked) == (8 if name == "vqascore" else 1)
+    assert torch.equal(torch.cat([pixels for pixels, _ in asked]), images.permute(0, 3, 1, 2).float() / 255)
+    assert [prompt for _, some in asked for prompt in some] == prompts
+    assert len(reward_identity(name, settings(model))[2]) >= 1
+
+
+def test_the_real_imscore_has_that_interface():
+    """Where the package is installed: its classes lie where the adapter looks and have these two functions."""
+    pytest.importorskip("imscore", exc_type=ImportError)
+    import importlib
+    import inspect
+
+    for module, kind in IMSCORE.values():
+        found = getattr(importlib.import_module(f"imscore.{module}.model"), kind)
+        assert list(inspect.signature(found.score).parameters)[1:3] == ["pixels", "prompts"]
+        assert callable(found.from_pretrained)
+
+
+# ---- what every model reward refuses ----
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["clip.model", "pickscore.model", "aesthetic.clip", "aesthetic.head", "bertscore.captioner",
+     "bertscore.scorer", "image_reward.model", "hps_v2.model", "vqascore.model"],
+)  # fmt: skip
+def test_a_model_neither_here_nor_on_a_hub_in_reach(settings, stand_in, key):
+    """The id is named, and the command that gets it; a folder that holds no model is named, too."""
+    name = key.split(".")[0]
+    with pytest.raises(FileNotFoundError, match=r"nobody/no-model.*hf download nobody/no-model"):
+        check_rewards([name], settings({key: "nobody/no-model"}))
+    if key != "aesthetic.head":
+        with pytest.raises(FileNotFoundError, match=re.escape(str(stand_in)) + ".*(config.json|model.safetensors)"):
+            check_rewards([name], settings({key: stand_in}))
+
+
+def test_identity_follows_the_files(zoo, settings, tmp_path):
+    """What tells two judges apart is what is in the model's files, not where they lie."""
+    copy = shutil.copytree(zoo / "clip", tmp_path / "clip")
+    moved = settings({"clip.model": copy})
+
+    def files_of(chosen) -> list[str]:
+        return reward_identity("clip", chosen)[2]
+
+    assert files_of(moved) == files_of(settings())
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"logit_scale_init_value": 1.0}))
+    assert files_of(moved) != files_of(settings())
