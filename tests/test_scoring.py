@@ -879,11 +879,10 @@ def test_the_readmes_reward_runs(begin, tmp_path, monkeypatch):
     name, function = re.search(r"(\w+):(\w+)", re.search(r"reward\.name=\S+|Reward=\S+", section)[0].split("=")[1]).groups()
     (tmp_path / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, name, raising=False)  # another test's module of that name
     folder, settings = begin({"reward.name": f"{name}:{function}"})
-    try:
-        ran(folder, "select", settings)
-    finally:
-        sys.modules.pop(name, None)
+    ran(folder, "select", settings)
+    monkeypatch.delitem(sys.modules, name)
     space: dict = {}
     exec(source, space)
     rows = scores(folder)
