@@ -41,17 +41,7 @@ def score_stage(config: ConfigDict, stage: Stage, prompts: list[str], device: to
     """
     weights, watched = reward_weights(config.reward), config.reward.watch
     seconds = {"load": 0.0, "score": 0.0}
-    found = {}
-    for name in (*weights, *watched):
-        started = time.perf_counter()
-        reward = None if name == "file" else load_reward(name, config.reward, device)
-        loaded = time.perf_counter()
-        if reward is None:
-            found[name] = read_scores(stage.given_scores, len(prompts)), {}
-        else:
-            found[name] = score_images(name, reward, stage, prompts, config.reward.batch_size, config.reward.num_workers)
-        seconds["load"] += loaded - started
-        seconds["score"] += time.perf_counter() - loaded
+    found = {name: score_by(name, config, stage, prompts, device, seconds) for name in (*weights, *watched)}
     values = {name: found[name][0] for name in weights}
     scales = (recorded_scales(stage.root) or measure_scales(values)) if config.reward.standardise else None
     parts = {key: value for name in weights for key, value in by_name(name, *found[name]).items()}
@@ -65,6 +55,21 @@ def score_stage(config: ConfigDict, stage: Stage, prompts: list[str], device: to
     write_scores(stage, prompts, scores)
     for name, (rewards, _) in found.items():
         require_finite(name, rewards, stage)
+    return scores
+
+
+def score_by(
+    name: str, config: ConfigDict, stage: Stage, prompts: list[str], device: torch.device, seconds: dict[str, float]
+) -> tuple[Tensor, Parts]:
+    """Rewards [N] and parts of one reward, whose model is gone when it returns; adds to `seconds`."""
+    if name == "file":
+        return read_scores(stage.given_scores, len(prompts)), {}
+    started = time.perf_counter()
+    reward = load_reward(name, config.reward, device)
+    loaded = time.perf_counter()
+    scores = score_images(name, reward, stage, prompts, config.reward.batch_size, config.reward.num_workers)
+    seconds["load"] += loaded - started
+    seconds["score"] += time.perf_counter() - loaded
     return scores
 
 
