@@ -46,7 +46,7 @@ set_flag save_path "$SavePath"
 set_flag pretrained.model "$ModelVersion"
 set_flag reward.name "$Reward"
 set_flag reward.weights "$RewardWeights"
-set_flag reward.watch "$Watch"
+set_flag reward.watch "${Watch:+($(sed "s/[^, ][^, ]*/'&'/g" <<< "$Watch"),)}"    # a,b -> ('a','b',)
 set_flag prompt_file "$PromptFile"
 set_flag prompt_random_choose "$RandomPrompt"
 set_flag seed "$Seed"

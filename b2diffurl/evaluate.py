@@ -22,7 +22,18 @@ from b2diffurl.features import REWARD_OF, Features, check_features, load_feature
 from b2diffurl.models import Model, base_fingerprint
 from b2diffurl.policy import decode, load_policy, predictor, warn_of_cut_prompts
 from b2diffurl.prompts import batch_prompts, place_prompts
-from b2diffurl.rewards import Reward, by_name, check_rewards, load_reward, reward_identity, reward_weights, score
+from b2diffurl.rewards import (
+    Parts,
+    Reward,
+    by_name,
+    check_rewards,
+    join,
+    load_reward,
+    require_finite,
+    reward_identity,
+    reward_weights,
+    score,
+)
 from b2diffurl.rewards.mixture import Scales, combine, recorded_scales
 from b2diffurl.runtime import logger, make_accelerator, progress
 from b2diffurl.seeding import generator
@@ -68,7 +79,7 @@ def evaluate(
     scorers = named_scorers(config)
     scales = recorded_scales(root) if config.reward.standardise else None
     if config.reward.standardise and not scales:
-        raise ValueError(f"reward.standardise takes its scale from the first stage, and {root} has none selected yet")
+        raise ValueError(f"reward.standardise takes its scale from the first stage; {root} has none selected with it")
     loras = {name: resolve_checkpoint(root, name) for name in sorted(checkpoints, key=lambda name: name != "base")}
     placed = {name: named_prompts(config, name) for name in prompt_sets}
     prompts = {name: [prompt for _, prompt in some] for name, some in placed.items()}
@@ -135,11 +146,17 @@ def conditions(config: ConfigDict, scorers: list[str], scales: Scales | None, ac
 
     Left out are the number of threads, which moves results by rounding, and this package's own code.
     """
-    models = dict.fromkeys([*scorers, *(REWARD_OF[name] for name in config.eval.diversity)])
+    models = sorted({*scorers, *(REWARD_OF[name] for name in config.eval.diversity)})
     return [
         RESULT_FORMAT,
         [reward_identity(name, config.reward) for name in models],
-        [reward_weights(config.reward), scales, config.reward.dtype],
+        [
+            reward_weights(config.reward),
+            bool(config.reward.weights),
+            scales,
+            config.reward.dtype,
+            sorted(config.reward.watch),
+        ],
         {key: config.eval[key] for key in ("judge", "diversity", "num_images", "batch_size", "seed")},
         [accelerator.device.type, accelerator.mixed_precision, config.allow_tf32],
         base_fingerprint(config.pretrained),
@@ -176,7 +193,7 @@ def judge(
     folder: Path,
 ) -> None:
     """Sample, score, and write result.json (last) with every image's values, and the first images."""
-    values: dict[str, list[float]] = {}
+    found: dict[str, list[tuple[Tensor, Parts]]] = {key: [] for key in instruments.rewards}
     features: dict[str, list[Tensor]] = {key: [] for key in instruments.features}
     for batch in progress(range(math.ceil(config.eval.num_images / config.eval.batch_size)), "eval"):
         start = batch * config.eval.batch_size
@@ -186,17 +203,17 @@ def judge(
         for n in range(start, min(start + count, NUM_SHOWN)):
             files.write_image(folder / f"{n:05d}.png", images[n - start])
         for key, reward in instruments.rewards.items():
-            total, parts = score(reward, images, some_prompts)
-            if not total[:count].isfinite().all():
-                raise FloatingPointError(
-                    f"reward {key} is not finite for images of batch {batch}; prompts {some_prompts[:3]} …"
-                )
-            for part, numbers in by_name(key, total, parts).items():
-                if isinstance(numbers, Tensor):
-                    values.setdefault(part, []).extend(numbers[:count].tolist())
+            try:
+                found[key].append(score(reward, images, some_prompts, count))
+            except Exception as error:
+                error.add_note(f"reward {key}, batch {batch}: images {start} to {start + count - 1} of the evaluation")
+                raise
+            require_finite(key, found[key][-1][0], f"of batch {batch}, prompts {some_prompts[:3]} …")
         for key, feature in instruments.features.items():
             features[key].append(feature.embed(images, some_prompts)[:count])
     asked = batch_prompts(prompts, config.eval.num_images, 0, None)
+    named = {part: numbers for key, batches in found.items() for part, numbers in by_name(key, *join(batches)).items()}
+    values = {part: numbers for part, numbers in named.items() if isinstance(numbers, Tensor)}
     summary = summarise(config, values, scales, asked, len(prompts))
     right = summary["values"].get("accuracy")
     summary["diversity"] = {
@@ -227,27 +244,27 @@ def sample_images(config: ConfigDict, model: Model, prompts: list[str], batch: i
 
 
 def summarise(
-    config: ConfigDict, values: dict[str, list[float]], scales: Scales | None, asked: list[str], num_prompts: int
+    config: ConfigDict, values: dict[str, Tensor], scales: Scales | None, asked: list[str], num_prompts: int
 ) -> dict[str, Any]:
-    """Means, errors and values.
+    """Means, errors and values; those that are not finite are None.
 
     `reward` is the trained one, `accuracy` the judge's; those of a mixture and watched ones stand under their names, parts
     of any under `<name>/<part>`.
     """
     weights, judge = reward_weights(config.reward), config.eval.judge
-    kept: dict[str, list[float]] = {}
+    kept: dict[str, Tensor] = {}
     if "file" not in weights:
-        trained = {name: torch.tensor(values[name]) for name in weights}
-        kept["reward"] = combine(trained, weights, scales).tolist()
+        kept["reward"] = combine(values, weights, scales)
     if judge:
         kept["accuracy"] = values[judge]
     named = {*(config.reward.weights or ()), *config.reward.watch}
     kept |= {key: numbers for key, numbers in values.items() if "/" in key or key in named}
     nothing = dict.fromkeys(("reward", "reward_se", "accuracy", "accuracy_se"))
     summary = {"n_images": len(asked), "n_prompts": num_prompts} | nothing
-    for key, numbers in kept.items():
+    lists = {key: [value if math.isfinite(value) else None for value in numbers.tolist()] for key, numbers in kept.items()}
+    for key, numbers in lists.items():
         summary[key], summary[f"{key}_se"] = mean_and_error(numbers)
-    return summary | {"shown_prompts": asked[:NUM_SHOWN], "values": kept}
+    return summary | {"shown_prompts": asked[:NUM_SHOWN], "values": lists}
 
 
 def summarise_diversity(
@@ -268,8 +285,9 @@ def summarise_diversity(
     return found
 
 
-def mean_and_error(numbers: list[float]) -> tuple[float | None, float | None]:
-    """Mean and its standard error; None of nothing."""
+def mean_and_error(numbers: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Mean and its standard error, of those that are numbers; None of nothing."""
+    numbers = [number for number in numbers if number is not None]
     if not numbers:
         return None, None
     tensor = torch.tensor(numbers, dtype=torch.float64)
@@ -277,9 +295,10 @@ def mean_and_error(numbers: list[float]) -> tuple[float | None, float | None]:
     return tensor.mean().item(), error
 
 
-def paired_difference(after: Sequence[float], before: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean of after - before, value by value, and its standard error."""
-    return mean_and_error([new - old for new, old in zip(after, before, strict=True)])
+def paired_difference(after: Sequence[float | None], before: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Mean of after - before, value by value where both are numbers, and its standard error."""
+    pairs = zip(after, before, strict=True)
+    return mean_and_error([new - old for new, old in pairs if new is not None and old is not None])
 
 
 def add_differences(results: list[dict[str, Any]]) -> None:
@@ -295,6 +314,8 @@ def add_differences(results: list[dict[str, Any]]) -> None:
         if against is None or result is against:
             continue
         for key, numbers in result["values"].items():
+            if key not in against["values"]:
+                continue  # a part that a reward gives for some images alone
             result[f"{key}_gain"], result[f"{key}_gain_se"] = paired_difference(numbers, against["values"][key])
         before = dict(diversities(against))
         for name, after in diversities(result):

@@ -148,7 +148,7 @@ def check(config: ConfigDict) -> None:
     for name in ("kl_weight", "dpo_beta", "eps"):
         if not 0 <= train[name] < math.inf:
             raise ValueError(f"train.{name} is {train[name]}; it must be finite and not negative")
-    check_reward_settings(config["reward"])
+    check_reward_settings(config["reward"], evaluation["judge"])
     check_choice("mixed_precision", config["mixed_precision"], PRECISIONS)
     check_choice("curriculum", config["curriculum"], CURRICULA)
     check_choice("sampling", config["sampling"], SAMPLINGS)
@@ -160,7 +160,7 @@ def check(config: ConfigDict) -> None:
     check_combination(config)
 
 
-def check_reward_settings(reward: ConfigDict) -> None:
+def check_reward_settings(reward: ConfigDict, judge: str) -> None:
     """Refuse a mixture or a list of judges that is none."""
     weights, watch = reward["weights"], reward["watch"]
     check_choice("reward.dtype", reward["dtype"], REWARD_DTYPES)
@@ -172,6 +172,8 @@ def check_reward_settings(reward: ConfigDict) -> None:
                 raise ValueError(f"reward.weights has {weight!r} for {name!r}; it gives names finite numbers other than 0")
     elif reward["standardise"]:
         raise ValueError("reward.standardise is on without reward.weights; a single reward's scale has no effect")
+    if judge == "file":
+        raise ValueError("eval.judge is file, which has no scores for the images that are judged")
     trained = list(weights or [reward["name"]])
     for name in watch:
         if not isinstance(name, str) or name in trained or watch.count(name) > 1:
@@ -209,6 +211,7 @@ def check_identity(recorded: dict, wanted: dict, root: Path) -> None:
     before = {key: now[key] for key in ADDED_UNUSED} | ADDED | before
     reward = wanted["config"]["reward"]
     volatile = {*VOLATILE, *unused_settings(now, [*(reward["weights"] or [reward["name"]]), "weights"])}
+    volatile |= {"reward.name"} if reward["weights"] else set()
     differing = [
         f"{key} is {now.get(key)!r}, was {before.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

@@ -34,7 +34,7 @@ def place_prompts(path: str | Path) -> list[tuple[str, str]]:
 
 
 def parse_text(path: Path, text: str) -> list[tuple[str, Any]]:
-    return [(f"{path}, line {n}", line.strip()) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    return [(f"{path}, line {n}", line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def parse_json_lines(path: Path, text: str) -> list[tuple[str, Any]]:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from b2diffurl import files
-from b2diffurl.rewards import Parts, Reward, by_name, load_reward, reward_weights, score
+from b2diffurl.rewards import Parts, Reward, by_name, join, load_reward, require_finite, reward_weights, score
 from b2diffurl.rewards.file import read_scores
 from b2diffurl.rewards.mixture import Scales, combine, measure_scales, recorded_scales
 from b2diffurl.runtime import progress
@@ -53,8 +53,9 @@ def score_stage(config: ConfigDict, stage: Stage, prompts: list[str], device: to
         seconds,
     )
     write_scores(stage, prompts, scores)
-    for name, (rewards, _) in found.items():
-        require_finite(name, rewards, stage)
+    named = {name: rewards for name, (rewards, _) in found.items()} | {"(weighted sum)": scores.rewards}
+    for name, rewards in named.items():
+        require_finite(name, rewards, f"of {stage.images}; see {stage.scores}")
     return scores
 
 
@@ -77,24 +78,18 @@ def score_images(
     name: str, reward: Reward, stage: Stage, prompts: list[str], batch_size: int, num_workers: int
 ) -> tuple[Tensor, Parts]:
     """Rewards [N] and parts of all images, `batch_size` at once; the last batch is filled up by repeating its last."""
-    rewards: list[Tensor] = []
-    parts: dict[str, list] = {}
     size = min(batch_size, len(prompts))
     batches = [[min(n, len(prompts) - 1) for n in range(start, start + size)] for start in range(0, len(prompts), size)]
     images = read_ahead([[stage.image(n) for n in batch] for batch in batches], num_workers)
+    found = []
     for index, batch in enumerate(progress(batches, f"stage{stage.index} score {name}")):
-        real = min(size, len(prompts) - index * size)
+        count = min(size, len(prompts) - index * size)
         try:
-            some_rewards, some_parts = score(reward, next(images), [prompts[n] for n in batch])
+            found.append(score(reward, next(images), [prompts[n] for n in batch], count))
         except Exception as error:
             error.add_note(f"reward {name}, batch {index}: images {batch[0]} to {batch[-1]} of {stage.images}")
             raise
-        rewards.append(some_rewards[:real])
-        for key, value in some_parts.items():
-            parts.setdefault(key, []).extend(value[:real])
-    return torch.cat(rewards), {
-        key: torch.stack(value) if isinstance(value[0], Tensor) else value for key, value in parts.items()
-    }
+    return join(found)
 
 
 def read_ahead(batches: list[list[Path]], num_workers: int) -> Iterator[Tensor]:
@@ -121,10 +116,3 @@ def nth(parts: Parts, n: int) -> dict[str, float | str | None]:
 
 def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def require_finite(name: str, rewards: Tensor, stage: Stage) -> None:
-    bad = (~rewards.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        shown = f"{bad[:20]}" + (f" and {len(bad) - 20} more" if len(bad) > 20 else "")
-        raise FloatingPointError(f"reward {name} is not finite for images {shown} of {stage.images}; see {stage.scores}")

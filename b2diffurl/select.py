@@ -105,6 +105,7 @@ def summarise(
     """The stage's figures for log, metrics and manifest."""
     rewards = scores.rewards
     means = scores.parts | {f"watch/{key}": value for key, value in scores.watch.items()}
+    means = {key: value for key, value in means.items() if isinstance(value, Tensor) and value.isfinite().any()}
     inside = rewards.unflatten(0, (-1, num_siblings))
     return {
         "num_images": len(rewards),
@@ -115,4 +116,4 @@ def summarise(
         "reward_mean": rewards.mean().item(),
         "reward_std": rewards.std().item() if len(rewards) > 1 else 0.0,
         "reward_group_std": inside.std(1).mean().item() if num_siblings > 1 else 0.0,
-    } | {f"{key}_mean": value.mean().item() for key, value in means.items() if isinstance(value, Tensor)}
+    } | {f"{key}_mean": value[value.isfinite()].mean().item() for key, value in means.items()}

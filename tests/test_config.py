@@ -144,7 +144,7 @@ def test_every_key_can_be_set_on_the_command_line(preset, tmp_path):
     for key, value in given.items():
         kind = type(value)
         if value is None:
-            continue  # reward.weights: a dict, by tests/test_rewards.py
+            continue  # reward.weights: a dict, by RewardWeights below
         given[key] = (
             not value if kind is bool else "other" if kind is str else ("other",) if kind is tuple else kind(value + 1)
         )
@@ -212,7 +212,7 @@ VARIABLES = {
     "Dev_Id": ("dev_id", 13),
     "Reward": ("reward.name", "jpeg_compressibility"),
     "RewardWeights": ("reward.weights", {"clip": 1.0, "my.rewards:beauty": -0.5}),
-    "Watch": ("reward.watch", ("clip", "shapes")),
+    "Watch": ("reward.watch", ("shapes", "my.rewards:beauty")),
 }
 
 
@@ -246,7 +246,7 @@ def test_run_process_goes_through_the_stages(tmp_path):
 
 def test_every_variable_of_run_process_sets_its_key(tmp_path):
     """Each documented variable, from the environment, ends up in the key it stands for, in each script."""
-    variables = {name: str(value) for name, (_, value) in VARIABLES.items()}
+    variables = {name: str(value) for name, (_, value) in VARIABLES.items()} | {"Watch": "shapes,my.rewards:beauty"}
     source = (ROOT / "run_process.sh").read_text()
     assert set(re.findall(r"^(\w+)=\"\$\{\1:-", source, re.MULTILINE)) == {*VARIABLES, "Preset"}
     calls = dry_run(tmp_path, variables | {"Preset": "sd14"})

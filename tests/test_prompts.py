@@ -72,7 +72,9 @@ def test_load_prompts_reads_json_and_text(tmp_path):
     """A JSON list, JSON lines and text with a prompt a line say the same; blank lines are no prompts; each is placed."""
     (tmp_path / "p.json").write_text(json.dumps(["a cat", "ein Vögelchen"]), encoding="utf-8")
     (tmp_path / "p.txt").write_text("a cat\n\n  ein Vögelchen \n", encoding="utf-8")
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a cat", "id": 3}\n\n{"prompt": "ein Vögelchen"}\n', encoding="utf-8")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a cat", "id": 3}\n\n{"prompt": "ein Vögelchen"}\r\n', encoding="utf-8")
+    (tmp_path / "odd.jsonl").write_text('{"prompt": "a cat\u2028asleep"}\n', encoding="utf-8")
+    assert load_prompts(tmp_path / "odd.jsonl") == ["a cat\u2028asleep"]  # a line only to str.splitlines
     for name, places in (
         ("p.json", ("entry 1", "entry 2")),
         ("p.txt", ("line 1", "line 3")),

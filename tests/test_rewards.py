@@ -15,7 +15,7 @@ import tiny
 import torch
 from conftest import ROOT, make_config
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import linear, normalize
 from transformers import (
@@ -216,10 +216,10 @@ def test_heads_that_are_none(zoo, load, tmp_path):
     """Two heads in a folder or none, another width, a layer too few: refused with the file's name."""
     head = tmp_path / "head"
     state = tiny.aesthetic_head(head, tiny.WIDTH + 1)
-    with pytest.raises(ValueError, match=r"head\.pth.*layer 0 is \(1024, 17\), not \(1024, 16\)"):
+    with pytest.raises(ValueError, match=r"head\.pth.*layers\.0\.weight.*\[1024, 17\].*\[1024, 16\]"):
         load("aesthetic", {"aesthetic.head": head / "head.pth"})
     save_file({name: tensor for name, tensor in state.items() if "layers.7" not in name}, head / "head.safetensors")
-    with pytest.raises(ValueError, match=r"head\.safetensors is no aesthetic head.*4 layers"):
+    with pytest.raises(ValueError, match=r"head\.safetensors is not an aesthetic head.*Missing key.*layers\.7\.weight"):
         load("aesthetic", {"aesthetic.head": head / "head.safetensors"})
     shutil.copy(zoo / "head" / "head.safetensors", head / "another.safetensors")
     with pytest.raises(FileNotFoundError, match=re.escape(str(head)) + ".*has 2"):
@@ -413,9 +413,16 @@ def test_your_own_function_with_parts(own, load, settings, images, prompts):
         ("images.float().mean((1, 2, 3))[:-1]", r"shape \(7,\) for 8 images"),
         ("images.float().mean((2, 3))", r"shape \(8, 64\) for 8 images"),
         ("images.float().mean()", r"shape \(\) for 8 images"),
-        ("(images.float().mean((1, 2, 3)), {'short': images.float().mean((1, 2, 3))[:3]})", "part 'short'.*8"),
-        ("(images.float().mean((1, 2, 3)), {'short': ['one']})", "part 'short'.*8"),
-        ("(images.float().mean((1, 2, 3)), {'odd': 'eight---'})", "part 'odd'.*8"),
+        ("(images.float().mean((1, 2, 3)), {'short': images.float().mean((1, 2, 3))[:3]})", r"'short' .*\(3,\) for 8"),
+        ("(images.float().mean((1, 2, 3)), {'short': ['one']})", r"'short' .*\(1,\) for 8"),
+        ("(images.float().mean((1, 2, 3)), {'odd': 'eight---'})", "'odd' .* is str"),
+        ("(images.float().mean((1, 2, 3)), {'odd': [1.0] * 8})", "'odd' .* is list.* N strings"),
+        ("(images.float().mean((1, 2, 3)), {'wide': images.float().mean((1, 2))})", r"'wide' .*\(8, 3\) for 8"),
+        (
+            "(images.float().mean((1, 2, 3)), {'reward': images.float().mean((1, 2, 3))})",
+            "part of the reward is called 'reward'",
+        ),
+        ("(images.float().mean((1, 2, 3)), {}, {})", "returned tuple"),
     ],
 )
 def test_what_a_function_must_not_return(own, load, images, prompts, returned, said):
@@ -532,14 +539,97 @@ def test_a_model_neither_here_nor_on_a_hub_in_reach(settings, stand_in, key):
 
 
 def test_identity_follows_the_files(zoo, settings, tmp_path):
-    """What tells two judges apart is what is in the model's files, not where they lie."""
+    """What tells two judges apart is what is in the model's files, not where they lie; a server is known by its address."""
     copy = shutil.copytree(zoo / "clip", tmp_path / "clip")
     moved = settings({"clip.model": copy})
-
-    def files_of(chosen) -> list[str]:
-        return reward_identity("clip", chosen)[2]
-
-    assert files_of(moved) == files_of(settings())
+    assert reward_identity("clip", moved) == reward_identity("clip", settings())
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"logit_scale_init_value": 1.0}))
-    assert files_of(moved) != files_of(settings())
+    assert reward_identity("clip", moved) != reward_identity("clip", settings())
+    llava = shutil.copytree(zoo / "llava", tmp_path / "llava")
+    captioned = settings({"bertscore.captioner": llava})
+    assert reward_identity("bertscore", captioned) == reward_identity("bertscore", settings())
+    (llava / "chat_template.jinja").write_text("{{ messages }}")
+    assert reward_identity("bertscore", captioned) != reward_identity("bertscore", settings())
+    one, other = (reward_identity("http", settings({"http.url": f"http://{host}/"})) for host in "ab")
+    assert one != other
+
+
+@pytest.mark.parametrize("name", ["clip", "pickscore", "aesthetic", "bertscore"])
+@pytest.mark.parametrize("lost", ["tokenizer", "weights"])
+def test_a_model_that_is_not_whole(zoo, load, tmp_path, name, lost):
+    """Without its tokenizer transformers would read no word, without some of its weights draw them at random: refused."""
+    key, source = {"bertscore": ("bertscore.scorer", "deberta"), "aesthetic": ("aesthetic.clip", "clip")}.get(
+        name, (f"{name}.model", "clip")
+    )
+    model = shutil.copytree(zoo / source, tmp_path / "model")
+    if lost == "tokenizer":
+        for path in [*model.glob("*token*"), *model.glob("vocab*")]:
+            path.unlink()
+        with pytest.raises(FileNotFoundError, match=re.escape(str(model)) + ".*lacks a tokenizer"):
+            load(name, {key: model})
+        return
+    state = load_file(model / "model.safetensors")
+    kept = {key: tensor for key, tensor in state.items() if "layers.1." not in key and "layer.1." not in key}
+    assert len(kept) < len(state)
+    save_file(kept, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=re.escape(str(model)) + r" lacks weights of \w+, such as .*layers?\.1\."):
+        load(name, {key: model})
+
+
+# ---- the hub's cache ----
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch) -> Callable[[str, Path, str], None]:
+    """cached(id, folder, pattern): put the folder's files that match into the hub's cache as that model's only snapshot."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def put(model: str, folder: Path, pattern: str = "*") -> None:
+        root = tmp_path / "hub" / f"models--{model.replace('/', '--')}"
+        (root / "refs").mkdir(parents=True, exist_ok=True)
+        (root / "refs" / "main").write_text("0" * 40)
+        (root / "snapshots" / ("0" * 40)).mkdir(parents=True, exist_ok=True)
+        for path in folder.glob(pattern):
+            shutil.copy(path, root / "snapshots" / ("0" * 40))
+
+    return put
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin", "sharded"])
+def test_a_model_in_the_hubs_cache(zoo, load, images, prompts, cached, tmp_path, form):
+    """By id and offline: a whole model is taken, with weights in either form, or in shards; it scores as from its folder."""
+    model = shutil.copytree(zoo / "clip", tmp_path / "model")
+    if form != "safetensors":
+        stock = CLIPModel.from_pretrained(zoo / "clip")
+        (model / "model.safetensors").unlink()
+        if form == "sharded":
+            stock.save_pretrained(model, max_shard_size="10KB")
+            assert len([*model.glob("model-*.safetensors")]) > 1
+        else:
+            torch.save(stock.state_dict(), model / "pytorch_model.bin")
+    cached("somebody/clip", model)
+    found = load("clip", {"clip.model": "somebody/clip"})(images, prompts)
+    torch.testing.assert_close(found, load("clip")(images, prompts), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("lost", ["config.json", "tokenizer*", "model-00002*", "model*.safetensors"])
+def test_a_model_that_is_not_whole_in_the_hubs_cache(zoo, settings, cached, tmp_path, lost):
+    """Offline, a cache that lacks a part of the model is told apart from a model: the command that gets it is named."""
+    model = shutil.copytree(zoo / "clip", tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    CLIPModel.from_pretrained(zoo / "clip").save_pretrained(model, max_shard_size="10KB")
+    missing = [*model.glob(lost), *(model.glob("vocab*") if "token" in lost else ())]
+    assert missing
+    for path in missing:
+        path.unlink()
+    cached("somebody/clip", model)
+    with pytest.raises(FileNotFoundError, match=r"not whole.*hf download somebody/clip"):
+        check_rewards(["clip"], settings({"clip.model": "somebody/clip"}))
+
+
+def test_the_heads_pickle_alone_in_the_hubs_cache(zoo, load, images, prompts, cached):
+    """A repository with a .pth and nothing else, as the aesthetic head's is."""
+    cached("somebody/head", zoo / "head", "head.pth")
+    found = load("aesthetic", {"aesthetic.head": "somebody/head"})(images, prompts)
+    assert torch.equal(found, load("aesthetic")(images, prompts))

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import csv
+import importlib.util
 import io
 import json
 import os
@@ -138,10 +139,17 @@ def serve(monkeypatch) -> Iterator[Callable]:
                     if status == 0:  # no HTTP at all
                         self.wfile.write(body)
                         return
-                    self.send_response(status if status > 0 else 200)
-                    self.send_header("Content-Length", str(len(body) + (5 if status < 0 else 0)))  # -1: cut off
+                    self.send_response(abs(status) if status not in (-1, -2) else 200)
+                    if status == 302:
+                        self.send_header("Location", "/score")
+                    self.send_header("Content-Length", str(len(body) + (5 if status < 0 else 0)))  # -1, -500: cut off
                     self.end_headers()
+                    for letter in body if status == -2 else ():  # drips, without an end
+                        self.wfile.write(bytes([letter]))
+                        time.sleep(0.05)
                     self.wfile.write(body)
+                    if status == -500:
+                        time.sleep(0.6)
 
             def log_message(self, *_):
                 pass
@@ -221,13 +229,16 @@ def test_http_asks_again_after_a_500(begin, serve):
         (lambda _: [1.0] * 4, "answered.*not.*scores", 1),
         (lambda _: (500, b"out of cheese"), "answered 500 .*out of cheese; asked 2 times", 2),
         (lambda _: (503, b""), "answered 503 .*; asked 2 times", 2),
-        (lambda _: (400, b"what?"), "answered 400 .*what.*; asked 1 times", 1),
-        (lambda _: (404, b""), "answered 404 .*; asked 1 times", 1),
+        (lambda _: (400, b"what?"), "answered 400 .*what.*; asked 1 time", 1),
+        (lambda _: (404, b""), "answered 404 .*; asked 1 time", 1),
         (lambda _: (-1, {"scores": [1.0] * 4}), "asked 2 times", 2),
         (lambda _: (0, b"hello\r\n"), "asked 2 times", 2),
+        (lambda _: (-2, b'{"scores": [1.0, 1.0, 1.0, 1.0]}'), "did not answer within 0.3 s", 2),
+        (lambda _: (-500, b"half"), "answered 500 ", 2),
+        (lambda _: (302, b""), "answered 302 .*asked 1 time", 1),
     ],
     ids=["slow", "too few", "too many", "strings", "null", "lists", "a number", "beyond a float", "no JSON", "no text",
-         "no scores", "a list", "500", "503", "400", "404", "cut off", "no HTTP"],
+         "no scores", "a list", "500", "503", "400", "404", "cut off", "no HTTP", "drips", "500 that hangs", "elsewhere"],
 )  # fmt: skip
 def test_http_servers_that_misbehave(begin, serve, answer, said, num_requests):
     """Whatever comes back, two lines with the URL say what; only a server that is away, slow or broken is asked again, as
@@ -571,11 +582,13 @@ def changed(**columns) -> Callable[[list[dict]], list[dict]]:
         (changed(score="-inf"), "line 7: the score of id 5 is -inf"),
         (changed(score="1e999"), "line 7: the score of id 5 is 1e999"),
         (changed(score="1e39"), "5"),
+        (changed(score="1_0"), "line 7: .*'1_0' must be numbers"),
+        (changed(id="0_5"), "line 7: .*'0_5'.* must be numbers"),
         (lambda rows: [{"id": row["id"], "rating": row["score"]} for row in rows], r"columns \['id', 'rating'\]; it needs"),
         (lambda rows: [{"score": row["score"]} for row in rows], r"columns \['score'\]; it needs"),
     ],
     ids=["missing", "empty", "blank", "twice", "unknown", "negative", "fraction", "no id", "word", "comma", "nan", "inf",
-         "huge", "huge for a float32", "other column", "no id column"],
+         "huge", "huge for a float32", "underscore", "underscored id", "other column", "no id column"],
 )  # fmt: skip
 def test_scores_given_wrongly(begin, change, said):
     """Ids missing, double or unknown, scores that are no finite numbers, columns missing: two lines with the file and the
@@ -592,9 +605,9 @@ def test_scores_given_wrongly(begin, change, said):
     assert {name: data for name, data in snapshot(folder).items() if not name.endswith("scores.jsonl")} == before
 
 
-@pytest.mark.parametrize("damage", ["semicolons", "empty", "latin-1"])
+@pytest.mark.parametrize("damage", ["semicolons", "decimal commas", "empty", "latin-1"])
 def test_score_files_that_are_none(begin, damage):
-    """Semicolons for commas, an empty file, bytes that are not UTF-8: the file is named."""
+    """Semicolons for commas, commas for points, an empty file, bytes that are not UTF-8: the file is named."""
     folder, settings = begin(FILE)
     ran(folder, "select", settings)
     stage = stage_of(folder)
@@ -605,6 +618,8 @@ def test_score_files_that_are_none(begin, damage):
             write_table(stage.given_scores, rows, delimiter=";")
         case "empty":
             stage.given_scores.write_bytes(b"")
+        case "decimal commas":
+            stage.given_scores.write_text("id,score\n" + "".join(f"{n},0,5\n" for n in range(NUM_IMAGES)))
         case "latin-1":
             write_table(stage.given_scores, [row | {"prompt": "café"} for row in rows], encoding="latin-1")
     refuse(folder, "select", settings, "scores_given.csv")
@@ -615,6 +630,7 @@ def test_other_images_need_another_reward(begin):
     folder, settings = begin(FILE)
     result = json.loads(ran(folder, "eval", settings, "--checkpoint=base").splitlines()[-1])
     assert (result["reward"], result["n_images"]) == (None, 6)
+    refuse(folder, "eval", settings | {"eval.judge": "file"}, "eval.judge is file", arguments=("--checkpoint=base",))
 
 
 def run_process(folder: Path, settings: dict, variables: dict[str, str]) -> tuple[int, list[str]]:
@@ -708,11 +724,12 @@ def test_a_model_out_of_reach(begin, overrides, tmp_path, name, key):
         refuse(folder, "select", settings | {"reward.name": "clip", "reward.watch": (name,), "exp_name": "other"}, "nobody")
 
 
-def test_imscore_that_is_not_installed(empty, overrides):
+@pytest.mark.parametrize("name", ["image_reward", "hps_v2", "vqascore"])
+def test_imscore_that_is_not_installed(empty, overrides, monkeypatch, name):
     """The pip command stands in the error, before any sampling."""
-    for name in ("image_reward", "hps_v2", "vqascore"):
-        if shutil.which("nothing") is None and not any((Path(path) / "imscore").is_dir() for path in sys.path):
-            refuse(empty, "sample", overrides | {"reward.name": name}, f"{name} needs.*pip install -r requirements-rewards")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "imscore" else find(name, *more))
+    refuse(empty, "sample", overrides | {"reward.name": name}, f"{name} needs.*pip install -r requirements-rewards")
 
 
 def test_an_unknown_reward_in_selecting(begin):
@@ -879,10 +896,12 @@ def test_the_readmes_reward_runs(begin, tmp_path, monkeypatch):
     name, function = re.search(r"(\w+):(\w+)", re.search(r"reward\.name=\S+|Reward=\S+", section)[0].split("=")[1]).groups()
     (tmp_path / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, name, raising=False)  # another test's module of that name
     folder, settings = begin({"reward.name": f"{name}:{function}"})
-    ran(folder, "select", settings)
-    monkeypatch.delitem(sys.modules, name)
+    sys.modules.pop(name, None)  # another test's module of that name
+    try:
+        ran(folder, "select", settings)
+    finally:
+        sys.modules.pop(name, None)
     space: dict = {}
     exec(source, space)
     rows = scores(folder)
@@ -890,3 +909,89 @@ def test_the_readmes_reward_runs(begin, tmp_path, monkeypatch):
     expected = (result[0] if isinstance(result, tuple) else result).float().tolist()
     assert [row["reward"] for row in rows] == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert len(set(expected)) > 1
+
+
+# ---- what a reward's parts may be ----
+
+PARTED = """
+import torch
+
+calls = []
+
+def some(images, prompts):
+    calls.append(len(prompts))
+    late = {"late": torch.ones(len(prompts)), "said": list(prompts)}
+    parts = late if len(calls) > 1 else {"holed": images[:, 0, 0, 0] / 0}
+    return images.float().mean((1, 2, 3)), parts
+"""
+
+
+def test_parts_that_some_batches_lack(begin, module):
+    """A part that only later batches have stands beside their images, and null or nothing beside the others; parts that are
+    not finite are null; means are of what there is. run_eval.py takes the same parts."""
+    mine = module(PARTED)
+    folder, settings = begin({"reward.name": f"{mine}:some"})
+    ran(folder, "select", settings)
+    parts = [row["parts"] for row in scores(folder)]
+    assert [part["late"] for part in parts] == [None] * BATCH + [1.0] * (NUM_IMAGES - BATCH)
+    assert [part["said"] for part in parts] == [""] * BATCH + [row["prompt"] for row in scores(folder)[BATCH:]]
+    assert {part["holed"] for part in parts} == {None}
+    (metrics,) = map(json.loads, stage_of(folder).metrics("select").read_text().splitlines())
+    assert metrics["late_mean"] == 1.0
+    assert "holed_mean" not in metrics
+    sys.modules[mine].calls.clear()
+    result = json.loads(ran(folder, "eval", settings, "--checkpoint=base").splitlines()[-1])
+    assert result[f"{mine}:some/late"] == 1.0
+    assert result[f"{mine}:some/holed"] is None
+
+
+def test_the_checker_on_prompts_of_different_forms(begin, overrides, tmp_path):
+    """The checker's `relation` is there for the prompts that have one, wherever in the stage they come."""
+    (tmp_path / "mixed.txt").write_text("a red circle\n" * 5 + "a red circle left of a blue square\n")
+    settings = overrides | {"reward.name": "shapes", "eval.diversity": (), "prompt_random_choose": 0}
+    settings |= {"prompt_file": str(tmp_path / "mixed.txt")}
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for verb in ("sample", "select"):
+        ran(folder, verb, settings)
+    rows = scores(folder)
+    asked = ["left of" in row["prompt"] for row in rows]
+    assert sum(asked) == 3
+    assert all(row["parts"]["relation"] is not None for row, relation in zip(rows, asked, strict=True) if relation)
+    assert rows[0]["parts"]["relation"] is None
+
+
+def test_a_sum_that_is_not_finite(begin):
+    """Each reward is finite, their weighted sum is beyond a float32: the run stops with the ids."""
+    folder, settings = begin({"reward.weights": {"jpeg_incompressibility": 1e39}})
+    said = r"reward \(weighted sum\) is not finite for images \[0, 1, 2, .*scores.jsonl"
+    assert_refused(run_script(folder, "select", settings), said)
+
+
+def test_a_judge_that_comes_to_be_watched(begin):
+    """An evaluation without the watched reward is not taken for one with it."""
+    folder, settings = begin({"eval.judge": JPEG})
+    ran(folder, "eval", settings, "--checkpoint=base")
+    watching = settings | {"reward.watch": (JPEG,)}
+    result = json.loads(ran(folder, "eval", watching, "--checkpoint=base").splitlines()[-1])
+    assert result[JPEG] == result["accuracy"] < 0
+    folders = len([*(experiment(folder) / "eval").iterdir()])
+    ran(folder, "eval", watching, "--checkpoint=base")
+    assert len([*(experiment(folder) / "eval").iterdir()]) == folders == 2
+
+
+def test_standardised_evaluation_of_another_experiment(workplace, overrides):
+    """An experiment that was selected without scales has none to judge with; the message says so."""
+    settings = overrides | {"reward.weights": {"clip": 1.0}, "reward.standardise": True}
+    refuse(workplace, "eval", settings, "none selected with it", arguments=("--checkpoint=base",))
+
+
+@pytest.mark.parametrize("source", ["import json\njson.loads('{')\n", "import no_such_package\n"])
+def test_a_module_that_raises_when_imported(empty, overrides, module, source):
+    """Its own traceback is shown, not advice on where to keep it."""
+    mine = module(source)
+    ended = run_script(empty, "sample", overrides | {"reward.name": f"{mine}:reward"})
+    assert ended.code == 1
+    assert f"reward {mine}:reward: importing {mine} raised" in ended.stderr
+    assert re.search(rf'{mine}.py", line \d', ended.stderr)
+    assert not experiment(empty).exists()

@@ -1,19 +1,38 @@
 """Where a model's files are: a local path, the hub's cache, or the hub, asked once."""
 
+import contextlib
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from b2diffurl import files
 
 PROBE_TIMEOUT_SEC = 5
+# What is downloaded of a model of transformers. In either form its weights are read as tensors alone; the second is for
+# models that have not got the first.
+MODEL_PARTS = ("*.json", "*.txt", "*.model", "*.jinja")
+MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
 
 
-def locate(name: str, *, patterns: Sequence[str], weights: Sequence[str] = (), revision: str = "main") -> Path:
+def locate(
+    name: str,
+    *,
+    patterns: Sequence[str],
+    weights: Sequence[str] = (),
+    missing: Callable[[Path], str] = lambda root: "",
+    revision: str = "main",
+) -> Path:
     """The local path of model `name`, downloaded (only files that match `patterns`) if it is not here yet.
 
-    Of the patterns in `weights` one is enough; the first that the hub has is downloaded. Hub clients retry an unreachable
-    hub for most of a minute, so it is probed once. A FileNotFoundError says what is missing and how to get it.
+    Of the patterns in `weights` one is enough; the first that the hub has is downloaded. What the cache has counts as here
+    if it has every .safetensors of `patterns` and `missing` finds nothing amiss. Hub clients retry an unreachable hub for
+    most of a minute, so it is probed once. A FileNotFoundError says what is missing and how to get it.
     """
     path = Path(name).expanduser()
     if path.exists():
@@ -23,34 +42,30 @@ def locate(name: str, *, patterns: Sequence[str], weights: Sequence[str] = (), r
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    required = [pattern for pattern in patterns if pattern.endswith(".safetensors")]
-
-    def download(*alternative: str, offline: bool = False) -> Path | None:
-        """The folder with all that is wanted, of the weights those of `alternative`; None if the hub has not got them."""
+    def download(alternative: list[str], *, offline: bool) -> Path:
         wanted = [*patterns, *alternative]
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=offline))
-        found = all(any(folder.glob(pattern)) for pattern in (*required, *alternative))
-        return folder if found or not (offline or alternative) else None
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=offline))
 
     alternatives = [[pattern] for pattern in weights] or [[]]
-    try:
-        folders = (download(*alternative, offline=True) for alternative in alternatives)
-        if found := next(filter(None, folders), None):
-            return found
-    except LocalEntryNotFoundError:
-        pass
+    for alternative in alternatives:
+        required = [*(pattern for pattern in patterns if pattern.endswith(".safetensors")), *alternative]
+        with contextlib.suppress(LocalEntryNotFoundError):
+            path = download(alternative, offline=True)
+            if all(any(path.glob(pattern)) for pattern in required) and not missing(path):
+                return path
     if constants.is_offline_mode() or not reachable(constants.ENDPOINT):
         raise FileNotFoundError(
-            f"{name} is not in the local cache and {constants.ENDPOINT} cannot be reached. "
+            f"{name} is not, or not whole, in the local cache and {constants.ENDPOINT} cannot be reached. "
             f"Where there is network, run: hf download {name} --local-dir DIR; then give DIR as the model."
         )
     try:
-        found = next(filter(None, (download(*alternative) for alternative in alternatives)), None)
+        for alternative in alternatives:
+            path = download(alternative, offline=False)
+            if all(any(path.glob(pattern)) for pattern in alternative):
+                return path
     except HfHubHTTPError as error:
         raise FileNotFoundError(f"the hub has no {name} (revision {revision}) for you: {error}") from None
-    if found is None:
-        raise FileNotFoundError(f"{name} on the hub has none of the files {', '.join(weights)}")
-    return found
+    raise FileNotFoundError(f"{name} on the hub has none of the files {', '.join(weights)}")
 
 
 def reachable(url: str) -> bool:
@@ -70,3 +85,45 @@ def reachable(url: str) -> bool:
     thread.start()
     thread.join(PROBE_TIMEOUT_SEC)
     return answered.is_set()
+
+
+def model_folder(model: str) -> Path:
+    """The directory of a model of transformers, by hub id or path; a FileNotFoundError says what is missing."""
+    root = locate(model, patterns=MODEL_PARTS, weights=MODEL_WEIGHTS, missing=missing_part)
+    if missing := missing_part(root):
+        raise FileNotFoundError(f"{root} is no model directory: it lacks {missing}.")
+    return root
+
+
+def missing_part(root: Path) -> str:
+    """What a directory lacks of a model of transformers; "" if nothing."""
+    if not (root / "config.json").is_file():
+        return "config.json"
+    if not any(any(root.glob(pattern)) for pattern in TOKENIZERS):  # transformers would make one up, of no words
+        return f"a tokenizer ({', '.join(TOKENIZERS)})"
+    if not (weights := weight_files(root)):
+        return " or ".join(MODEL_WEIGHTS)
+    for index in root.glob(f"*{weights[0].suffix}.index.json"):
+        shards = {*files.read_json(index)["weight_map"].values()} - {path.name for path in weights}
+        if shards:
+            return min(shards)
+    return ""
+
+
+def weight_files(root: Path) -> list[Path]:
+    return next((found for pattern in MODEL_WEIGHTS if (found := sorted(root.glob(pattern)))), [])
+
+
+def model_files(model: str) -> list[Path]:
+    """The files of a model of transformers that decide its output."""
+    root = model_folder(model)
+    return [*weight_files(root), *(path for pattern in MODEL_PARTS for path in sorted(root.glob(pattern)))]
+
+
+def load_whole(kind: Any, root: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """A model of transformers' class `kind`, for inference; a ValueError if its directory lacks weights of it, which would
+    otherwise be random."""
+    model, info = kind.from_pretrained(root, dtype=dtype, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(f"{root} lacks weights of {type(model).__name__}, such as {min(info['missing_keys'])}.")
+    return model.to(device).eval()

@@ -6,7 +6,6 @@ A name is one of REWARDS, or `package.module:function`, your own function on the
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor
 
 from b2diffurl import files
-from b2diffurl.models.hub import locate
 
 Parts = dict[str, Tensor | list[str]]
 Reward = Callable[[Tensor, Sequence[str]], Tensor | tuple[Tensor, Parts]]
@@ -37,11 +35,8 @@ REWARDS = {
     "http": "http",
     "file": "file",
 }
-# What is downloaded of a model of transformers. In either form its weights are read as tensors alone; the second is for
-# models that have not got the first.
-MODEL_PARTS = ("*.json", "*.txt", "*.model", "*.jinja")
-MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
-ADDRESS = ("url", "timeout_sec", "num_retries")  # how a reward is reached, not what it says
+# Settings that do not say what a reward's scores are: where its files lie, which are known by their checksums, and patience.
+NOT_DECISIVE = ("model", "clip", "head", "captioner", "scorer", "timeout_sec", "num_retries")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -64,8 +59,8 @@ def load_reward(name: str, settings: Mapping, device: torch.device) -> Reward:
 
 
 def reward_identity(name: str, settings: Mapping) -> list[Any]:
-    """What decides a reward's numbers: its name, its settings, and the SHA-256 of its files."""
-    own = {key: value for key, value in dict(settings.get(name, {})).items() if key not in ADDRESS}
+    """What decides a reward's numbers: its name, its settings, and the SHA-256 of its files, wherever they lie."""
+    own = {key: value for key, value in dict(settings.get(name, {})).items() if key not in NOT_DECISIVE}
     return [name, own, [files.sha256(path) for path in reward_module(name).check(name, settings, ())]]
 
 
@@ -83,23 +78,44 @@ def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return DTYPES[wanted]
 
 
-def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Parts]:
-    """Rewards float32 [N] and their parts, whichever form the reward returns; a ValueError if it returns something else."""
+def score(reward: Reward, images: Tensor, prompts: Sequence[str], count: int | None = None) -> tuple[Tensor, Parts]:
+    """Rewards float32 [count] and parts of the first `count` images, or all, whichever form the reward returns.
+
+    The others pad the batch to a constant shape. A ValueError says what is wrong with what the reward returned.
+    """
     with torch.no_grad():
         result = reward(images, prompts)
-    rewards, parts = result if isinstance(result, tuple) else (result, {})
-    if not isinstance(rewards, Tensor):
+    rewards, parts = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+    if not isinstance(rewards, Tensor) or not isinstance(parts, Mapping):
         raise ValueError(
-            f"the reward returned {type(rewards).__name__}; it must be a tensor [N], or that and a dict of them"
+            f"the reward returned {type(result).__name__}; it must be a tensor [N], or that and a dict of parts"
         )
-    if rewards.shape != (len(prompts),):
-        raise ValueError(f"the reward returned shape {tuple(rewards.shape)} for {len(prompts)} images")
-    for key, value in parts.items():
-        if not isinstance(value, Tensor | list) or len(value) != len(prompts):
-            raise ValueError(f"part {key!r} of the reward must be a tensor [{len(prompts)}], or as many strings")
-    return rewards.float().cpu(), {
-        key: value.float().cpu() if isinstance(value, Tensor) else value for key, value in parts.items()
+    for name, value in {"reward": rewards, **parts}.items():
+        strings = isinstance(value, list) and all(isinstance(text, str) for text in value) and value is not rewards
+        if not strings and not isinstance(value, Tensor):
+            raise ValueError(
+                f"{name!r} of the reward is {type(value).__name__}; it must be a tensor, or for a part N strings"
+            )
+        shape = tuple(value.shape) if isinstance(value, Tensor) else (len(value),)
+        if shape != (len(prompts),):
+            raise ValueError(f"{name!r} of the reward has shape {shape} for {len(prompts)} images")
+    if "reward" in parts:
+        raise ValueError("a part of the reward is called 'reward', as it is itself; call it otherwise")
+    cut = {name: value[:count] for name, value in parts.items()}
+    return rewards[:count].float().cpu(), {
+        name: value.float().cpu() if isinstance(value, Tensor) else value for name, value in cut.items()
     }
+
+
+def join(batches: Sequence[tuple[Tensor, Parts]]) -> tuple[Tensor, Parts]:
+    """Several batches as one. A part that a batch lacks is NaN, or an empty string, for its images."""
+    parts: Parts = {}
+    for key in dict.fromkeys(key for _, some in batches for key in some):
+        of_strings = any(isinstance(some.get(key), list) for _, some in batches)
+        missing = [[""] * len(rewards) if of_strings else torch.full((len(rewards),), torch.nan) for rewards, _ in batches]
+        values = [some.get(key, nothing) for (_, some), nothing in zip(batches, missing, strict=True)]
+        parts[key] = [text for value in values for text in value] if of_strings else torch.cat(values)
+    return torch.cat([rewards for rewards, _ in batches]), parts
 
 
 def by_name(name: str, rewards: Tensor, parts: Parts) -> Parts:
@@ -107,16 +123,9 @@ def by_name(name: str, rewards: Tensor, parts: Parts) -> Parts:
     return {name: rewards} | {f"{name}/{key}": value for key, value in parts.items()}
 
 
-def model_folder(model: str) -> Path:
-    """The directory of a model of transformers, by hub id or path; a FileNotFoundError says what is missing."""
-    root = locate(model, patterns=MODEL_PARTS, weights=MODEL_WEIGHTS)
-    if not (root / "config.json").is_file() or not any(any(root.glob(pattern)) for pattern in MODEL_WEIGHTS):
-        raise FileNotFoundError(f"{root} is no model directory: it needs config.json and {' or '.join(MODEL_WEIGHTS)}.")
-    return root
-
-
-def model_files(model: str) -> list[Path]:
-    """The files of a model of transformers that decide its output."""
-    root = model_folder(model)
-    weights = next(found for pattern in MODEL_WEIGHTS if (found := sorted(root.glob(pattern))))
-    return [*weights, *sorted(root.glob("*.json"))]
+def require_finite(name: str, rewards: Tensor, where: str) -> None:
+    """A FloatingPointError names the images, of those `where`, whose reward is not finite."""
+    bad = (~rewards.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        shown = f"{bad[:20]}" + (f" and {len(bad) - 20} more" if len(bad) > 20 else "")
+        raise FloatingPointError(f"reward {name} is not finite for images {shown} {where}")

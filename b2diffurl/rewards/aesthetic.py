@@ -4,6 +4,7 @@ The prompt plays no part. Head and training: github.com/christophschuhmann/impro
 """
 
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,11 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from b2diffurl import files
-from b2diffurl.models.hub import locate
-from b2diffurl.rewards import Reward, model_files
+from b2diffurl.models.hub import locate, model_files
+from b2diffurl.rewards import Reward
 from b2diffurl.rewards.clip import Clip
-
-WIDTHS = (1024, 128, 64, 16, 1)  # of the head's layers; there is no activation between them
 
 
 def check(name: str, settings: Mapping, prompts: Sequence[str]) -> list[Path]:
@@ -46,23 +45,20 @@ def head_file(head: str) -> Path:
 
 def load_head(path: Path, width: int) -> nn.Module:
     """The head for embeddings [N,width] with the weights in `path`; a pickle is read for its tensors alone."""
-    layers = [nn.Linear(before, after) for before, after in zip((width, *WIDTHS), WIDTHS, strict=False)]
-    if path.suffix == ".safetensors":
-        state = files.read_tensors(path)
-    else:
-        try:
+    layers = nn.Sequential(
+        nn.Linear(width, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2), nn.Linear(128, 64), nn.Dropout(0.1),
+        nn.Linear(64, 16), nn.Linear(16, 1),
+    )  # fmt: skip
+    head = nn.Sequential(OrderedDict(layers=layers))
+    try:
+        if path.suffix == ".safetensors":
+            state = files.read_tensors(path)
+        else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"{path} is damaged, or holds more than tensors, which is never run ({reason})") from None
-    numbered = sorted({int(key.split(".")[1]) for key in state if key.startswith("layers.") and key.endswith(".weight")})
-    if len(numbered) != len(layers):
-        raise ValueError(f"{path} is no aesthetic head: it has {len(numbered)} layers.<n>.weight, not {len(layers)}")
-    for layer, number in zip(layers, numbered, strict=True):
-        weight, bias = state[f"layers.{number}.weight"], state[f"layers.{number}.bias"]
-        if weight.shape != layer.weight.shape:
-            raise ValueError(
-                f"{path}: layer {number} is {tuple(weight.shape)}, not {tuple(layer.weight.shape)}; another CLIP?"
-            )
-        layer.load_state_dict({"weight": weight.float(), "bias": bias.float()})
-    return nn.Sequential(*layers).eval()
+        head.load_state_dict(state)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{path} is not an aesthetic head for {width} dimensions, or holds more than tensors: {reason}"
+        ) from None
+    return head.eval()

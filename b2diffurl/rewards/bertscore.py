@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from b2diffurl.rewards import Parts, Reward, model_files, model_folder
+from b2diffurl.models.hub import load_whole, model_files, model_folder
+from b2diffurl.rewards import Parts, Reward
 
 MAX_TOKENS = 128  # of prompt or caption in the scorer; longer ones are cut
 TEXT_BATCH_SIZE = 32
@@ -47,7 +48,7 @@ class Captioner:
 
     def __init__(self, model: str, question: str, max_new_tokens: int, device: torch.device, dtype: torch.dtype):
         root = model_folder(model)
-        self.model = AutoModelForImageTextToText.from_pretrained(root, dtype=dtype).to(device).eval()
+        self.model = load_whole(AutoModelForImageTextToText, root, dtype, device)
         self.processor = AutoProcessor.from_pretrained(root, backend="pil")
         self.max_new_tokens, self.device, self.dtype = max_new_tokens, device, dtype
         self.text = question
@@ -80,7 +81,7 @@ class TextScorer:
     def __init__(self, model: str, num_layers: int, device: torch.device):
         root = model_folder(model)
         self.tokenizer = AutoTokenizer.from_pretrained(root)
-        self.model = AutoModel.from_pretrained(root, dtype=torch.float32).to(device).eval()
+        self.model = load_whole(AutoModel, root, torch.float32, device)
         depth = self.model.config.num_hidden_layers
         if not 0 <= num_layers <= depth:
             raise ValueError(f"reward.bertscore.num_layers is {num_layers}; {root} has {depth} layers, and 0 takes the last")

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
 
-from b2diffurl.rewards import Reward, model_files, model_folder
+from b2diffurl.models.hub import load_whole, model_files, model_folder
+from b2diffurl.rewards import Reward
 
 TEXT_BATCH_SIZE = 32  # constant, so that a prompt's embedding does not depend on which others there are
 
@@ -29,10 +30,7 @@ class Clip:
 
     def __init__(self, model: str, device: torch.device, dtype: torch.dtype):
         root = model_folder(model)
-        self.model, info = CLIPModel.from_pretrained(root, dtype=dtype, output_loading_info=True)
-        if info["missing_keys"]:
-            raise ValueError(f"{root} lacks weights of a CLIP model, such as {sorted(info['missing_keys'])[0]}.")
-        self.model = self.model.to(device).eval()
+        self.model = load_whole(CLIPModel, root, dtype, device)
         self.tokenizer = CLIPTokenizer.from_pretrained(root)
         self.processor = AutoImageProcessor.from_pretrained(root, backend="pil")
         self.device, self.dtype = device, dtype

@@ -48,7 +48,11 @@ def read_scores(path: Path, count: int) -> Tensor:
     for line, row in rows:
         if not (row["score"] or "").strip():
             continue
+        if None in row:
+            raise ValueError(f"{path}, line {line} has more fields than the first line; a decimal comma?")
         try:
+            if "_" in row["id"] + row["score"]:  # Python would read 1_0 as 10
+                raise ValueError
             number, value = int(row["id"]), float(row["score"])
         except (TypeError, ValueError):
             raise ValueError(f"{path}, line {line}: id {row['id']!r} and score {row['score']!r} must be numbers") from None

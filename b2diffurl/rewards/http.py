@@ -4,13 +4,14 @@ Request: POST {"prompts": ["a cat", …], "images": ["<PNG, base64>", …]}. Ans
 """
 
 import base64
+import contextlib
 import io
 import json
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse, IncompleteRead
 from pathlib import Path
 
 import torch
@@ -21,6 +22,16 @@ from b2diffurl.rewards import Reward
 from b2diffurl.runtime import logger
 
 FIRST_WAIT_SEC = 0.5  # before the first repetition; each further wait is twice as long
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirected POST would lose its images: an error instead."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
+DIRECT = urllib.request.build_opener(NoRedirect)
 
 
 def check(name: str, settings: Mapping, prompts: Sequence[str]) -> list[Path]:
@@ -59,10 +70,13 @@ def post(body: bytes, *, url: str, timeout_sec: float, num_retries: int) -> byte
             logger.warning("reward http: %s; asking again (%d of %d)", problem, attempt, num_retries)
             time.sleep(FIRST_WAIT_SEC * 2 ** (attempt - 1))
         try:
-            with urllib.request.urlopen(request, timeout=timeout_sec) as answer:
-                return answer.read()
+            with DIRECT.open(request, timeout=timeout_sec) as answer:
+                return read_within(answer, timeout_sec)
         except urllib.error.HTTPError as error:
-            problem = f"{url} answered {error.code} {error.reason}: {error.read(500).decode(errors='replace')}".rstrip(": ")
+            said = b""
+            with contextlib.suppress(OSError, HTTPException):
+                said = error.read(500)
+            problem = f"{url} answered {error.code} {error.reason}: {said.decode(errors='replace')}".rstrip(": ")
             if error.code < 500:
                 break
         except TimeoutError:
@@ -70,7 +84,19 @@ def post(body: bytes, *, url: str, timeout_sec: float, num_retries: int) -> byte
         except (OSError, HTTPException) as error:  # refused, unknown host, connection lost, no HTTP
             slow = isinstance(getattr(error, "reason", None), TimeoutError)
             problem = f"{url} cannot be reached within {timeout_sec} s" if slow else f"{url} cannot be asked: {error}"
-    raise ConnectionError(f"reward http: {problem}; asked {attempt + 1} times")
+    raise ConnectionError(f"reward http: {problem}; asked {attempt + 1} time{'s' if attempt else ''}")
+
+
+def read_within(answer: HTTPResponse, timeout_sec: float) -> bytes:
+    """The whole answer; a TimeoutError if it takes longer, however steadily it drips."""
+    data, deadline = b"", time.monotonic() + timeout_sec
+    while chunk := answer.read1():
+        data += chunk
+        if time.monotonic() > deadline:
+            raise TimeoutError
+    if answer.length:
+        raise IncompleteRead(data, answer.length)
+    return data
 
 
 def read_scores(answer: bytes, url: str, count: int) -> Tensor:

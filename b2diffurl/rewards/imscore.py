@@ -1,8 +1,9 @@
 """Preference models of the package imscore (github.com/RE-N-Y/imscore), where it is installed."""
 
+import contextlib
 import importlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,14 +36,10 @@ def check(name: str, settings: Mapping, prompts: Sequence[str]) -> list[Path]:
 
 def load(name: str, settings: Mapping, device: torch.device, dtype: torch.dtype) -> Reward:
     """Images go in as float32 in 0..1; the model keeps the precision in which the package loads it."""
-    from transformers import PreTrainedTokenizerBase as Tokenizer
-
-    if not hasattr(Tokenizer, "additional_special_tokens_ids"):  # renamed in transformers 5; imscore 0.0.11 reads it
-        ids = property(lambda self: self.convert_tokens_to_ids(list(self.extra_special_tokens)))
-        Tokenizer.additional_special_tokens_ids = ids
     scorer = SCORERS[name]
-    kind = getattr(importlib.import_module(scorer.module), scorer.kind)
-    model = kind.from_pretrained(model_folder(name, settings)).to(device).eval()
+    with tokenizers_of_transformers_4():
+        kind = getattr(importlib.import_module(scorer.module), scorer.kind)
+        model = kind.from_pretrained(model_folder(name, settings)).to(device).eval()
 
     def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
         pixels = images.permute(0, 3, 1, 2).to(device).float() / 255
@@ -60,3 +57,20 @@ def model_folder(name: str, settings: Mapping) -> Path:
     if not any(root.glob("model*.safetensors")):
         raise FileNotFoundError(f"{root} has no model.safetensors, in which the package imscore keeps weights.")
     return root
+
+
+@contextlib.contextmanager
+def tokenizers_of_transformers_4() -> Iterator[None]:
+    """Inside it tokenizers have the attribute that imscore 0.0.11 reads and transformers 5 has renamed."""
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+    if hasattr(Tokenizer, "additional_special_tokens_ids"):
+        yield
+        return
+    Tokenizer.additional_special_tokens_ids = property(
+        lambda self: self.convert_tokens_to_ids(list(self.extra_special_tokens))
+    )
+    try:
+        yield
+    finally:
+        del Tokenizer.additional_special_tokens_ids

@@ -37,8 +37,5 @@ def recorded_scales(root: Path) -> Scales | None:
 
     Scales of each stage's own would hide that the reward rises, and mix units in a prompt's history.
     """
-    selected = [path for path in root.glob("stage*") if (path / "select.json").is_file()]
-    if not selected:
-        return None
-    first = min(int(path.name.removeprefix("stage")) for path in selected)
-    return Stage(root, first).manifest("select")["scales"]
+    indices = sorted(int(path.parent.name[5:]) for path in root.glob("stage*/select.json") if path.parent.name[5:].isdigit())
+    return Stage(root, indices[0]).manifest("select").get("scales") if indices else None

@@ -1,6 +1,7 @@
 """Your own function, by `package.module:function` on the Python path."""
 
 import importlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
@@ -32,11 +33,15 @@ def load(name: str, settings: Mapping, device: torch.device, dtype: torch.dtype)
 def import_function(name: str) -> Callable:
     """The function that `package.module:function` names; a ValueError if the module has none."""
     module, _, function = name.partition(":")
+    hint = "write package.module:function, and keep the package beside the scripts or on PYTHONPATH"
+    if not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
+        raise ValueError(f"reward {name!r} is no package.module:function")
     try:
         found = getattr(importlib.import_module(module), function, None)
-    except (ModuleNotFoundError, TypeError, ValueError) as error:
-        hint = "write package.module:function, and keep the package beside the scripts or on PYTHONPATH"
-        raise ValueError(f"reward {name!r}: {error}; {hint}") from None
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise ValueError(f"reward {name!r}: {error}; {hint}") from None
+        raise RuntimeError(f"reward {name}: importing {module} raised {error!r}") from error
     if not callable(found):
         raise ValueError(f"reward {name!r}: {module} has no function {function!r}")
     return found

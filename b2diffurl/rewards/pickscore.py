@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from b2diffurl.rewards import Reward, model_files
+from b2diffurl.models.hub import model_files
+from b2diffurl.rewards import Reward
 from b2diffurl.rewards.clip import Clip
 
 
