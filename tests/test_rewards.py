@@ -28,6 +28,8 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from b2diffurl.files import sha256
+from b2diffurl.models.hub import checksum
 from b2diffurl.rewards import Reward, check_rewards, load_reward, reward_identity, score
 from b2diffurl.rewards.bertscore import TextScorer
 from b2diffurl.shapes.scene import RELATIONS, describe, random_scene, render, swap_colours
@@ -626,6 +628,22 @@ def test_a_model_that_is_not_whole_in_the_hubs_cache(zoo, settings, cached, tmp_
     cached("somebody/clip", model)
     with pytest.raises(FileNotFoundError, match=r"not whole.*hf download somebody/clip"):
         check_rewards(["clip"], settings({"clip.model": "somebody/clip"}))
+
+
+def test_the_hubs_checksum_is_the_files(zoo, settings, tmp_path):
+    """A large file of the hub's cache is a link to a blob of its SHA-256's name, which is believed; a copy has the same
+    identity, and a folder that happens to be called blobs is read."""
+    weights = zoo / "clip" / "model.safetensors"
+    blob = tmp_path / "blobs" / sha256(weights)
+    blob.parent.mkdir()
+    shutil.copy(weights, blob)
+    linked = shutil.copytree(zoo / "clip", tmp_path / "snapshots", ignore=shutil.ignore_patterns("*.safetensors"))
+    (linked / "model.safetensors").symlink_to(blob)
+    assert reward_identity("clip", settings({"clip.model": linked})) == reward_identity("clip", settings())
+    blob.write_bytes(b"")
+    assert checksum(linked / "model.safetensors") == sha256(weights)
+    (tmp_path / "blobs" / "model").write_bytes(b"")
+    assert checksum(tmp_path / "blobs" / "model") == sha256(blob)
 
 
 def test_the_heads_pickle_alone_in_the_hubs_cache(zoo, load, images, prompts, cached):

@@ -1,6 +1,7 @@
 """Where a model's files are: a local path, the hub's cache, or the hub, asked once."""
 
 import contextlib
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -118,6 +119,12 @@ def model_files(model: str) -> list[Path]:
     """The files of a model of transformers that decide its output."""
     root = model_folder(model)
     return [*weight_files(root), *(path for pattern in MODEL_PARTS for path in sorted(root.glob(pattern)))]
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file. The hub's cache keeps large files under it, which saves reading them."""
+    blob = path.resolve()
+    return blob.name if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name) else files.sha256(path)
 
 
 def load_whole(kind: Any, root: Path, dtype: torch.dtype, device: torch.device) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from b2diffurl import files
+from b2diffurl.models.hub import checksum
 
 Parts = dict[str, Tensor | list[str]]
 Reward = Callable[[Tensor, Sequence[str]], Tensor | tuple[Tensor, Parts]]
@@ -61,7 +61,7 @@ def load_reward(name: str, settings: Mapping, device: torch.device) -> Reward:
 def reward_identity(name: str, settings: Mapping) -> list[Any]:
     """What decides a reward's numbers: its name, its settings, and the SHA-256 of its files, wherever they lie."""
     own = {key: value for key, value in dict(settings.get(name, {})).items() if key not in NOT_DECISIVE}
-    return [name, own, [files.sha256(path) for path in reward_module(name).check(name, settings, ())]]
+    return [name, own, [checksum(path) for path in reward_module(name).check(name, settings, ())]]
 
 
 def reward_module(name: str) -> ModuleType:
