@@ -336,6 +336,7 @@ def test_a_mixture_is_the_weighted_sum_of_recorded_parts(begin, module, override
         assert row["reward"] == pytest.approx(total, abs=1e-6)
     manifest = stage_of(folder).manifest("select")
     assert (manifest["reward"], manifest["scales"]) == (weights, None)
+    assert "already finished" in ran(folder, "select", settings | {"reward.name": "shapes"})  # of no effect in a mixture
     (metrics,) = map(json.loads, stage_of(folder).metrics("select").read_text().splitlines())
     assert metrics[f"{JPEG}_mean"] == pytest.approx(-np.mean([jpeg_kb(image) for image in images]), rel=1e-6)
 
