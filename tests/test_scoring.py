@@ -985,8 +985,13 @@ def test_a_judge_that_comes_to_be_watched(begin):
 
 
 def test_standardised_evaluation_of_another_experiment(workplace, overrides):
-    """An experiment that was selected without scales has none to judge with; the message says so."""
+    """An experiment that was selected without scales, or before there were any, has none to judge with; the message says so."""
     settings = overrides | {"reward.weights": {"clip": 1.0}, "reward.standardise": True}
+    refuse(workplace, "eval", settings, "none selected with it", arguments=("--checkpoint=base",))
+    manifest = stage_of(workplace).manifest_path("select")
+    manifest.write_text(
+        json.dumps({key: value for key, value in json.loads(manifest.read_text()).items() if key != "scales"})
+    )
     refuse(workplace, "eval", settings, "none selected with it", arguments=("--checkpoint=base",))
 
 
