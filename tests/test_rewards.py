@@ -30,7 +30,7 @@ from transformers import (
 
 from b2diffurl.files import sha256
 from b2diffurl.models.hub import checksum
-from b2diffurl.rewards import Reward, check_rewards, load_reward, reward_identity, score
+from b2diffurl.rewards import Reward, check_rewards, load_reward, resolve_dtype, reward_identity, score
 from b2diffurl.rewards.bertscore import TextScorer
 from b2diffurl.shapes.scene import RELATIONS, describe, random_scene, render, swap_colours
 
@@ -651,6 +651,14 @@ def test_the_heads_pickle_alone_in_the_hubs_cache(zoo, load, images, prompts, ca
     cached("somebody/head", zoo / "head", "head.pth")
     found = load("aesthetic", {"aesthetic.head": "somebody/head"})(images, prompts)
     assert torch.equal(found, load("aesthetic")(images, prompts))
+
+
+def test_half_precision_is_for_gpus():
+    """Left to itself a scorer's model is float16 on CUDA and float32 on the CPU; a wish is kept on both."""
+    wanted = {"auto": ("float32", "float16"), "float32": ("float32",) * 2, "bfloat16": ("bfloat16",) * 2}
+    for name, dtypes in wanted.items():
+        found = [resolve_dtype(name, torch.device(device)) for device in ("cpu", "cuda")]
+        assert found == [getattr(torch, dtype) for dtype in dtypes]
 
 
 @pytest.mark.gpu

@@ -972,8 +972,9 @@ def test_a_sum_that_is_not_finite(begin):
     assert_refused(run_script(folder, "select", settings), said)
 
 
-def test_a_judge_that_comes_to_be_watched(begin):
-    """An evaluation without the watched reward is not taken for one with it."""
+def test_what_else_belongs_to_an_evaluation(begin):
+    """An evaluation without a watched reward is not taken for one with it, though the judge has said the same; nor one of
+    other weights, or of another precision, for this one."""
     folder, settings = begin({"eval.judge": JPEG})
     ran(folder, "eval", settings, "--checkpoint=base")
     watching = settings | {"reward.watch": (JPEG,)}
@@ -982,10 +983,14 @@ def test_a_judge_that_comes_to_be_watched(begin):
     folders = len([*(experiment(folder) / "eval").iterdir()])
     ran(folder, "eval", watching, "--checkpoint=base")
     assert len([*(experiment(folder) / "eval").iterdir()]) == folders == 2
+    for weight in (1.0, 2.0):
+        ran(folder, "eval", settings | {"reward.weights": {CLIP: weight}}, "--checkpoint=base")
+    ran(folder, "eval", settings | {"reward.dtype": "bfloat16"}, "--checkpoint=base")
+    assert len([*(experiment(folder) / "eval").iterdir()]) == 5
 
 
 def test_standardised_evaluation_of_another_experiment(workplace, overrides):
-    """An experiment that was selected without scales, or before there were any, has none to judge with; the message says so."""
+    """An experiment that was selected without scales, or before there were any, has none to judge with: it is said so."""
     settings = overrides | {"reward.weights": {"clip": 1.0}, "reward.standardise": True}
     refuse(workplace, "eval", settings, "none selected with it", arguments=("--checkpoint=base",))
     manifest = stage_of(workplace).manifest_path("select")
