@@ -31,7 +31,7 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-DIRECT = urllib.request.build_opener(NoRedirect)
+OPENER = urllib.request.build_opener(NoRedirect)
 
 
 def check(name: str, settings: Mapping, prompts: Sequence[str]) -> list[Path]:
@@ -70,7 +70,7 @@ def post(body: bytes, *, url: str, timeout_sec: float, num_retries: int) -> byte
             logger.warning("reward http: %s; asking again (%d of %d)", problem, attempt, num_retries)
             time.sleep(FIRST_WAIT_SEC * 2 ** (attempt - 1))
         try:
-            with DIRECT.open(request, timeout=timeout_sec) as answer:
+            with OPENER.open(request, timeout=timeout_sec) as answer:
                 return read_within(answer, timeout_sec)
         except urllib.error.HTTPError as error:
             said = b""
