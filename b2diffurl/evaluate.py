@@ -21,7 +21,7 @@ from b2diffurl.experiment import check, find_lora
 from b2diffurl.features import REWARD_OF, Features, check_features, load_features
 from b2diffurl.models import Model, base_fingerprint
 from b2diffurl.policy import decode, load_policy, predictor, warn_of_cut_prompts
-from b2diffurl.prompts import batch_prompts, place_prompts
+from b2diffurl.prompts import batch_prompts, named_prompts
 from b2diffurl.rewards import (
     Parts,
     Reward,
@@ -29,6 +29,7 @@ from b2diffurl.rewards import (
     check_rewards,
     join,
     load_reward,
+    noting,
     require_finite,
     reward_identity,
     reward_weights,
@@ -37,7 +38,7 @@ from b2diffurl.rewards import (
 from b2diffurl.rewards.mixture import Scales, combine, recorded_scales
 from b2diffurl.runtime import logger, make_accelerator, progress
 from b2diffurl.seeding import generator
-from b2diffurl.stage import Stage
+from b2diffurl.stage import Stage, finished_stages
 
 RESULT_FORMAT = 2  # counts up when result.json holds something new, so that older ones are made again
 NUM_SHOWN = 12  # images of each evaluation that are kept, for pictures
@@ -116,20 +117,13 @@ def resolve_checkpoint(root: Path, name: str) -> Path | None:
     if name == "base":
         return None
     if name == "last":
-        trained = [path for path in root.glob("stage*") if (path / "train.json").is_file()]
+        trained = finished_stages(root, "train")
         if not trained:
             raise FileNotFoundError(f"{root} has no trained stage. Run run_process.sh first, or judge --checkpoint=base.")
-        return find_lora(max(trained, key=lambda path: int(path.name.removeprefix("stage"))))
+        return find_lora(trained[-1].folder)
     if name.removeprefix("stage").isdigit():
         return find_lora(Stage(root, int(name.removeprefix("stage"))).folder)
     return find_lora(Path(name))
-
-
-def named_prompts(config: ConfigDict, name: str) -> list[tuple[str, str]]:
-    """The prompts meant by `train`, `test` or the path of a prompt file, each with where it stands."""
-    if name == "train" and config.prompt:
-        return [("prompt", config.prompt)]
-    return place_prompts({"train": config.prompt_file, "test": config.eval.prompt_file}.get(name, name))
 
 
 def named_scorers(config: ConfigDict) -> list[str]:
@@ -203,11 +197,8 @@ def judge(
         for n in range(start, min(start + count, NUM_SHOWN)):
             files.write_image(folder / f"{n:05d}.png", images[n - start])
         for key, reward in instruments.rewards.items():
-            try:
+            with noting(f"reward {key}, batch {batch}: images {start} to {start + count - 1} of the evaluation"):
                 found[key].append(score(reward, images, some_prompts, count))
-            except Exception as error:
-                error.add_note(f"reward {key}, batch {batch}: images {start} to {start + count - 1} of the evaluation")
-                raise
             require_finite(key, found[key][-1][0], f"of batch {batch}, prompts {some_prompts[:3]} …")
         for key, feature in instruments.features.items():
             features[key].append(feature.embed(images, some_prompts)[:count])

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from b2diffurl import files
 from b2diffurl.ddim import STEP_WEIGHTS
 from b2diffurl.objectives import OBJECTIVES
-from b2diffurl.prompts import load_prompts
+from b2diffurl.prompts import load_prompts, named_prompts
 from b2diffurl.runtime import run_script
 from b2diffurl.seeding import stable_seed
 from b2diffurl.stage import LORA_FILE, Stage, find_checkpoints
@@ -92,7 +92,7 @@ def make_plan(config: ConfigDict) -> Plan:
     """Check the configuration and the experiment's folder; raises ValueError or FileNotFoundError, writes nothing."""
     check(config)
     stage = Stage(Path(config["save_path"]) / config["exp_name"], stage_index(config["run_name"]))
-    prompts = tuple([config["prompt"]] if config["prompt"] else load_prompts(config["prompt_file"]))
+    prompts = tuple(prompt for _, prompt in named_prompts(config, "train"))
     prompts_sha256 = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     record = json.loads(json.dumps({"config": config.to_dict(), "prompts_sha256": prompts_sha256}))
     num_threads = config["num_threads"]

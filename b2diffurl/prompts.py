@@ -1,7 +1,7 @@
 """Prompt files, and which prompts a sampling batch gets."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,13 @@ def place_prompts(path: str | Path) -> list[tuple[str, str]]:
     if not placed:
         raise ValueError(f"{path} holds no prompt. {FORMS}")
     return placed
+
+
+def named_prompts(config: Mapping, name: str) -> list[tuple[str, str]]:
+    """(where it stands, prompt) of the prompts meant by `train`, `test` or the path of a prompt file."""
+    if name == "train" and config["prompt"]:
+        return [("prompt", config["prompt"])]
+    return place_prompts({"train": config["prompt_file"], "test": config["eval"]["prompt_file"]}.get(name, name))
 
 
 def parse_text(path: Path, text: str) -> list[tuple[str, Any]]:

@@ -20,7 +20,7 @@ from b2diffurl.features import check_features
 from b2diffurl.metrics import open_metrics
 from b2diffurl.models import Model
 from b2diffurl.policy import decode, load_policy, predictor, warn_of_cut_prompts
-from b2diffurl.prompts import batch_prompts, load_prompts, place_prompts
+from b2diffurl.prompts import batch_prompts, load_prompts, named_prompts
 from b2diffurl.rewards import check_rewards, reward_weights
 from b2diffurl.runtime import logger, make_accelerator, progress
 from b2diffurl.seeding import generator
@@ -53,7 +53,7 @@ def sample_stage(config: ConfigDict) -> None:
         files.remove_temporaries(stage.folder)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not (stage.root / "config.json").is_file():
-        warn_of_cut_prompts(model, [("prompt", config.prompt)] if config.prompt else place_prompts(config.prompt_file))
+        warn_of_cut_prompts(model, named_prompts(config, "train"))
     logger.info(
         "sample stage%d: S=%d of %d steps, %d images, from %s",
         stage.index, plan.num_trained_steps, sampler.num_steps, facts["num_images"], plan.resume_from or "a fresh LoRA",

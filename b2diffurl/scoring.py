@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from b2diffurl import files
-from b2diffurl.rewards import Parts, Reward, by_name, join, load_reward, require_finite, reward_weights, score
+from b2diffurl.rewards import Parts, Reward, by_name, join, load_reward, noting, require_finite, reward_weights, score
 from b2diffurl.rewards.file import read_scores
 from b2diffurl.rewards.mixture import Scales, combine, measure_scales, recorded_scales
 from b2diffurl.runtime import progress
@@ -84,11 +84,8 @@ def score_images(
     found = []
     for index, batch in enumerate(progress(batches, f"stage{stage.index} score {name}")):
         count = min(size, len(prompts) - index * size)
-        try:
+        with noting(f"reward {name}, batch {index}: images {batch[0]} to {batch[-1]} of {stage.images}"):
             found.append(score(reward, next(images), [prompts[n] for n in batch], count))
-        except Exception as error:
-            error.add_note(f"reward {name}, batch {index}: images {batch[0]} to {batch[-1]} of {stage.images}")
-            raise
     return join(found)
 
 

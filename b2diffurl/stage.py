@@ -104,6 +104,12 @@ class Stage:
                 )
 
 
+def finished_stages(root: Path, phase: str) -> list[Stage]:
+    """The stages of the experiment in folder `root` that have finished `phase`, in order."""
+    named = (re.fullmatch(r"stage(\d+)", path.parent.name) for path in root.glob(f"stage*/{phase}.json"))
+    return [Stage(root, index) for index in sorted(int(match[1]) for match in named if match)]
+
+
 def find_checkpoints(folder: Path) -> list[Path]:
     """Finished `checkpoint_<n>` folders below `folder`, in order of n."""
     found = [path for path in folder.glob("checkpoint_*") if re.fullmatch(r"checkpoint_\d+", path.name)]

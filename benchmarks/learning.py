@@ -30,14 +30,13 @@ from b2diffurl.evaluate import (
     add_differences,
     evaluate,
     mean_and_error,
-    named_prompts,
     paired_difference,
     training_sampler,
 )
 from b2diffurl.experiment import make_plan
 from b2diffurl.metrics import read_events
 from b2diffurl.models import base_fingerprint
-from b2diffurl.prompts import batch_prompts
+from b2diffurl.prompts import batch_prompts, named_prompts
 from b2diffurl.runtime import set_up_logging
 from b2diffurl.stage import LORA_FILE, Stage
 from config.stage_process import get_config

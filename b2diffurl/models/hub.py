@@ -1,4 +1,4 @@
-"""Where a model's files are: a local path, the hub's cache, or the hub, asked once."""
+"""Where a model's files are, a local path, the hub's cache, or the hub, asked once; and whether they are whole."""
 
 import contextlib
 import re

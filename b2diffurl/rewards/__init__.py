@@ -5,7 +5,8 @@ A name is one of REWARDS, or `package.module:function`, your own function on the
 """
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -52,10 +53,8 @@ def check_rewards(names: Sequence[str], settings: Mapping, prompts: Sequence[str
 
 
 def load_reward(name: str, settings: Mapping, device: torch.device) -> Reward:
-    """The reward of that name on that device; the packages it needs are imported only now."""
-    module = reward_module(name)
-    module.check(name, settings, ())
-    return module.load(name, settings, device, resolve_dtype(settings["dtype"], device))
+    """The reward of that name, which `check_rewards` lets pass, on that device."""
+    return reward_module(name).load(name, settings, device, resolve_dtype(settings["dtype"], device))
 
 
 def reward_identity(name: str, settings: Mapping) -> list[Any]:
@@ -105,6 +104,16 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], count: int | N
     return rewards[:count].float().cpu(), {
         name: value.float().cpu() if isinstance(value, Tensor) else value for name, value in cut.items()
     }
+
+
+@contextmanager
+def noting(note: str) -> Iterator[None]:
+    """An error inside carries `note`, which says where it happened."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(note)
+        raise
 
 
 def join(batches: Sequence[tuple[Tensor, Parts]]) -> tuple[Tensor, Parts]:

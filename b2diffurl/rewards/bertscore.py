@@ -6,6 +6,7 @@ The second reward of arXiv 2503.11240; question, reference sentence and recall a
 N images, L tokens of a text, E width of the scorer
 """
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,10 +22,8 @@ TEXT_BATCH_SIZE = 32
 
 
 def check(name: str, settings: Mapping, prompts: Sequence[str]) -> list[Path]:
-    try:
-        import torchmetrics  # noqa: F401
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("reward bertscore needs torchmetrics: pip install torchmetrics==1.9.0") from None
+    if importlib.util.find_spec("torchmetrics") is None:
+        raise ModuleNotFoundError("reward bertscore needs torchmetrics: pip install torchmetrics==1.9.0")
     models = (settings["bertscore"]["captioner"], settings["bertscore"]["scorer"])
     return [path for model in models for path in model_files(model)]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from b2diffurl.stage import Stage
+from b2diffurl.stage import finished_stages
 
 Scales = dict[str, list[float]]  # mean and deviation of each reward
 
@@ -37,5 +37,5 @@ def recorded_scales(root: Path) -> Scales | None:
 
     Scales of each stage's own would hide that the reward rises, and mix units in a prompt's history.
     """
-    indices = sorted(int(path.parent.name[5:]) for path in root.glob("stage*/select.json") if path.parent.name[5:].isdigit())
-    return Stage(root, indices[0]).manifest("select").get("scales") if indices else None
+    selected = finished_stages(root, "select")
+    return selected[0].manifest("select").get("scales") if selected else None
