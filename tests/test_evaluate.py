@@ -12,8 +12,9 @@ from conftest import PROMPTS, experiment, make_config, run_script, run_stage, sn
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from b2diffurl.evaluate import SamplerSettings, evaluate, summarise_diversity
+from b2diffurl.evaluate import SamplerSettings, evaluate, resolve_checkpoint, summarise_diversity
 from b2diffurl.seeding import generator
+from b2diffurl.stage import finished_stages
 
 SETTINGS = SamplerSettings(num_steps=4, eta=1.0, guidance_scale=5.0)
 
@@ -156,3 +157,13 @@ def test_judging_leaves_the_experiment_alone(workplace, overrides):
     assert {"reward", "accuracy", "n_images", "checkpoint"} <= line.keys()
     assert (line["n_images"], line["checkpoint"], line["prompts"]) == (6, "last", "test")
     assert str(experiment(workplace).relative_to(workplace) / "before_after.png") in first.stdout
+
+
+def test_last_is_the_newest_finished_stage(workplace):
+    """By number, not by name: stage10 comes after stage2. What is unfinished, or only looks like a stage, is none."""
+    root = experiment(workplace)
+    for name in ("stage2", "stage10", "stage9_backup", "stage11"):
+        shutil.copytree(root / "stage1", root / name)
+    (root / "stage11" / "train.json").unlink()
+    assert [stage.index for stage in finished_stages(root, "train")] == [0, 1, 2, 10]
+    assert resolve_checkpoint(root, "last").is_relative_to(root / "stage10")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import experiment, run_script, run_stage
 
-from b2diffurl.prompts import batch_prompts, load_prompts, place_prompts
+from b2diffurl.prompts import batch_prompts, load_prompts, named_prompts, place_prompts
 
 FOLDER = Path(__file__).parent.parent / "config" / "prompt"
 ANIMALS = """
@@ -155,3 +155,12 @@ def test_a_prompt_that_is_too_long_is_named(models, overrides, tmp_path, name):
     assert "cut off" not in run_script(tmp_path, "sample", mine).stdout
     judged = run_script(tmp_path, "eval", mine, "--checkpoint=base", "--prompts=train")
     assert len(re.findall(place, judged.stdout)) == 1
+
+
+def test_one_prompt_instead_of_a_file(config, overrides, tmp_path):
+    """config.prompt is all that is trained on, sampled and judged as `train`; `test` is the held-out file still."""
+    run_stage(tmp_path, overrides | {"prompt": "a red bird"}, verbs=["sample"])
+    assert set(json.loads((experiment(tmp_path) / "stage0" / "prompts.json").read_text())) == {"a red bird"}
+    config.prompt = "a red bird"
+    assert named_prompts(config, "train") == [("prompt", "a red bird")]
+    assert [prompt for _, prompt in named_prompts(config, "test")] == load_prompts(overrides["eval.prompt_file"])
