@@ -1,34 +1,47 @@
-"""Judge checkpoints on prompt files: python run_eval.py --checkpoint=base,last --prompts=train,test --grid"""
+"""Judge checkpoints on held-out prompts, or draw a prompt: python run_eval.py --checkpoint=base,last --prompts=train,test"""
 
 import json
-from pathlib import Path
 
 from absl import flags
 
-from b2diffurl.runtime import logger, run_script
+from b2diffurl.runtime import run_script
 
-flags.DEFINE_list("checkpoint", ["last"], "base, last, stage<i>, or the path of a LoRA; several with commas.")
+flags.DEFINE_list("checkpoint", ["base", "last"], "base, last, stage<i>, or the path of a LoRA; several with commas.")
 flags.DEFINE_list("prompts", ["test"], "train, test, or a prompt file; several with commas.")
-flags.DEFINE_integer("num_steps", None, "Sampler steps; as in training if not given.", lower_bound=1)
-flags.DEFINE_float("eta", None, "DDIM's eta, 0 is deterministic; as in training if not given.", 0.0, 1.0)
-flags.DEFINE_float("guidance_scale", None, "Classifier-free guidance; as in training if not given.", 1.0)
-flags.DEFINE_boolean("grid", False, "Draw the first images of each prompt file, base above tuned, into one PNG.")
+flags.DEFINE_list(
+    "sampler", ["training", "deployed"], "training's, or the one of config.eval.deployed; several with commas."
+)
+flags.DEFINE_boolean("all", False, "Judge the base and every stage's checkpoint: the learning curve.")
+flags.DEFINE_boolean("best", False, "The same, and name the best checkpoint by accuracy, or by reward without a judge.")
+flags.DEFINE_boolean("due", False, "After the newest stage of a run: judge it if it is its turn by config.eval.every.")
+flags.DEFINE_string("prompt", "", "Draw this prompt by base and checkpoint on the same noise, into one PNG.")
 
 
 def main(config):
-    from b2diffurl.evaluate import SamplerSettings, evaluate
-    from b2diffurl.report import draw_before_after
+    from b2diffurl import evaluate, report
+    from b2diffurl.results import headline, name_best
+    from b2diffurl.tracking import track
 
-    given = {name: flags.FLAGS[name].value for name in ("num_steps", "eta", "guidance_scale")}
-    settings = {name: config.sample[name] if value is None else value for name, value in given.items()}
-    checkpoints = ["base"] * flags.FLAGS.grid + flags.FLAGS.checkpoint
-    results = evaluate(config, checkpoints, flags.FLAGS.prompts, SamplerSettings(**settings))
-    if flags.FLAGS.grid:
-        grid = Path(config.save_path) / config.exp_name / "before_after.png"
-        draw_before_after(results, grid, judged=bool(config.eval.judge))
-        logger.info("eval before | after on the same noise: %s", grid)
-    hidden = ("values", "diversity", "shown_prompts", "folder")
-    print(json.dumps({key: value for key, value in results[-1].items() if key not in hidden}), flush=True)
+    given, root = flags.FLAGS, evaluate.experiment_folder(config)
+    samplers = evaluate.named_samplers(config, given.sampler)
+    if given.prompt:
+        images = evaluate.prompt_images(config, given.checkpoint[-1], given.prompt, samplers[given.sampler[-1]])
+        print(
+            json.dumps({"prompt": given.prompt, "picture": str(report.draw_prompt(root, given.prompt, images))}), flush=True
+        )
+        return
+    if given.due and not evaluate.is_newest(config):
+        return
+    if given.due:
+        results = evaluate.evaluate_due(config)
+    else:
+        checkpoints = evaluate.every_checkpoint(config) if given.all or given.best else given.checkpoint
+        results = evaluate.evaluate(config, checkpoints, given.prompts, samplers)
+    report.refresh(root)
+    track(config, root)
+    if results:
+        found = name_best(results, given.sampler[0]) if given.best else results[-1]
+        print(json.dumps(headline(found)), flush=True)
 
 
 if __name__ == "__main__":

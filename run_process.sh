@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # B2-DiffuRL: step backward through the timesteps, stage by stage. Each stage samples branches, scores them and picks
-# contrast pairs, and updates the LoRA. To resume, run the same command again.
+# contrast pairs, and updates the LoRA. To resume, run the same command again; with --dry_run it only says what it would do.
 #
 # Each variable can be set here or in the environment; an empty one takes the preset's value. Further arguments go to
 # every script: bash run_process.sh --config.train.step_weight=none
@@ -14,6 +14,8 @@ ModelVersion="${ModelVersion:-}"          # base model: hub id, directory or .sa
 Reward="${Reward:-}"                      # what is rewarded: a name of docs/rewards.md, or package.module:function
 RewardWeights="${RewardWeights:-}"        # a mixture instead: "{'clip': 1.0, 'aesthetic': 0.1}"
 Watch="${Watch:-}"                        # rewards scored and logged, never trained on: pickscore,aesthetic
+EvalEvery="${EvalEvery:-}"                # stages from one evaluation on held-out prompts to the next; 0: none
+TrackWith="${TrackWith:-}"                # wandb, tensorboard or wandb,tensorboard
 PromptFile="${PromptFile:-}"              # training prompts
 RandomPrompt="${RandomPrompt:-}"          # 1: at random, 0: in turn
 Seed="${Seed:-}"
@@ -41,12 +43,18 @@ Dev_Id="${Dev_Id:-}"                      # CUDA device
 
 Flags=("--config=config/stage_process.py:${Preset}")
 set_flag() { if [ -n "$2" ]; then Flags+=("--config.$1=$2"); fi; }
+set_list() {    # a,b -> ('a','b',)
+    local names="${2// /}" between="','"
+    if [ -n "$names" ]; then set_flag "$1" "('${names//,/$between}',)"; fi
+}
 set_flag exp_name "$ExpName"
 set_flag save_path "$SavePath"
 set_flag pretrained.model "$ModelVersion"
 set_flag reward.name "$Reward"
 set_flag reward.weights "$RewardWeights"
-set_flag reward.watch "${Watch:+($(sed "s/[^, ][^, ]*/'&'/g" <<< "$Watch"),)}"    # a,b -> ('a','b',)
+set_list reward.watch "$Watch"
+set_flag eval.every "$EvalEvery"
+set_list track_with "$TrackWith"
 set_flag prompt_file "$PromptFile"
 set_flag prompt_random_choose "$RandomPrompt"
 set_flag seed "$Seed"
@@ -73,14 +81,22 @@ set_flag train.save_interval "$SaveInterval"
 set_flag dev_id "$Dev_Id"
 Flags+=("$@")
 
-Plan=$(python -m b2diffurl.experiment "${Flags[@]}")    # checks the whole configuration; folder, then stage0 stage1 …
-Folder=$(head -n 1 <<< "$Plan")
-for Stage in $(tail -n 1 <<< "$Plan"); do
+Plan=$(python -m b2diffurl.experiment "${Flags[@]}")    # checks the whole configuration
+if [[ " $* " == *" --dry_run "* ]]; then
+    echo "$Plan"
+    exit 0
+fi
+Folder=$(sed -n 1p <<< "$Plan")
+Stages=$(sed -n 2p <<< "$Plan")    # stage0 stage1 …
+sed 1,2d <<< "$Plan"               # the plan in a line
+for Stage in $Stages; do
     python run_sample.py "${Flags[@]}" --config.run_name="$Stage"
     python run_select.py "${Flags[@]}" --config.run_name="$Stage"
     if [ -f "$Folder/$Stage/scores_wanted.csv" ] && [ ! -f "$Folder/$Stage/select.json" ]; then
         exit 0    # Reward=file: scores are being made elsewhere
     fi
     python run_train.py "${Flags[@]}" --config.run_name="$Stage"
+    python run_eval.py "${Flags[@]}" --config.run_name="$Stage" --due
 done
-python run_eval.py "${Flags[@]}" --checkpoint=base,last --prompts=train,test --grid
+python run_eval.py "${Flags[@]}" --checkpoint=base,last --prompts=train,test --sampler=training
+python run_eval.py "${Flags[@]}" --checkpoint=base,last --prompts=test --sampler=deployed

@@ -42,6 +42,19 @@ def vendi_score(features: Tensor, groups: Sequence[str]) -> dict[str, float]:
     return found
 
 
+def inception_score(probabilities: Tensor, groups: Sequence[str]) -> dict[str, float]:
+    """Inception Score of each group (Salimans et al. 2016, arXiv 1606.03498, section 4): exp of mean KL(p(y|x) || p(y)).
+
+    probabilities [N,E] are a classifier's p(y|x), `groups` [N] as above, and p(y) is their mean in the group. 1 if all its
+    images are classified alike, E at most. It grows with n, too.
+    """
+    found = {}
+    for group, rows in grouped_rows(probabilities, groups).items():
+        entropy = torch.special.entr(rows.mean(0)).sum() - torch.special.entr(rows).sum(1).mean()
+        found[group] = entropy.exp().item()
+    return found
+
+
 def grouped_rows(features: Tensor, groups: Sequence[str]) -> dict[str, Tensor]:
     """The finite rows of each group, float64; groups without any are left out."""
     members: dict[str, list[int]] = {}

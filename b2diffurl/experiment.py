@@ -12,26 +12,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from absl import flags
 from ml_collections import ConfigDict
 
 from b2diffurl import files
 from b2diffurl.ddim import STEP_WEIGHTS
 from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.prompts import load_prompts, named_prompts
-from b2diffurl.runtime import run_script
+from b2diffurl.runtime import logger, run_script
 from b2diffurl.seeding import stable_seed
-from b2diffurl.stage import LORA_FILE, Stage, find_checkpoints
+from b2diffurl.stage import LORA_FILE, Stage, find_checkpoints, finished_stages
 
 # What may differ from call to call; everything else is the experiment and stays as config.json has it. Where things lie
 # may change, too: the prompts and the base network are known by their checksums. So may what only memory limits, though it
 # moves results by rounding; the same command gives the same bits.
 VOLATILE = (
-    "run_name", "split_step", "stage_cnt", "resume_from", "dev_id", "num_threads", "wandb", "keep.samples", "keep.images",
-    "exp_name", "save_path", "log_path", "prompt_file",
+    "run_name", "split_step", "stage_cnt", "resume_from", "dev_id", "num_threads", "keep.samples", "keep.images",
+    "preset", "track_with", "wandb_mode", "wandb", "exp_name", "save_path", "log_path", "prompt_file",
     "pretrained.model", "pretrained.revision", "pretrained.variant", "pretrained.config",
     "sample.micro_batch_size", "sample.decode_batch_size", "train.micro_batch_size", "reward.batch_size",
     "reward.num_workers", "reward.watch", "reward.http.url", "reward.http.timeout_sec", "reward.http.num_retries",
     "eval.prompt_file", "eval.judge", "eval.diversity", "eval.num_images", "eval.batch_size", "eval.seed",
+    "eval.inception.model", "eval.every",
+    "eval.deployed.scheduler", "eval.deployed.num_steps", "eval.deployed.eta", "eval.deployed.guidance_scale",
 )  # fmt: skip
 # Keys that came later: what was done without them, so that an experiment begun before goes on; and those of new objectives.
 ADDED = {
@@ -46,6 +49,8 @@ SELECTIONS = ("pairs", "all")
 ADVANTAGES = ("prompt", "group")
 REWARD_DTYPES = ("auto", "float32", "float16", "bfloat16")
 PRECISIONS = ("auto", "no", "fp16", "bf16")
+TRACKERS = ("wandb", "tensorboard")
+EXPERIMENTS = Path("model/lora")  # where an experiment is looked for by its name alone
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,13 @@ class Plan:
     prompts: tuple[str, ...]  # what is trained on
     record: dict[str, Any]  # the experiment, as config.json holds it
     num_threads: int  # 0: torch's default
+
+    @property
+    def start(self) -> str:
+        """Where the stage starts from, for people: `a fresh LoRA`, `stage2/checkpoint_1`, or the path of a LoRA."""
+        if self.resume_from is None:
+            return "a fresh LoRA"
+        return relative_to(self.stage.root, self.resume_from.parent).replace("/checkpoints/", "/")
 
 
 def schedule(curriculum: str, left: int, right: int, num_stages: int, index: int, *, seed: int) -> int:
@@ -125,6 +137,7 @@ def check(config: ConfigDict) -> None:
         "reward.num_workers": config["reward"]["num_workers"],
         "eval.num_images": evaluation["num_images"],
         "eval.batch_size": evaluation["batch_size"],
+        "eval.deployed.num_steps": evaluation["deployed"]["num_steps"],
     }
     for name, value in at_least_one.items():
         if value < 1:
@@ -143,8 +156,13 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"sample.guidance_scale is {sample['guidance_scale']}; 1 is no guidance, more is stronger")
     if evaluation["pos_threshold"] < evaluation["neg_threshold"]:
         raise ValueError("eval.pos_threshold is below eval.neg_threshold: a sibling could be both best and worst")
-    if evaluation["history_cnt"] < 0:
-        raise ValueError(f"eval.history_cnt is {evaluation['history_cnt']}; it must not be negative")
+    for name in ("history_cnt", "every"):
+        if evaluation[name] < 0:
+            raise ValueError(f"eval.{name} is {evaluation[name]}; it must not be negative")
+    if not 0 <= evaluation["deployed"]["eta"] <= 1:
+        raise ValueError(f"eval.deployed.eta is {evaluation['deployed']['eta']}; it must lie in [0, 1]")
+    if 0 < evaluation["deployed"]["guidance_scale"] < 1 or evaluation["deployed"]["guidance_scale"] < 0:
+        raise ValueError(f"eval.deployed.guidance_scale is {evaluation['deployed']['guidance_scale']}; 0 is as in training")
     for name in ("kl_weight", "dpo_beta", "eps"):
         if not 0 <= train[name] < math.inf:
             raise ValueError(f"train.{name} is {train[name]}; it must be finite and not negative")
@@ -156,7 +174,9 @@ def check(config: ConfigDict) -> None:
     check_choice("eval.advantage", evaluation["advantage"], ADVANTAGES)
     check_choice("train.objective", train["objective"], OBJECTIVES)
     check_choice("train.step_weight", train["step_weight"], STEP_WEIGHTS)
-    check_choice("wandb", config["wandb"], ("", "offline", "online"))
+    for name in config["track_with"]:
+        check_choice("track_with", name, TRACKERS)
+    check_choice("wandb_mode", config["wandb_mode"], ("offline", "online"))
     check_combination(config)
 
 
@@ -245,11 +265,60 @@ def record_experiment(plan: Plan, num_threads: int) -> None:
         files.write_json(path, plan.record | {"num_threads": num_threads})
 
 
-def trained_steps(config: ConfigDict, stage: Stage) -> int:
-    """S of this stage: what it was sampled with, else split_step if given, else the schedule."""
+def find_experiment(name: str) -> Path:
+    """The folder of the experiment meant by a folder, or by a name; a FileNotFoundError lists those that there are."""
+    for root in (Path(name).expanduser(), EXPERIMENTS / name):
+        if (root / "config.json").is_file():
+            return root
+    known = sorted(path.parent.name for path in EXPERIMENTS.glob("*/config.json"))
+    there = f"{EXPERIMENTS} has {', '.join(known)}" if known else f"{EXPERIMENTS} has none yet; run_process.sh makes one"
+    raise FileNotFoundError(f"no experiment {name!r}. Give its folder, or its name: {there}.")
+
+
+def resolve_checkpoint(root: Path, name: str) -> Path | None:
+    """The LoRA file that a checkpoint's name means, of a finished stage compared with its manifest; None for `base`.
+
+    `last` is the newest stage's, `stage<i>` that of stage i, anything else a path; errors say what there is instead.
+    """
+    if name == "base":
+        return None
+    trained = {f"stage{stage.index}": stage for stage in finished_stages(root, "train")}
+    if name == "last" and trained:
+        name = list(trained)[-1]
+    if name in trained:
+        trained[name].verify("train", "checkpoints")
+        return find_lora(trained[name].folder)
+    if name == "last" or (re.fullmatch(r"stage\d+", name) and not find_checkpoints(root / name / "checkpoints")):
+        there = f"trained are {', '.join(trained)}" if trained else "it has no trained stage; run run_process.sh first"
+        raise FileNotFoundError(f"{root} has no checkpoint {name!r}: {there}. The base model is --checkpoint=base.")
+    return find_lora(root / name if re.fullmatch(r"stage\d+", name) else Path(name))
+
+
+def checkpoint_name(root: Path, lora: Path | None) -> str:
+    """What a LoRA file is called in results: `base`, `stage<i>`, `stage<i>/checkpoint_<n>` if not its last, or its path."""
+    if lora is None:
+        return "base"
+    match = re.fullmatch(r"(stage\d+)/checkpoints/(checkpoint_\d+)/[^/]+", relative_to(root, lora))
+    if not match:
+        return str(lora)
+    return match[1] if find_lora(root / match[1]) == lora else f"{match[1]}/{match[2]}"
+
+
+def relative_to(root: Path, path: Path) -> str:
+    """`path` from `root` on if it lies in it, else as it is."""
+    inside = path.resolve().is_relative_to(root.resolve())
+    return str(path.resolve().relative_to(root.resolve()) if inside else path)
+
+
+def scheduled_steps(config: ConfigDict, index: int) -> int:
+    """S of stage `index` by the configuration: split_step if given, else the schedule."""
     left, right, num_stages = config["split_step_left"], config["split_step_right"], config["stage_cnt"]
-    scheduled = schedule(config["curriculum"], left, right, num_stages, stage.index, seed=config["seed"])
-    wanted = config["split_step"] or scheduled
+    return config["split_step"] or schedule(config["curriculum"], left, right, num_stages, index, seed=config["seed"])
+
+
+def trained_steps(config: ConfigDict, stage: Stage) -> int:
+    """S of this stage: what it was sampled with, else what is scheduled."""
+    wanted = scheduled_steps(config, stage.index)
     if not stage.finished("sample"):
         return wanted
     recorded = stage.manifest("sample")["num_trained_steps"]
@@ -290,13 +359,21 @@ def find_lora(path: Path) -> Path:
     return found[-1] / LORA_FILE
 
 
-def print_stages(config: ConfigDict) -> None:
-    """Check the configuration and print, for run_process.sh, the experiment's folder and the names of all its stages."""
+def begin(config: ConfigDict) -> None:
+    """Check the whole configuration, and print the plan if that is all that is asked for (--dry_run); else print, for
+    run_process.sh, the experiment's folder and the names of all its stages, and log the plan in one line."""
+    from b2diffurl import dry_run, forecast
+
     plan = make_plan(config)
     load_prompts(config.eval.prompt_file)
+    if flags.FLAGS.dry_run:
+        print(dry_run.describe(config, plan))
+        return
     print(plan.stage.root)
     print(" ".join(f"stage{index}" for index in range(config.stage_cnt)))
+    logger.info(forecast.plan_line(config, plan.stage.root))
 
 
 if __name__ == "__main__":
-    run_script("process", print_stages)
+    flags.DEFINE_boolean("dry_run", False, "Print the plan (stages, images, updates, disk, time) and do nothing.")
+    run_script("process", begin)

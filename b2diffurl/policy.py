@@ -8,7 +8,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from b2diffurl.checkpoint import read_state
-from b2diffurl.ddim import Sampler
 from b2diffurl.models import Model, load_model
 from b2diffurl.runtime import logger
 from b2diffurl.trajectory import Conditions
@@ -39,14 +38,15 @@ def load_policy(config: Mapping, accelerator: Accelerator, lora: Path | None, *,
 
 def predictor(
     model: Model,
-    sampler: Sampler,
+    timesteps: Tensor,
     conditions: Conditions,
     unconditional: Conditions,
     *,
     guidance_scale: float,
     micro_batch_size: int = 0,
 ) -> Callable[[Tensor, int], Tensor]:
-    """predict(x_t [N,C,h,w], step) for N a multiple of the conditions' rows, each repeated for its branches.
+    """predict(x_t [N,C,h,w], step), at `timesteps` [T], for N a multiple of the conditions' rows, each repeated for its
+    branches.
 
     The network sees `micro_batch_size` rows at once (0: all).
     """
@@ -60,7 +60,7 @@ def predictor(
             repeated = {
                 name: value.repeat_interleave(len(x_t) // len(value), dim=0)[part] for name, value in conditions.items()
             }
-            outputs.append(model.predict(x_t[part], sampler.timesteps[i], repeated, unconditional, guidance_scale))
+            outputs.append(model.predict(x_t[part], timesteps[i], repeated, unconditional, guidance_scale))
         return torch.cat(outputs)
 
     return predict

@@ -1,64 +1,325 @@
-"""Pictures of what training did."""
+"""The page of an experiment: what its training did, in one file that any browser shows, and its pictures as PNG.
 
-import textwrap
+    python -m b2diffurl.report EXP      EXP: the experiment's folder or name
+
+Written from the experiment's files alone; the same files give the same page.
+"""
+
+import argparse
+import base64
+import io
+import runpy
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+import jinja2
+import matplotlib
+from PIL import Image
+from torch import Tensor
 
-TILE_PX, GAP_PX, FONT_PX, TEXT_LINES = 128, 10, 12, 4
-INK, FAINT, GROUND, RIGHT, WRONG = "#1c1c1c", "#6b6b6b", "#ffffff", "#1a7f37", "#b42318"
+from b2diffurl import files
+from b2diffurl.experiment import find_experiment, flatten
+from b2diffurl.history import Row, evaluation_rows, per_step_rows, stage_rows
+from b2diffurl.pictures import (
+    SETS,
+    STYLE,
+    Pair,
+    curve_panels,
+    describe_diversity,
+    heat_map,
+    is_diversity,
+    pairs_figure,
+    panel_figure,
+    panels_figure,
+    prompt_figure,
+    save_png,
+    short,
+    to_svg,
+    tree_figure,
+)
+from b2diffurl.results import describe_sampler, with_error
+from b2diffurl.rewards import describe_rewards
+from b2diffurl.runtime import die, logger
+from b2diffurl.stage import Stage, finished_stages
+from b2diffurl.tree import load_tree
+
+PRESETS = Path(__file__).parents[1] / "config" / "stage_process.py"
+NUM_PAIRS = 12  # images of a prompt set that are shown: the first, none is chosen
+NUM_EXTREMES = 6  # largest losses, and gains
+EMBEDDED_PX = 256  # larger images are scaled down for the page
 
 
-def draw_before_after(results: list[dict[str, Any]], path: Path, *, judged: bool) -> None:
-    """One PNG: for each prompt set the base model's images above the tuned one's, on the same noise.
-
-    `results` are those of `evaluate` for `base` and one other checkpoint. Under each image stands its reward; with
-    `judged`, a coloured frame says whether the judge accepts it. The prompts are the first of the file: none is chosen.
-    """
-    sets = list(dict.fromkeys(result["prompts"] for result in results))
-    blocks = [draw_set([result for result in results if result["prompts"] == name], name, judged=judged) for name in sets]
-    width, height = max(block.width for block in blocks), sum(block.height for block in blocks)
-    sheet = Image.new("RGB", (width, height), GROUND)
-    top = 0
-    for block in blocks:
-        sheet.paste(block, (0, top))
-        top += block.height
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+def refresh(root: Path) -> None:
+    """Write the report of an experiment that has something to report; a mistake in it is logged and stops nothing."""
+    if not finished_stages(root, "select"):
+        return
+    try:
+        logger.info("report: %s", write_report(root))
+    except Exception as error:
+        logger.debug("report failed", exc_info=True)
+        logger.warning("report: %s: %s; python -m b2diffurl.report %s tries again", type(error).__name__, error, root)
 
 
-def draw_set(results: list[dict[str, Any]], name: str, *, judged: bool) -> Image.Image:
-    """The block of one prompt set: a title, a row of images for each checkpoint, the prompts below."""
-    font, bold = ImageFont.load_default(FONT_PX), ImageFont.load_default(FONT_PX + 4)
-    pictures = [sorted(Path(result["folder"]).glob("*.png")) for result in results]
-    columns = min(len(paths) for paths in pictures)
-    label_px, row_px = 84, TILE_PX + FONT_PX + GAP_PX + 6
-    title_px = FONT_PX + 4 + 2 * GAP_PX
-    width = label_px + columns * (TILE_PX + GAP_PX) + GAP_PX
-    height = title_px + len(results) * row_px + TEXT_LINES * (FONT_PX + 3) + GAP_PX
-    block = Image.new("RGB", (width, height), GROUND)
-    draw = ImageDraw.Draw(block)
-    title = {"train": "training prompts", "test": "held-out prompts"}.get(name, name)
-    draw.text((GAP_PX, GAP_PX), title, INK, font=bold)
-    for row, (result, paths) in enumerate(zip(results, pictures, strict=True)):
-        top = title_px + row * row_px
-        label = "base" if result["checkpoint"] == "base" else "tuned"
-        rewards = result["values"].get("reward")  # none where they are made elsewhere
-        figure = f"{result['accuracy']:.1%} right" if judged else f"reward {result['reward']:.3f}" if rewards else ""
-        draw.text((GAP_PX, top + TILE_PX // 2 - FONT_PX), f"{label}\n{figure}", INK, font=font)
-        for column, path in enumerate(paths[:columns]):
-            left = label_px + column * (TILE_PX + GAP_PX)
-            picture = Image.open(path).convert("RGB")
-            method = Image.Resampling.NEAREST if picture.width < TILE_PX else Image.Resampling.LANCZOS
-            block.paste(picture.resize((TILE_PX, TILE_PX), method), (left, top))
-            if judged:
-                colour = RIGHT if result["values"]["accuracy"][column] else WRONG
-                draw.rectangle((left - 2, top - 2, left + TILE_PX + 1, top + TILE_PX + 1), outline=colour, width=3)
-            reward = f"{rewards[column]:.3f}" if rewards else ""
-            draw.text((left + TILE_PX // 2, top + TILE_PX + 5), reward, FAINT, font=font, anchor="ma")
-    for column in range(columns):
-        text = textwrap.fill(results[0]["shown_prompts"][column], 21, max_lines=TEXT_LINES)
-        left = label_px + column * (TILE_PX + GAP_PX)
-        draw.text((left, title_px + len(results) * row_px), text, INK, font=font, spacing=3)
-    return block
+def write_report(root: Path) -> Path:
+    """Write <root>/report.html and <root>/report/*.png from the experiment's files; returns the page's path."""
+    stages, evaluations = stage_rows(root), evaluation_rows(root)
+    if not stages:
+        raise ValueError(f"{root} has no stage that has been scored, so there is nothing to report yet")
+    config = files.read_json(root / "config.json")["config"]
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "findfont", UserWarning)
+        page = {
+            "name": root.name,
+            "stages": stages,
+            "config": config,
+            "reward": describe_rewards(config["reward"]),
+            "figures": figure_table(evaluations),
+            "galleries": galleries(root, evaluations),
+            "curves": draw_curves(root, stages, evaluations),
+            "heat_maps": draw_heat_maps(root),
+            "trees": draw_trees(root),
+            "facts": facts(root, stages),
+        }
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("b2diffurl"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    html = environment.get_template("report.html").render(page)
+    files.write_bytes(root / "report.html", html.encode())
+    return root / "report.html"
+
+
+# ---- figures ----
+
+
+def figure_table(evaluations: Sequence[Row]) -> list[dict[str, Any]]:
+    """For each prompt set and sampler the base, the newest checkpoint, and the paired difference of every figure."""
+    found = []
+    for place, (prompts, sampler) in enumerate(judged_sets(evaluations)):
+        rows = [row for row in evaluations if (row["prompts"], row["sampler"]) == (prompts, sampler)]
+        base, tuned = base_and_tuned(rows)
+        for key in [key for key in (tuned or base) if is_figure(key)]:
+            found.append(
+                {
+                    "place": place,
+                    "prompts": SETS.get(prompts, prompts),
+                    "sampler": describe_sampler(tuned or base),
+                    "figure": describe_figure(key),
+                    "base": with_error(base or {}, key),
+                    "tuned": with_error(tuned or {}, key),
+                    "checkpoint": tuned["checkpoint"] if tuned else "",
+                    "gain": with_error(tuned or {}, f"{key}_gain", signed=True),
+                }
+            )
+    return found
+
+
+def judged_sets(evaluations: Sequence[Row]) -> list[tuple[str, str]]:
+    """(prompts, sampler) of all evaluations, held-out prompts first."""
+    order = {"test": 0, "train": 1}
+    found = dict.fromkeys((row["prompts"], row["sampler"]) for row in evaluations)
+    return sorted(found, key=lambda key: (order.get(key[0], 2), key[0], key[1] != "training"))
+
+
+def base_and_tuned(rows: Sequence[Row]) -> tuple[Row | None, Row | None]:
+    """Of rows of one prompt set and sampler those of the base and of the newest stage."""
+    base = next((row for row in rows if row["checkpoint"] == "base"), None)
+    tuned = [row for row in rows if row["stage"] is not None]
+    return base, tuned[-1] if tuned else None
+
+
+def is_figure(key: str) -> bool:
+    return not key.endswith(("_se", "_gain")) and (is_diversity(key) or key in ("reward", "accuracy"))
+
+
+def describe_figure(key: str) -> str:
+    return describe_diversity(key) if is_diversity(key) else key
+
+
+# ---- pictures ----
+
+
+def draw_curves(root: Path, stages: list[Row], evaluations: list[Row]) -> list[str]:
+    panels = curve_panels(stages, evaluations)
+    save_png(panels_figure(panels), root / "report" / "curves.png")
+    return [to_svg(panel_figure(panel), f"curve{n}") for n, panel in enumerate(panels)]
+
+
+def draw_heat_maps(root: Path) -> list[str]:
+    titles = {"log_ratio": "Mean |log-ratio|", "clip_fraction": "Clip fraction"}
+    drawn = []
+    for key, title in titles.items():
+        found = per_step_rows(root, f"{key}_per_step")
+        if found:
+            figure = heat_map(f"{title} by timestep", found, log=key == "log_ratio")
+            save_png(figure, root / "report" / f"{key}_per_step.png")
+            drawn.append(to_svg(figure, key))
+    return drawn
+
+
+def draw_trees(root: Path) -> list[str]:
+    """The first group of an early stage and of a late one, if possible of stages in which it has a winner and a loser."""
+    stages = [stage for stage in finished_stages(root, "select") if load_tree(stage)]
+    telling = [stage for stage in stages if len(set(marks(stage).values())) == 2] or stages
+    drawn = []
+    for name, stage in zip(("branches", "branches_last"), dict.fromkeys((*telling[:1], *telling[-1:])), strict=False):
+        tree, scores = load_tree(stage), files.read_json_lines(stage.scores)
+        trained = stage.manifest("sample")["num_trained_steps"]
+        title = f"Stage {stage.index}: “{tree.prompt}”, {len(tree.branches)} branches, the last {trained} steps apart"
+        notes = [f"reward {short(row['reward'])}" for row in scores[: len(tree.branches)]]
+        figure = tree_figure(tree, title, notes, marks(stage))
+        save_png(figure, root / "report" / f"{name}.png")
+        drawn.append(to_svg(figure, name))
+    return drawn
+
+
+def marks(stage: Stage) -> dict[int, str]:
+    """What the first group's branches were kept as: winner or loser."""
+    rows = [row for row in files.read_json(stage.selection) if row["group"] == 0]
+    return {row["branch"]: "winner" if row["score"] > 0 else "loser" for row in rows}
+
+
+def galleries(root: Path, evaluations: Sequence[Row]) -> list[dict[str, Any]]:
+    """Base and tuned images on the same noise: the first of each prompt set, and the largest losses and gains."""
+    found = []
+    for prompts, sampler in judged_sets(evaluations):
+        rows = [row for row in evaluations if (row["prompts"], row["sampler"]) == (prompts, sampler)]
+        base, tuned = base_and_tuned(rows)
+        if base is None or tuned is None or sampler != "training":
+            continue
+        pairs, name = read_pairs(root, base, tuned), Path(prompts).stem
+        title = SETS.get(prompts, prompts)
+        found.append(gallery(root, f"before_after_{name}", f"The first {title}", base, tuned, pairs[:NUM_PAIRS]))
+        changed = sorted((pair for pair in pairs if change(pair) is not None), key=change)
+        for kind, some in (("losses", changed[:NUM_EXTREMES]), ("gains", changed[::-1][:NUM_EXTREMES])):
+            if some:
+                found.append(
+                    gallery(root, f"{kind}_{name}", f"The largest {kind} of {len(pairs)}, {title}", base, tuned, some)
+                )
+    return found
+
+
+def read_pairs(root: Path, base: Row, tuned: Row) -> list[Pair]:
+    one, other = (files.read_json(root / row["folder"] / "result.json") for row in (base, tuned))
+    rewards = list(zip(*(found["values"].get("reward", [None] * found["n_images"]) for found in (one, other)), strict=True))
+    verdicts = [found["values"].get("accuracy") for found in (one, other)]
+    return [
+        Pair(
+            prompt,
+            tuple(root / row["folder"] / f"{n:05d}.png" for row in (base, tuned)),
+            rewards[n],
+            None if None in verdicts else tuple(verdict[n] > 0.5 for verdict in verdicts),
+        )
+        for n, prompt in enumerate(one["shown_prompts"])
+    ]
+
+
+def change(pair: Pair) -> tuple[int, float] | None:
+    """How much better the tuned image is: first by the judge, then by reward; None where neither says."""
+    verdict = 0 if pair.right is None else pair.right[1] - pair.right[0]
+    if None in pair.rewards:
+        return None if pair.right is None else (verdict, 0.0)
+    return verdict, pair.rewards[1] - pair.rewards[0]
+
+
+def gallery(root: Path, name: str, title: str, base: Row, tuned: Row, pairs: Sequence[Pair]) -> dict[str, Any]:
+    labels = [
+        label if row["accuracy"] is None else f"{label}\n{row['accuracy']:.1%}"
+        for label, row in (("base", base), ("tuned", tuned))
+    ]
+    save_png(pairs_figure(title, labels, pairs), root / "report" / f"{name}.png")
+    shown = []
+    for pair in pairs:
+        sides = zip(("base", "tuned"), pair.images, pair.rewards, pair.right or (None, None), strict=True)
+        images = [
+            {"label": label, "reward": "" if reward is None else short(reward), "right": right} | embed(path)
+            for label, path, reward, right in sides
+        ]
+        shown.append({"prompt": pair.prompt, "images": images})
+    facts = {"checkpoint": tuned["checkpoint"], "sampler": describe_sampler(tuned), "judged": pairs[0].right is not None}
+    return {"title": title, "pairs": shown} | facts
+
+
+def embed(path: Path) -> dict[str, Any]:
+    """An image for the page, as `src`: as it is, or if it is large scaled down; `small` if it has few pixels."""
+    data, kind = path.read_bytes(), "png"
+    picture = Image.open(io.BytesIO(data))
+    if max(picture.size) > EMBEDDED_PX:
+        picture.thumbnail((EMBEDDED_PX, EMBEDDED_PX), Image.Resampling.LANCZOS)
+        buffer, kind = io.BytesIO(), "webp"
+        picture.convert("RGB").save(buffer, format=kind, quality=85)
+        data = buffer.getvalue()
+    src = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return {"src": src, "small": max(picture.size) < EMBEDDED_PX // 2}
+
+
+def draw_prompt(root: Path, prompt: str, images: Sequence[Tensor]) -> Path:
+    """One PNG of a prompt's images, the base's above the tuned one's; returns its path."""
+    stem = "".join(letter if letter.isalnum() else "_" for letter in prompt)[:60]
+    path = root / "prompts" / f"{stem}_{files.digest([prompt])}.png"
+    with matplotlib.rc_context(STYLE):
+        save_png(prompt_figure(prompt, ("base", "tuned"), [some.numpy() for some in images]), path)
+    return path
+
+
+# ---- facts ----
+
+
+def facts(root: Path, stages: Sequence[Row]) -> dict[str, Any]:
+    """What the run was: settings that differ from the preset, software, hardware, time and disk."""
+    config = flatten(files.read_json(root / "config.json")["config"])
+    newest = Stage(root, stages[-1]["stage"])
+    manifests = [stage.manifest(phase) for phase in ("sample", "select", "train") for stage in finished_stages(root, phase)]
+    seconds = {key: [row[key] for row in stages if key in row] for key in stages[-1] if key.startswith("seconds/")}
+    sampling = [(row["num_images"], row["seconds/sample/sample"]) for row in stages if row.get("seconds/sample/sample")]
+    sampled = newest.manifest("sample")
+    return {
+        "differences": preset_differences(config),
+        "preset": config.get("preset", ""),
+        "versions": sampled["versions"],
+        "hardware": sampled.get("hardware", {})
+        | {key: sampled[key] for key in ("device", "mixed_precision", "num_threads")},
+        "seconds": {key.removeprefix("seconds/").replace("/", ": "): sum(some) / len(some) for key, some in seconds.items()},
+        "images_per_second": sum(count for count, _ in sampling) / sum(time for _, time in sampling) if sampling else None,
+        "disk": disk_usage(root),
+        "finished": max(manifest["finished"] for manifest in manifests),
+    }
+
+
+def preset_differences(config: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, value, preset's value) of each setting that differs from the run's preset as the config file has it now."""
+    try:
+        preset = flatten(runpy.run_path(str(PRESETS))["get_config"](config["preset"]).to_dict())
+    except (KeyError, OSError, ValueError):
+        return []
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in preset.items()}
+    skipped = ("run_name", "split_step", "resume_from")
+    keys = [key for key in plain if key in config and config[key] != plain[key] and key not in skipped]
+    return [(key, config[key], plain[key]) for key in keys]
+
+
+def disk_usage(root: Path) -> dict[str, int]:
+    """Bytes below each kind of folder of the experiment, this report left out."""
+    sizes: dict[str, int] = {}
+    for path in root.rglob("*"):
+        parts = path.relative_to(root).parts
+        if path.is_file() and not path.name.endswith(files.TEMPORARY) and parts[0] not in ("report", "report.html"):
+            inside = len(parts) > 2 and parts[0].startswith("stage")
+            kind = parts[1] if inside else parts[0] if len(parts) > 1 else "other files"
+            kind = "other files" if kind.startswith("stage") else kind
+            sizes[kind] = sizes.get(kind, 0) + path.stat().st_size
+    return dict(sorted(sizes.items()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m b2diffurl.report", description="Write the report of an experiment.")
+    parser.add_argument("experiment", help="its folder, or its name")
+    try:
+        print(write_report(find_experiment(parser.parse_args().experiment)))
+    except (ValueError, OSError) as error:
+        die(f"report: {error}", hint="python -m b2diffurl.report --help says what it takes.")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 from safetensors import SafetensorError
+from tqdm.auto import tqdm
 
 CONFIG_FILE = "config/stage_process.py"
 FLAGS = flags.FLAGS
@@ -21,7 +22,9 @@ def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
     """Parse the flags and call `main(config)`. A mistake of the user's ends in two lines and exit code 2."""
     config = parse_flags()
     log_file = Path(config.log_path) / f"{config.exp_name}.log"
-    set_up_logging(log_file)
+    dry = "dry_run" in FLAGS and FLAGS.dry_run
+    set_up_logging(None if dry else log_file)
+    look = "" if dry else f"; the traceback is in {log_file}"
     try:
         main(config)
     except KeyboardInterrupt:
@@ -30,7 +33,7 @@ def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
     except (ValueError, OSError, FloatingPointError, ImportError, SafetensorError) as error:
         logger.debug("%s failed", verb, exc_info=True)
         said = "; ".join([str(error), *getattr(error, "__notes__", ())])
-        die(f"{verb}: {said}", hint=f"Mend it and run the same command again; the traceback is in {log_file}.")
+        die(f"{verb}: {said}", hint=f"Mend it and run the same command again{look}.")
     except RuntimeError as error:
         logger.debug("%s failed", verb, exc_info=True)
         if "out of memory" not in str(error):
@@ -61,22 +64,30 @@ def die(message: str, *, hint: str) -> None:
     sys.exit(2)
 
 
-def set_up_logging(log_file: Path, *, console_too: bool = True) -> None:
-    """Events to stdout and, in the first process, to `log_file`, which also gets tracebacks."""
-    rank, form = int(os.environ.get("RANK", 0)), "%(asctime)s %(message)s"
+def set_up_logging(log_file: Path | None, *, console_too: bool = True) -> None:
+    """Events, one a line, to stdout and, in the first process, to `log_file`, which also gets tracebacks."""
+    rank = int(os.environ.get("RANK", 0))
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
-    console = logging.StreamHandler(sys.stdout)
+    console = Console(sys.stdout)
     console.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     handlers: list[logging.Handler] = [console] if console_too else []
-    if rank == 0:
+    if rank == 0 and log_file:
         handlers.append(logging.FileHandler(log_file, delay=True))
         log_file.parent.mkdir(parents=True, exist_ok=True)
     for handler in handlers:
-        handler.setFormatter(logging.Formatter(form, "%H:%M:%S" if handler is console else "%Y-%m-%d %H:%M:%S"))
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
+
+
+class Console(logging.StreamHandler):
+    """Lines that do not run into a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(self.stream):
+            super().emit(record)
 
 
 def make_accelerator(config: ConfigDict, num_threads: int) -> Any:
@@ -89,16 +100,24 @@ def make_accelerator(config: ConfigDict, num_threads: int) -> Any:
         transformers_logging.disable_progress_bar()
     if num_threads:
         torch.set_num_threads(num_threads)
-    cuda = torch.cuda.is_available()
+    cuda, precision = choose_device(config)
     if cuda and "LOCAL_RANK" not in os.environ:
-        if not 0 <= config.dev_id < torch.cuda.device_count():
-            raise ValueError(f"dev_id is {config.dev_id}; this machine has CUDA devices 0..{torch.cuda.device_count() - 1}")
         torch.cuda.set_device(config.dev_id)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    return Accelerator(cpu=not cuda, mixed_precision=precision)
+
+
+def choose_device(config: ConfigDict) -> tuple[bool, str]:
+    """Whether CUDA is used, and the precision (no, fp16, bf16); a ValueError for what this machine has not got."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if cuda and "LOCAL_RANK" not in os.environ and not 0 <= config.dev_id < torch.cuda.device_count():
+        raise ValueError(f"dev_id is {config.dev_id}; this machine has CUDA devices 0..{torch.cuda.device_count() - 1}")
     precision = resolve_precision(config.mixed_precision, cuda=cuda)
     if precision == "fp16" and not cuda:
         raise ValueError("mixed_precision is fp16, which needs CUDA. On the CPU use no, or bf16.")
-    return Accelerator(cpu=not cuda, mixed_precision=precision)
+    return cuda, precision
 
 
 def resolve_precision(wanted: str, *, cuda: bool) -> str:
@@ -113,7 +132,17 @@ def resolve_precision(wanted: str, *, cuda: bool) -> str:
 
 
 def progress(iterable: Any, description: str) -> Any:
-    """A progress bar on a terminal, the bare iterable elsewhere."""
-    from tqdm.auto import tqdm
+    """The iterable; on a terminal with a progress bar."""
+    return tqdm(iterable, desc=description, leave=False, disable=not shows_progress())
 
-    return tqdm(iterable, desc=description, leave=False, disable=not sys.stderr.isatty())
+
+def progress_bar(total: float, description: str, unit: str) -> tqdm:
+    """A bar that `update(amount)` moves on, by fractions too, with the time that is left; without a terminal nothing."""
+    form = "{desc}: {percentage:3.0f} % |{bar}| {n:.0f}/{total:.0f} {unit}, {elapsed}, {remaining} left{postfix}"
+    how = {"bar_format": form, "miniters": 0, "leave": False, "disable": not shows_progress()}
+    return tqdm(total=total, desc=description, unit=unit, **how)
+
+
+def shows_progress() -> bool:
+    """Whether this is the first process, and its stderr a terminal."""
+    return sys.stderr.isatty() and int(os.environ.get("RANK", 0)) == 0

@@ -5,27 +5,32 @@ G groups a batch, K branches, S trained steps, N = G*K images a batch
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from ml_collections import ConfigDict
 from torch import Tensor
+from tqdm import tqdm
 
 from b2diffurl import files
 from b2diffurl.branching import branch_sample
 from b2diffurl.ddim import Sampler, require_stochastic
 from b2diffurl.experiment import Plan, make_plan, record_experiment
 from b2diffurl.features import check_features
-from b2diffurl.metrics import open_metrics
+from b2diffurl.forecast import first_batch_text, num_evaluations, num_images
+from b2diffurl.generate import deployed_sampler
+from b2diffurl.metrics import Metrics
 from b2diffurl.models import Model
 from b2diffurl.policy import decode, load_policy, predictor, warn_of_cut_prompts
 from b2diffurl.prompts import batch_prompts, load_prompts, named_prompts
 from b2diffurl.rewards import check_rewards, reward_weights
-from b2diffurl.runtime import logger, make_accelerator, progress
+from b2diffurl.runtime import logger, make_accelerator, progress_bar
 from b2diffurl.seeding import generator
-from b2diffurl.stage import Stage
+from b2diffurl.stage import Stage, finished_stages
 from b2diffurl.trajectory import save_batch
+from b2diffurl.tree import save_tree, watching
 
 
 def sample_stage(config: ConfigDict) -> None:
@@ -35,10 +40,11 @@ def sample_stage(config: ConfigDict) -> None:
     if config.eval.judge:
         check_rewards([config.eval.judge], config.reward, [*plan.prompts, *load_prompts(config.eval.prompt_file)])
     for name in config.eval.diversity:
-        check_features(name, config.reward, plan.prompts)
+        check_features(name, config, plan.prompts)
+    deployed_sampler(config)  # refuses a scheduler that there is not
     stage = plan.stage
     if stage.finished("sample"):
-        logger.info("sample stage%d: already finished", stage.index)
+        logger.info("stage%d sample: already finished", stage.index)
         return
     started = time.perf_counter()
     accelerator = make_accelerator(config, plan.num_threads)
@@ -55,14 +61,20 @@ def sample_stage(config: ConfigDict) -> None:
     if accelerator.is_main_process and not (stage.root / "config.json").is_file():
         warn_of_cut_prompts(model, named_prompts(config, "train"))
     logger.info(
-        "sample stage%d: S=%d of %d steps, %d images, from %s",
-        stage.index, plan.num_trained_steps, sampler.num_steps, facts["num_images"], plan.resume_from or "a fresh LoRA",
+        "stage%d sample: S %d of %d, %d images, from %s",
+        stage.index, plan.num_trained_steps, sampler.num_steps, facts["num_images"], plan.start,
     )  # fmt: skip
     loaded = time.perf_counter()
     mine = [batch for batch in range(num_batches) if batch % accelerator.num_processes == accelerator.process_index]
     todo = [batch for batch in mine if not stage.batch(batch).is_file()]
-    for batch in progress(todo, f"stage{stage.index} sample"):
-        sample_batch(config, plan, model, sampler, batch, facts["policy"], record=accelerator.is_main_process)
+    share = facts["num_images"] // num_batches
+    with progress_bar(len(todo) * share, f"stage{stage.index} sample", "images") as bar:
+        for batch in todo:
+            sample_batch(config, plan, model, sampler, batch, facts["policy"], bar, record=accelerator.is_main_process)
+            if batch == todo[0] and not finished_stages(stage.root, "train"):
+                batch_sec = (time.perf_counter() - loaded) / accelerator.num_processes
+                known = first_batch_text(config, stage.root, plan.num_trained_steps, batch_sec, loaded - started)
+                logger.info("stage%d sample: %s", stage.index, known)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         seconds = {"load": loaded - started, "sample": time.perf_counter() - loaded}
@@ -71,9 +83,11 @@ def sample_stage(config: ConfigDict) -> None:
 
 
 def sample_batch(
-    config: ConfigDict, plan: Plan, model: Model, sampler: Sampler, batch: int, policy: dict, *, record: bool
+    config: ConfigDict, plan: Plan, model: Model, sampler: Sampler, batch: int, policy: dict, bar: tqdm, *, record: bool
 ) -> None:
     """Sample one batch from noise that follows from (seed, stage, batch) alone; its file is the last thing written.
+
+    `bar` counts images, a step of one as its share of the network's evaluations.
 
     With `record` the experiment's config.json is written as soon as there is something that depends on it.
     """
@@ -92,15 +106,23 @@ def sample_batch(
     rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
     predict = predictor(
         model,
-        sampler,
+        sampler.timesteps,
         {name: value[rows] for name, value in conditions.items()},
         unconditional,
         guidance_scale=config.sample.guidance_scale,
         micro_batch_size=config.sample.micro_batch_size,
     )
+    images_per_evaluation = num_images(config) / num_evaluations(config, plan.num_trained_steps)
+
+    def predict_and_show(x_t: Tensor, i: int) -> Tensor:
+        output = predict(x_t, i)
+        bar.update(len(x_t) * images_per_evaluation)
+        return output
+
     branches = config.split_time if config.sampling == "branch" else 1  # of each prefix
+    prefix: list[Tensor] = []
     latents, log_probs = branch_sample(
-        predict,
+        watching(predict_and_show, sampler.num_steps - plan.num_trained_steps, prefix),
         sampler,
         noise((num_groups * config.split_time // branches, *model.latent_shape)),
         noise,
@@ -110,12 +132,17 @@ def sample_batch(
     grouped = (num_groups, config.split_time)
     latents, log_probs = (states.flatten(0, 1).unflatten(0, grouped) for states in (latents, log_probs))
     require_finite(latents, log_probs, prompts, stage, batch)
+    bar.set_postfix_str("decoding")
     images = decode(model, latents[:, :, -1].flatten(0, 1), config.sample.decode_batch_size)
     if record:
         record_experiment(plan, torch.get_num_threads())
     for n, image in enumerate(images):
         files.write_image(stage.image(batch * len(images) + n), image)
+    if batch == 0 and config.sampling == "branch":
+        at_once = config.sample.decode_batch_size
+        save_tree(stage, prompts[0], prefix, latents[0], partial(decode, model, batch_size=at_once))
     window = sampler.timesteps[-plan.num_trained_steps :]
+    bar.set_postfix_str("")
     save_batch(stage.batch(batch), latents, log_probs, window, prompts, conditions, unconditional, policy)
 
 
@@ -136,14 +163,11 @@ def stage_facts(config: ConfigDict, plan: Plan, model: Model, accelerator: Accel
         "base_model_sha256": model.fingerprint,
         "lora_sha256": files.sha256(plan.resume_from) if plan.resume_from else "",
     }
-    num_images = config.sample.num_batches_per_epoch * config.sample.batch_size * config.split_time
-    num_prefixes = num_images // config.split_time if config.sampling == "branch" else num_images
-    num_prefix_steps = config.sample.num_steps - plan.num_trained_steps
     return {
         "seed": config.seed,
         "num_trained_steps": plan.num_trained_steps,
-        "num_images": num_images,
-        "num_evaluations": num_prefixes * num_prefix_steps + num_images * plan.num_trained_steps,  # guided ones
+        "num_images": num_images(config),
+        "num_evaluations": num_evaluations(config, plan.num_trained_steps),
         "policy": policy,
         "batch_shape": [config.sample.batch_size, config.split_time, *model.latent_shape],
         "scheduler": json.loads(json.dumps(model.scheduler_config, default=str)),
@@ -176,14 +200,13 @@ def finish(config: ConfigDict, plan: Plan, facts: dict, seconds: dict, *, num_sa
         prompts += [distinct[n] for n in ids for _ in range(config.split_time)]
         written.append(stage.batch(batch))
     files.write_json(stage.prompts, prompts)
-    written += [stage.prompts, *(stage.image(n) for n in range(len(prompts)))]
+    written += [stage.prompts, *(stage.image(n) for n in range(len(prompts))), *stage.folder.glob("tree.*")]
     rate = num_sampled * config.sample.batch_size * config.split_time / seconds["sample"]
     counts = {key: facts[key] for key in ("num_trained_steps", "num_images", "num_evaluations")}
-    open_metrics(config, plan, "sample").log("sample", stage=stage.index, **counts, **seconds)
+    Metrics(stage.metrics("sample")).log("sample", stage=stage.index, **counts, **seconds)
     stage.write_manifest("sample", facts | {"seconds": seconds}, [*written, stage.metrics("sample")])
-    logger.info(
-        "sample stage%d: done, %d images in %.1f s (%.1f images/s)", stage.index, len(prompts), seconds["sample"], rate
-    )
+    done = "stage%d sample: done in %.1f s, %d images, %.1f images/s"
+    logger.info(done, stage.index, seconds["sample"], len(prompts), rate)
 
 
 def read_batch_prompts(path: Path) -> tuple[list[int], list[str]]:

@@ -19,7 +19,7 @@ from b2diffurl import files
 from b2diffurl.rewards import Parts, Reward, by_name, join, load_reward, noting, require_finite, reward_weights, score
 from b2diffurl.rewards.file import read_scores
 from b2diffurl.rewards.mixture import Scales, combine, measure_scales, recorded_scales
-from b2diffurl.runtime import progress
+from b2diffurl.runtime import progress_bar
 from b2diffurl.stage import Stage
 
 
@@ -82,10 +82,12 @@ def score_images(
     batches = [[min(n, len(prompts) - 1) for n in range(start, start + size)] for start in range(0, len(prompts), size)]
     images = read_ahead([[stage.image(n) for n in batch] for batch in batches], num_workers)
     found = []
-    for index, batch in enumerate(progress(batches, f"stage{stage.index} score {name}")):
-        count = min(size, len(prompts) - index * size)
-        with noting(f"reward {name}, batch {index}: images {batch[0]} to {batch[-1]} of {stage.images}"):
-            found.append(score(reward, next(images), [prompts[n] for n in batch], count))
+    with progress_bar(len(prompts), f"stage{stage.index} score {name}", "images") as bar:
+        for index, batch in enumerate(batches):
+            count = min(size, len(prompts) - index * size)
+            with noting(f"reward {name}, batch {index}: images {batch[0]} to {batch[-1]} of {stage.images}"):
+                found.append(score(reward, next(images), [prompts[n] for n in batch], count))
+            bar.update(count)
     return join(found)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from b2diffurl import files
 from b2diffurl.experiment import make_plan
-from b2diffurl.metrics import open_metrics
+from b2diffurl.metrics import Metrics
 from b2diffurl.rewards import check_rewards, reward_weights
 from b2diffurl.rewards.file import write_template
 from b2diffurl.runtime import logger, make_accelerator
@@ -28,7 +28,7 @@ def select_stage(config: ConfigDict) -> None:
     check_rewards([*weights, *watched], config.reward)
     stage = plan.stage
     if stage.finished("select"):
-        logger.info("select stage%d: already finished", stage.index)
+        logger.info("stage%d select: already finished", stage.index)
         return
     sampled = stage.manifest("sample")
     accelerator = make_accelerator(config, plan.num_threads)
@@ -57,15 +57,16 @@ def select_stage(config: ConfigDict) -> None:
     files.write_json(stage.selection, rows)
 
     summary = summarise(scores, chosen, config.split_time, **thresholds(config))
-    open_metrics(config, plan, "select").log("select", stage=stage.index, **summary, **scores.seconds)
+    Metrics(stage.metrics("select")).log("select", stage=stage.index, **summary, **scores.seconds)
     facts = {"seconds": scores.seconds, "reward": weights, "scales": scores.scales, "num_history": len(history)} | summary
     facts |= {"device": str(accelerator.device), "num_threads": torch.get_num_threads(), "seed": sampled["seed"]}
     stage.write_manifest("select", facts, [stage.scores, stage.selection, stage.metrics("select")])
     logger.info(
-        "select stage%d: reward %.4f (sd %.4f, inside groups %.4f)%s, kept %d (%d good and %d bad ones) of %d groups",
-        stage.index, summary["reward_mean"], summary["reward_std"], summary["reward_group_std"],
+        "stage%d select: done in %.1f s, reward %.4f (sd %.4f, in groups %.4f)%s, kept %d of %d images, %d good, %d bad",
+        stage.index, sum(scores.seconds.values()),
+        summary["reward_mean"], summary["reward_std"], summary["reward_group_std"],
         "".join(f", {name} {summary[f'watch/{name}_mean']:.4f}" for name in watched),
-        summary["num_selected"], summary["num_best"], summary["num_worst"], summary["num_groups"],
+        summary["num_selected"], summary["num_images"], summary["num_best"], summary["num_worst"],
     )  # fmt: skip
 
 
@@ -83,7 +84,7 @@ def thresholds(config: ConfigDict) -> dict[str, float]:
 def ask_for_scores(stage: Stage, prompts: list[str]) -> None:
     write_template(stage, prompts)
     logger.info(
-        "select stage%d: waiting for the scores of %d images. Images: %s; ids and prompts: %s. Fill its column "
+        "stage%d select: waiting for the scores of %d images. Images: %s; ids and prompts: %s. Fill its column "
         "`score`, save it as %s, and run the same command again.",
         stage.index, len(prompts), stage.images, stage.wanted_scores, stage.given_scores,
     )  # fmt: skip

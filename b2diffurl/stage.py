@@ -1,5 +1,6 @@
 """One stage on disk: where its files lie, which phases are finished, and the manifest that says so."""
 
+import os
 import platform
 import re
 import sys
@@ -7,6 +8,8 @@ import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+
+import torch
 
 from b2diffurl import files
 
@@ -83,10 +86,11 @@ class Stage:
         return files.read_json(self.manifest_path(phase))
 
     def write_manifest(self, phase: str, facts: dict, written: list[Path]) -> None:
-        """Finish a phase: its facts, the software, and size and checksum of each file `written`."""
+        """Finish a phase: its facts, hardware and software, and size and checksum of each file `written`."""
         described = {str(path.relative_to(self.folder)): files.describe(path) for path in sorted(written)}
+        machine = {"hardware": hardware(), "versions": versions()}
         common = {"phase": phase, "stage": self.index, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        files.write_json(self.manifest_path(phase), common | facts | {"versions": versions(), "files": described})
+        files.write_json(self.manifest_path(phase), common | facts | machine | {"files": described})
 
     def verify(self, phase: str, *folders: str) -> None:
         """Compare a finished phase's files (only those in `folders`, if given) with its manifest; a ValueError names
@@ -114,6 +118,14 @@ def find_checkpoints(folder: Path) -> list[Path]:
     """Finished `checkpoint_<n>` folders below `folder`, in order of n."""
     found = [path for path in folder.glob("checkpoint_*") if re.fullmatch(r"checkpoint_\d+", path.name)]
     return sorted((path for path in found if (path / LORA_FILE).is_file()), key=lambda path: int(path.name.split("_")[1]))
+
+
+def hardware() -> dict[str, str | int]:
+    """What the work was done on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    found: dict[str, str | int] = {"cpu": named[1] if named else platform.machine(), "cpu_cores": os.cpu_count() or 0}
+    return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
 def versions() -> dict[str, str]:

@@ -8,22 +8,25 @@ import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from ml_collections import ConfigDict
 from torch import Tensor
+from tqdm import tqdm
 
 from b2diffurl import files
 from b2diffurl.checkpoint import load_optimizer, read_state, save_checkpoint
 from b2diffurl.ddim import Sampler, log_prob, require_stochastic, step_weights, transition, transition_kl
 from b2diffurl.experiment import Plan, make_plan
-from b2diffurl.metrics import Metrics, open_metrics, read_events
+from b2diffurl.forecast import stage_done_line
+from b2diffurl.metrics import Metrics, read_events
 from b2diffurl.models import Model
 from b2diffurl.objectives import OBJECTIVES, Objective
 from b2diffurl.policy import load_policy
-from b2diffurl.runtime import logger, make_accelerator, progress
+from b2diffurl.runtime import logger, make_accelerator, progress_bar
 from b2diffurl.seeding import generator
 from b2diffurl.selection import Selected, contrast_pairs
 from b2diffurl.stage import LORA_FILE, Stage
@@ -35,7 +38,7 @@ def train_stage(config: ConfigDict) -> None:
     plan = make_plan(config)
     stage = plan.stage
     if stage.finished("train"):
-        logger.info("train stage%d: already finished", stage.index)
+        logger.info("stage%d train: already finished", stage.index)
         clean_up(config, stage)
         return
     started = time.perf_counter()
@@ -64,11 +67,14 @@ def train_stage(config: ConfigDict) -> None:
     kept = [event for event in read_events(stage.metrics("train")) if event.get("epoch", 0) <= done]
     trainer.num_updates = sum(event["event"] == "update" for event in kept)
     if accelerator.is_main_process:
-        trainer.metrics = open_metrics(config, plan, "train", kept)
-    if len(make_units(selected, paired=trainer.objective.paired)):
-        train_epochs(config, trainer, selected, torch.tensor([row["advantage"] for row in selection]), done)
+        trainer.metrics = Metrics(stage.metrics("train"), keep=kept)
+    units = make_units(selected, paired=trainer.objective.paired)
+    if len(units):
+        num_transitions = (config.train.num_epochs - done) * units.numel() * plan.num_trained_steps
+        with progress_bar(num_transitions, f"stage{stage.index} train", "transitions") as trainer.bar:
+            train_epochs(config, trainer, selected, torch.tensor([row["advantage"] for row in selection]), done)
     else:
-        logger.info("train stage%d: nothing to train on, the weights go on unchanged", stage.index)
+        logger.info("stage%d train: nothing to train on, the weights go on unchanged", stage.index)
         trainer.save(config.train.num_epochs, config.train.save_interval)
     if accelerator.is_main_process:
         finish(config, trainer, sampled, {"load": loaded - started, "train": time.perf_counter() - loaded})
@@ -92,6 +98,7 @@ class Trainer:
     max_grad_norm: float
     metrics: Metrics | None = field(default=None)
     num_updates: int = 0
+    bar: tqdm = field(default_factory=partial(tqdm, disable=True))  # counts transitions, of all processes
 
     def update(self, trajectories: Trajectories, advantages: Tensor, units: Tensor) -> dict:
         """One optimizer step on `units`, trajectories [U] or pairs of them [U,2], all their S steps; returns the metrics of
@@ -101,7 +108,7 @@ class Trainer:
         self.require_finite(per_step, norm, trajectories)
         self.optimizer.step()
         if self.accelerator.optimizer_step_was_skipped:
-            logger.warning("train stage%d: fp16 overflow, update %d is skipped", self.stage.index, self.num_updates)
+            logger.warning("stage%d train: fp16 overflow, update %d is skipped", self.stage.index, self.num_updates)
         self.optimizer.zero_grad()
         self.num_updates += 1
         if not len(per_step[0]["loss"]):
@@ -131,6 +138,7 @@ class Trainer:
                 values = {"loss": loss.detach()} | metrics
                 kept = {key: value[..., real].flatten() for key, value in values.items()}
                 collected.append(kept | {"units": chosen.to(loss.device)[real]})
+                self.bar.update(len(kept["loss"]) * units[0].numel() * self.accelerator.num_processes)
             after = self.gradient()
             merged = {key: torch.cat([part[key] for part in collected]) for key in collected[0]}
             per_step.append(merged | {"grad_norm": (after - before).norm() / self.gradient_scale()})
@@ -267,16 +275,17 @@ def train_epochs(config: ConfigDict, trainer: Trainer, selected: list[Selected],
     for epoch in range(done + 1, config.train.num_epochs + 1):
         rng = generator(config.seed, trainer.stage.index, "train", epoch)
         deal = update_rows(len(units), max(1, effective // units[0].numel()), rng)
-        for rows in progress(deal, f"stage{trainer.stage.index} epoch {epoch}"):
+        for rows in deal:
             first = trainer.num_updates == 0
             report = trainer.update(trajectories, advantages, units[rows])
             if trainer.metrics:
                 trainer.metrics.log("update", epoch=epoch, num_trajectories=units[rows].numel(), first=first, **report)
                 if first:
-                    what = "train stage%d: %d trajectories, max |log-ratio| at the first update %.2e"
+                    what = "stage%d train: %d trajectories, max |log-ratio| at the first update %.1e"
                     logger.info(what, trainer.stage.index, units.numel(), report["max_abs_log_ratio"])
                     if report["max_abs_log_ratio"] > config.train.eps:
-                        logger.warning("train: that is beyond the clip range; was the stage sampled on another device?")
+                        warning = "stage%d train: that is beyond the clip range; was the stage sampled on another device?"
+                        logger.warning(warning, trainer.stage.index)
         if epoch % config.train.save_interval == 0 or epoch == config.train.num_epochs:
             trainer.save(epoch, config.train.save_interval)
 
@@ -361,9 +370,10 @@ def finish(config: ConfigDict, trainer: Trainer, sampled: dict, seconds: dict) -
         key: sum(update[key] or 0.0 for update in updates) / max(1, len(updates)) for key in ("grad_norm", "clip_fraction")
     }
     logger.info(
-        "train stage%d: done, %d updates in %.1f s, gradient norm %.3g, clipped %.1f %%, %s",
-        stage.index, len(updates), seconds["train"], mean["grad_norm"], 100 * mean["clip_fraction"], last,
+        "stage%d train: done in %.1f s, %d updates, gradient norm %.3g, clipped %.1f %%, to stage%d/%s",
+        stage.index, seconds["train"], len(updates), mean["grad_norm"], 100 * mean["clip_fraction"], stage.index, last.name,
     )  # fmt: skip
+    logger.info(stage_done_line(config, stage))
 
 
 def clean_up(config: ConfigDict, stage: Stage) -> None:

@@ -25,18 +25,14 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from b2diffurl import files
-from b2diffurl.evaluate import (
-    SamplerSettings,
-    add_differences,
-    evaluate,
-    mean_and_error,
-    paired_difference,
-    training_sampler,
-)
+from b2diffurl.evaluate import evaluate
 from b2diffurl.experiment import make_plan
+from b2diffurl.generate import SamplerSettings, training_sampler
+from b2diffurl.history import evaluation_rows
 from b2diffurl.metrics import read_events
 from b2diffurl.models import base_fingerprint
 from b2diffurl.prompts import batch_prompts, named_prompts
+from b2diffurl.results import add_differences, mean_and_error, paired_difference
 from b2diffurl.runtime import set_up_logging
 from b2diffurl.stage import LORA_FILE, Stage
 from config.stage_process import get_config
@@ -117,7 +113,7 @@ def run(seeds: Sequence[int], _threads: int) -> None:
 def run_process(name: str) -> None:
     config = configure(name)
     root = folder(config)
-    if (root / "before_after.png").is_file():
+    if evaluation_rows(root, stage=config.stage_cnt - 1, sampler="deployed"):  # the last thing that run_process.sh does
         require_finished(config)
         return
     fresh, started = not root.exists(), time.perf_counter()
@@ -189,12 +185,12 @@ def curve(name: str, threads: int = 0) -> list[dict]:
     """The results of each stage on both prompt sets, in order, or those of the base."""
     config = judged(name, threads)
     checkpoints = [BASE] if name == BASE else [f"stage{index}" for index in range(config.stage_cnt)]
-    return evaluate(config, checkpoints, list(SETS), training_sampler(get_config("shapes")))
+    return evaluate(config, checkpoints, list(SETS), {"training": training_sampler(get_config("shapes"))})
 
 
 def at_best(name: str, threads: int = 0) -> list[dict]:
     """The results of a run's last stage, or of the base, at the base's best sampler."""
-    return evaluate(judged(name, threads), [BASE if name == BASE else "last"], list(SETS), best_sampler(threads))
+    return evaluate(judged(name, threads), [BASE if name == BASE else "last"], list(SETS), {"best": best_sampler(threads)})
 
 
 @cache
@@ -202,7 +198,7 @@ def swept(threads: int = 0) -> list[dict]:
     """The base on the training prompts at every sampler, on noise that nothing else is judged with."""
     config = judged(BASE, threads)
     config.eval.num_images, config.eval.seed = SWEEP_IMAGES, SWEEP_SEED
-    return [result for settings in sweep_settings() for result in evaluate(config, [BASE], ["train"], settings)]
+    return evaluate(config, [BASE], ["train"], {str(vars(settings)): settings for settings in sweep_settings()})
 
 
 def sweep_settings() -> list[SamplerSettings]:
@@ -218,7 +214,7 @@ def sweep_settings() -> list[SamplerSettings]:
 def best_sampler(threads: int = 0) -> SamplerSettings:
     """With which the base gets most of the training prompts right: the best of the sweep's few best, judged once more."""
     few = sorted(swept(threads), key=lambda result: -result["accuracy"])[:NUM_FINALISTS]
-    again = [result for one in few for result in evaluate(judged(BASE, threads), [BASE], ["train"], sampler_of(one))]
+    again = evaluate(judged(BASE, threads), [BASE], ["train"], {one["sampler"]: sampler_of(one) for one in few})
     return sampler_of(max(again, key=lambda result: result["accuracy"]))
 
 

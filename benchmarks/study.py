@@ -26,8 +26,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from b2diffurl import files
-from b2diffurl.evaluate import add_differences, evaluate, training_sampler
+from b2diffurl.evaluate import evaluate
+from b2diffurl.generate import training_sampler
 from b2diffurl.objectives import OBJECTIVES
+from b2diffurl.results import add_differences
 from b2diffurl.runtime import set_up_logging
 from b2diffurl.sample import sample_stage
 from b2diffurl.select import select_stage
@@ -181,7 +183,7 @@ def end_with(parent: int) -> None:
 
 def judge_base(scale: Scale) -> list[dict[str, Any]]:
     config = configure(scale, None)
-    return evaluate(config, ["base"], list(SETS), training_sampler(config))
+    return evaluate(config, ["base"], list(SETS), {"training": training_sampler(config)})
 
 
 def perform(scale: Scale, variant: Variant, seed: int) -> None:
@@ -221,7 +223,7 @@ def describe_run(scale: Scale, variant: Variant, seed: int) -> dict[str, Any]:
     config, bases = configure(scale, variant, seed), judge_base(scale)
     config.reward.name = configure(scale, None).reward.name
     judged = [index for index in range(config.stage_cnt) if (config.stage_cnt - 1 - index) % JUDGED_EVERY == 0]
-    results = evaluate(config, [f"stage{index}" for index in judged], list(SETS), training_sampler(config))
+    results = evaluate(config, [f"stage{index}" for index in judged], list(SETS), {"training": training_sampler(config)})
     together = [dict(result) for result in [*bases, *results]]
     add_differences(together)
     points = [together[n : n + len(SETS)] for n in range(0, len(together), len(SETS))]

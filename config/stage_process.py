@@ -13,6 +13,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
         raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
     config = reference()
     PRESETS[preset](config)
+    config.preset = preset
     return config.lock()
 
 
@@ -21,6 +22,7 @@ def reference() -> ConfigDict:
     config = ConfigDict()
 
     # ---- the experiment ----
+    config.preset = ""  # filled in with the name after the colon, for the report to say what differs from it
     config.exp_name = "b2diffurl"  # names the folder under save_path and the log file
     config.run_name = "stage0"  # the stage to work on: stage<i>
     config.seed = 300  # of the whole experiment; each stage, phase and batch derives its own
@@ -30,7 +32,8 @@ def reference() -> ConfigDict:
     config.mixed_precision = "auto"  # auto | no | fp16 | bf16; auto: bf16 or fp16 on CUDA, none on the CPU
     config.allow_tf32 = True  # TF32 matrix products on CUDA, where they are not half precision anyway
     config.num_threads = 0  # CPU threads; 0: as the experiment was begun, else torch's default
-    config.wandb = ""  # "" | offline | online; metrics go to JSON lines in any case
+    config.track_with = ()  # ("wandb",), ("tensorboard",) or both, one run an experiment; JSON lines are written in any case
+    config.wandb_mode = "offline"  # offline | online; offline needs no account, and `wandb sync` uploads it later
 
     # ---- the schedule: backward progressive training, branch-based sampling ----
     config.stage_cnt = 100  # M, number of stages
@@ -109,10 +112,18 @@ def reference() -> ConfigDict:
     evaluation.neg_threshold = -0.5  # keep a group's worst sibling below this one
     evaluation.prompt_file = "config/prompt/template1_test.json"  # held-out prompts for run_eval.py
     evaluation.judge = ""  # reward never trained on whose mean is reported as accuracy: shapes, or none
-    evaluation.diversity = ("clip",)  # features whose spread within a prompt is reported: clip (reward.clip's), layout
+    evaluation.diversity = ("clip",)  # features whose spread in a prompt is reported: clip, layout, inception
+    evaluation.inception = inception = ConfigDict()
+    inception.model = "google/vit-base-patch16-224"  # the classifier of diversity's Inception Score
     evaluation.num_images = 256  # images a prompt file is judged by
     evaluation.batch_size = 32  # images generated at once
     evaluation.seed = 0  # of the evaluation noise, the same for every experiment and checkpoint
+    evaluation.every = 10  # stages from one evaluation on held-out prompts to the next while a run goes on; 0: none
+    evaluation.deployed = deployed = ConfigDict()  # the sampler people use the tuned model with, judged beside training's
+    deployed.scheduler = "DDIMScheduler"  # any of diffusers, such as DPMSolverMultistepScheduler
+    deployed.num_steps = 50  # its steps
+    deployed.eta = 0.0  # of schedulers that have one; 0 is deterministic
+    deployed.guidance_scale = 0.0  # 0: as in training
 
     # ---- training ----
     config.train = train = ConfigDict()
@@ -165,6 +176,8 @@ def shapes(config: ConfigDict) -> None:
     config.eval.diversity = ("clip", "layout")
     config.eval.num_images = 512
     config.eval.batch_size = 64
+    config.eval.every = 2
+    config.eval.deployed.num_steps = 20
     config.stage_cnt = 8
     config.split_step_left = 9  # a relation is decided in the first two steps
     config.split_step_right = 10
@@ -202,6 +215,7 @@ def b2(config: ConfigDict) -> None:
     config.sample.num_batches_per_epoch = 4
     config.train.batch_size = 16
     config.eval.num_images = 384
+    config.eval.every = 0
     config.keep.images = 0
 
 

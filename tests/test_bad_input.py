@@ -320,12 +320,16 @@ def test_damaged_files_of_an_experiment(workplace, overrides, name, verb):
     ("arguments", "said"),
     [
         (("--checkpoint=last",), "no trained stage"),
-        (("--checkpoint=stage4",), "no LoRA at"),
+        (("--checkpoint=stage4",), "no checkpoint 'stage4': it has no trained stage"),
         (("--checkpoint=/no/such/lora",), "no LoRA at /no/such/lora"),
         (("--checkpoint=base", "--prompts=/no/such/prompts.json"), "no prompt file at /no/such/prompts.json"),
         (("--checkpoint=base", "--config.eval.judge=beauty"), "beauty.*clip, pickscore.*shapes, http, file"),
         (("--checkpoint=base", "--config.eval.diversity=('beauty',)"), "beauty.*clip, layout"),
-        (("--checkpoint=base", "--eta=2"), "eta"),
+        (("--checkpoint=base", "--config.eval.deployed.eta=2.0"), "eval.deployed.eta is 2.0"),
+        (("--checkpoint=base", "--config.eval.deployed.guidance_scale=0.5"), "eval.deployed.guidance_scale is 0.5"),
+        (("--checkpoint=base", "--config.eval.deployed.scheduler=Magic"), "unknown eval.deployed.scheduler 'Magic'"),
+        (("--checkpoint=base", "--sampler=mine"), "--sampler is 'mine'; known: 'training', 'deployed'"),
+        (("--checkpoint=base", "--config.eval.diversity=('inception',)"), "inception.*cannot be had.*vit-base"),
         (("--checkpoint=base", "--config.pretrained.model=/no/such/model"), "/no/such/model"),
     ],
     ids=str,
@@ -333,6 +337,37 @@ def test_damaged_files_of_an_experiment(workplace, overrides, name, verb):
 def test_what_cannot_be_judged(empty, overrides, arguments, said):
     """run_eval.py names the checkpoint, prompts, judge or setting it cannot use."""
     refuse(empty, "eval", overrides, said, arguments=arguments)
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [("last", "stage1/checkpoints.*checksum.*run run_train.py again"), ("unfinished", "pytorch_lora_weights.*damaged")],
+)
+def test_a_half_written_checkpoint_is_not_judged(workplace, overrides, stage, said):
+    """Cut in the middle, of a finished stage and of one that was interrupted: named, with what to do."""
+    lora = Stage(experiment(workplace), 1).checkpoints()[-1] / LORA_FILE
+    lora.write_bytes(lora.read_bytes()[: lora.stat().st_size // 2])
+    if stage == "unfinished":
+        Stage(experiment(workplace), 1).manifest_path("train").unlink()
+        stage = "stage1"
+    refuse(workplace, "eval", overrides, said, arguments=(f"--checkpoint={stage}",))
+
+
+def test_a_checkpoint_of_another_base_is_not_judged(workplace, overrides, models):
+    """The manifest's checksum of the base is not that of the model at hand: judged neither here nor drawn."""
+    other = shutil.copytree(models / "sd", workplace / "other")
+    path = next((other / "unet").glob("*.safetensors"))
+    weights = load_file(path)
+    save_file({name: value + 1e-3 for name, value in weights.items()}, path)
+    settings = overrides | {"pretrained.model": str(other)}
+    for arguments in (("--checkpoint=last",), ("--prompt=a red circle",)):
+        said = r"was trained on another base model \(SHA-256 .*Use that base"
+        refuse(workplace, "eval", settings, said, arguments=arguments)
+
+
+def test_an_empty_prompt_file_is_not_judged(workplace, overrides):
+    (workplace / "none.txt").write_text("\n\n")
+    refuse(workplace, "eval", overrides, "none.txt holds no prompt", arguments=("--prompts=none.txt",))
 
 
 def test_the_real_process_ends_in_two_lines(empty, overrides):

@@ -92,7 +92,7 @@ def test_an_arm_of_the_study_is_what_its_name_says_and_nothing_else(arm):
     """It differs from b2 in nothing but its name and the keys that define it; its stages train L growing to R, L, or all T
     steps."""
     b2, config = get_config("b2"), get_config(arm)
-    expected = flatten(b2.to_dict()) | {"exp_name": arm} | ARMS[arm]
+    expected = flatten(b2.to_dict()) | {"exp_name": arm, "preset": arm} | ARMS[arm]
     num_steps = b2.sample.num_steps
     assert flatten(config.to_dict()) == {key: num_steps if value == "T" else value for key, value in expected.items()}
     bounds, stages = (config.split_step_left, config.split_step_right), range(config.stage_cnt)
@@ -210,46 +210,62 @@ VARIABLES = {
     "Objective": ("train.objective", "dpok"),
     "SaveInterval": ("train.save_interval", 12),
     "Dev_Id": ("dev_id", 13),
+    "EvalEvery": ("eval.every", 14),
     "Reward": ("reward.name", "jpeg_compressibility"),
     "RewardWeights": ("reward.weights", {"clip": 1.0, "my.rewards:beauty": -0.5}),
     "Watch": ("reward.watch", ("shapes", "my.rewards:beauty")),
+    "TrackWith": ("track_with", ("wandb", "tensorboard")),
 }
 
 
-def dry_run(tmp_path: Path, variables: dict[str, str], *arguments: str) -> list[list[str]]:
-    """The commands run_process.sh runs, with a `python` on the PATH that only says how it was called."""
+PLAN = "echo folder; echo stage0 stage1; echo PLAN"  # what a stub for `python -m b2diffurl.experiment` says
+
+
+def called(tmp_path: Path, variables: dict[str, str], *arguments: str) -> tuple[list[list[str]], str]:
+    """The commands run_process.sh runs, with a `python` on the PATH that only says how it was called, and its stdout."""
     stub = tmp_path / "bin" / "python"
     stub.parent.mkdir()
-    stub.write_text(f'#!/bin/bash\nprintf "%q " "$@" >> {tmp_path}/calls; echo >> {tmp_path}/calls\necho stage0 stage1\n')
+    stub.write_text(f'#!/bin/bash\nprintf "%q " "$@" >> {tmp_path}/calls; echo >> {tmp_path}/calls\n{PLAN}')
     stub.chmod(0o755)
     environment = {key: value for key, value in os.environ.items() if key not in {*VARIABLES, "Preset"}}
     environment |= variables | {"PATH": f"{stub.parent}:{os.environ['PATH']}"}
-    subprocess.run(
-        ["bash", ROOT / "run_process.sh", *arguments], env=environment, check=True, capture_output=True, timeout=60
-    )
-    return [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    command = ["bash", ROOT / "run_process.sh", *arguments]
+    ended = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=60)
+    return [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()], ended.stdout
 
 
 def test_run_process_goes_through_the_stages(tmp_path):
-    """First the configuration is checked, then sample, select, train for each stage in order, then both are judged; what
-    it was given goes to each of them, and no key is set that nobody named."""
-    calls = dry_run(tmp_path, {}, "--config.train.step_weight=none")
-    verbs = [f"run_{verb}.py" for verb in ("sample", "select", "train")]
-    assert [call[0] for call in calls] == ["-m", *verbs, *verbs, "run_eval.py"]
+    """First the configuration is checked and the plan is said, then sample, select, train and, when due, judge each stage in
+    order, then base and last are judged; what it was given goes to each of them, and no key is set that nobody named."""
+    calls, stdout = called(tmp_path, {}, "--config.train.step_weight=none")
+    verbs = [f"run_{verb}.py" for verb in ("sample", "select", "train", "eval")]
+    assert [call[0] for call in calls] == ["-m", *verbs, *verbs, "run_eval.py", "run_eval.py"]
     names = [argument.partition("=")[2] for call in calls for argument in call if "run_name" in argument]
-    assert names == ["stage0"] * 3 + ["stage1"] * 3
+    assert names == ["stage0"] * 4 + ["stage1"] * 4
+    assert [call[-1] == "--due" for call in calls] == ([False] + ([False] * 3 + [True]) * 2 + [False] * 2)
+    assert stdout == "PLAN\n" + "folder\nstage0 stage1\nPLAN\n" * (len(calls) - 1)
     for call in calls:
         settings = [argument for argument in call if argument.startswith("--config") and "run_name" not in argument]
         assert settings == ["--config=config/stage_process.py:shapes", "--config.train.step_weight=none"]
-    assert {"--checkpoint=base,last", "--prompts=train,test", "--grid"} <= set(calls[-1])
+    assert calls[-2][-3:] == ["--checkpoint=base,last", "--prompts=train,test", "--sampler=training"]
+    assert calls[-1][-3:] == ["--checkpoint=base,last", "--prompts=test", "--sampler=deployed"]
+
+
+def test_a_dry_run_calls_nothing_else(tmp_path):
+    """--dry_run goes to the first process, whose words are handed on, and there is no second one."""
+    calls, stdout = called(tmp_path, {}, "--config.train.step_weight=none", "--dry_run")
+    assert [call[:2] for call in calls] == [["-m", "b2diffurl.experiment"]]
+    assert calls[0][-2:] == ["--config.train.step_weight=none", "--dry_run"]
+    assert stdout == "folder\nstage0 stage1\nPLAN\n"
 
 
 def test_every_variable_of_run_process_sets_its_key(tmp_path):
     """Each documented variable, from the environment, ends up in the key it stands for, in each script."""
-    variables = {name: str(value) for name, (_, value) in VARIABLES.items()} | {"Watch": "shapes,my.rewards:beauty"}
+    variables = {name: str(value) for name, (_, value) in VARIABLES.items()}
+    variables |= {"Watch": "shapes, my.rewards:beauty", "TrackWith": "wandb,tensorboard"}
     source = (ROOT / "run_process.sh").read_text()
     assert set(re.findall(r"^(\w+)=\"\$\{\1:-", source, re.MULTILINE)) == {*VARIABLES, "Preset"}
-    calls = dry_run(tmp_path, variables | {"Preset": "sd14"})
+    calls, _ = called(tmp_path, variables | {"Preset": "sd14"})
     for call in calls[1:]:
         argv = [argument.replace("--config=config", f"--config={ROOT}/config") for argument in call]
         ended = parse_command(tmp_path, argv)
@@ -305,11 +321,14 @@ def check_command(folder: Path, where: str, words: list[str], variables: list[st
         assert importlib.util.find_spec(words[2]), where
     elif words[0] == "python" and words[1].startswith("run_"):
         argv = [word.replace("--config=config", f"--config={ROOT}/config") for word in words[1:]]
+        if not any(word.startswith("--config=") for word in argv):  # the default file, as where the scripts lie
+            argv.append(f"{CONFIG}:shapes")
         assert parse_command(folder, argv).code == 0, where
     elif words[0] in ("python", "bash"):
         assert (ROOT / words[1]).is_file(), where
     if words[:2] == ["bash", "run_process.sh"]:
         assert {*variables} <= {*VARIABLES, "Preset"}, where
-        assert parse_command(folder, ["run_train.py", f"{CONFIG}:shapes", *words[2:]]).code == 0, where
+        settings = [word for word in words[2:] if word != "--dry_run"]
+        assert parse_command(folder, ["run_train.py", f"{CONFIG}:shapes", *settings]).code == 0, where
     for word, following in itertools.pairwise(words):
         assert word != "-r" or (ROOT / following).is_file(), where

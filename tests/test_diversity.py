@@ -6,7 +6,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from b2diffurl.diversity import mean_pairwise_distance, vendi_score
+from b2diffurl.diversity import inception_score, mean_pairwise_distance, vendi_score
 
 
 def test_by_hand():
@@ -82,3 +82,15 @@ def test_vendi_score_of_each_prompt():
     assert vendi_score(features, list("ababbc")) == expected
     assert vendi_score(features.flip(0), list("cbbaba")) == expected
     assert vendi_score(features[:0], []) == {}
+
+
+def test_inception_score_by_hand():
+    """Sure of a class each: 2; all alike: 1; one sure and one torn between both: exp of H(3/4, 1/4) - H(1/2, 1/2) / 2."""
+    sure, other, torn = [1.0, 0.0], [0.0, 1.0], [0.5, 0.5]
+    probabilities = torch.tensor([sure, other, torn, torn, sure, torn, [math.nan, 0.0]])
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) - math.log(2) / 2
+    assert inception_score(probabilities, list("aabbccc")) == {
+        "a": pytest.approx(2.0),
+        "b": pytest.approx(1.0),
+        "c": pytest.approx(math.exp(entropy)),
+    }

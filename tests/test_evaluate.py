@@ -3,25 +3,32 @@
 import contextlib
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from conftest import PROMPTS, experiment, make_config, run_script, run_stage, snapshot
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from b2diffurl.evaluate import SamplerSettings, evaluate, resolve_checkpoint, summarise_diversity
+from b2diffurl.evaluate import evaluate, prompt_images
+from b2diffurl.experiment import resolve_checkpoint
+from b2diffurl.files import read_json_lines
+from b2diffurl.generate import SamplerSettings, sample_images, scheduler_class
+from b2diffurl.history import evaluation_rows
+from b2diffurl.policy import load_policy
+from b2diffurl.results import name_best, summarise_diversity
+from b2diffurl.runtime import make_accelerator
 from b2diffurl.seeding import generator
-from b2diffurl.stage import finished_stages
+from b2diffurl.stage import LORA_FILE, Stage, finished_stages
 
-SETTINGS = SamplerSettings(num_steps=4, eta=1.0, guidance_scale=5.0)
+SAMPLERS = {"training": SamplerSettings(num_steps=4, eta=1.0, guidance_scale=5.0)}
 
 
 def judged(folder, overrides: dict, checkpoints: list[str], prompts: list[str] | None = None, **more) -> list[dict]:
     with contextlib.chdir(folder):
-        return evaluate(make_config(overrides, **more), checkpoints, prompts or ["test"], SETTINGS)
+        return evaluate(make_config(overrides, **more), checkpoints, prompts or ["test"], SAMPLERS)
 
 
 def test_judging_the_base_twice_gives_the_same_numbers(overrides, tmp_path):
@@ -39,7 +46,7 @@ def test_a_lora_that_was_never_updated_equals_the_base(overrides, tmp_path):
     """A stage that selected nothing leaves the base: the same rewards to the bit, image by image, and a gain of 0."""
     run_stage(tmp_path, overrides | {"eval.pos_threshold": 1e9, "eval.neg_threshold": -1e9})
     base, last = judged(tmp_path, overrides, ["last", "base"])
-    assert (base["checkpoint"], last["checkpoint"]) == ("base", "last")
+    assert (base["checkpoint"], last["checkpoint"]) == ("base", "stage0")
     assert base["values"] == last["values"]
     assert (last["reward_gain"], last["reward_gain_se"]) == (0.0, 0.0)
 
@@ -47,8 +54,8 @@ def test_a_lora_that_was_never_updated_equals_the_base(overrides, tmp_path):
 def test_figures_by_numpy(workplace, overrides):
     """Means, standard errors and paired gains are those of the single values; a trained LoRA is not the base; both prompt
     sets are judged."""
-    results = judged(workplace, overrides, ["base", "stage0", "last"], ["train", "test"], **{"eval.judge": "shapes"})
-    assert [result["checkpoint"] for result in results] == ["base"] * 2 + ["stage0"] * 2 + ["last"] * 2
+    results = judged(workplace, overrides, ["stage0", "last", "base"], ["train", "test"], **{"eval.judge": "shapes"})
+    assert [result["checkpoint"] for result in results] == ["base"] * 2 + ["stage0"] * 2 + ["stage1"] * 2
     for result in results:
         base = next(one for one in results if one["checkpoint"] == "base" and one["prompts"] == result["prompts"])
         values = {key: np.array(numbers) for key, numbers in result["values"].items()}
@@ -99,7 +106,7 @@ def test_a_reward_of_the_users_own(overrides, tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     (result,) = judged(tmp_path, overrides, ["base"], **{"reward.name": "my_rewards:redness", "eval.num_images": 4})
-    shown = sorted(Path(tmp_path, result["folder"]).glob("*.png"))
+    shown = sorted((experiment(tmp_path) / result["folder"]).glob("*.png"))
     assert result["values"]["reward"] == pytest.approx([np.asarray(Image.open(path))[..., 0].mean() for path in shown])
 
 
@@ -141,22 +148,196 @@ def test_prompts_are_taken_in_turn_and_the_last_batch_is_cut(overrides, tmp_path
 
 
 def test_judging_leaves_the_experiment_alone(workplace, overrides):
-    """Only the eval folder is added, a second call changes nothing, and its last line is one JSON object."""
+    """Evaluations and the report are added, a second call changes nothing, and its last line is one JSON object."""
     before = snapshot(workplace)
-    arguments = ("--checkpoint=base,last", "--prompts=train,test", "--grid")
+    arguments = ("--checkpoint=base,last", "--prompts=train,test", "--sampler=training")
     first = run_script(workplace, "eval", overrides, *arguments)
     assert first.code == 0, first.stderr
     after = snapshot(workplace)
     assert {name: after[name] for name in before} == before
     added = {name.removeprefix("model/lora/tiny/").split("/")[0] for name in after.keys() - before.keys()}
-    assert added == {"eval", "before_after.png"}
+    assert added == {"eval", "eval.jsonl", "report", "report.html"}
     second = run_script(workplace, "eval", overrides, *arguments)
     assert snapshot(workplace) == after
     line, again = (json.loads(ended.stdout.splitlines()[-1]) for ended in (first, second))
     assert line == again
     assert {"reward", "accuracy", "n_images", "checkpoint"} <= line.keys()
-    assert (line["n_images"], line["checkpoint"], line["prompts"]) == (6, "last", "test")
-    assert str(experiment(workplace).relative_to(workplace) / "before_after.png") in first.stdout
+    assert (line["n_images"], line["checkpoint"], line["prompts"], line["sampler"]) == (6, "stage1", "test", "training")
+    assert str(experiment(workplace).relative_to(workplace) / "report.html") in first.stdout
+
+
+def test_both_samplers_are_reported_by_default(workplace, overrides):
+    """Held-out prompts, base and newest checkpoint, training's sampler and the deployed one: four rows of eval.jsonl, those
+    of one sampler on the same noise, and the two samplers' images differ."""
+    ended = run_script(workplace, "eval", overrides | {"eval.deployed.num_steps": 5})
+    assert ended.code == 0, ended.stderr
+    rows = read_json_lines(experiment(workplace) / "eval.jsonl")
+    assert [(row["checkpoint"], row["sampler"]) for row in rows] == [
+        ("base", "training"),
+        ("base", "deployed"),
+        ("stage1", "training"),
+        ("stage1", "deployed"),
+    ]
+    assert [(row["scheduler"], row["num_steps"], row["eta"]) for row in rows[:2]] == [
+        ("", 4, 1.0),
+        ("DDIMScheduler", 5, 0.0),
+    ]
+    assert rows[0]["reward"] != rows[1]["reward"]
+    for base, tuned in zip(rows[:2], rows[2:], strict=True):
+        assert base["conditions"] == tuned["conditions"]
+        assert tuned["reward_gain"] == pytest.approx(tuned["reward"] - base["reward"])
+    assert json.loads(ended.stdout.splitlines()[-1]) == rows[-1]
+
+
+def test_all_is_the_learning_curve_and_best_names_its_top(workplace, overrides):
+    """Base and both stages, each judged once; --best takes what is there, and names the highest of them."""
+    ended = run_script(workplace, "eval", overrides, "--all", "--sampler=training")
+    assert ended.code == 0, ended.stderr
+    path = experiment(workplace) / "eval.jsonl"
+    rows = read_json_lines(path)
+    assert [(row["checkpoint"], row["stage"]) for row in rows] == [("base", None), ("stage0", 0), ("stage1", 1)]
+    files = snapshot(workplace)
+    ended = run_script(workplace, "eval", overrides, "--best", "--sampler=training")
+    assert snapshot(workplace) == files
+    found = json.loads(ended.stdout.splitlines()[-1])
+    assert found == max(rows, key=lambda row: row["reward"])
+    assert f"best of 3 checkpoints: {found['checkpoint']}" in ended.stdout
+
+
+def test_the_best_is_by_the_judge_where_there_is_one():
+    """Of the first prompt set and the sampler that is named; the earliest of equals."""
+    common = {"prompts": "test", "sampler": "training", "lora": "", "accuracy_se": 0.1, "reward_se": 0.1}
+    figures = {"base": (0.5, 0.9), "stage0": (0.7, 0.1), "stage1": (0.7, 0.2)}
+    rows = [common | {"checkpoint": name, "accuracy": a, "reward": r} for name, (a, r) in figures.items()]
+    others = [row | {key: "other", "accuracy": 0.9} for row in rows for key in ("prompts", "sampler")]
+    assert name_best([*rows, *others], "training")["checkpoint"] == "stage0"
+    assert name_best([row | {"accuracy": None} for row in rows], "training")["checkpoint"] == "base"
+    with pytest.raises(ValueError, match=r"eval\.judge"):
+        name_best([row | {"accuracy": None, "reward": None} for row in rows], "training")
+
+
+def test_an_earlier_difference_stays_when_the_base_is_not_asked_for(workplace, overrides):
+    judged(workplace, overrides, ["base", "last"])
+    path = experiment(workplace) / "eval.jsonl"
+    before = {row["checkpoint"]: row for row in read_json_lines(path)}
+    judged(workplace, overrides, ["last"])
+    rows = read_json_lines(path)
+    assert {row["checkpoint"]: row for row in rows} == before
+    assert rows[-1]["checkpoint"] == "stage1"
+    assert rows[-1]["reward_gain"] != 0
+
+
+def test_only_rows_that_can_be_compared_make_a_curve(workplace, overrides):
+    """Rows of another number of images are other conditions: readers get those like the newest row alone."""
+    judged(workplace, overrides, ["base", "stage0", "stage1"])
+    judged(workplace, overrides, ["base", "stage1"], **{"eval.num_images": 3})
+    root = experiment(workplace)
+    assert len(read_json_lines(root / "eval.jsonl")) == 5
+    rows = evaluation_rows(root, prompts="test", sampler="training")
+    assert [(row["checkpoint"], row["n_images"], row["queries"]) for row in rows] == [("base", 3, 0), ("stage1", 3, 36)]
+    assert evaluation_rows(root, prompts="train") == []
+
+
+def test_due_judges_every_so_many_stages(workplace, overrides):
+    """After stage 1 of eval.every 2, base and stage 1 on held-out prompts; of 3, or with 0, nothing, but the report is
+    written; for a stage that is not the newest not even that."""
+    root = experiment(workplace)
+    for every, stage, judged_now in ((2, 0, False), (3, 1, False), (0, 1, False), (2, 1, True)):
+        ended = run_script(workplace, "eval", overrides | {"eval.every": every, "run_name": f"stage{stage}"}, "--due")
+        assert ended.code == 0, ended.stderr
+        assert (root / "eval.jsonl").is_file() == judged_now
+        assert (root / "report.html").is_file() == (stage == 1)
+    rows = read_json_lines(root / "eval.jsonl")
+    assert [(row["checkpoint"], row["prompts"], row["sampler"]) for row in rows] == [
+        ("base", "test", "training"),
+        ("stage1", "test", "training"),
+    ]
+
+
+def test_a_checkpoint_that_draws_the_base_s_images_is_refused(workplace, overrides):
+    """Its weights are all zero though its state tells of updates: somebody lost what was learned."""
+    folder = Stage(experiment(workplace), 1).checkpoints()[-1]
+    elsewhere = shutil.copytree(folder, workplace / "copied")
+    weights = load_file(elsewhere / LORA_FILE)
+    save_file({name: value * 0 for name, value in weights.items()}, elsewhere / LORA_FILE)
+    with pytest.raises(ValueError, match=r"updates and draws exactly the base model's images"):
+        judged(workplace, overrides, ["base", str(elsewhere)])
+    shutil.copy(folder / LORA_FILE, elsewhere)
+    base, tuned = judged(workplace, overrides, ["base", str(elsewhere)])
+    assert base["images_sha256"] != tuned["images_sha256"]
+
+
+def test_a_prompt_is_drawn_by_base_and_checkpoint(workplace, overrides):
+    """One PNG of two rows on the same noise, which differ; the same bytes each time; base against itself is alike."""
+    ended = run_script(workplace, "eval", overrides, "--prompt=a red circle", "--sampler=training")
+    assert ended.code == 0, ended.stderr
+    picture = workplace / json.loads(ended.stdout.splitlines()[-1])["picture"]
+    drawn = picture.read_bytes()
+    assert Image.open(picture).width > 800
+    run_script(workplace, "eval", overrides, "--prompt=a red circle", "--sampler=training")
+    assert picture.read_bytes() == drawn
+    with contextlib.chdir(workplace):
+        base, tuned = prompt_images(make_config(overrides), "last", "a red circle", SAMPLERS["training"])
+        one, other = prompt_images(make_config(overrides), "base", "a red circle", SAMPLERS["training"])
+    assert torch.equal(one, other)
+    assert torch.equal(base, one)
+    assert not torch.equal(base, tuned)
+    assert len({image.numpy().tobytes() for image in base}) == len(base)
+
+
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "PNDM", "DPMSolverMultistepScheduler", "EulerAncestralDiscrete", "HeunDiscrete"]
+)
+def test_any_scheduler_draws_what_the_stock_pipeline_draws(config, models, name):
+    """Stable Diffusion's own pipeline with that scheduler, from the same latents and later noise: the same image."""
+    from diffusers import StableDiffusionPipeline
+
+    settings = SamplerSettings(num_steps=6, eta=0.0, guidance_scale=5.0, scheduler=scheduler_class(name).__name__)
+    model = load_policy(config, make_accelerator(config, 1), None)
+    ours = sample_images(config, model, PROMPTS, settings, 0)
+    pipeline = StableDiffusionPipeline.from_pretrained(models / "sd", safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = scheduler_class(name).from_config(pipeline.scheduler.config)
+    rng = generator(0, "eval", 0)
+    latents = torch.randn(len(PROMPTS), *model.latent_shape, generator=rng)
+    stock = pipeline(
+        PROMPTS, latents=latents, generator=rng, num_inference_steps=6, guidance_scale=5.0, eta=0.0, output_type="np"
+    ).images
+    difference = np.abs(ours.numpy() / 255 - stock)
+    assert difference.max() < 0.6 / 255
+    assert stock.std() > 0.01
+
+
+def test_inception_score_of_a_classifier(overrides, tmp_path):
+    """`inception` among eval.diversity: of each prompt the Inception Score of the classes that a real classifier of
+    transformers sees in its images, as computed here from its logits one image at a time."""
+    from transformers import AutoImageProcessor, ViTForImageClassification
+
+    folder = tiny.classifier(tmp_path / "vit")
+    settings = {"eval.diversity": ("inception",), "eval.inception.model": str(folder)}
+    (result,) = judged(tmp_path, overrides, ["base"], **settings)
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    classifier = ViTForImageClassification.from_pretrained(folder).eval()
+    expected = {}
+    for n, prompt in enumerate(PROMPTS):
+        images = [experiment(tmp_path) / result["folder"] / f"{row:05d}.png" for row in (n, n + 3)]
+        pixels = [processor(images=Image.open(path), return_tensors="pt").pixel_values for path in images]
+        seen = np.stack([classifier(one).logits.softmax(1).detach().numpy()[0] for one in pixels])
+        assert np.abs(seen[0] - seen[1]).max() > 1e-3
+        divergences = (seen * np.log(seen / seen.mean(0))).sum(1)
+        expected[prompt] = np.exp(divergences.mean())
+    assert result["diversity"]["inception"]["all"] == pytest.approx(expected, abs=1e-5)
+    assert result["diversity/inception"] == pytest.approx(np.mean(list(expected.values())), abs=1e-5)
+    (path,) = folder.glob("*.safetensors")
+    weights = load_file(path)
+    save_file({name: value * 2 for name, value in weights.items()}, path, metadata={"format": "pt"})
+    (other,) = judged(tmp_path, overrides, ["base"], **settings)
+    assert other["conditions"] != result["conditions"]
+
+
+def test_samplers_are_checked_by_name():
+    with pytest.raises(ValueError, match=r"unknown eval.deployed.scheduler 'Magic'; known: .*DDIMScheduler, .*UniPC"):
+        scheduler_class("Magic")
 
 
 def test_last_is_the_newest_finished_stage(workplace):

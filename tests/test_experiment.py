@@ -168,7 +168,8 @@ FREE = {  # key: a value other than the tiny experiment's, which another call ma
     "dev_id": 1,
     "num_threads": 2,
     "log_path": "elsewhere",
-    "wandb": "offline",
+    "track_with": ("wandb", "tensorboard"),
+    "wandb_mode": "online",
     "keep.samples": False,
     "keep.images": 1,
     "sample.micro_batch_size": 1,
@@ -331,7 +332,8 @@ def test_planning_writes_nothing(finished, overrides, tmp_path):
         ("eval.advantage", "batch", "'prompt', 'group'"),
         ("eval.selection", "best", "'pairs', 'all'"),
         ("mixed_precision", "fp8", "'bf16'"),
-        ("wandb", "yes", "'offline'"),
+        ("track_with", ("mlflow",), "'wandb', 'tensorboard'"),
+        ("wandb_mode", "yes", "'offline', 'online'"),
     ],
 )
 def test_values_that_cannot_work_are_refused(tmp_path, overrides, key, value, message):

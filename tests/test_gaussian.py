@@ -70,7 +70,7 @@ def sample(world: GaussianWorld, prompts: list[str], num_branches: int, num_trai
         return torch.randn(shape, generator=rng)
 
     latents, log_probs = branch_sample(
-        predictor(world, sampler, conditions, conditions, guidance_scale=1.0),
+        predictor(world, sampler.timesteps, conditions, conditions, guidance_scale=1.0),
         sampler,
         noise((len(prompts), *world.latent_shape)),
         noise,

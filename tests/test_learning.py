@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import ROOT, get_config
 
-from b2diffurl.evaluate import training_sampler
 from b2diffurl.experiment import make_plan, record_experiment
+from b2diffurl.generate import training_sampler
 from benchmarks import learning
 from benchmarks.learning import (
     SETS,
@@ -36,7 +36,8 @@ def result(checkpoint: str, prompts: str, formed: list[int], bound: list[int], r
     errors = {f"{key}_se": 0.1 for key in values}
     spread = {name: {"all": {"a": 1.0, "b": 2.0}, "right": {"a": 0.5}} for name in ("clip", "layout")}
     sampler = {"num_steps": 10, "eta": 1.0, "guidance_scale": 2.0}
-    facts = {"checkpoint": checkpoint, "prompts": prompts, "n_prompts": 2, "values": values, "diversity": spread}
+    facts = {"checkpoint": checkpoint, "prompts": prompts, "conditions": prompts, "n_prompts": 2}
+    facts |= {"values": values, "diversity": spread}
     return facts | means | errors | sampler
 
 
@@ -128,13 +129,14 @@ def test_the_base_s_best_sampler_is_the_best_of_a_second_look(monkeypatch):
     sweep = {setting: 0.5 for setting in sweep_settings()}
     first, second, third = list(sweep)[3:6]
     sweep |= {first: 0.7, second: 0.6, third: 0.55}
-    again = {first: 0.58, second: 0.6, third: 0.59}
+    again = {setting: 0.5 for setting in sweep} | {first: 0.58, second: 0.6, third: 0.59}
 
-    def evaluate(config, checkpoints, prompt_sets, settings):
+    def evaluate(config, checkpoints, prompt_sets, samplers):
         assert (checkpoints, prompt_sets) == (["base"], ["train"])
         few = config.eval.seed == learning.SWEEP_SEED
         assert config.eval.num_images == (learning.SWEEP_IMAGES if few else learning.NUM_IMAGES)
-        return [{"accuracy": sweep[settings] if few else again.get(settings, 0.5)} | vars(settings)]
+        accuracies = sweep if few else again
+        return [{"sampler": name, "accuracy": accuracies[one]} | vars(one) for name, one in samplers.items()]
 
     monkeypatch.setattr(learning, "evaluate", evaluate)
     for cached in (learning.swept, learning.best_sampler):

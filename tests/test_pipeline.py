@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPTokenizer
 
 from b2diffurl.branching import denoise
+from b2diffurl.files import read_json_lines
 from b2diffurl.policy import decode, load_policy, predictor
 from b2diffurl.runtime import make_accelerator
 from b2diffurl.stage import LORA_FILE, Stage
@@ -58,7 +59,7 @@ def test_files_of_an_experiment(finished):
     for stage in ("stage0", "stage1"):
         names |= {f"{stage}/samples/batch_{batch:05d}.safetensors" for batch in range(3)}
         names |= {f"{stage}/images/{image:05d}.png" for image in range(18)}
-        names |= {f"{stage}/{name}" for name in ("prompts.json", "scores.jsonl", "selection.json")}
+        names |= {f"{stage}/{name}" for name in ("prompts.json", "scores.jsonl", "selection.json", "tree.png", "tree.json")}
         names |= {f"{stage}/{verb}.json" for verb in VERBS} | {f"{stage}/metrics/{verb}.jsonl" for verb in VERBS}
         for number in (1, 2):
             checkpoint = f"{stage}/checkpoints/checkpoint_{number}"
@@ -349,7 +350,7 @@ def lose_last_epoch(stage: Stage) -> None:
 def test_killed_again_and_again(finished, overrides, tmp_path):
     """Scripts killed before a rename, started again and killed at a later one, until they end: the same bits as never
     killed."""
-    for verb, first in [("sample", 6), ("select", 1), ("train", 1)]:
+    for verb, first in [("sample", 8), ("select", 1), ("train", 1)]:
         codes = [run_and_kill(tmp_path, verb, overrides, rename=rename) for rename in range(first, first + 12, 3)]
         assert codes[0] == -9
         assert codes == sorted(codes)
@@ -401,7 +402,7 @@ def test_lora_in_stock_diffusers_gives_the_same_image(models, overrides, tmp_pat
     model = load_policy(config, make_accelerator(config, 1), lora / LORA_FILE)
     x_T = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     sampler = model.sampler(10, 0.0)
-    predict = predictor(model, sampler, model.encode(PROMPTS), model.encode([""]), guidance_scale=5.0)
+    predict = predictor(model, sampler.timesteps, model.encode(PROMPTS), model.encode([""]), guidance_scale=5.0)
     ours = decode(model, denoise(predict, sampler, x_T, torch.zeros, range(10)), 3).numpy()
 
     stock = StableDiffusionPipeline.from_pretrained(models / base)
@@ -427,7 +428,7 @@ def command(verb: str, *more: str) -> list[str]:
 
 def test_the_shell_script_runs_it_all(finished, overrides, tmp_path):
     """run_process.sh, driven by its variables and by flags it passes on, runs each script as a process of its own, and
-    leaves what the functions leave in this one; it ends with base and final judged, and a picture of both."""
+    leaves what the functions leave in this one; it ends with base and final judged, by both samplers, and a report."""
     named = {"ModelVersion": "pretrained.model", "PromptFile": "prompt_file", "LR": "train.learning_rate"}
     variables = {name: str(overrides[key]) for name, key in named.items()}
     variables |= {"Preset": "sd14", "ExpName": "tiny", "SavePath": str(tmp_path), "StageCnt": "1"}
@@ -448,13 +449,17 @@ def test_the_shell_script_runs_it_all(finished, overrides, tmp_path):
     for name, data in snapshot(expected.folder).items():
         assert name in timed or (found.folder / name).read_bytes() == data
     log = (tmp_path / "tiny.log").read_text()
-    assert all(f"{verb} stage0: " in log for verb in VERBS)
+    assert all(f" stage0 {verb}: " in log for verb in VERBS)
+    assert all(" plan: LoRA rank 4 on " in text for text in (log, ended.stdout))
     assert "max |log-ratio| at the first update" in log
     result = json.loads(ended.stdout.splitlines()[-1])
     assert {"reward", "accuracy", "n_images", "checkpoint"} <= result.keys()
-    grids = [line.split()[-1] for line in log.splitlines()[-5:] if line.endswith(".png")]
-    assert len(grids) == 1
-    assert Image.open(grids[0]).width > 0
+    judged = [
+        (row["checkpoint"], row["prompts"], row["sampler"]) for row in read_json_lines(tmp_path / "tiny" / "eval.jsonl")
+    ]
+    sets = [("train", "training"), ("test", "training"), ("test", "deployed")]
+    assert sorted(judged) == sorted((name, *kind) for name in ("base", "stage0") for kind in sets)
+    assert (tmp_path / "tiny" / "report.html").is_file()
 
 
 RANK_WRITES_ITS_NORMS = """

@@ -346,7 +346,7 @@ def test_a_mixture_is_the_weighted_sum_of_recorded_parts(begin, module, override
     assert [row["parts"][CLIP] for row in rows] == [row["reward"] for row in scores(alone)]
 
     shutil.rmtree(alone)
-    ended = ran(alone.parent, "eval", settings, "--checkpoint=base", "--prompts=train")
+    ended = ran(alone.parent, "eval", settings, "--checkpoint=base", "--sampler=training", "--prompts=train")
     result = json.loads(next((alone.parent / "model").rglob("result.json")).read_text())
     values = result["values"]
     assert {*weights, "reward"} <= values.keys()
@@ -361,7 +361,16 @@ def test_standardised_parts_keep_the_first_stages_scales(overrides, module, tmp_
     mine = module("import torch\ndef constant(images, prompts):\n    return torch.full((len(prompts),), 0.1)\n")
     weights = {CLIP: 1.0, JPEG: 2.0, f"{mine}:constant": 50.0}
     settings = overrides | {"reward.weights": weights, "reward.standardise": True}
-    refuse(tmp_path, "eval", settings, "standardise takes its scale from the first stage", arguments=("--checkpoint=base",))
+    refuse(
+        tmp_path,
+        "eval",
+        settings,
+        "standardise takes its scale from the first stage",
+        arguments=(
+            "--checkpoint=base",
+            "--sampler=training",
+        ),
+    )
     for verb in ("sample", "select", "train"):
         ran(tmp_path, verb, settings)
     for verb in ("sample", "select"):
@@ -383,7 +392,7 @@ def test_standardised_parts_keep_the_first_stages_scales(overrides, module, tmp_
             assert recorded[name] == pytest.approx(scale[name], rel=1e-6)
     assert np.mean([row["reward"] for row in scores(tmp_path)]) == pytest.approx(0, abs=1e-5)
     assert abs(np.mean([row["reward"] for row in scores(tmp_path, 1)])) > 1e-3
-    ran(tmp_path, "eval", settings, "--checkpoint=base", "--prompts=train")
+    ran(tmp_path, "eval", settings, "--checkpoint=base", "--sampler=training", "--prompts=train")
     values = json.loads(next(experiment(tmp_path).glob("eval/*/result.json")).read_text())["values"]
     assert values["reward"] == pytest.approx(total(values).tolist(), abs=1e-5)
 
@@ -448,7 +457,9 @@ def test_a_watched_reward_is_recorded_and_changes_nothing(begin, sampled, module
         assert seen == pytest.approx({JPEG: -jpeg_kb(image), f"{mine}:both": redness(image)}, rel=1e-5)
     (metrics,) = map(json.loads, stage_of(folder).metrics("select").read_text().splitlines())
     assert metrics[f"watch/{JPEG}_mean"] == pytest.approx(np.mean([seen[JPEG] for seen in watched]), rel=1e-6)
-    result = json.loads(ran(folder, "eval", settings, "--checkpoint=base", "--prompts=train").splitlines()[-1])
+    result = json.loads(
+        ran(folder, "eval", settings, "--checkpoint=base", "--sampler=training", "--prompts=train").splitlines()[-1]
+    )
     assert result[JPEG] < 0 < result[f"{mine}:both"]
 
 
@@ -629,9 +640,18 @@ def test_score_files_that_are_none(begin, damage):
 def test_other_images_need_another_reward(begin):
     """run_eval.py, whose images nobody has scored, judges without the reward; it is not a judge itself."""
     folder, settings = begin(FILE)
-    result = json.loads(ran(folder, "eval", settings, "--checkpoint=base").splitlines()[-1])
+    result = json.loads(ran(folder, "eval", settings, "--checkpoint=base", "--sampler=training").splitlines()[-1])
     assert (result["reward"], result["n_images"]) == (None, 6)
-    refuse(folder, "eval", settings | {"eval.judge": "file"}, "eval.judge is file", arguments=("--checkpoint=base",))
+    refuse(
+        folder,
+        "eval",
+        settings | {"eval.judge": "file"},
+        "eval.judge is file",
+        arguments=(
+            "--checkpoint=base",
+            "--sampler=training",
+        ),
+    )
 
 
 def run_process(folder: Path, settings: dict, variables: dict[str, str]) -> tuple[int, list[str]]:
@@ -682,16 +702,16 @@ def test_run_process_waits_for_scores_stage_by_stage(overrides, tmp_path):
     assert run_process(tmp_path, settings, variables) == (0, start + first[:2])
     assert snapshot(experiment(tmp_path)) == before
     fill(stage_of(tmp_path))
+    first.append("run_eval")  # when it is due
     second = [f"run_{verb} stage1" for verb in VERBS]
     assert run_process(tmp_path, settings, variables) == (0, start + first + second[:2])
     assert stage_of(tmp_path).finished("train")
     assert stage_of(tmp_path, 1).wanted_scores.is_file()
     values = fill(stage_of(tmp_path, 1))
     code, scripts = run_process(tmp_path, settings, variables)
-    assert (code, scripts[:-1]) == (0, start + first + second)
-    assert scripts[-1].startswith("run_eval")
+    assert (code, scripts) == (0, [*start, *first, *second, *["run_eval"] * 3])
     assert [row["reward"] for row in scores(tmp_path, 1)] == values
-    assert (experiment(tmp_path) / "before_after.png").is_file()
+    assert (experiment(tmp_path) / "report.html").is_file()
 
 
 # ---- what goes wrong ----
@@ -946,7 +966,7 @@ def test_parts_that_some_batches_lack(begin, module):
     )  # of the images alone, not of what pads the last batch
     assert "holed_mean" not in metrics
     sys.modules[mine].calls.clear()
-    result = json.loads(ran(folder, "eval", settings, "--checkpoint=base").splitlines()[-1])
+    result = json.loads(ran(folder, "eval", settings, "--checkpoint=base", "--sampler=training").splitlines()[-1])
     assert result[f"{mine}:some/late"] > 0
     assert result[f"{mine}:some/holed"] is None
 
@@ -978,28 +998,46 @@ def test_what_else_belongs_to_an_evaluation(begin):
     """An evaluation without a watched reward is not taken for one with it, though the judge has said the same; nor one of
     other weights, or of another precision, for this one."""
     folder, settings = begin({"eval.judge": JPEG})
-    ran(folder, "eval", settings, "--checkpoint=base")
+    ran(folder, "eval", settings, "--checkpoint=base", "--sampler=training")
     watching = settings | {"reward.watch": (JPEG,)}
-    result = json.loads(ran(folder, "eval", watching, "--checkpoint=base").splitlines()[-1])
+    result = json.loads(ran(folder, "eval", watching, "--checkpoint=base", "--sampler=training").splitlines()[-1])
     assert result[JPEG] == result["accuracy"] < 0
     folders = len([*(experiment(folder) / "eval").iterdir()])
-    ran(folder, "eval", watching, "--checkpoint=base")
+    ran(folder, "eval", watching, "--checkpoint=base", "--sampler=training")
     assert len([*(experiment(folder) / "eval").iterdir()]) == folders == 2
     for weight in (1.0, 2.0):
-        ran(folder, "eval", settings | {"reward.weights": {CLIP: weight}}, "--checkpoint=base")
-    ran(folder, "eval", settings | {"reward.dtype": "bfloat16"}, "--checkpoint=base")
+        ran(folder, "eval", settings | {"reward.weights": {CLIP: weight}}, "--checkpoint=base", "--sampler=training")
+    ran(folder, "eval", settings | {"reward.dtype": "bfloat16"}, "--checkpoint=base", "--sampler=training")
     assert len([*(experiment(folder) / "eval").iterdir()]) == 5
 
 
 def test_standardised_evaluation_of_another_experiment(workplace, overrides):
     """An experiment that was selected without scales, or before there were any, has none to judge with: it is said so."""
     settings = overrides | {"reward.weights": {"clip": 1.0}, "reward.standardise": True}
-    refuse(workplace, "eval", settings, "none selected with it", arguments=("--checkpoint=base",))
+    refuse(
+        workplace,
+        "eval",
+        settings,
+        "none selected with it",
+        arguments=(
+            "--checkpoint=base",
+            "--sampler=training",
+        ),
+    )
     manifest = stage_of(workplace).manifest_path("select")
     manifest.write_text(
         json.dumps({key: value for key, value in json.loads(manifest.read_text()).items() if key != "scales"})
     )
-    refuse(workplace, "eval", settings, "none selected with it", arguments=("--checkpoint=base",))
+    refuse(
+        workplace,
+        "eval",
+        settings,
+        "none selected with it",
+        arguments=(
+            "--checkpoint=base",
+            "--sampler=training",
+        ),
+    )
 
 
 @pytest.mark.parametrize("source", ["import json\njson.loads('{')\n", "import no_such_package\n"])

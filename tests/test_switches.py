@@ -230,4 +230,4 @@ def test_the_shell_script_takes_the_switches_from_the_environment(stage_with, ov
     assert ("kl" in last, "margin" in last) == (objective == "dpok", objective == "d3po")
     num_selected = len(json.loads(found.selection.read_text()))
     assert (num_selected == 18) == (objective == "reinforce")
-    assert json.loads(stdout.splitlines()[-1])["checkpoint"] == "last"
+    assert json.loads(stdout.splitlines()[-1])["checkpoint"] == "stage0"

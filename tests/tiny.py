@@ -24,6 +24,9 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
 )
 
 MAX_TOKENS, WIDTH = 77, 16
@@ -99,6 +102,18 @@ def clip(root: Path) -> Path:
     )
     tokens.save_pretrained(root)
     image_processor().save_pretrained(root)
+    return root
+
+
+def classifier(root: Path) -> Path:
+    """An image classifier of seven classes with its image processor, whose classes differ from image to image."""
+    torch.manual_seed(4)
+    config = ViTConfig(
+        hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8,
+        num_labels=7, initializer_range=1.0,
+    )  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(root)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(root)
     return root
 
 

@@ -6,7 +6,7 @@ N rows, P prompts, latents [N,C,h,w], images [N,H,W,3]
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ class Model(Protocol):
 
     def sampler(self, num_steps: int, eta: float) -> Sampler:
         """The DDIM sampler of `num_steps` steps."""
+
+    def scheduler(self, kind: type) -> Any:
+        """A scheduler of that class of diffusers, for this model."""
 
     def encode(self, prompts: list[str]) -> Conditions:
         """What the network is conditioned on, each tensor [P, ...]."""

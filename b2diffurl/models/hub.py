@@ -88,19 +88,24 @@ def reachable(url: str) -> bool:
     return answered.is_set()
 
 
-def model_folder(model: str) -> Path:
+def model_folder(model: str, *, tokenizer: bool = True) -> Path:
     """The directory of a model of transformers, by hub id or path; a FileNotFoundError says what is missing."""
-    root = locate(model, patterns=MODEL_PARTS, weights=MODEL_WEIGHTS, missing=missing_part)
-    if missing := missing_part(root):
-        raise FileNotFoundError(f"{root} is no model directory: it lacks {missing}.")
+
+    def missing(root: Path) -> str:
+        return missing_part(root, tokenizer=tokenizer)
+
+    root = locate(model, patterns=MODEL_PARTS, weights=MODEL_WEIGHTS, missing=missing)
+    if part := missing(root):
+        raise FileNotFoundError(f"{root} is no model directory: it lacks {part}.")
     return root
 
 
-def missing_part(root: Path) -> str:
-    """What a directory lacks of a model of transformers; "" if nothing."""
+def missing_part(root: Path, *, tokenizer: bool) -> str:
+    """What a directory lacks of a model of transformers, one that reads text if it has a `tokenizer`; "" if nothing."""
     if not (root / "config.json").is_file():
         return "config.json"
-    if not any(any(root.glob(pattern)) for pattern in TOKENIZERS):  # transformers would make one up, of no words
+    # Without its files transformers would make a tokenizer up, of no words.
+    if tokenizer and not any(any(root.glob(pattern)) for pattern in TOKENIZERS):
         return f"a tokenizer ({', '.join(TOKENIZERS)})"
     if not (weights := weight_files(root)):
         return " or ".join(MODEL_WEIGHTS)
@@ -115,9 +120,9 @@ def weight_files(root: Path) -> list[Path]:
     return next((found for pattern in MODEL_WEIGHTS if (found := sorted(root.glob(pattern)))), [])
 
 
-def model_files(model: str) -> list[Path]:
+def model_files(model: str, *, tokenizer: bool = True) -> list[Path]:
     """The files of a model of transformers that decide its output."""
-    root = model_folder(model)
+    root = model_folder(model, tokenizer=tokenizer)
     return [*weight_files(root), *(path for pattern in MODEL_PARTS for path in sorted(root.glob(pattern)))]
 
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -75,6 +76,9 @@ class StableDiffusion:
             eta=eta,
             prediction_type=self._scheduler.config.prediction_type,
         ).to(self.unet.device)
+
+    def scheduler(self, kind: type) -> Any:
+        return kind.from_config(self._scheduler.config)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditions:

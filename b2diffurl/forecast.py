@@ -1,0 +1,244 @@
+"""What a run asks for: network evaluations, updates, minutes; and how far it is.
+
+Amounts follow from the configuration. Seconds are measured: in the experiment's latest stages, and before one is finished in
+the first sampling batch. Waiting for people (reward `file`) is not among them.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from b2diffurl.experiment import scheduled_steps
+from b2diffurl.objectives import OBJECTIVES
+from b2diffurl.stage import PHASES, Stage, finished_stages
+
+NUM_LATEST = 5  # finished stages by which time is told, so that a faster or slower machine soon shows
+FINISHED_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
+
+
+# ---- amounts ----
+
+
+def num_groups(config: ConfigDict) -> int:
+    """Of a stage."""
+    return config.sample.num_batches_per_epoch * config.sample.batch_size
+
+
+def num_images(config: ConfigDict) -> int:
+    """Of a stage."""
+    return num_groups(config) * config.split_time
+
+
+def num_evaluations(config: ConfigDict, num_trained_steps: int) -> int:
+    """(Guided) evaluations of the network for a stage's images; branches share those of their prefix."""
+    prefixes = num_groups(config) if config.sampling == "branch" else num_images(config)
+    return prefixes * (config.sample.num_steps - num_trained_steps) + num_images(config) * num_trained_steps
+
+
+def most_selected(config: ConfigDict) -> int:
+    """The most trajectories a stage can train on."""
+    return num_images(config) if config.eval.selection == "all" else 2 * num_groups(config)
+
+
+def most_updates(config: ConfigDict) -> int:
+    """The most updates a stage can make: what it makes where all images are selected."""
+    siblings = 2 if OBJECTIVES[config.train.objective].paired else 1  # in a term of the loss
+    in_one = max(1, config.train.batch_size * config.train.gradient_accumulation_steps // siblings)
+    return config.train.num_epochs * math.ceil(most_selected(config) // siblings / in_one)
+
+
+def planned_steps(config: ConfigDict, root: Path) -> list[int]:
+    """S of each stage of the experiment in folder `root`: what it was sampled with, or will be."""
+    return [stage_steps(config, Stage(root, index)) for index in range(config.stage_cnt)]
+
+
+def stage_steps(config: ConfigDict, stage: Stage) -> int:
+    sampled = stage.finished("sample")
+    return stage.manifest("sample")["num_trained_steps"] if sampled else scheduled_steps(config, stage.index)
+
+
+# ---- time ----
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is left to do."""
+
+    evaluations: float = 0  # of the network, without gradients; decoding goes with them
+    images: float = 0  # scored
+    transitions: float = 0  # trained on
+    processes: float = 0  # started
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(mine + others for mine, others in zip(astuple(self), astuple(other), strict=True)))
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds for one of each, in the order of `Work`."""
+
+    evaluation: float
+    image: float
+    transition: float
+    process: float
+
+    def seconds(self, work: Work) -> float:
+        return sum(cost * amount for cost, amount in zip(astuple(self), astuple(work), strict=True))
+
+
+def measured_pace(config: ConfigDict, root: Path) -> Pace | None:
+    """Medians over the latest finished stages; None before there is one."""
+    paces = [stage_pace(config, stage) for stage in finished_stages(root, "train")[-NUM_LATEST:]]
+    return Pace(*(median(values) for values in zip(*map(astuple, paces), strict=True))) if paces else None
+
+
+def stage_pace(config: ConfigDict, stage: Stage) -> Pace:
+    sampled, selected, trained = (stage.manifest(phase) for phase in PHASES)
+    evaluation = sampled["seconds"]["sample"] / sampled["num_evaluations"]
+    transitions = trained["num_transitions"]
+    since_selected = finished_at(trained) - finished_at(selected)
+    return Pace(
+        evaluation=evaluation,
+        image=selected["seconds"]["score"] / selected["num_images"],
+        transition=trained["seconds"]["train"] / transitions if transitions else passes(config) * evaluation,
+        process=max(0.0, since_selected - trained["seconds"]["train"]),
+    )
+
+
+def finished_at(manifest: dict[str, Any]) -> float:
+    return datetime.strptime(manifest["finished"], FINISHED_FORMAT).timestamp()
+
+
+def passes(config: ConfigDict) -> int:
+    """What a trained transition costs in evaluations: forward, and as much backward through weights that are frozen; and
+    forward through the base policy for an objective that asks it."""
+    return 2 + OBJECTIVES[config.train.objective].needs_reference
+
+
+def first_pace(config: ConfigDict, num_trained_steps: int, batch: float, load: float) -> Pace:
+    """From the seconds for the first sampling batch of all processes, and for loading; scoring is not known yet."""
+    evaluation = batch * config.sample.num_batches_per_epoch / num_evaluations(config, num_trained_steps)
+    return Pace(evaluation, 0.0, passes(config) * evaluation, load)
+
+
+def work_left(config: ConfigDict, root: Path) -> Work:
+    """Of the stages' unfinished phases, with as much selected as in the latest stages, or else the most that can be; and of
+    evaluations."""
+    latest = [stage.manifest("select") for stage in finished_stages(root, "select")[-NUM_LATEST:]]
+    shares = [manifest["num_selected"] / manifest["num_images"] for manifest in latest]
+    expected = median(shares) * num_images(config) if shares else most_selected(config)
+    stages = (Stage(root, index) for index in range(config.stage_cnt))
+    unfinished = [stage for stage in stages if not stage.finished("train")]
+    left = judging_left(config, [stage.index for stage in unfinished])
+    for stage in unfinished:
+        num_steps = stage_steps(config, stage)
+        selected = stage.manifest("select")["num_selected"] if stage.finished("select") else expected
+        asked = {
+            "sample": Work(evaluations=num_evaluations(config, num_steps), processes=1),
+            "select": Work(images=num_images(config), processes=1),
+            "train": Work(transitions=config.train.num_epochs * selected * num_steps, processes=1),
+        }
+        left = sum((work for phase, work in asked.items() if not stage.finished(phase)), left)
+    return left
+
+
+def judging_left(config: ConfigDict, unfinished: Sequence[int]) -> Work:
+    """While the stages `unfinished` are to be trained: of base and tuned model, as run_process.sh has them judged.
+
+    That is on held-out prompts every eval.every stages, and in the end on training and held-out prompts with training's
+    sampler and on held-out ones with the deployed one.
+    """
+    every = config.eval.every
+    due = [index for index in range(config.stage_cnt) if every and (index + 1) % every == 0]
+    still_due = [index for index in due if index in unfinished]
+    judged_base = len(still_due) < len(due)
+    sets = len(still_due) + 4 - judged_base - (config.stage_cnt - 1 in due)  # of eval.num_images each
+    steps = sets * config.sample.num_steps + 2 * config.eval.deployed.num_steps
+    judged = config.eval.num_images
+    return Work(evaluations=judged * steps, images=judged * (sets + 2), processes=len(unfinished) + 2)
+
+
+def spent(root: Path, pace: Pace) -> float:
+    """Seconds that the finished stages of the experiment have taken, without evaluations."""
+    seconds = 0.0
+    for stage in finished_stages(root, "train"):
+        parts = (("sample", "sample"), ("select", "score"), ("train", "train"))
+        seconds += sum(stage.manifest(phase)["seconds"][part] for phase, part in parts) + len(PHASES) * pace.process
+    return seconds
+
+
+# ---- log lines ----
+
+
+def plan_line(config: ConfigDict, root: Path) -> str:
+    """What will be trained, and how long that takes."""
+    steps, images = planned_steps(config, root), num_images(config)
+    parts = [
+        f"LoRA rank {config.train.lora_rank} on {config.pretrained.model}",
+        f"reward {reward_text(config)}",
+        f"{config.stage_cnt} stages of {images} images ({config.stage_cnt * images})",
+        f"S {span(steps)} of {config.sample.num_steps}",
+        f"{at_most(config)}{config.stage_cnt * most_updates(config)} updates",
+        f"seed {config.seed}",
+        time_text(config, root),
+    ]
+    return f"plan: {', '.join(parts)}"
+
+
+def time_text(config: ConfigDict, root: Path) -> str:
+    pace, done = measured_pace(config, root), num_done(config, root)
+    if done == config.stage_cnt:
+        return "all stages done"
+    if pace is None:
+        return "minutes known after the first batch"
+    return f"{done} of {config.stage_cnt} stages done, about {duration(pace.seconds(work_left(config, root)))} left"
+
+
+def first_batch_text(config: ConfigDict, root: Path, num_trained_steps: int, batch: float, load: float) -> str:
+    """`batch` and `load` as `first_pace` takes them."""
+    seconds = first_pace(config, num_trained_steps, batch, load).seconds(work_left(config, root))
+    return f"first batch in {batch:.1f} s; the run takes {at_most(config)}about {duration(seconds)}"
+
+
+def stage_done_line(config: ConfigDict, stage: Stage) -> str:
+    """After a stage's training."""
+    pace, done = measured_pace(config, stage.root), num_done(config, stage.root)
+    left = f"about {duration(pace.seconds(work_left(config, stage.root)))} left"
+    return (
+        f"stage{stage.index} done: {done} of {config.stage_cnt} stages, {duration(spent(stage.root, pace))} so far, {left}"
+    )
+
+
+def num_done(config: ConfigDict, root: Path) -> int:
+    return sum(stage.index < config.stage_cnt for stage in finished_stages(root, "train"))
+
+
+def reward_text(config: ConfigDict) -> str:
+    weights = config.reward.weights
+    return " + ".join(f"{weight:g} {name}" for name, weight in weights.items()) if weights else config.reward.name
+
+
+def at_most(config: ConfigDict) -> str:
+    return "" if config.eval.selection == "all" else "at most "
+
+
+def duration(seconds: float) -> str:
+    """Such as 45 s, 12 min, 3.4 h or 5.1 days."""
+    for unit, size in (("s", 1), ("min", 60), ("h", 3600)):
+        if seconds < {"s": 90, "min": 90 * 60, "h": 48 * 3600}[unit]:
+            return number(seconds / size, unit)
+    return number(seconds / 86400, "days")
+
+
+def number(value: float, unit: str) -> str:
+    return f"{value:.{0 if value >= 10 else 1}f} {unit}"
+
+
+def span(steps: Sequence[int]) -> str:
+    return f"{min(steps)}..{max(steps)}" if len(set(steps)) > 1 else str(steps[0])

@@ -1,0 +1,99 @@
+"""Images to judge and to show: a policy's images of prompts, by training's sampler or by any scheduler of diffusers.
+
+N images
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ml_collections import ConfigDict
+from torch import Tensor
+
+from b2diffurl.branching import denoise
+from b2diffurl.models import Model
+from b2diffurl.policy import decode, predictor
+from b2diffurl.seeding import generator
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How evaluation images are made."""
+
+    num_steps: int
+    eta: float
+    guidance_scale: float
+    scheduler: str = ""  # a class of diffusers; "": the transitions that are trained, b2diffurl.ddim
+
+
+def training_sampler(config: ConfigDict) -> SamplerSettings:
+    """That with which the policy is trained."""
+    return SamplerSettings(config.sample.num_steps, config.sample.eta, config.sample.guidance_scale)
+
+
+def deployed_sampler(config: ConfigDict) -> SamplerSettings:
+    """That with which people use the tuned model; a ValueError if diffusers has no such scheduler."""
+    deployed = config.eval.deployed
+    guidance_scale = deployed.guidance_scale or config.sample.guidance_scale
+    return SamplerSettings(deployed.num_steps, deployed.eta, guidance_scale, scheduler_class(deployed.scheduler).__name__)
+
+
+SAMPLERS = {"training": training_sampler, "deployed": deployed_sampler}
+
+
+def scheduler_class(name: str) -> Any:
+    """The scheduler of diffusers of that name, with or without `Scheduler` at its end, if Stable Diffusion can use it."""
+    import diffusers
+    from diffusers.schedulers import KarrasDiffusionSchedulers
+
+    known = sorted(one.name for one in KarrasDiffusionSchedulers)
+    full = name if name.endswith("Scheduler") else f"{name}Scheduler"
+    if full not in known:
+        raise ValueError(f"unknown eval.deployed.scheduler {name!r}; known: {', '.join(known)}")
+    return getattr(diffusers, full)
+
+
+def sample_images(config: ConfigDict, model: Model, prompts: list[str], settings: SamplerSettings, batch: int) -> Tensor:
+    """Images uint8 [N,H,W,3] of one batch, from noise that follows from (eval.seed, batch) alone.
+
+    Every sampler starts from the same x_T.
+    """
+    rng = generator(config.eval.seed, "eval", batch)
+    conditions, unconditional = model.encode(prompts), model.encode([""])
+    device = next(iter(conditions.values())).device
+
+    def noise(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=rng).to(device)
+
+    def predict_at(timesteps: Tensor) -> Callable[[Tensor, int], Tensor]:
+        return predictor(
+            model,
+            timesteps,
+            conditions,
+            unconditional,
+            guidance_scale=settings.guidance_scale,
+            micro_batch_size=config.sample.micro_batch_size,
+        )
+
+    x_T = noise((len(prompts), *model.latent_shape))
+    if settings.scheduler:
+        scheduler = model.scheduler(scheduler_class(settings.scheduler))
+        scheduler.set_timesteps(settings.num_steps, device=device)
+        latents = denoise_by(scheduler, predict_at(scheduler.timesteps), x_T, rng, settings.eta)
+    else:
+        sampler = model.sampler(settings.num_steps, settings.eta)
+        latents = denoise(predict_at(sampler.timesteps), sampler, x_T, noise, range(settings.num_steps))
+    return decode(model, latents, config.sample.decode_batch_size)
+
+
+def denoise_by(scheduler: Any, predict: Callable, x_T: Tensor, rng: torch.Generator, eta: float) -> Tensor:
+    """Run a scheduler of diffusers from standard normal noise x_T [N,C,h,w], as its pipelines do; some have an eta."""
+    takes = inspect.signature(scheduler.step).parameters
+    options = {key: value for key, value in (("eta", eta), ("generator", rng)) if key in takes}
+    x = x_T * scheduler.init_noise_sigma
+    for i, timestep in enumerate(scheduler.timesteps):
+        output = predict(scheduler.scale_model_input(x, timestep), i)
+        x = scheduler.step(output, timestep, x, **options, return_dict=False)[0]
+    return x
