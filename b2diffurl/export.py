@@ -1,0 +1,239 @@
+"""A checkpoint as others use it: a LoRA for diffusers or for ComfyUI and its like, or a whole pipeline; with a model card.
+
+    python -m b2diffurl.export shapes --checkpoint last --format kohya --push OWNER/NAME
+
+A folder of `<experiment>/export/` holds the weights, README.md (the card), images/, and export.json, which says what of.
+"""
+
+import argparse
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from b2diffurl import files
+from b2diffurl.card import Exported, write_card
+from b2diffurl.checkpoint import read_state
+from b2diffurl.experiment import find_experiment, relative_to, resolve_checkpoint
+from b2diffurl.models import base_fingerprint
+from b2diffurl.runtime import die
+from b2diffurl.stage import LORA_FILE, Stage
+
+RECORD = "export.json"
+FORMATS = ("diffusers", "kohya", "pipeline")
+LORA_KEY = re.compile(r"unet\..+\.lora_[AB]\.weight")
+
+
+def main() -> None:
+    """Parse the command line and export. A mistake of the user's ends in two lines and exit code 2."""
+    parser = argparse.ArgumentParser(prog="python -m b2diffurl.export", description="Export a checkpoint, and a model card.")
+    parser.add_argument("experiment", help="its folder, or its name")
+    parser.add_argument("--checkpoint", default="last", help="last, stage<i>, or the path of a LoRA (default: last)")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="diffusers",
+        help="a LoRA for diffusers, a LoRA for ComfyUI and its like (kohya), or a pipeline with the LoRA fused in",
+    )
+    parser.add_argument("--base", default="", help="where the base model is now, if not where it was in training")
+    parser.add_argument("--out", type=Path, help="folder to write (default: <experiment>/export/<format>)")
+    parser.add_argument("--push", default="", metavar="OWNER/NAME", help="upload to this repository of the Hugging Face hub")
+    parser.add_argument("--private", action="store_true", help="make that repository a private one, if it is new")
+    args = parser.parse_args()
+    try:
+        if args.push:
+            check_login(args.push)
+        root = find_experiment(args.experiment)
+        out = export(root, args.checkpoint, args.format, base=args.base, out=args.out, repository=args.push)
+        print(f"export: {out}")
+        if args.push:
+            print(f"export: {push(out, args.push, private=args.private)}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
+        die(f"export: {error}", hint="Mend it and run the same command again; --help lists the options.")
+
+
+def export(
+    root: Path,
+    checkpoint: str = "last",
+    form: str = "diffusers",
+    *,
+    base: str = "",
+    out: Path | None = None,
+    repository: str = "",
+) -> Path:
+    """Export a checkpoint of the experiment in folder `root` to folder `out`, which is returned, in one of FORMATS.
+
+    `base` is where the base model is now; `repository` what the card calls the result. A ValueError or FileNotFoundError
+    says why not, before anything is written.
+    """
+    pretrained = files.read_json(root / "config.json")["config"]["pretrained"] | ({"model": base} if base else {})
+    lora = find_checkpoint(root, checkpoint)
+    state = read_lora(lora)
+    check_base(lora, pretrained, required=form == "pipeline" or bool(base))
+    out = (out or root / "export" / form).expanduser()
+    check_replaceable(out)
+    place = out.resolve()
+    temporary = place.with_name(place.name + files.TEMPORARY)
+    shutil.rmtree(temporary, ignore_errors=True)
+    if form == "pipeline":
+        write_pipeline(temporary, lora, pretrained, rank=rank_of(state))
+    elif form == "kohya":
+        write_kohya(temporary / f"{root.resolve().name}.safetensors", state)
+    else:
+        write_tensors(temporary / LORA_FILE, state, {"format": "pt"})
+    exported = Exported(root, lora, form, pretrained["model"], repository)
+    write_card(temporary, exported)
+    written = sorted(path for path in temporary.rglob("*") if path.is_file())
+    described = {path.relative_to(temporary).as_posix(): files.describe(path) for path in written}
+    files.write_json(temporary / RECORD, exported.facts() | {"files": described})
+    shutil.rmtree(place, ignore_errors=True)
+    temporary.replace(place)
+    return out
+
+
+def find_checkpoint(root: Path, name: str) -> Path:
+    """The LoRA file that a checkpoint's name means; one of a finished stage is as the stage's manifest says."""
+    lora = resolve_checkpoint(root, name)
+    if lora is None:
+        raise ValueError("the base model is not trained here. Export last, stage<i>, or the path of a LoRA.")
+    inside = re.match(r"stage(\d+)/", relative_to(root, lora))
+    if inside and (stage := Stage(root, int(inside[1]))).finished("train"):
+        stage.verify("train", "checkpoints")
+    return lora
+
+
+def read_lora(path: Path) -> dict[str, Tensor]:
+    """A LoRA file, float32, under the keys of diffusers and peft; an alpha that is not the rank is folded into B."""
+    from b2diffurl.models.stable_diffusion import foreign_lora, recorded_scale
+
+    state = files.read_tensors(path)
+    if not all(LORA_KEY.fullmatch(key) for key in state):
+        state = foreign_lora(path)
+    odd = [key for key in state if not LORA_KEY.fullmatch(key)]
+    if odd or not state:
+        raise ValueError(f"{path} is no LoRA on a UNet: it holds {odd[0] if odd else 'nothing'}.")
+    ranks = {len(value) for key, value in state.items() if ".lora_A." in key}
+    if len(ranks) > 1:
+        raise ValueError(f"{path} has layers of ranks {sorted(ranks)}; only a LoRA of one rank can be exported.")
+    scale = recorded_scale(path)
+    return {key: (value.float() * (scale if ".lora_B." in key else 1)).contiguous() for key, value in state.items()}
+
+
+def rank_of(state: Mapping[str, Tensor]) -> int:
+    return next(len(value) for key, value in state.items() if ".lora_A." in key)
+
+
+def check_base(lora: Path, pretrained: Mapping, *, required: bool) -> None:
+    """Refuse a base model other than the LoRA's. One that is not `required` is looked at only where it is a local path."""
+    trained_on = (read_state(lora) or {}).get("base_model_sha256")
+    if not required and not (trained_on and Path(pretrained["model"]).expanduser().exists()):
+        return
+    try:
+        fingerprint = base_fingerprint(pretrained)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} It is the base model; where it is now, --base says.") from None
+    if trained_on and fingerprint != trained_on:
+        raise ValueError(
+            f"{lora} was trained on another base model (SHA-256 {trained_on[:12]}…, {pretrained['model']} has "
+            f"{fingerprint[:12]}…). Give the one it was trained on as --base."
+        )
+
+
+def check_replaceable(out: Path) -> None:
+    """Refuse a folder that holds anything but an earlier export, as it was written."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ValueError(f"{out} is a file. Give a folder as --out.")
+    there = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
+    record = there.pop(RECORD, None)
+    if there and record is None:
+        raise ValueError(f"{out} holds {min(there)} and is not an earlier export. Give another --out.")
+    described = files.read_json(record)["files"] if record else {}
+    changed = [name for name, path in sorted(there.items()) if described.get(name) != files.describe(path)]
+    if changed:
+        raise ValueError(f"{out / changed[0]} is not what was exported, and would be lost. Move it, or give another --out.")
+
+
+def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file; with one key of metadata its bytes are reproducible."""
+    files.write_bytes(path, safetensors.torch.save(dict(state), metadata=dict(metadata)))
+
+
+def write_kohya(path: Path, state: Mapping[str, Tensor]) -> None:
+    """The LoRA under kohya's keys. diffusers' converter writes the rank as alpha, which here it is.
+
+    Of kohya's metadata it has what A1111 tells Stable Diffusion 2.x from 1.x by: 2.x reads text 1,024 wide.
+    """
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+
+    text_width = next((value.shape[1] for key, value in state.items() if ".attn2.to_k.lora_A." in key), 0)
+    write_tensors(path, convert_state_dict_to_kohya(dict(state)), {"ss_v2": str(text_width == 1024)})
+
+
+def write_pipeline(folder: Path, lora: Path, pretrained: Mapping, *, rank: int) -> None:
+    """The base model with the LoRA fused into its UNet, float32, in the diffusers layout; without a safety checker."""
+    import diffusers
+    import torch
+    import transformers
+
+    from b2diffurl.models.hub import locate
+    from b2diffurl.models.stable_diffusion import StableDiffusion, file_patterns
+
+    for library in (diffusers, transformers):
+        if not sys.stderr.isatty():
+            library.utils.logging.disable_progress_bar()
+    model = StableDiffusion(
+        pretrained, device=torch.device("cpu"), dtype=torch.float32, lora_rank=rank, seed=0, decoder=True
+    )
+    model.load_adapter(lora)
+    model.unet.fuse_lora()
+    model.unet.unload_lora()
+    root = locate(pretrained["model"], revision=pretrained["revision"], patterns=file_patterns(pretrained["variant"]))
+    configs = root if root.is_dir() else locate(pretrained["config"], patterns=["model_index.json", "*/*.json"])
+    parts = {name: getattr(model, name) for name in ("unet", "vae", "text_encoder", "tokenizer")}
+    none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(configs, **parts, **none)
+    for part in (pipeline, pipeline.unet, pipeline.vae):
+        part.register_to_config(_name_or_path="")  # else the base's path here would go with it
+    pipeline.save_pretrained(folder)
+
+
+def check_login(repository: str) -> None:
+    """Refuse a name that is none, and a user who is not logged in, before any work."""
+    from huggingface_hub import whoami
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.utils import validate_repo_id
+
+    if repository.count("/") != 1:
+        raise ValueError(f"--push is {repository!r}; it must be OWNER/NAME")
+    validate_repo_id(repository)
+    try:
+        whoami()
+    except (HTTPError, OSError) as error:
+        raise ValueError(f"the hub does not know you ({error}) Log in first: hf auth login") from None
+
+
+def push(folder: Path, repository: str, *, private: bool) -> str:
+    """Upload an export; the URL of its repository, which is made if there is none."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
+    api = HfApi()
+    try:
+        url = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export of b2diffurl")
+    except HTTPError as error:
+        raise ValueError(f"{folder} is written, but could not be uploaded: {error}") from None
+    return str(url)
+
+
+if __name__ == "__main__":
+    main()
