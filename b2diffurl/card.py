@@ -14,14 +14,13 @@ from typing import Any
 from b2diffurl import files
 from b2diffurl.checkpoint import read_state
 from b2diffurl.experiment import ADDED, checkpoint_name, flatten, relative_to
-from b2diffurl.history import Row, evaluation_rows, stage_rows
+from b2diffurl.history import SETS, Row, evaluation_rows, stage_rows
 from b2diffurl.results import describe_sampler, with_error
 from b2diffurl.rewards import reward_weights
 from b2diffurl.stage import LORA_FILE, Stage, finished_stages
 
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
 TAGS = ["text-to-image", "stable-diffusion", "stable-diffusion-diffusers", "reinforcement-learning", "b2-diffurl"]
-SETS = {"test": "held-out", "train": "training"}
 MODEL_KEYS = ("model", "clip", "head", "captioner", "scorer")  # settings of a reward that name its models
 NUM_PROMPTS, NUM_PICTURES = 6, 4  # shown
 
@@ -131,7 +130,7 @@ def table(row: Row, before: Row) -> dict[str, Any]:
     measures = [key for key in measures if "/" not in key or re.fullmatch(r"diversity/[^_]+", key)]
     prompts = SETS.get(row["prompts"], public(row["prompts"]))
     return {
-        "title": f"{prompts.capitalize()} prompts ({row['n_prompts']}), {row['n_images']} images, {describe_sampler(row)}",
+        "title": f"{prompts.capitalize()} ({row['n_prompts']}), {row['n_images']} images, {describe_sampler(row)}",
         "lines": [
             [
                 key.replace("diversity/", "diversity, "),
@@ -153,7 +152,7 @@ def evaluation_results(exported: Exported, judged: list[tuple[Row, Row]]) -> lis
         EvalResult(
             task_type="text-to-image",
             dataset_type="prompts",
-            dataset_name=f"{prompt_file(exported, row['prompts'])} ({SETS.get(row['prompts'], 'other')} prompts)",
+            dataset_name=f"{prompt_file(exported, row['prompts'])} ({SETS.get(row['prompts'], 'other prompts')})",
             dataset_split=row["prompts"] if row["prompts"] in SETS else None,
             metric_type=key,
             metric_name=f"{key} ({describe_sampler(row)})",

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from safetensors import safe_open
 
 from b2diffurl import files
-from b2diffurl.experiment import Plan
+from b2diffurl.experiment import Plan, describe_reward
 from b2diffurl.forecast import (
     at_most,
     judging_left,
@@ -24,7 +24,6 @@ from b2diffurl.forecast import (
     num_images,
     number,
     planned_steps,
-    reward_text,
     time_text,
 )
 from b2diffurl.prompts import load_prompts
@@ -58,7 +57,7 @@ def describe(config: ConfigDict, plan: Plan) -> str:
         "preset": config.preset or "none",
         "base model": f"{config.pretrained.model}, LoRA of rank {config.train.lora_rank}",
         "starts from": config.resume_from or "a fresh LoRA",
-        "reward": reward_text(config) + watched,
+        "reward": describe_reward(config.reward) + watched,
         "prompts": f"{len(plan.prompts)} of {trained}; held-out: {held_out} of {config.eval.prompt_file}",
         "device": f"{device}, {precision}",
         "seeds": f"{config.seed} of the experiment, {config.eval.seed} of the evaluations",

@@ -258,6 +258,12 @@ def flatten(nested: Mapping, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def describe_reward(settings: Mapping) -> str:
+    """What is rewarded, in a few words: `clip`, or of a mixture `1 clip + 0.1 aesthetic`."""
+    weights = settings.get("weights")
+    return " + ".join(f"{weight:g} {name}" for name, weight in weights.items()) if weights else settings["name"]
+
+
 def record_experiment(plan: Plan, num_threads: int) -> None:
     """Write config.json the first time an experiment is run."""
     path = plan.stage.root / "config.json"

@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from b2diffurl.experiment import scheduled_steps
+from b2diffurl.experiment import describe_reward, scheduled_steps
 from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.stage import PHASES, Stage, finished_stages
 
@@ -181,7 +181,7 @@ def plan_line(config: ConfigDict, root: Path) -> str:
     steps, images = planned_steps(config, root), num_images(config)
     parts = [
         f"LoRA rank {config.train.lora_rank} on {config.pretrained.model}",
-        f"reward {reward_text(config)}",
+        f"reward {describe_reward(config.reward)}",
         f"{config.stage_cnt} stages of {images} images ({config.stage_cnt * images})",
         f"S {span(steps)} of {config.sample.num_steps}",
         f"{at_most(config)}{config.stage_cnt * most_updates(config)} updates",
@@ -217,11 +217,6 @@ def stage_done_line(config: ConfigDict, stage: Stage) -> str:
 
 def num_done(config: ConfigDict, root: Path) -> int:
     return sum(stage.index < config.stage_cnt for stage in finished_stages(root, "train"))
-
-
-def reward_text(config: ConfigDict) -> str:
-    weights = config.reward.weights
-    return " + ".join(f"{weight:g} {name}" for name, weight in weights.items()) if weights else config.reward.name
 
 
 def at_most(config: ConfigDict) -> str:

@@ -11,6 +11,7 @@ from b2diffurl import files
 from b2diffurl.metrics import read_events
 from b2diffurl.stage import Stage, finished_stages
 
+SETS = {"test": "held-out prompts", "train": "training prompts"}  # those that an experiment has of its own
 Row = dict[str, Any]
 
 

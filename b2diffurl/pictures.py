@@ -16,7 +16,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 
-from b2diffurl.history import Row
+from b2diffurl.history import SETS, Row
 from b2diffurl.tree import Tree
 
 INK, FAINT, GRID = "#1b1d20", "#6a6f77", "#dfe2e6"  # the page puts its own colours in their place
@@ -48,7 +48,6 @@ STYLE: dict[str, Any] = {
 }
 PANEL_INCHES = (4.0, 2.9)
 PANEL_AXES = (0.14, 0.27, 0.83, 0.63)  # left, bottom, width, height in a panel; a legend may stand below
-SETS = {"test": "held-out prompts", "train": "training prompts"}
 
 
 @dataclass(frozen=True)

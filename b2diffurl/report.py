@@ -20,10 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from b2diffurl import files
-from b2diffurl.experiment import find_experiment, flatten
-from b2diffurl.history import Row, evaluation_rows, per_step_rows, stage_rows
+from b2diffurl.experiment import describe_reward, find_experiment, flatten
+from b2diffurl.history import SETS, Row, evaluation_rows, per_step_rows, stage_rows
 from b2diffurl.pictures import (
-    SETS,
     STYLE,
     Pair,
     curve_panels,
@@ -40,7 +39,6 @@ from b2diffurl.pictures import (
     tree_figure,
 )
 from b2diffurl.results import describe_sampler, with_error
-from b2diffurl.rewards import describe_rewards
 from b2diffurl.runtime import die, logger
 from b2diffurl.stage import Stage, finished_stages
 from b2diffurl.tree import load_tree
@@ -74,7 +72,7 @@ def write_report(root: Path) -> Path:
             "name": root.name,
             "stages": stages,
             "config": config,
-            "reward": describe_rewards(config["reward"]),
+            "reward": describe_reward(config["reward"]),
             "figures": figure_table(evaluations),
             "galleries": galleries(root, evaluations),
             "curves": draw_curves(root, stages, evaluations),

@@ -57,12 +57,6 @@ def load_reward(name: str, settings: Mapping, device: torch.device) -> Reward:
     return reward_module(name).load(name, settings, device, resolve_dtype(settings["dtype"], device))
 
 
-def describe_rewards(settings: Mapping) -> str:
-    """What is rewarded, in a few words: `clip`, or of a mixture `1 clip + 0.1 aesthetic`."""
-    weights = reward_weights(settings)
-    return " + ".join(f"{weight:g} {name}" for name, weight in weights.items()) if settings["weights"] else settings["name"]
-
-
 def reward_identity(name: str, settings: Mapping) -> list[Any]:
     """What decides a reward's numbers: its name, its settings, and the SHA-256 of its files, wherever they lie."""
     own = {key: value for key, value in dict(settings.get(name, {})).items() if key not in NOT_DECISIVE}
