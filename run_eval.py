@@ -39,7 +39,7 @@ def main(config):
         results = evaluate.evaluate(config, checkpoints, given.prompts, samplers)
     report.refresh(root)
     track(config, root)
-    if results:
+    if results and not given.due:
         found = name_best(results, given.sampler[0]) if given.best else results[-1]
         print(json.dumps(headline(found)), flush=True)
 

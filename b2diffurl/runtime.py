@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -65,21 +65,33 @@ def die(message: str, *, hint: str) -> None:
 
 
 def set_up_logging(log_file: Path | None, *, console_too: bool = True) -> None:
-    """Events, one a line, to stdout and, in the first process, to `log_file`, which also gets tracebacks."""
+    """Events, one a line, to stdout and, in the first process, to `log_file`, which also gets tracebacks.
+
+    Where stdout is that very file (`bash run_process.sh > log/shapes.log`) it gets each line once, tracebacks too.
+    """
     rank = int(os.environ.get("RANK", 0))
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
     console = Console(sys.stdout)
-    console.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    redirected = rank == 0 and log_file is not None and is_file(sys.stdout, log_file)
+    console.setLevel(logging.DEBUG if redirected else logging.INFO if rank == 0 else logging.WARNING)
     handlers: list[logging.Handler] = [console] if console_too else []
-    if rank == 0 and log_file:
+    if rank == 0 and log_file and not redirected:
         handlers.append(logging.FileHandler(log_file, delay=True))
         log_file.parent.mkdir(parents=True, exist_ok=True)
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
+
+
+def is_file(stream: TextIO, path: Path) -> bool:
+    """Whether a stream writes into that file."""
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+    except OSError:  # no such file, or a stream that is none
+        return False
 
 
 class Console(logging.StreamHandler):

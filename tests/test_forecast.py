@@ -357,6 +357,23 @@ def test_the_log_tells_the_run(overrides, tmp_path):
     assert sum("first batch" in line for line in said) == 1 + 1  # the plan's line, and stage 0
 
 
+def test_stdout_may_be_the_log_itself(workplace, overrides):
+    """As in `bash run_process.sh > log/tiny.log`: every line once, one after the other, and a traceback where one is due."""
+    log = workplace / "log" / "tiny.log"
+    log.parent.mkdir(exist_ok=True)
+    with log.open("w") as stream:
+        for changed in ({}, {"seed": 1}, {}):
+            argv = command_line("select", overrides | changed | {"run_name": "stage0"})
+            command = [sys.executable, ROOT / argv[0], *argv[1:]]
+            subprocess.run(command, cwd=workplace, stdout=stream, stderr=subprocess.DEVNULL, timeout=300, check=False)
+    lines = log.read_text().splitlines()
+    finished = [re.sub(LINE, "", line) for line in (lines[0], lines[-1])]
+    assert finished == ["stage0 select: already finished"] * 2
+    assert re.fullmatch(LINE + "select failed", lines[1])
+    assert lines[2].startswith("Traceback")
+    assert lines[-2].startswith("ValueError: ")
+
+
 def test_equal_lines_come_from_a_resumed_run(workplace, overrides):
     """Finished phases say so in one line; the plan's line says that all is done."""
     said = begin(workplace, overrides).stdout.splitlines()[-1]
