@@ -14,7 +14,7 @@ flags.DEFINE_list(
 flags.DEFINE_boolean("all", False, "Judge the base and every stage's checkpoint: the learning curve.")
 flags.DEFINE_boolean("best", False, "The same, and name the best checkpoint by accuracy, or by reward without a judge.")
 flags.DEFINE_boolean("due", False, "After the newest stage of a run: judge it if it is its turn by config.eval.every.")
-flags.DEFINE_string("prompt", "", "Draw this prompt by base and checkpoint on the same noise, into one PNG.")
+flags.DEFINE_string("prompt", None, "Draw this prompt by the base and the last checkpoint named, the last sampler.")
 
 
 def main(config):
@@ -24,11 +24,11 @@ def main(config):
 
     given, root = flags.FLAGS, evaluate.experiment_folder(config)
     samplers = evaluate.named_samplers(config, given.sampler)
-    if given.prompt:
-        images = evaluate.prompt_images(config, given.checkpoint[-1], given.prompt, samplers[given.sampler[-1]])
-        print(
-            json.dumps({"prompt": given.prompt, "picture": str(report.draw_prompt(root, given.prompt, images))}), flush=True
-        )
+    if given.prompt is not None:
+        sampler = given.sampler[-1]
+        images = evaluate.prompt_images(config, given.checkpoint[-1], given.prompt, samplers[sampler])
+        picture = report.draw_prompt(root, given.prompt, images, sampler)
+        print(json.dumps({"prompt": given.prompt, "picture": str(picture)}), flush=True)
         return
     if given.due and not evaluate.is_newest(config):
         return

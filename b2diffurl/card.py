@@ -14,7 +14,7 @@ from typing import Any
 from b2diffurl import files
 from b2diffurl.checkpoint import read_state
 from b2diffurl.experiment import ADDED, checkpoint_name, flatten, relative_to
-from b2diffurl.history import SETS, Row, evaluation_rows, stage_rows
+from b2diffurl.history import SETS, Row, evaluation_rows, every_evaluation, set_title, stage_rows
 from b2diffurl.results import describe_sampler, with_error
 from b2diffurl.rewards import reward_weights
 from b2diffurl.stage import LORA_FILE, Stage, finished_stages
@@ -117,7 +117,7 @@ def write_card(folder: Path, exported: Exported) -> None:
 
 def judged_rows(exported: Exported) -> list[tuple[Row, Row]]:
     """The evaluations of this checkpoint, each with the base model's under the same conditions ({} if there is none)."""
-    rows = evaluation_rows(exported.root)
+    rows = every_evaluation(exported.root)
     base = {row["conditions"]: row for row in rows if row["checkpoint"] == "base"}
     lora = relative_to(exported.root, exported.lora)
     mine = [(row, base.get(row["conditions"], {})) for row in rows if row["lora"] == lora]
@@ -128,9 +128,9 @@ def table(row: Row, before: Row) -> dict[str, Any]:
     """One evaluation for the template: a title, and lines for reward, accuracy, watched rewards and diversity."""
     measures = [key.removesuffix("_se") for key in row if key.endswith("_se") and not key.endswith("_gain_se")]
     measures = [key for key in measures if "/" not in key or re.fullmatch(r"diversity/[^_]+", key)]
-    prompts = SETS.get(row["prompts"], public(row["prompts"]))
+    prompts = set_title(row["prompts"])
     return {
-        "title": f"{prompts.capitalize()} ({row['n_prompts']}), {row['n_images']} images, {describe_sampler(row)}",
+        "title": f"{prompts} ({row['n_prompts']}), {row['n_images']} images, {describe_sampler(row)}",
         "lines": [
             [
                 key.replace("diversity/", "diversity, "),
@@ -152,7 +152,7 @@ def evaluation_results(exported: Exported, judged: list[tuple[Row, Row]]) -> lis
         EvalResult(
             task_type="text-to-image",
             dataset_type="prompts",
-            dataset_name=f"{prompt_file(exported, row['prompts'])} ({SETS.get(row['prompts'], 'other prompts')})",
+            dataset_name=f"{prompt_file(exported, row['prompts'])} ({set_title(row['prompts'])})",
             dataset_split=row["prompts"] if row["prompts"] in SETS else None,
             metric_type=key,
             metric_name=f"{key} ({describe_sampler(row)})",
@@ -187,12 +187,14 @@ def show_pictures(folder: Path, exported: Exported, judged: list[tuple[Row, Row]
 
 
 def copy_grids(folder: Path, exported: Exported) -> dict[str, str]:
-    """{prompts: file name} of the report's before-and-after pictures, copied; only the newest checkpoint's card has them."""
-    newest = finished_stages(exported.root, "train")[-1:]
-    if not newest or exported.lora.resolve() != (newest[0].checkpoints()[-1] / LORA_FILE).resolve():
-        return {}
-    found = {prompts: exported.root / "report" / f"before_after_{name}.png" for name, prompts in SETS.items()}
-    return {prompts: copy(path, folder).name for prompts, path in found.items() if path.is_file()}
+    """{prompts: file name} of the report's before-and-after pictures that show this checkpoint, copied."""
+    found = {}
+    for prompts, title in SETS.items():
+        rows = evaluation_rows(exported.root, prompts=prompts, sampler="training")
+        path = exported.root / "report" / f"before_after_{prompts}.png"
+        if rows and rows[-1]["lora"] == relative_to(exported.root, exported.lora) and path.is_file():
+            found[title] = copy(path, folder).name
+    return found
 
 
 def copy(path: Path, folder: Path) -> Path:

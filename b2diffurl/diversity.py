@@ -31,14 +31,15 @@ def vendi_score(features: Tensor, groups: Sequence[str]) -> dict[str, float]:
     """Effective number of different rows in each group (Friedman and Dieng 2022, arXiv 2210.02410, definition 3.1).
 
     features [N,E], `groups` [N] as above. The exponential of the entropy of the eigenvalues of k / n, k the cosine
-    similarities of the group's n finite rows: 1 if all are alike, n if no two have anything in common. It grows with n, so
-    compare only groups of equal size.
+    similarities of the group's n finite rows, two or more: 1 if all are alike, n if no two have anything in common. It grows
+    with n, so compare only groups of equal size.
     """
     found = {}
     for group, rows in grouped_rows(features, groups).items():
-        unit = normalize(rows)
-        shares = torch.linalg.eigvalsh(unit @ unit.T / len(unit)).clamp_min(0)
-        found[group] = torch.special.entr(shares).sum().exp().item()
+        if len(rows) > 1:
+            unit = normalize(rows)
+            shares = torch.linalg.eigvalsh(unit @ unit.T / len(unit)).clamp_min(0)
+            found[group] = torch.special.entr(shares).sum().exp().item()
     return found
 
 
@@ -50,8 +51,9 @@ def inception_score(probabilities: Tensor, groups: Sequence[str]) -> dict[str, f
     """
     found = {}
     for group, rows in grouped_rows(probabilities, groups).items():
-        entropy = torch.special.entr(rows.mean(0)).sum() - torch.special.entr(rows).sum(1).mean()
-        found[group] = entropy.exp().item()
+        if len(rows) > 1:
+            entropy = torch.special.entr(rows.mean(0)).sum() - torch.special.entr(rows).sum(1).mean()
+            found[group] = entropy.exp().item()
     return found
 
 

@@ -100,9 +100,12 @@ def evaluate(
                 facts |= {"lora": relative_to(root, lora) if lora else "", "conditions": under} | vars(settings)
                 facts |= {"folder": relative_to(root, folder)}
                 results.append(facts | files.read_json(folder / "result.json"))
-    require_different(root, results)
-    add_differences(results)
-    record(root, results)
+                base = result_folder(root, "base", None, name, under) / "result.json"
+                if lora and base.is_file():
+                    same = results[-1]["images_sha256"] == files.read_json(base)["images_sha256"]
+                    require_different(lora, same=same)
+        add_differences(results)
+        record(root, results)
     for result in results:
         logger.info("eval %s", describe(result))
     return results
@@ -144,20 +147,14 @@ def stage_of(checkpoint: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def require_different(root: Path, results: list[dict[str, Any]]) -> None:
-    """A checkpoint that was updated draws other pictures than the base; if not, it was not applied."""
-    base = {result["conditions"]: result for result in results if result["checkpoint"] == "base"}
-    for result in results:
-        against = base.get(result["conditions"])
-        if against in (None, result) or result["images_sha256"] != against["images_sha256"]:
-            continue
-        lora = root / result["lora"]
-        state = read_state(lora)
-        if state and state["num_updates"]:
-            raise ValueError(
-                f"{lora} has had {state['num_updates']} updates and draws exactly the base model's images: it is damaged, "
-                "or was not applied. Run its stage's training again, or report this."
-            )
+def require_different(lora: Path, *, same: bool) -> None:
+    """A checkpoint that was updated draws other pictures than the base; if it is the `same` ones, it was not applied."""
+    state = read_state(lora)
+    if same and state and state["num_updates"]:
+        raise ValueError(
+            f"{lora} has had {state['num_updates']} updates and draws exactly the base model's images: it is damaged, "
+            "or was not applied. Run its stage's training again, or report this."
+        )
 
 
 def named_scorers(config: ConfigDict) -> list[str]:
@@ -250,13 +247,19 @@ def judge(
     files.write_json(folder / "result.json", summary | {"images_sha256": pixels.hexdigest()})
 
 
-def prompt_images(config: ConfigDict, checkpoint: str, prompt: str, settings: SamplerSettings) -> list[Tensor]:
-    """Images uint8 [N,H,W,3] of one prompt, the base's and the checkpoint's, on the same noise."""
+def prompt_images(config: ConfigDict, checkpoint: str, prompt: str, settings: SamplerSettings) -> dict[str, Tensor]:
+    """Images uint8 [N,H,W,3] of one prompt by `base` and by the checkpoint, if that is another, on the same noise."""
     check(config)
-    lora = resolve_checkpoint(experiment_folder(config), checkpoint)
+    if not prompt.strip():
+        raise ValueError("--prompt is empty; give it the text to draw")
+    root = experiment_folder(config)
+    lora = resolve_checkpoint(root, checkpoint)
     model = load_judged(config, make_accelerator(config, config.num_threads), lora)
     warn_of_cut_prompts(model, [("--prompt", prompt)])
     asked = [prompt] * NUM_DRAWN
     with model.base_policy():
-        base = sample_images(config, model, asked, settings, 0)
-    return [base, sample_images(config, model, asked, settings, 0)]
+        images = {"base": sample_images(config, model, asked, settings, 0)}
+    if lora:
+        images[checkpoint_name(root, lora)] = tuned = sample_images(config, model, asked, settings, 0)
+        require_different(lora, same=torch.equal(images["base"], tuned))
+    return images

@@ -276,9 +276,7 @@ def find_experiment(name: str) -> Path:
     for root in (Path(name).expanduser(), EXPERIMENTS / name):
         if (root / "config.json").is_file():
             return root
-    known = sorted(path.parent.name for path in EXPERIMENTS.glob("*/config.json"))
-    there = f"{EXPERIMENTS} has {', '.join(known)}" if known else f"{EXPERIMENTS} has none yet; run_process.sh makes one"
-    raise FileNotFoundError(f"no experiment {name!r}. Give its folder, or its name: {there}.")
+    raise FileNotFoundError(f"no experiment {name!r}. Give its folder, or its name. {known_experiments(EXPERIMENTS)}")
 
 
 def resolve_checkpoint(root: Path, name: str) -> Path | None:
@@ -289,15 +287,24 @@ def resolve_checkpoint(root: Path, name: str) -> Path | None:
     if name == "base":
         return None
     trained = {f"stage{stage.index}": stage for stage in finished_stages(root, "train")}
+    is_stage = re.fullmatch(r"stage\d+", name)
     if name == "last" and trained:
-        name = list(trained)[-1]
-    if name in trained:
-        trained[name].verify("train", "checkpoints")
-        return find_lora(trained[name].folder)
-    if name == "last" or (re.fullmatch(r"stage\d+", name) and not find_checkpoints(root / name / "checkpoints")):
+        lora = find_lora(list(trained.values())[-1].folder)
+    elif name == "last" or (is_stage and not find_checkpoints(root / name / "checkpoints")):
         there = f"trained are {', '.join(trained)}" if trained else "it has no trained stage; run run_process.sh first"
-        raise FileNotFoundError(f"{root} has no checkpoint {name!r}: {there}. The base model is --checkpoint=base.")
-    return find_lora(root / name if re.fullmatch(r"stage\d+", name) else Path(name))
+        raise FileNotFoundError(f"{root} has no checkpoint {name!r}: {there}. {known_experiments(root.parent)}")
+    else:
+        lora = find_lora(root / name if is_stage else Path(name).expanduser())
+    of_stage = trained.get(Path(relative_to(root, lora)).parts[0])
+    if of_stage:
+        of_stage.verify("train", "checkpoints")
+    return lora
+
+
+def known_experiments(folder: Path) -> str:
+    """A sentence that names the experiments in a folder."""
+    names = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    return f"Experiments in {folder}: {', '.join(names) or 'none yet'}."
 
 
 def checkpoint_name(root: Path, lora: Path | None) -> str:

@@ -19,10 +19,10 @@ from torch import Tensor
 from b2diffurl import files
 from b2diffurl.card import Exported, write_card
 from b2diffurl.checkpoint import read_state
-from b2diffurl.experiment import find_experiment, relative_to, resolve_checkpoint
+from b2diffurl.experiment import find_experiment, resolve_checkpoint
 from b2diffurl.models import base_fingerprint
 from b2diffurl.runtime import die
-from b2diffurl.stage import LORA_FILE, Stage
+from b2diffurl.stage import LORA_FILE
 
 RECORD = "export.json"
 FORMATS = ("diffusers", "kohya", "pipeline")
@@ -74,7 +74,9 @@ def export(
     says why not, before anything is written.
     """
     pretrained = files.read_json(root / "config.json")["config"]["pretrained"] | ({"model": base} if base else {})
-    lora = find_checkpoint(root, checkpoint)
+    lora = resolve_checkpoint(root, checkpoint)
+    if lora is None:
+        raise ValueError("the base model is not trained here. Export last, stage<i>, or the path of a LoRA.")
     state = read_lora(lora)
     check_base(lora, pretrained, required=form == "pipeline" or bool(base))
     out = (out or root / "export" / form).expanduser()
@@ -96,17 +98,6 @@ def export(
     shutil.rmtree(place, ignore_errors=True)
     temporary.replace(place)
     return out
-
-
-def find_checkpoint(root: Path, name: str) -> Path:
-    """The LoRA file that a checkpoint's name means; one of a finished stage is as the stage's manifest says."""
-    lora = resolve_checkpoint(root, name)
-    if lora is None:
-        raise ValueError("the base model is not trained here. Export last, stage<i>, or the path of a LoRA.")
-    inside = re.match(r"stage(\d+)/", relative_to(root, lora))
-    if inside and (stage := Stage(root, int(inside[1]))).finished("train"):
-        stage.verify("train", "checkpoints")
-    return lora
 
 
 def read_lora(path: Path) -> dict[str, Tensor]:

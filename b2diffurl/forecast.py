@@ -19,6 +19,7 @@ from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.stage import PHASES, Stage, finished_stages
 
 NUM_LATEST = 5  # finished stages by which time is told, so that a faster or slower machine soon shows
+LONGEST_IMPORT_SEC = 30  # of Python's packages; what took longer was a pause
 FINISHED_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 
 
@@ -94,21 +95,31 @@ class Pace:
 
 def measured_pace(config: ConfigDict, root: Path) -> Pace | None:
     """Medians over the latest finished stages; None before there is one."""
-    paces = [stage_pace(config, stage) for stage in finished_stages(root, "train")[-NUM_LATEST:]]
+    paces = [pace for stage in finished_stages(root, "train")[-NUM_LATEST:] if (pace := stage_pace(config, stage))]
     return Pace(*(median(values) for values in zip(*map(astuple, paces), strict=True))) if paces else None
 
 
-def stage_pace(config: ConfigDict, stage: Stage) -> Pace:
+def stage_pace(config: ConfigDict, stage: Stage) -> Pace | None:
+    """None for a stage of which no part was timed. `share` is what the seconds of an interrupted phase are of."""
     sampled, selected, trained = (stage.manifest(phase) for phase in PHASES)
-    evaluation = sampled["seconds"]["sample"] / sampled["num_evaluations"]
-    transitions = trained["num_transitions"]
-    since_selected = finished_at(trained) - finished_at(selected)
+    evaluations = sampled["num_evaluations"] * sampled["seconds"].get("share", 1)
+    transitions = trained["num_transitions"] * trained["seconds"].get("share", 1)
+    if not evaluations:
+        return None
+    evaluation = sampled["seconds"]["sample"] / evaluations
     return Pace(
         evaluation=evaluation,
         image=selected["seconds"]["score"] / selected["num_images"],
         transition=trained["seconds"]["train"] / transitions if transitions else passes(config) * evaluation,
-        process=max(0.0, since_selected - trained["seconds"]["train"]),
+        process=start_up(trained, finished_at(trained) - finished_at(selected) - trained["seconds"]["train"]),
     )
+
+
+def start_up(trained: dict[str, Any], between: float) -> float:
+    """Seconds that a process takes to start: what lay `between` two phases beside their work, or if that was a pause, what
+    is known of it, loading."""
+    load = trained["seconds"]["load"]
+    return between if load < between < 3 * load + LONGEST_IMPORT_SEC else load
 
 
 def finished_at(manifest: dict[str, Any]) -> float:
@@ -165,11 +176,12 @@ def judging_left(config: ConfigDict, unfinished: Sequence[int]) -> Work:
 
 
 def spent(root: Path, pace: Pace) -> float:
-    """Seconds that the finished stages of the experiment have taken, without evaluations."""
+    """Seconds that the finished stages of the experiment have taken, without evaluations and pauses."""
     seconds = 0.0
     for stage in finished_stages(root, "train"):
-        parts = (("sample", "sample"), ("select", "score"), ("train", "train"))
-        seconds += sum(stage.manifest(phase)["seconds"][part] for phase, part in parts) + len(PHASES) * pace.process
+        for phase, part in (("sample", "sample"), ("select", "score"), ("train", "train")):
+            timed = stage.manifest(phase)["seconds"]
+            seconds += timed[part] / (timed.get("share") or 1) + pace.process
     return seconds
 
 
@@ -209,6 +221,8 @@ def first_batch_text(config: ConfigDict, root: Path, num_trained_steps: int, bat
 def stage_done_line(config: ConfigDict, stage: Stage) -> str:
     """After a stage's training."""
     pace, done = measured_pace(config, stage.root), num_done(config, stage.root)
+    if pace is None:
+        return f"stage{stage.index} done: {done} of {config.stage_cnt} stages"
     left = f"about {duration(pace.seconds(work_left(config, stage.root)))} left"
     return (
         f"stage{stage.index} done: {done} of {config.stage_cnt} stages, {duration(spent(stage.root, pace))} so far, {left}"

@@ -6,6 +6,7 @@ N images
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class SamplerSettings:
     """How evaluation images are made."""
 
     num_steps: int
-    eta: float
+    eta: float | None  # None: the scheduler has none
     guidance_scale: float
     scheduler: str = ""  # a class of diffusers; "": the transitions that are trained, b2diffurl.ddim
 
@@ -34,10 +35,11 @@ def training_sampler(config: ConfigDict) -> SamplerSettings:
 
 
 def deployed_sampler(config: ConfigDict) -> SamplerSettings:
-    """That with which people use the tuned model; a ValueError if diffusers has no such scheduler."""
+    """That with which people use the tuned model; a ValueError if diffusers has no such scheduler here."""
     deployed = config.eval.deployed
-    guidance_scale = deployed.guidance_scale or config.sample.guidance_scale
-    return SamplerSettings(deployed.num_steps, deployed.eta, guidance_scale, scheduler_class(deployed.scheduler).__name__)
+    kind = scheduler_class(deployed.scheduler)
+    eta = deployed.eta if "eta" in inspect.signature(kind.step).parameters else None
+    return SamplerSettings(deployed.num_steps, eta, deployed.guidance_scale or config.sample.guidance_scale, kind.__name__)
 
 
 SAMPLERS = {"training": training_sampler, "deployed": deployed_sampler}
@@ -48,11 +50,25 @@ def scheduler_class(name: str) -> Any:
     import diffusers
     from diffusers.schedulers import KarrasDiffusionSchedulers
 
-    known = sorted(one.name for one in KarrasDiffusionSchedulers)
+    known = sorted(one.name for one in KarrasDiffusionSchedulers if one.name not in UNFIT)
     full = name if name.endswith("Scheduler") else f"{name}Scheduler"
     if full not in known:
         raise ValueError(f"unknown eval.deployed.scheduler {name!r}; known: {', '.join(known)}")
-    return getattr(diffusers, full)
+    kind = getattr(diffusers, full)
+    if lacking := [package for package in getattr(kind, "_backends", ()) if not find_spec(package)]:
+        raise ValueError(f"eval.deployed.scheduler {name!r} needs {lacking[0]}: pip install {lacking[0]}")
+    return kind
+
+
+# The first is for models that are conditioned on sigma; the second takes its noise from elsewhere than its generator.
+UNFIT = ("EDMEulerScheduler", "DPMSolverSDEScheduler")
+
+
+def make_scheduler(model: Model, settings: SamplerSettings, device: torch.device) -> Any:
+    """The deployed scheduler at its steps; a ValueError if it cannot make so many."""
+    scheduler = model.scheduler(scheduler_class(settings.scheduler))
+    scheduler.set_timesteps(settings.num_steps, device=device)
+    return scheduler
 
 
 def sample_images(config: ConfigDict, model: Model, prompts: list[str], settings: SamplerSettings, batch: int) -> Tensor:
@@ -79,8 +95,7 @@ def sample_images(config: ConfigDict, model: Model, prompts: list[str], settings
 
     x_T = noise((len(prompts), *model.latent_shape))
     if settings.scheduler:
-        scheduler = model.scheduler(scheduler_class(settings.scheduler))
-        scheduler.set_timesteps(settings.num_steps, device=device)
+        scheduler = make_scheduler(model, settings, device)
         latents = denoise_by(scheduler, predict_at(scheduler.timesteps), x_T, rng, settings.eta)
     else:
         sampler = model.sampler(settings.num_steps, settings.eta)
@@ -88,7 +103,7 @@ def sample_images(config: ConfigDict, model: Model, prompts: list[str], settings
     return decode(model, latents, config.sample.decode_batch_size)
 
 
-def denoise_by(scheduler: Any, predict: Callable, x_T: Tensor, rng: torch.Generator, eta: float) -> Tensor:
+def denoise_by(scheduler: Any, predict: Callable, x_T: Tensor, rng: torch.Generator, eta: float | None) -> Tensor:
     """Run a scheduler of diffusers from standard normal noise x_T [N,C,h,w], as its pipelines do; some have an eta."""
     takes = inspect.signature(scheduler.step).parameters
     options = {key: value for key, value in (("eta", eta), ("generator", rng)) if key in takes}

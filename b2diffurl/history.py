@@ -3,6 +3,7 @@
 Readers of an experiment (report, trackers, model card) share this; nothing here writes.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from b2diffurl import files
 from b2diffurl.metrics import read_events
 from b2diffurl.stage import Stage, finished_stages
 
-SETS = {"test": "held-out prompts", "train": "training prompts"}  # those that an experiment has of its own
+SETS = {"test": "Held-out prompts", "train": "Training prompts"}  # those that an experiment has of its own
 Row = dict[str, Any]
 
 
@@ -34,7 +35,8 @@ def stage_rows(root: Path) -> list[Row]:
             row |= training_figures(stage)
         for phase in ("sample", "select", "train"):
             if stage.finished(phase):
-                row |= {f"seconds/{phase}/{part}": value for part, value in stage.manifest(phase)["seconds"].items()}
+                seconds = stage.manifest(phase)["seconds"]
+            row |= {f"seconds/{phase}/{part}": value for part, value in seconds.items() if part != "share"}
         rows.append(row)
     return rows
 
@@ -59,21 +61,44 @@ def per_step_rows(root: Path, key: str) -> dict[int, dict[int, float]]:
 
 
 def evaluation_rows(root: Path, **wanted: Any) -> list[Row]:
-    """The rows of eval.jsonl (see `b2diffurl.results`) in which each key has the wanted value, in order of their stage.
+    """The course of an experiment as judged: rows of eval.jsonl (see `b2diffurl.results`) in which each key has the wanted
+    value, of the base and of the last checkpoint of each stage, in their order.
 
-    Of rows for the same prompts and sampler only those made under the newest's conditions, which alone can be compared.
-    Each gets `queries`, the images scored before its checkpoint was made: 0 for the base; rows of checkpoints from outside
-    this experiment have None.
+    Rows can be compared where they were made under the same conditions. Of each prompt set and sampler there are those of
+    the conditions with the most rows, so that a look with other settings does not take the place of a curve; of equals,
+    the newest. Each row gets `queries`, the images scored before its checkpoint was made, 0 for the base.
     """
-    path = root / "eval.jsonl"
-    rows = files.read_json_lines(path) if path.is_file() else []
-    queries = {row["stage"]: row["queries"] for row in stage_rows(root)}
-    for row in rows:
-        row["queries"] = 0 if row["checkpoint"] == "base" else queries.get(row["stage"])
-    newest = {(row["prompts"], row["sampler"]): row["conditions"] for row in rows}
-    rows = [row for row in rows if row["conditions"] == newest[row["prompts"], row["sampler"]]]
-    kept = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+    queries = {row["stage"]: row["queries"] for row in stage_rows(root)} | {None: 0}
+    course = ("base", *(f"stage{index}" for index in queries))
+    found = [row | {"queries": queries[row["stage"]]} for row in every_evaluation(root) if row["checkpoint"] in course]
+    rows = list(
+        {tuple(row[key] for key in ("checkpoint", "prompts", "sampler", "conditions")): row for row in found}.values()
+    )
+    counts = Counter((row["prompts"], row["sampler"], row["conditions"]) for row in rows)
+    chosen: dict[tuple, str] = {}
+    for row in reversed(rows):
+        judged = (row["prompts"], row["sampler"])
+        if counts[*judged, row["conditions"]] > counts[*judged, chosen.get(judged)]:
+            chosen[judged] = row["conditions"]
+    kept = [row for row in rows if row["conditions"] == chosen[row["prompts"], row["sampler"]]]
+    kept = [row for row in kept if all(row.get(key) == value for key, value in wanted.items())]
     return sorted(kept, key=lambda row: -1 if row["stage"] is None else row["stage"])
+
+
+def every_evaluation(root: Path) -> list[Row]:
+    """All rows of eval.jsonl."""
+    path = root / "eval.jsonl"
+    return files.read_json_lines(path) if path.is_file() else []
+
+
+def set_title(prompts: str) -> str:
+    """What a prompt set is called: Held-out prompts, Training prompts, or a file's name."""
+    return SETS.get(prompts, Path(prompts).name)
+
+
+def set_name(prompts: str) -> str:
+    """A prompt set in a name: `test`, `train`, or a file's stem with a checksum of its path."""
+    return prompts if prompts in SETS else f"{Path(prompts).stem}_{files.digest(prompts)[:6]}"
 
 
 def mean(numbers: Sequence[float | None]) -> float | None:

@@ -4,7 +4,7 @@ import io
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 
-from b2diffurl.history import SETS, Row
+from b2diffurl.history import SETS, Row, set_title
 from b2diffurl.tree import Tree
 
 INK, FAINT, GRID = "#1b1d20", "#6a6f77", "#dfe2e6"  # the page puts its own colours in their place
@@ -47,7 +48,7 @@ STYLE: dict[str, Any] = {
     "figure.dpi": 100,
 }
 PANEL_INCHES = (4.0, 2.9)
-PANEL_AXES = (0.14, 0.27, 0.83, 0.63)  # left, bottom, width, height in a panel; a legend may stand below
+PANEL_AXES = (0.17, 0.27, 0.8, 0.63)  # left, bottom, width, height in a panel; a legend may stand below
 
 
 @dataclass(frozen=True)
@@ -72,27 +73,22 @@ class Pair:
 
 
 def curve_panels(stages: Sequence[Row], evaluations: Sequence[Row]) -> list[Panel]:
-    """What a run did, stage by stage. A stage's images are drawn by the policy before its updates, and stand where it had
-    seen so many queries; an evaluation stands at the queries its checkpoint was trained on."""
-    before = [row["queries"] - row["num_images"] for row in stages]
+    """What a run did: what was found in a stage, and of its checkpoint, stands at the images scored by then."""
     after = [row["queries"] for row in stages]
     trained = [row for row in stages if "num_updates" in row]
-    panels = [Panel("Reward of the stage's images, ± one sd", lambda axes: draw_spread(axes, before, stages, "reward"))]
+    panels = [Panel("Reward of the stage's images, ± one sd", lambda axes: draw_spread(axes, after, stages, "reward"))]
     watched = [key.removesuffix("_mean") for key in stages[-1] if key.startswith("watch/") and key.count("/") == 1]
     panels += [
         Panel(
             f"{name.removeprefix('watch/')}, watched",
-            lambda axes, name=name: draw_series(axes, before, stages, f"{name}_mean"),
+            lambda axes, name=name: draw_series(axes, after, stages, f"{name}_mean"),
         )
         for name in watched
     ]
-    for figure in ("accuracy", "reward"):
-        if any(row.get(figure) is not None for row in evaluations):
-            panels.append(Panel(f"Judged: {figure}", lambda axes, figure=figure: draw_judged(axes, evaluations, figure)))
-    measures = [key for key in (evaluations[-1] if evaluations else ()) if is_diversity(key)]
-    for key in measures:
-        title = describe_diversity(key).removeprefix("diversity: ")
-        panels.append(Panel(f"Judged: {title}", lambda axes, key=key: draw_judged(axes, evaluations, key)))
+    panels += [
+        Panel(f"Judged: {describe_figure(key)}", lambda axes, key=key: draw_judged(axes, evaluations, key))
+        for key in figures_of(evaluations)
+    ]
     x = [row["queries"] for row in trained]
     return [
         *panels,
@@ -106,19 +102,24 @@ def curve_panels(stages: Sequence[Row], evaluations: Sequence[Row]) -> list[Pane
     ]
 
 
-def is_diversity(key: str) -> bool:
-    return key.startswith("diversity/") and not key.endswith(("_se", "_gain"))
+def figures_of(evaluations: Sequence[Row]) -> list[str]:
+    """The figures that some of the evaluations have: accuracy, reward, other rewards, diversities; not their parts."""
+    keys = dict.fromkeys(key.removesuffix("_se") for row in evaluations for key in row if key.endswith("_se"))
+    found = [key for key in keys if not key.endswith("_gain") and ("/" not in key or key.startswith("diversity/"))]
+    found = [key for key in found if any(row.get(key) is not None for row in evaluations)]
+    return sorted(found, key=lambda key: (key != "accuracy", key != "reward", key.startswith("diversity/")))
 
 
-def describe_diversity(key: str) -> str:
-    """Of images of one prompt, in a few words."""
+def describe_figure(key: str) -> str:
+    """In a few words; diversity is that of images of one prompt."""
+    if not key.startswith("diversity/"):
+        return key
     features, _, which = key.removeprefix("diversity/").partition("_")
-    named = {
-        "vendi": f"Vendi score ({features})",
-        "right": f"{features} distance of right images",
-        "": f"{features} distance",
-    }
-    return "diversity: " + ("Inception Score" if features == "inception" else named[which])
+    if features == "inception":
+        return "Inception Score"
+    return {"vendi": f"Vendi score ({features})", "right": f"{features} distance of right images"}.get(
+        which, f"{features} distance"
+    )
 
 
 def draw_series(axes: Axes, x: Sequence[float], rows: Sequence[Row], key: str, *, steps: bool = False) -> None:
@@ -127,7 +128,7 @@ def draw_series(axes: Axes, x: Sequence[float], rows: Sequence[Row], key: str, *
         *zip(*points, strict=True) if points else ((), ()), "o-", color=BLUE, drawstyle="steps-mid" if steps else "default"
     )
     if steps:
-        axes.yaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
         axes.set_ylim(0, 1.15 * max((value for _, value in points), default=0) or 1)
 
 
@@ -140,14 +141,14 @@ def draw_spread(axes: Axes, x: Sequence[float], rows: Sequence[Row], name: str) 
 def draw_judged(axes: Axes, evaluations: Sequence[Row], key: str) -> None:
     """Mean and standard error by prompt set and sampler, a line where there are several checkpoints."""
     others = sorted({row["prompts"] for row in evaluations} - set(SETS))
-    for colour, prompts in zip(COLOURS, [*SETS, *others], strict=False):
+    for colour, prompts in zip(cycle(COLOURS), [*SETS, *others], strict=False):
         for sampler, line in (("training", "-"), ("deployed", ":")):
             rows = [row for row in evaluations if (row["prompts"], row["sampler"]) == (prompts, sampler)]
             rows = [row for row in rows if row["queries"] is not None and row.get(key) is not None]
             if rows:
-                label = SETS.get(prompts, Path(prompts).stem).removesuffix(" prompts")
+                label = set_title(prompts).removesuffix(" prompts").lower()
                 label += ", deployed" if sampler == "deployed" else ""
-                values, errors = ([row[f"{key}{end}"] for row in rows] for end in ("", "_se"))
+                values, errors = [row[key] for row in rows], [row[f"{key}_se"] or 0.0 for row in rows]
                 axes.errorbar(
                     [row["queries"] for row in rows], values, errors, color=colour, linestyle=line, marker="o", label=label
                 )
@@ -312,16 +313,17 @@ def tree_figure(tree: Tree, title: str, notes: Sequence[str], marks: Mapping[int
             color=FAINT,
             fontsize=8,
         )
-    axes.text(-0.1, -0.72, title, fontsize=11, fontweight="bold", va="center")
+    axes.text(-0.1, -0.72, title, fontsize=11, fontweight="bold", va="center", parse_math=False)
     return figure
 
 
 def place(axes: Axes, image: np.ndarray, left: float, top: float, frame: str, linewidth: float) -> None:
+    """An image [h,w,3] in the middle of the square of side 1 at (left, top)."""
     smooth = "nearest" if image.shape[1] < 128 else "antialiased"
-    axes.imshow(image, extent=(left, left + 1, top + 1, top), interpolation=smooth, zorder=1)
-    axes.add_patch(
-        matplotlib.patches.Rectangle((left, top), 1, 1, fill=False, edgecolor=frame, linewidth=linewidth, zorder=2)
-    )
+    high, wide = (side / max(image.shape[:2]) for side in image.shape[:2])
+    left, top = left + (1 - wide) / 2, top + (1 - high) / 2
+    axes.imshow(image, extent=(left, left + wide, top + high, top), interpolation=smooth, zorder=1)
+    axes.add_patch(Rectangle((left, top), wide, high, fill=False, edgecolor=frame, linewidth=linewidth, zorder=2))
 
 
 # ---- before and after ----
@@ -334,7 +336,7 @@ def pairs_figure(title: str, labels: Sequence[str], pairs: Sequence[Pair]) -> Fi
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(-0.85, columns * 1.18 + 0.02), ylim=(3.2, -0.42), aspect="equal")
     axes.set_axis_off()
-    axes.text(-0.8, -0.25, title, fontsize=11, fontweight="bold", va="center")
+    axes.text(-0.8, -0.25, title, fontsize=11, fontweight="bold", va="center", parse_math=False)
     for row, label in enumerate(labels):
         axes.text(-0.8, row * 1.28 + 0.5, label, va="center", linespacing=1.5)
         for column, pair in enumerate(pairs):
@@ -345,7 +347,7 @@ def pairs_figure(title: str, labels: Sequence[str], pairs: Sequence[Pair]) -> Fi
                 axes.text(left + 0.5, top + 1.04, short(pair.rewards[row]), ha="center", va="top", fontsize=8, color=FAINT)
     for column, pair in enumerate(pairs):
         text = textwrap.fill(pair.prompt, 20, max_lines=4)
-        axes.text(column * 1.18 + 0.5, 2.5, text, ha="center", va="top", fontsize=7.5, linespacing=1.25)
+        axes.text(column * 1.18 + 0.5, 2.5, text, ha="center", va="top", fontsize=7.5, linespacing=1.25, parse_math=False)
     return figure
 
 
@@ -356,12 +358,16 @@ def prompt_figure(prompt: str, labels: Sequence[str], rows: Sequence[np.ndarray]
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(-0.6, columns * 1.08), ylim=(len(rows) * 1.08, -0.42), aspect="equal")
     axes.set_axis_off()
-    axes.text(-0.55, -0.22, textwrap.shorten(prompt, 24 * columns), fontsize=11, fontweight="bold", va="center")
+    axes.text(-0.55, -0.22, shorten(prompt, 14 * columns), fontsize=11, fontweight="bold", va="center", parse_math=False)
     for row, (label, images) in enumerate(zip(labels, rows, strict=True)):
         axes.text(-0.55, row * 1.08 + 0.5, label, va="center")
         for column, image in enumerate(images):
             place(axes, image, column * 1.08, row * 1.08, GRID, 0.8)
     return figure
+
+
+def shorten(prompt: str, length: int) -> str:
+    return prompt if len(prompt) <= length else prompt[: length - 1] + "…"
 
 
 def short(reward: float) -> str:

@@ -8,7 +8,9 @@ Written from the experiment's files alone; the same files give the same page.
 import argparse
 import base64
 import io
+import re
 import runpy
+import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,20 +23,21 @@ from torch import Tensor
 
 from b2diffurl import files
 from b2diffurl.experiment import describe_reward, find_experiment, flatten
-from b2diffurl.history import SETS, Row, evaluation_rows, per_step_rows, stage_rows
+from b2diffurl.history import Row, evaluation_rows, per_step_rows, set_name, set_title, stage_rows
 from b2diffurl.pictures import (
     STYLE,
     Pair,
     curve_panels,
-    describe_diversity,
+    describe_figure,
+    figures_of,
     heat_map,
-    is_diversity,
     pairs_figure,
     panel_figure,
     panels_figure,
     prompt_figure,
     save_png,
     short,
+    shorten,
     to_svg,
     tree_figure,
 )
@@ -66,6 +69,7 @@ def write_report(root: Path) -> Path:
     if not stages:
         raise ValueError(f"{root} has no stage that has been scored, so there is nothing to report yet")
     config = files.read_json(root / "config.json")["config"]
+    shutil.rmtree(root / "report", ignore_errors=True)  # pictures that there would be none of now
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "findfont", UserWarning)
         page = {
@@ -97,13 +101,13 @@ def figure_table(evaluations: Sequence[Row]) -> list[dict[str, Any]]:
     for place, (prompts, sampler) in enumerate(judged_sets(evaluations)):
         rows = [row for row in evaluations if (row["prompts"], row["sampler"]) == (prompts, sampler)]
         base, tuned = base_and_tuned(rows)
-        for key in [key for key in (tuned or base) if is_figure(key)]:
+        for key in figures_of([row for row in (base, tuned) if row]):
             found.append(
                 {
                     "place": place,
-                    "prompts": SETS.get(prompts, prompts),
+                    "prompts": set_title(prompts),
                     "sampler": describe_sampler(tuned or base),
-                    "figure": describe_figure(key),
+                    "figure": ("diversity: " if key.startswith("diversity/") else "") + describe_figure(key),
                     "base": with_error(base or {}, key),
                     "tuned": with_error(tuned or {}, key),
                     "checkpoint": tuned["checkpoint"] if tuned else "",
@@ -125,14 +129,6 @@ def base_and_tuned(rows: Sequence[Row]) -> tuple[Row | None, Row | None]:
     base = next((row for row in rows if row["checkpoint"] == "base"), None)
     tuned = [row for row in rows if row["stage"] is not None]
     return base, tuned[-1] if tuned else None
-
-
-def is_figure(key: str) -> bool:
-    return not key.endswith(("_se", "_gain")) and (is_diversity(key) or key in ("reward", "accuracy"))
-
-
-def describe_figure(key: str) -> str:
-    return describe_diversity(key) if is_diversity(key) else key
 
 
 # ---- pictures ----
@@ -164,7 +160,8 @@ def draw_trees(root: Path) -> list[str]:
     for name, stage in zip(("branches", "branches_last"), dict.fromkeys((*telling[:1], *telling[-1:])), strict=False):
         tree, scores = load_tree(stage), files.read_json_lines(stage.scores)
         trained = stage.manifest("sample")["num_trained_steps"]
-        title = f"Stage {stage.index}: “{tree.prompt}”, {len(tree.branches)} branches, the last {trained} steps apart"
+        what = f"{len(tree.branches)} branches, the last {trained} steps apart"
+        title = f"Stage {stage.index}: “{shorten(tree.prompt, 60)}”, {what}"
         notes = [f"reward {short(row['reward'])}" for row in scores[: len(tree.branches)]]
         figure = tree_figure(tree, title, notes, marks(stage))
         save_png(figure, root / "report" / f"{name}.png")
@@ -173,7 +170,9 @@ def draw_trees(root: Path) -> list[str]:
 
 
 def marks(stage: Stage) -> dict[int, str]:
-    """What the first group's branches were kept as: winner or loser."""
+    """What the first group's branches were kept as: winner or loser. Where all are kept none is either."""
+    if files.read_json(stage.root / "config.json")["config"]["eval"].get("selection") == "all":
+        return {}
     rows = [row for row in files.read_json(stage.selection) if row["group"] == 0]
     return {row["branch"]: "winner" if row["score"] > 0 else "loser" for row in rows}
 
@@ -186,15 +185,19 @@ def galleries(root: Path, evaluations: Sequence[Row]) -> list[dict[str, Any]]:
         base, tuned = base_and_tuned(rows)
         if base is None or tuned is None or sampler != "training":
             continue
-        pairs, name = read_pairs(root, base, tuned), Path(prompts).stem
-        title = SETS.get(prompts, prompts)
-        found.append(gallery(root, f"before_after_{name}", f"The first {title}", base, tuned, pairs[:NUM_PAIRS]))
+        pairs, name, title = read_pairs(root, base, tuned), set_name(prompts), set_title(prompts)
+        found.append(
+            gallery(
+                root, f"before_after_{name}", f"{title}: the first {len(pairs[:NUM_PAIRS])}", base, tuned, pairs[:NUM_PAIRS]
+            )
+        )
         changed = sorted((pair for pair in pairs if change(pair) is not None), key=change)
-        for kind, some in (("losses", changed[:NUM_EXTREMES]), ("gains", changed[::-1][:NUM_EXTREMES])):
+        worse = [pair for pair in changed if change(pair) < (0, 0)]
+        better = [pair for pair in reversed(changed) if change(pair) > (0, 0)]
+        for kind, some in (("losses", worse[:NUM_EXTREMES]), ("gains", better[:NUM_EXTREMES])):
             if some:
-                found.append(
-                    gallery(root, f"{kind}_{name}", f"The largest {kind} of {len(pairs)}, {title}", base, tuned, some)
-                )
+                what = f"{title}: the largest {kind} of {len(pairs)} images"
+                found.append(gallery(root, f"{kind}_{name}", what, base, tuned, some))
     return found
 
 
@@ -252,12 +255,12 @@ def embed(path: Path) -> dict[str, Any]:
     return {"src": src, "small": max(picture.size) < EMBEDDED_PX // 2}
 
 
-def draw_prompt(root: Path, prompt: str, images: Sequence[Tensor]) -> Path:
-    """One PNG of a prompt's images, the base's above the tuned one's; returns its path."""
-    stem = "".join(letter if letter.isalnum() else "_" for letter in prompt)[:60]
-    path = root / "prompts" / f"{stem}_{files.digest([prompt])}.png"
+def draw_prompt(root: Path, prompt: str, images: Mapping[str, Tensor], sampler: str) -> Path:
+    """One PNG of a prompt's images by checkpoint, a row each; its path tells prompt, checkpoint and sampler."""
+    words, which = (re.sub(r"[^a-zA-Z0-9]+", "_", text).strip("_") for text in (prompt, list(images)[-1]))
+    path = root / "prompts" / f"{words[:60]}_{which[-40:]}_{sampler}_{files.digest([prompt, *images])[:6]}.png"
     with matplotlib.rc_context(STYLE):
-        save_png(prompt_figure(prompt, ("base", "tuned"), [some.numpy() for some in images]), path)
+        save_png(prompt_figure(prompt, list(images), [some.numpy() for some in images.values()]), path)
     return path
 
 
@@ -270,7 +273,9 @@ def facts(root: Path, stages: Sequence[Row]) -> dict[str, Any]:
     newest = Stage(root, stages[-1]["stage"])
     manifests = [stage.manifest(phase) for phase in ("sample", "select", "train") for stage in finished_stages(root, phase)]
     seconds = {key: [row[key] for row in stages if key in row] for key in stages[-1] if key.startswith("seconds/")}
-    sampling = [(row["num_images"], row["seconds/sample/sample"]) for row in stages if row.get("seconds/sample/sample")]
+    sampling = [stage.manifest("sample") for stage in finished_stages(root, "sample")]
+    images = sum(manifest["num_images"] * manifest["seconds"].get("share", 1) for manifest in sampling)
+    sampling_sec = sum(manifest["seconds"]["sample"] for manifest in sampling)
     sampled = newest.manifest("sample")
     return {
         "differences": preset_differences(config),
@@ -279,7 +284,7 @@ def facts(root: Path, stages: Sequence[Row]) -> dict[str, Any]:
         "hardware": sampled.get("hardware", {})
         | {key: sampled[key] for key in ("device", "mixed_precision", "num_threads")},
         "seconds": {key.removeprefix("seconds/").replace("/", ": "): sum(some) / len(some) for key, some in seconds.items()},
-        "images_per_second": sum(count for count, _ in sampling) / sum(time for _, time in sampling) if sampling else None,
+        "images_per_second": images / sampling_sec if images else None,
         "disk": disk_usage(root),
         "finished": max(manifest["finished"] for manifest in manifests),
     }

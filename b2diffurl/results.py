@@ -66,12 +66,12 @@ def summarise_diversity(
 
 
 def mean_and_error(numbers: Sequence[float | None]) -> tuple[float | None, float | None]:
-    """Mean and its standard error, of those that are numbers; None of nothing."""
+    """Mean and its standard error, of those that are numbers; None of nothing, and no error of one."""
     numbers = [number for number in numbers if number is not None]
     if not numbers:
         return None, None
     tensor = torch.tensor(numbers, dtype=torch.float64)
-    error = tensor.std().item() / math.sqrt(len(numbers)) if len(numbers) > 1 else 0.0
+    error = tensor.std().item() / math.sqrt(len(numbers)) if len(numbers) > 1 else None
     return tensor.mean().item(), error
 
 
@@ -112,9 +112,11 @@ def diversities(result: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, floa
 
 
 def name_best(results: Sequence[dict[str, Any]], sampler: str) -> dict[str, Any]:
-    """Of the results with that sampler, on the first prompt set, that with the highest accuracy where there is a judge, else
-    reward; the earliest of equals. It is logged."""
-    results = [row for row in results if (row["sampler"], row["prompts"]) == (sampler, results[0]["prompts"])]
+    """Of the results with that sampler on held-out prompts, or if there are none on the first set, that with the highest
+    accuracy where there is a judge, else reward; the earliest of equals. It is logged."""
+    sets = [result["prompts"] for result in results]
+    prompts = "test" if "test" in sets else sets[0]
+    results = [row for row in results if (row["sampler"], row["prompts"]) == (sampler, prompts)]
     figure = "accuracy" if results[0]["accuracy"] is not None else "reward"
     judged = [result for result in results if result[figure] is not None]
     if not judged:
@@ -138,17 +140,17 @@ def with_error(row: Mapping[str, Any], key: str, *, signed: bool = False) -> str
     value, error, sign = row.get(key), row.get(f"{key}_se"), "+" if signed else ""
     if value is None:
         return ""
-    if key.startswith("accuracy"):
-        return f"{100 * value:{sign}.1f} ± {100 * error:.1f} " + ("points" if signed else "%")
-    decimals = min(6, max(0, 1 - math.floor(math.log10(error)))) if error else 4
-    return f"{value:{sign}.{decimals}f} ± {error:.{decimals}f}"
+    percent, unit = (100, " points" if signed else " %") if key.startswith("accuracy") else (1, "")
+    decimals = 1 if unit else min(6, max(0, 1 - math.floor(math.log10(error)))) if error else 4
+    spread = "" if error is None else f" ± {percent * error:.{decimals}f}"
+    return f"{percent * value:{sign}.{decimals}f}{spread}{unit}"
 
 
 def describe_sampler(row: Mapping[str, Any]) -> str:
     """As in `training sampler: DDIM, 10 steps, eta 1, guidance 2`."""
     scheduler = (row["scheduler"] or "DDIMScheduler").removesuffix("Scheduler")
-    settings = f"{row['num_steps']} steps, eta {row['eta']:g}, guidance {row['guidance_scale']:g}"
-    return f"{row['sampler']} sampler: {scheduler}, {settings}"
+    eta = "" if row["eta"] is None else f"eta {row['eta']:g}, "
+    return f"{row['sampler']} sampler: {scheduler}, {row['num_steps']} steps, {eta}guidance {row['guidance_scale']:g}"
 
 
 def record(root: Path, results: Sequence[dict[str, Any]]) -> None:
@@ -168,7 +170,12 @@ def describe(result: Mapping[str, Any]) -> str:
     named = [key for key in result["values"] if key not in ("reward", "accuracy") and "/" not in key]
     for key in ("reward", "accuracy", *named):
         if result[key] is not None:
-            words.append(f"{key} {result[key]:.4f} ± {result[f'{key}_se']:.4f}")
-        if f"{key}_gain" in result:
-            words.append(f"(gain {result[f'{key}_gain']:+.4f} ± {result[f'{key}_gain_se']:.4f})")
+            words.append(f"{key} {precisely(result, key, '.4f')}")
+        if result.get(f"{key}_gain") is not None:
+            words.append(f"(gain {precisely(result, f'{key}_gain', '+.4f')})")
     return " ".join(words)
+
+
+def precisely(result: Mapping[str, Any], key: str, form: str) -> str:
+    error = result[f"{key}_se"]
+    return format(result[key], form) + ("" if error is None else f" ± {error:.4f}")

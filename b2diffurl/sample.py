@@ -20,7 +20,7 @@ from b2diffurl.ddim import Sampler, require_stochastic
 from b2diffurl.experiment import Plan, make_plan, record_experiment
 from b2diffurl.features import check_features
 from b2diffurl.forecast import first_batch_text, num_evaluations, num_images
-from b2diffurl.generate import deployed_sampler
+from b2diffurl.generate import deployed_sampler, make_scheduler
 from b2diffurl.metrics import Metrics
 from b2diffurl.models import Model
 from b2diffurl.policy import decode, load_policy, predictor, warn_of_cut_prompts
@@ -41,7 +41,7 @@ def sample_stage(config: ConfigDict) -> None:
         check_rewards([config.eval.judge], config.reward, [*plan.prompts, *load_prompts(config.eval.prompt_file)])
     for name in config.eval.diversity:
         check_features(name, config, plan.prompts)
-    deployed_sampler(config)  # refuses a scheduler that there is not
+    deployed = deployed_sampler(config)
     stage = plan.stage
     if stage.finished("sample"):
         logger.info("stage%d sample: already finished", stage.index)
@@ -52,6 +52,7 @@ def sample_stage(config: ConfigDict) -> None:
     model.network = accelerator.prepare_model(model.network, evaluation_mode=True)
     sampler = model.sampler(config.sample.num_steps, config.sample.eta)
     require_stochastic(sampler, plan.num_trained_steps)
+    make_scheduler(model, deployed, accelerator.device)  # refused now rather than when the run is judged by it
     facts = stage_facts(config, plan, model, accelerator)
     num_batches = config.sample.num_batches_per_epoch
     check_batches(stage, num_batches, facts["policy"])
@@ -77,7 +78,7 @@ def sample_stage(config: ConfigDict) -> None:
                 logger.info("stage%d sample: %s", stage.index, known)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        seconds = {"load": loaded - started, "sample": time.perf_counter() - loaded}
+        seconds = {"load": loaded - started, "sample": time.perf_counter() - loaded, "share": len(todo) / len(mine)}
         finish(config, plan, facts, seconds, num_sampled=len(todo))
     accelerator.end_training()
 
@@ -203,7 +204,8 @@ def finish(config: ConfigDict, plan: Plan, facts: dict, seconds: dict, *, num_sa
     written += [stage.prompts, *(stage.image(n) for n in range(len(prompts))), *stage.folder.glob("tree.*")]
     rate = num_sampled * config.sample.batch_size * config.split_time / seconds["sample"]
     counts = {key: facts[key] for key in ("num_trained_steps", "num_images", "num_evaluations")}
-    Metrics(stage.metrics("sample")).log("sample", stage=stage.index, **counts, **seconds)
+    timed = {key: seconds[key] for key in ("load", "sample")}
+    Metrics(stage.metrics("sample")).log("sample", stage=stage.index, **counts, **timed)
     stage.write_manifest("sample", facts | {"seconds": seconds}, [*written, stage.metrics("sample")])
     done = "stage%d sample: done in %.1f s, %d images, %.1f images/s"
     logger.info(done, stage.index, seconds["sample"], len(prompts), rate)

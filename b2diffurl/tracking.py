@@ -31,7 +31,7 @@ from accelerate.tracking import TensorBoardTracker, WandBTracker
 from ml_collections import ConfigDict
 
 from b2diffurl import files
-from b2diffurl.history import evaluation_rows, stage_rows
+from b2diffurl.history import evaluation_rows, set_name, stage_rows
 from b2diffurl.metrics import read_events
 from b2diffurl.runtime import logger
 from b2diffurl.stage import Stage, finished_stages
@@ -74,9 +74,7 @@ def points(root: Path) -> list[Point]:
     for stage in finished_stages(root, "train"):
         row = rows[stage.index]
         found += [*update_points(stage, row), stage_point(row)]
-    evaluations = {(row["checkpoint"], row["prompts"], row["sampler"]): row for row in evaluation_rows(root)}
-    ends = {"base", *(f"stage{index}" for index in rows)}
-    found += [evaluation_point(row) for key, row in evaluations.items() if key[0] in ends]
+    found += [evaluation_point(row) for row in evaluation_rows(root)]
     return sorted(found, key=lambda point: point["queries"])
 
 
@@ -97,7 +95,7 @@ def stage_point(row: dict[str, Any]) -> Point:
 
 
 def evaluation_point(row: dict[str, Any]) -> Point:
-    group = f"eval/{Path(row['prompts']).stem}/{row['sampler']}"
+    group = f"eval/{set_name(row['prompts'])}/{row['sampler']}"
     results = {f"{group}/{key}": value for key, value in numbers(row).items() if key not in CONDITIONS}
     return {"queries": row["queries"]} | results
 

@@ -77,7 +77,12 @@ def train_stage(config: ConfigDict) -> None:
         logger.info("stage%d train: nothing to train on, the weights go on unchanged", stage.index)
         trainer.save(config.train.num_epochs, config.train.save_interval)
     if accelerator.is_main_process:
-        finish(config, trainer, sampled, {"load": loaded - started, "train": time.perf_counter() - loaded})
+        seconds = {
+            "load": loaded - started,
+            "train": time.perf_counter() - loaded,
+            "share": 1 - done / config.train.num_epochs,
+        }
+        finish(config, trainer, sampled, seconds)
     accelerator.end_training()
 
 

@@ -368,6 +368,13 @@ def test_a_checkpoint_of_another_base_is_not_judged(workplace, overrides, models
 def test_an_empty_prompt_file_is_not_judged(workplace, overrides):
     (workplace / "none.txt").write_text("\n\n")
     refuse(workplace, "eval", overrides, "none.txt holds no prompt", arguments=("--prompts=none.txt",))
+    refuse(workplace, "eval", overrides, "--prompt is empty", arguments=("--prompt= ",))
+
+
+def test_an_experiment_that_does_not_exist_is_not_judged(workplace, overrides):
+    """Those that there are are named."""
+    said = "nope has no checkpoint 'last': it has no trained stage.*Experiments in model/lora: tiny"
+    refuse(workplace, "eval", overrides | {"exp_name": "nope"}, said)
 
 
 def test_the_real_process_ends_in_two_lines(empty, overrides):

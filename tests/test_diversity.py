@@ -60,7 +60,6 @@ def test_unknown_metric_is_refused():
 @pytest.mark.parametrize(
     ("rows", "score"),
     [
-        ([[1.0, 2.0]], 1.0),  # one image
         ([[1.0, 2.0]] * 5, 1.0),  # all alike
         ([[1.0, 2.0], [2.0, 4.0], [0.5, 1.0]], 1.0),  # alike but for their length, which does not count
         (torch.eye(4).tolist(), 4.0),  # nothing in common
@@ -82,6 +81,7 @@ def test_vendi_score_of_each_prompt():
     assert vendi_score(features, list("ababbc")) == expected
     assert vendi_score(features.flip(0), list("cbbaba")) == expected
     assert vendi_score(features[:0], []) == {}
+    assert vendi_score(features[:1], ["a"]) == inception_score(features[:1], ["a"]) == {}  # one image is no diversity
 
 
 def test_inception_score_by_hand():

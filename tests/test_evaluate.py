@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from b2diffurl.evaluate import evaluate, prompt_images
 from b2diffurl.experiment import resolve_checkpoint
 from b2diffurl.files import read_json_lines
-from b2diffurl.generate import SamplerSettings, sample_images, scheduler_class
+from b2diffurl.generate import SamplerSettings, deployed_sampler, sample_images, scheduler_class
 from b2diffurl.history import evaluation_rows
 from b2diffurl.policy import load_policy
-from b2diffurl.results import name_best, summarise_diversity
+from b2diffurl.results import describe, describe_sampler, name_best, summarise_diversity, with_error
 from b2diffurl.runtime import make_accelerator
 from b2diffurl.seeding import generator
 from b2diffurl.stage import LORA_FILE, Stage, finished_stages
@@ -205,12 +205,12 @@ def test_all_is_the_learning_curve_and_best_names_its_top(workplace, overrides):
 
 
 def test_the_best_is_by_the_judge_where_there_is_one():
-    """Of the first prompt set and the sampler that is named; the earliest of equals."""
+    """On held-out prompts with the sampler that is named; the earliest of equals."""
     common = {"prompts": "test", "sampler": "training", "lora": "", "accuracy_se": 0.1, "reward_se": 0.1}
     figures = {"base": (0.5, 0.9), "stage0": (0.7, 0.1), "stage1": (0.7, 0.2)}
     rows = [common | {"checkpoint": name, "accuracy": a, "reward": r} for name, (a, r) in figures.items()]
-    others = [row | {key: "other", "accuracy": 0.9} for row in rows for key in ("prompts", "sampler")]
-    assert name_best([*rows, *others], "training")["checkpoint"] == "stage0"
+    others = [row | {key: "train", "accuracy": 0.9} for row in rows for key in ("prompts", "sampler")]
+    assert name_best([*others, *rows], "training")["checkpoint"] == "stage0"
     assert name_best([row | {"accuracy": None} for row in rows], "training")["checkpoint"] == "base"
     with pytest.raises(ValueError, match=r"eval\.judge"):
         name_best([row | {"accuracy": None, "reward": None} for row in rows], "training")
@@ -228,14 +228,35 @@ def test_an_earlier_difference_stays_when_the_base_is_not_asked_for(workplace, o
 
 
 def test_only_rows_that_can_be_compared_make_a_curve(workplace, overrides):
-    """Rows of another number of images are other conditions: readers get those like the newest row alone."""
-    judged(workplace, overrides, ["base", "stage0", "stage1"])
-    judged(workplace, overrides, ["base", "stage1"], **{"eval.num_images": 3})
+    """Rows of another number of images are other conditions: readers get the longest curve, of equals the newest. What was
+    judged inside a stage is no part of it."""
     root = experiment(workplace)
-    assert len(read_json_lines(root / "eval.jsonl")) == 5
+    judged(workplace, overrides, ["base", "stage1"])
+    judged(workplace, overrides, ["base", "stage1"], **{"eval.num_images": 3})
+    assert [(row["checkpoint"], row["n_images"], row["queries"]) for row in evaluation_rows(root)] == [
+        ("base", 3, 0),
+        ("stage1", 3, 36),
+    ]
+    judged(workplace, overrides, ["stage0", "model/lora/tiny/stage1/checkpoints/checkpoint_1"])
+    judged(workplace, overrides, ["base", "stage1"], **{"eval.num_images": 3})
+    names = [row["checkpoint"] for row in read_json_lines(root / "eval.jsonl")]
+    assert sorted(names) == ["base", "base", "stage0", "stage1", "stage1", "stage1/checkpoint_1"]
     rows = evaluation_rows(root, prompts="test", sampler="training")
-    assert [(row["checkpoint"], row["n_images"], row["queries"]) for row in rows] == [("base", 3, 0), ("stage1", 3, 36)]
+    assert [(row["checkpoint"], row["n_images"], row["queries"]) for row in rows] == [
+        ("base", 6, 0),
+        ("stage0", 6, 18),
+        ("stage1", 6, 36),
+    ]
     assert evaluation_rows(root, prompts="train") == []
+
+
+def test_one_image_has_no_error(overrides, tmp_path):
+    """Nor has a mean over one prompt; it is left out of what is said, and is not 0."""
+    (result,) = judged(tmp_path, overrides, ["base"], **{"eval.num_images": 1})
+    assert result["reward_se"] is None
+    assert result["diversity/clip"] is None
+    assert describe(result).endswith(f"reward {result['reward']:.4f}")
+    assert with_error(result, "reward") == f"{result['reward']:.4f}"
 
 
 def test_due_judges_every_so_many_stages(workplace, overrides):
@@ -260,8 +281,13 @@ def test_a_checkpoint_that_draws_the_base_s_images_is_refused(workplace, overrid
     elsewhere = shutil.copytree(folder, workplace / "copied")
     weights = load_file(elsewhere / LORA_FILE)
     save_file({name: value * 0 for name, value in weights.items()}, elsewhere / LORA_FILE)
-    with pytest.raises(ValueError, match=r"updates and draws exactly the base model's images"):
+    said = r"updates and draws exactly the base model's images"
+    with pytest.raises(ValueError, match=said):
         judged(workplace, overrides, ["base", str(elsewhere)])
+    with pytest.raises(ValueError, match=said):  # the base was judged before
+        judged(workplace, overrides, [str(elsewhere)])
+    with contextlib.chdir(workplace), pytest.raises(ValueError, match=said):
+        prompt_images(make_config(overrides), str(elsewhere), "a red circle", SAMPLERS["training"])
     shutil.copy(folder / LORA_FILE, elsewhere)
     base, tuned = judged(workplace, overrides, ["base", str(elsewhere)])
     assert base["images_sha256"] != tuned["images_sha256"]
@@ -276,11 +302,17 @@ def test_a_prompt_is_drawn_by_base_and_checkpoint(workplace, overrides):
     assert Image.open(picture).width > 800
     run_script(workplace, "eval", overrides, "--prompt=a red circle", "--sampler=training")
     assert picture.read_bytes() == drawn
+    names = set()
+    for arguments in (("--checkpoint=stage0",), ("--checkpoint=base",), ("--sampler=deployed",)):
+        line = run_script(workplace, "eval", overrides, "--prompt=a red circle", *arguments).stdout.splitlines()[-1]
+        names.add(json.loads(line)["picture"])
+    assert len(names | {str(picture.relative_to(workplace))}) == 4
     with contextlib.chdir(workplace):
-        base, tuned = prompt_images(make_config(overrides), "last", "a red circle", SAMPLERS["training"])
-        one, other = prompt_images(make_config(overrides), "base", "a red circle", SAMPLERS["training"])
-    assert torch.equal(one, other)
-    assert torch.equal(base, one)
+        images = prompt_images(make_config(overrides), "last", "a red circle", SAMPLERS["training"])
+        alone = prompt_images(make_config(overrides), "base", "a red circle", SAMPLERS["training"])
+    assert (list(images), list(alone)) == (["base", "stage1"], ["base"])
+    base, tuned = images.values()
+    assert torch.equal(base, alone["base"])
     assert not torch.equal(base, tuned)
     assert len({image.numpy().tobytes() for image in base}) == len(base)
 
@@ -336,8 +368,36 @@ def test_inception_score_of_a_classifier(overrides, tmp_path):
 
 
 def test_samplers_are_checked_by_name():
-    with pytest.raises(ValueError, match=r"unknown eval.deployed.scheduler 'Magic'; known: .*DDIMScheduler, .*UniPC"):
-        scheduler_class("Magic")
+    for name in ("Magic", "EDMEuler", "DPMSolverSDE"):
+        with pytest.raises(ValueError, match=rf"unknown eval.deployed.scheduler '{name}'; known: .*DDIMScheduler, .*UniPC"):
+            scheduler_class(name)
+
+
+def test_only_schedulers_that_have_an_eta_are_said_to(config):
+    """DDIM is; Euler's ancestral one is stochastic without."""
+    assert describe_sampler(row_of(deployed_sampler(config))) == "deployed sampler: DDIM, 50 steps, eta 0, guidance 5"
+    config.eval.deployed.scheduler = "EulerAncestralDiscrete"
+    said = describe_sampler(row_of(deployed_sampler(config)))
+    assert said == "deployed sampler: EulerAncestralDiscrete, 50 steps, guidance 5"
+
+
+def row_of(settings: SamplerSettings) -> dict:
+    return {"sampler": "deployed"} | vars(settings)
+
+
+def test_more_steps_than_the_scheduler_has_are_refused_before_sampling(overrides, tmp_path):
+    """Not after the training, when the run is judged by it."""
+    ended = run_script(tmp_path, "sample", overrides | {"eval.deployed.num_steps": 1001})
+    assert ended.code == 2
+    assert "1001" in ended.stderr
+    assert not experiment(tmp_path).exists()
+
+
+def test_an_altered_checkpoint_is_refused_by_path_too(workplace, overrides):
+    lora = Stage(experiment(workplace), 1).checkpoints()[0] / LORA_FILE
+    save_file({name: value + 1 for name, value in load_file(lora).items()}, lora)
+    with pytest.raises(ValueError, match=r"checkpoint_1.*checksum"):
+        judged(workplace, overrides, ["model/lora/tiny/stage1/checkpoints/checkpoint_1"])
 
 
 def test_last_is_the_newest_finished_stage(workplace):

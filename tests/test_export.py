@@ -180,7 +180,7 @@ def refused(ended: Ended, message: str) -> None:
 
 
 def test_unknown_experiment_and_checkpoint(workplace):
-    refused(call(workplace, ["export.py", "tinny"], main), r"no experiment 'tinny'.*model/lora has tiny")
+    refused(call(workplace, ["export.py", "tinny"], main), r"no experiment 'tinny'.*Experiments in model/lora: tiny")
     refused(run(workplace, "--checkpoint=stage7"), r"no checkpoint 'stage7'.*stage0, stage1")
     refused(run(workplace, "--checkpoint=base"), r"base model is not trained.*stage<i>")
     refused(run(workplace, "--checkpoint=nowhere"), r"no LoRA at nowhere")
@@ -295,7 +295,7 @@ def test_card_metadata(workplace, form):
     results = {result.dataset_split: result for result in ModelCardData(**data).eval_results}
     assert results.keys() == {"test", "train"}
     assert all((result.metric_type, result.metric_value) == ("reward", 0.5) for result in results.values())
-    assert results["test"].dataset_name == "prompts.json (held-out prompts)"
+    assert results["test"].dataset_name == "prompts.json (Held-out prompts)"
 
 
 def test_card_text(workplace):

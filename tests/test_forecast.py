@@ -26,6 +26,7 @@ from conftest import (
     get_config,
     make_config,
     run_script,
+    run_stage,
     run_verb,
     snapshot,
 )
@@ -34,6 +35,8 @@ from safetensors.torch import load_file
 from b2diffurl import dry_run, forecast
 from b2diffurl.files import read_metadata
 from b2diffurl.forecast import Pace, Work
+from b2diffurl.history import stage_rows
+from b2diffurl.report import facts
 from b2diffurl.stage import LORA_FILE, Stage, finished_stages
 
 PHASES = ("sample", "select", "train")
@@ -118,11 +121,37 @@ def test_pace_is_the_median_of_the_latest_stages(overrides, tmp_path):
 
 def test_pace_without_training(overrides, tmp_path):
     """Where nothing was selected a transition counts as a pass forward and one backward; with a base policy as three passes;
-    clocks that were set back give no negative time."""
+    of clocks that were set back the time for loading is taken."""
     write_stage(tmp_path, 0, num_transitions=0, started=-9)
-    assert forecast.measured_pace(make_config(overrides), tmp_path) == Pace(0.5, 0.5, 2 * 0.5, 0)
+    assert forecast.measured_pace(make_config(overrides), tmp_path) == Pace(0.5, 0.5, 2 * 0.5, 3)
     asking = make_config(overrides | {"train.objective": "dpok"})
     assert forecast.measured_pace(asking, tmp_path).transition == 3 * 0.5
+
+
+def test_a_pause_is_no_start_up(overrides, tmp_path):
+    """Eight hours between two phases are the user's; what a process takes to start is then known by its loading alone."""
+    write_stage(tmp_path, 0, started=8 * 3600)
+    assert forecast.measured_pace(make_config(overrides), tmp_path).process == 3
+
+
+def test_seconds_of_an_interrupted_phase_are_of_a_share(overrides, workplace):
+    """One of three batches sampled again, and the second of two epochs trained again: the manifests say so, and the pace is
+    that of the work that was timed."""
+    stage = Stage(experiment(workplace), 1)
+    for phase in PHASES:
+        stage.manifest_path(phase).unlink()
+    stage.batch(1).unlink()
+    shutil.rmtree(stage.checkpoints()[-1])
+    run_stage(workplace, overrides, 1)
+    sampled, trained = stage.manifest("sample"), stage.manifest("train")
+    assert (sampled["seconds"]["share"], trained["seconds"]["share"]) == (pytest.approx(1 / 3), 0.5)
+    pace = forecast.stage_pace(make_config(overrides), stage)
+    assert pace.evaluation == pytest.approx(sampled["seconds"]["sample"] / (sampled["num_evaluations"] / 3))
+    assert pace.transition == pytest.approx(trained["seconds"]["train"] / (trained["num_transitions"] / 2))
+    whole = Stage(experiment(workplace), 0).manifest("sample")
+    assert whole["seconds"]["share"] == 1
+    images = (18 + 18 / 3) / (whole["seconds"]["sample"] + sampled["seconds"]["sample"])
+    assert facts(experiment(workplace), stage_rows(experiment(workplace)))["images_per_second"] == pytest.approx(images)
 
 
 def test_first_pace(overrides):

@@ -34,7 +34,7 @@ def result(checkpoint: str, prompts: str, formed: list[int], bound: list[int], r
     values = {"accuracy": right, "reward": right, "shapes/well_formed": formed, "shapes/binding": bound}
     means = {key: sum(numbers) / len(numbers) for key, numbers in values.items()}
     errors = {f"{key}_se": 0.1 for key in values}
-    spread = {name: {"all": {"a": 1.0, "b": 2.0}, "right": {"a": 0.5}} for name in ("clip", "layout")}
+    spread = {name: {"all": {"a": 1.0, "b": 2.0}, "right": {"a": 0.5, "b": 0.5}} for name in ("clip", "layout")}
     sampler = {"num_steps": 10, "eta": 1.0, "guidance_scale": 2.0}
     facts = {"checkpoint": checkpoint, "prompts": prompts, "conditions": prompts, "n_prompts": 2}
     facts |= {"values": values, "diversity": spread}

@@ -82,9 +82,9 @@ def test_the_table_has_base_newest_stage_and_paired_difference(root):
     """Held-out prompts first; of the stages the newest; the numbers are eval.jsonl's."""
     rows = read_json_lines(root / "eval.jsonl")
     table = figure_table(report.evaluation_rows(root))
-    assert table[0]["prompts"] == "held-out prompts"
+    assert table[0]["prompts"] == "Held-out prompts"
     assert {row["checkpoint"] for row in table} == {"stage1"}
-    reward = next(row for row in table if row["figure"] == "reward" and row["prompts"] == "training prompts")
+    reward = next(row for row in table if row["figure"] == "reward" and row["prompts"] == "Training prompts")
     base, tuned = (
         next(row for row in rows if (row["checkpoint"], row["prompts"]) == (name, "train")) for name in ("base", "stage1")
     )
@@ -210,6 +210,11 @@ def test_marks_are_the_selection(root):
     ]
     write_json(stage.selection, [*rows, {"id": 9, "group": 3, "branch": 1, "score": 9.0}])
     assert report.marks(stage) == {2: "winner", 0: "loser"}
+    record = read_json(root / "config.json")
+    record["config"]["eval"]["selection"] = "all"
+    write_json(root / "config.json", record)
+    assert report.marks(stage) == {}
+    assert "all of them are trained on" in write_report(root).read_text()
 
 
 # ---- what need not be there ----
@@ -239,7 +244,11 @@ def test_a_report_in_the_middle_of_a_stage(root):
     write_json_lines(Stage(root, 0).metrics("train"), [])
     row = stage_rows(root)[0]
     assert (row["num_updates"], row["max_abs_log_ratio_first"], row["clip_fraction"]) == (0, None, None)
-    assert "2 of 2 stages" in write_report(root).read_text()
+    assert re.search(r"clip on .*: 2 stages,\s+36 scored images", write_report(root).read_text())
+    record = read_json(root / "config.json")
+    record["config"]["stage_cnt"] = 100
+    write_json(root / "config.json", record)
+    assert ": 2 of 100 stages," in write_report(root).read_text()
 
 
 def test_rewards_may_be_unknown(root):
@@ -258,6 +267,50 @@ def test_rewards_may_be_unknown(root):
     assert "Judged: reward" not in page
 
 
+def test_other_prompt_files_are_kept_apart(reported, overrides, tmp_path):
+    """A file of the name test.json is not the held-out set: it has its own pictures, and its name as a title, without the
+    folders; prompts are text and neither markup nor mathematics."""
+    work = shutil.copytree(reported, tmp_path / "work")
+    prompts = ["a $5 bill and a $10 bill", r"price $\foo$", '<script>alert(1)</script> & "quotes"']
+    (work / "test.json").write_text(json.dumps(prompts))
+    before = (experiment(work) / "report" / "before_after_test.png").read_bytes()
+    ended = run_script(work, "eval", overrides, "--prompts=test.json", "--sampler=training")
+    assert ended.code == 0, ended.stderr
+    assert "report: model" in ended.stdout
+    assert (experiment(work) / "report" / "before_after_test.png").read_bytes() == before
+    names = {re.sub("test_[0-9a-f]{6}", "other", path.name) for path in (experiment(work) / "report").iterdir()}
+    assert "before_after_other.png" in names
+    page = (experiment(work) / "report.html").read_text()
+    assert "<h2>test.json: the first 6</h2>" in page
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp;" in page
+    ended = run_script(work, "eval", overrides, r"--prompt=price $\foo$", "--sampler=training")
+    assert ended.code == 0, ended.stderr
+
+
+def test_what_was_watched_when_judged_is_on_the_page(reported, overrides, tmp_path):
+    work = shutil.copytree(reported, tmp_path / "work")
+    watching = overrides | {"reward.watch": ("jpeg_compressibility",)}
+    ended = run_script(work, "eval", watching, "--all", "--prompts=train", "--sampler=training")
+    assert ended.code == 0, ended.stderr
+    table = figure_table(report.evaluation_rows(experiment(work)))
+    assert "jpeg_compressibility" in {row["figure"] for row in table}
+    assert "Judged: jpeg_compressibility" in (experiment(work) / "report.html").read_text()
+
+
+def test_losses_are_losses_and_gains_are_gains(root):
+    """Where no image is worse there is no picture of losses."""
+    for row in report.evaluation_rows(root, prompts="test"):
+        path = root / row["folder"] / "result.json"
+        result = read_json(path)
+        result["values"]["reward"] = [float(n if row["checkpoint"] == "base" else n + 0.5) for n in range(6)]
+        write_json(path, result)
+    page = write_report(root).read_text()
+    assert "Held-out prompts: the largest gains of 6 images" in page
+    assert "Held-out prompts: the largest losses" not in page
+    assert not (root / "report" / "losses_test.png").exists()
+
+
 def test_watched_rewards_have_their_curve(root):
     for index in range(2):
         path = Stage(root, index).metrics("select")
@@ -267,6 +320,7 @@ def test_watched_rewards_have_their_curve(root):
     titles = [panel.title for panel in curve_panels(stage_rows(root), [])]
     assert "clip, watched" in titles
     assert len(titles) == len(set(titles)) == 9
+    assert titles[0] == "Reward of the stage's images, ± one sd"
     panels_figure(curve_panels(stage_rows(root), [])).draw_without_rendering()
 
 
@@ -324,7 +378,9 @@ def test_by_hand(reported, tmp_path):
         assert (ended.code, ended.stdout.strip()) == (0, "model/lora/tiny/report.html"), ended.stderr
     ended = call(work, ["report", "tiyn"], main)
     assert ended.code == 2
-    assert ended.stderr.startswith("error: report: no experiment 'tiyn'. Give its folder, or its name: model/lora has tiny.")
+    assert ended.stderr.startswith(
+        "error: report: no experiment 'tiyn'. Give its folder, or its name. Experiments in model/lora: tiny."
+    )
     (work / "empty").mkdir()
     shutil.copy(experiment(work) / "config.json", work / "empty")
     ended = call(work, ["report", "empty"], main)
@@ -369,7 +425,7 @@ def test_a_browser_shows_it_whole(reported, tmp_path, scheme):
             emulate(driver, "setDeviceMetricsOverride", metrics)
             driver.get((experiment(reported) / "report.html").as_uri())
             images = driver.execute_script("return [...document.images].map(image => image.complete && image.naturalWidth)")
-            assert len(images) == 2 * (6 + 6 + 6) * 2
+            assert len(images) == 2 * (6 + 6) * 2  # the first of each prompt set, and of each image that it lost or gained
             assert min(images) == 64
             sizes = driver.execute_script(
                 "return [...document.querySelectorAll('svg')].map(svg => [svg.clientWidth, svg.clientHeight])"
