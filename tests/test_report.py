@@ -13,17 +13,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, call, experiment, run_script, snapshot
+from matplotlib.figure import Figure
 from PIL import Image
 
 from b2diffurl import report
 from b2diffurl.files import read_image, read_json, read_json_lines, write_json, write_json_lines
 from b2diffurl.history import per_step_rows, stage_rows
 from b2diffurl.metrics import read_events
-from b2diffurl.pictures import Pair, curve_panels, panels_figure, short
+from b2diffurl.pictures import Pair, curve_panels, heat_map, panels_figure, short
 from b2diffurl.report import change, disk_usage, figure_table, main, read_pairs, refresh, write_report
 from b2diffurl.results import with_error
 from b2diffurl.stage import Stage
-from b2diffurl.tree import Tree, load_tree, save_tree, spread
+from b2diffurl.tree import Tree, load_tree, save_tree, spread, watching
 
 JUDGED = {"eval.judge": "shapes", "eval.diversity": ("clip", "layout")}
 
@@ -152,7 +153,59 @@ def test_large_images_are_scaled_down_for_the_page(tmp_path):
     assert not found["small"]
 
 
+def drawn(panels: list, title: str):
+    """The axes of a panel."""
+    axes = Figure().subplots()
+    next(panel for panel in panels if panel.title == title).draw(axes)
+    return axes
+
+
+def test_curves_are_drawn_of_the_rows(root):
+    """Everything at the images scored by then, the spread one deviation to both sides, evaluations with their errors,
+    seconds stacked to their sum."""
+    rows, judged = stage_rows(root), report.evaluation_rows(root)
+    panels = curve_panels(rows, judged)
+    (line,) = drawn(panels, "Reward of the stage's images, ± one sd").lines
+    assert line.get_xydata().tolist() == [[row["queries"], row["reward_mean"]] for row in rows]
+    (band,) = drawn(panels, "Reward of the stage's images, ± one sd").collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert heights.max() == pytest.approx(max(row["reward_mean"] + row["reward_std"] for row in rows))
+    assert heights.min() == pytest.approx(min(row["reward_mean"] - row["reward_std"] for row in rows))
+    test, train = drawn(panels, "Judged: reward").containers
+    for container, prompts in ((test, "test"), (train, "train")):
+        mine = [row for row in judged if row["prompts"] == prompts]
+        assert container[0].get_xydata().tolist() == [[row["queries"], row["reward"]] for row in mine]
+        (errors,) = container[2]
+        spread = [segment[1, 1] - segment[0, 1] for segment in errors.get_segments()]
+        assert spread == pytest.approx([2 * row["reward_se"] for row in mine])
+    bars = drawn(panels, "Seconds a stage").patches
+    tops = [max(bar.get_y() + bar.get_height() for bar in bars[n::2]) for n in range(2)]
+    timed = ("sample/load", "sample/sample", "select/load", "select/score", "train/load", "train/train")
+    assert tops == pytest.approx([sum(row[f"seconds/{part}"] for part in timed) for row in rows])
+
+
+def test_heat_maps_run_from_noise_to_image():
+    """Stages across, timesteps down; what was not trained is empty."""
+    figure = heat_map("title", {0: {101: 0.5}, 2: {901: 0.2, 101: 0.1}}, log=False)
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["901", "101"]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "2"]
+    (mesh,) = axes.collections[:1]
+    np.testing.assert_array_equal(mesh.get_array().filled(np.nan), [[np.nan, 0.2], [0.5, 0.1]])
+
+
 # ---- the branch picture ----
+
+
+def test_what_is_watched_of_a_prefix_is_the_first_group_s():
+    """Its state before each step of the prefix; predictions pass through."""
+    seen: list[torch.Tensor] = []
+    predict = watching(lambda x, i: x * 2, 2, seen)
+    x = torch.arange(6.0).view(3, 2, 1, 1)
+    for i in range(4):
+        assert torch.equal(predict(x + i, i), (x + i) * 2)
+    assert [state.flatten().tolist() for state in seen] == [[0.0, 1.0], [1.0, 2.0]]
 
 
 def test_a_tree_shows_the_first_group_s_way(root, config, models):
