@@ -36,7 +36,7 @@ def stage_rows(root: Path) -> list[Row]:
         for phase in ("sample", "select", "train"):
             if stage.finished(phase):
                 seconds = stage.manifest(phase)["seconds"]
-            row |= {f"seconds/{phase}/{part}": value for part, value in seconds.items() if part != "share"}
+                row |= {f"seconds/{phase}/{part}": value for part, value in seconds.items() if part != "share"}
         rows.append(row)
     return rows
 

@@ -32,11 +32,15 @@ def judged(folder, overrides: dict, checkpoints: list[str], prompts: list[str] |
 
 
 def test_judging_the_base_twice_gives_the_same_numbers(overrides, tmp_path):
-    """Everything sampled and scored anew: every value is the same, and every image that is kept."""
-    (one,) = judged(tmp_path, overrides, ["base"])
+    """Everything sampled and scored anew: every value is the same, and every image that is kept.
+
+    Both batches ask for the same three prompts, and draw them from noise of their own.
+    """
+    batch = {"eval.batch_size": len(PROMPTS)}
+    (one,) = judged(tmp_path, overrides, ["base"], **batch)
     files = snapshot(tmp_path)
     shutil.rmtree(tmp_path / "model")
-    (two,) = judged(tmp_path, overrides, ["base"])
+    (two,) = judged(tmp_path, overrides, ["base"], **batch)
     assert one == two
     assert snapshot(tmp_path) == files
     assert len(set(one["values"]["reward"])) == 6

@@ -297,6 +297,7 @@ def test_a_report_in_the_middle_of_a_stage(root):
     write_json_lines(Stage(root, 0).metrics("train"), [])
     row = stage_rows(root)[0]
     assert (row["num_updates"], row["max_abs_log_ratio_first"], row["clip_fraction"]) == (0, None, None)
+    assert [key for key in stage_rows(root)[1] if key.startswith("seconds/train")] == []
     assert re.search(r"clip on .*: 2 stages,\s+36 scored images", write_report(root).read_text())
     record = read_json(root / "config.json")
     record["config"]["stage_cnt"] = 100
