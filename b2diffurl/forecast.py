@@ -239,8 +239,8 @@ def at_most(config: ConfigDict) -> str:
 
 def duration(seconds: float) -> str:
     """Such as 45 s, 12 min, 3.4 h or 5.1 days."""
-    for unit, size in (("s", 1), ("min", 60), ("h", 3600)):
-        if seconds < {"s": 90, "min": 90 * 60, "h": 48 * 3600}[unit]:
+    for unit, size, end in (("s", 1, 90), ("min", 60, 90 * 60), ("h", 3600, 48 * 3600)):
+        if seconds < end:
             return number(seconds / size, unit)
     return number(seconds / 86400, "days")
 
