@@ -92,10 +92,13 @@ def test_a_silent_hub_is_probed_once(empty, overrides):
                         pass
                     waited.append(time.perf_counter() - started)
 
-        threading.Thread(target=listen, daemon=True).start()
+        listener = threading.Thread(target=listen)
+        listener.start()
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(empty / "hub"), "HF_HUB_OFFLINE": "0"}
         result = run_process(empty, overrides | {"pretrained.model": "nobody/no-model"}, environment)
+        silent.shutdown(socket.SHUT_RDWR)  # ends the listener's accept
+        listener.join(LIMIT_SEC)
     assert len(waited) == 1
     assert waited[0] < LIMIT_SEC
     assert result.returncode == 2
