@@ -82,12 +82,12 @@ set_flag dev_id "$Dev_Id"
 Flags+=("$@")
 
 Plan=$(python -m b2diffurl.experiment "${Flags[@]}")    # checks the whole configuration
-if [[ " $* " == *" --dry_run "* ]]; then
-    echo "$Plan"
-    exit 0
-fi
 Folder=$(sed -n 1p <<< "$Plan")
 Stages=$(sed -n 2p <<< "$Plan")    # stage0 stage1 …
+if [[ "$Stages" != stage0* ]]; then
+    echo "$Plan"                   # --dry_run, or --dry_run=true: the plan for people, and no run
+    exit 0
+fi
 sed 1,2d <<< "$Plan"               # the plan in a line
 for Stage in $Stages; do
     python run_sample.py "${Flags[@]}" --config.run_name="$Stage"

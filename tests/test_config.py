@@ -218,14 +218,14 @@ VARIABLES = {
 }
 
 
-PLAN = "echo folder; echo stage0 stage1; echo PLAN"  # what a stub for `python -m b2diffurl.experiment` says
+PLAN = r"folder\nstage0 stage1\nPLAN\n"  # what a stub for `python -m b2diffurl.experiment` says
 
 
-def called(tmp_path: Path, variables: dict[str, str], *arguments: str) -> tuple[list[list[str]], str]:
+def called(tmp_path: Path, variables: dict[str, str], *arguments: str, plan: str = PLAN) -> tuple[list[list[str]], str]:
     """The commands run_process.sh runs, with a `python` on the PATH that only says how it was called, and its stdout."""
     stub = tmp_path / "bin" / "python"
     stub.parent.mkdir()
-    stub.write_text(f'#!/bin/bash\nprintf "%q " "$@" >> {tmp_path}/calls; echo >> {tmp_path}/calls\n{PLAN}')
+    stub.write_text(f'#!/bin/bash\nprintf "%q " "$@" >> {tmp_path}/calls; echo >> {tmp_path}/calls\nprintf "{plan}"')
     stub.chmod(0o755)
     environment = {key: value for key, value in os.environ.items() if key not in {*VARIABLES, "Preset"}}
     environment |= variables | {"PATH": f"{stub.parent}:{os.environ['PATH']}"}
@@ -251,12 +251,18 @@ def test_run_process_goes_through_the_stages(tmp_path):
     assert calls[-1][-3:] == ["--checkpoint=base,last", "--prompts=test", "--sampler=deployed"]
 
 
-def test_a_dry_run_calls_nothing_else(tmp_path):
-    """--dry_run goes to the first process, whose words are handed on, and there is no second one."""
-    calls, stdout = called(tmp_path, {}, "--config.train.step_weight=none", "--dry_run")
+@pytest.mark.parametrize("flag", ["--dry_run", "--dry_run=true", "-dry_run"])
+def test_a_dry_run_calls_nothing_else(tmp_path, flag):
+    """However it is written, it goes to the first process, whose words are handed on, and there is no second one."""
+    calls, stdout = called(tmp_path, {}, "--config.train.step_weight=none", flag, plan=r"experiment a\npreset b\n")
     assert [call[:2] for call in calls] == [["-m", "b2diffurl.experiment"]]
-    assert calls[0][-2:] == ["--config.train.step_weight=none", "--dry_run"]
-    assert stdout == "folder\nstage0 stage1\nPLAN\n"
+    assert calls[0][-2:] == ["--config.train.step_weight=none", flag]
+    assert stdout == "experiment a\npreset b\n"
+
+
+def test_there_is_a_folder_for_logs():
+    """In a fresh clone, too: a shell opens `bash run_process.sh > log/NAME` before anything of ours runs."""
+    assert (ROOT / "log" / ".gitignore").is_file()
 
 
 def test_every_variable_of_run_process_sets_its_key(tmp_path):
