@@ -80,13 +80,13 @@ def curve_panels(stages: Sequence[Row], evaluations: Sequence[Row]) -> list[Pane
     watched = [key.removesuffix("_mean") for key in stages[-1] if key.startswith("watch/") and key.count("/") == 1]
     panels += [
         Panel(
-            f"{name.removeprefix('watch/')}, watched",
+            f"{ending(name.removeprefix('watch/'), 28)}, watched",
             lambda axes, name=name: draw_series(axes, after, stages, f"{name}_mean"),
         )
         for name in watched
     ]
     panels += [
-        Panel(f"Judged: {describe_figure(key)}", lambda axes, key=key: draw_judged(axes, evaluations, key))
+        Panel(f"Judged: {ending(describe_figure(key), 31)}", lambda axes, key=key: draw_judged(axes, evaluations, key))
         for key in figures_of(evaluations)
     ]
     x = [row["queries"] for row in trained]
@@ -95,7 +95,7 @@ def curve_panels(stages: Sequence[Row], evaluations: Sequence[Row]) -> list[Pane
         Panel("Trained steps S", lambda axes: draw_series(axes, after, stages, "num_trained_steps", steps=True)),
         Panel("Kept images a stage", lambda axes: draw_kept(axes, after, stages)),
         Panel("Updates a stage", lambda axes: draw_series(axes, x, trained, "num_updates", steps=True)),
-        Panel("Clip fraction, mean over updates", lambda axes: draw_series(axes, x, trained, "clip_fraction")),
+        Panel("Clip fraction, mean over updates", lambda axes: draw_share(axes, x, trained, "clip_fraction")),
         Panel("Max |log-ratio| at the first update", lambda axes: draw_first_ratio(axes, x, trained)),
         Panel("Gradient norm, mean over updates", lambda axes: draw_series(axes, x, trained, "grad_norm")),
         Panel("Seconds a stage", lambda axes: draw_seconds(axes, after, stages)),
@@ -132,6 +132,11 @@ def draw_series(axes: Axes, x: Sequence[float], rows: Sequence[Row], key: str, *
         axes.set_ylim(0, 1.15 * max((value for _, value in points), default=0) or 1)
 
 
+def draw_share(axes: Axes, x: Sequence[float], rows: Sequence[Row], key: str) -> None:
+    draw_series(axes, x, rows, key)
+    axes.set_ylim(bottom=0)
+
+
 def draw_spread(axes: Axes, x: Sequence[float], rows: Sequence[Row], name: str) -> None:
     mean, spread = (np.array([row[f"{name}_{key}"] for row in rows]) for key in ("mean", "std"))
     axes.fill_between(x, mean - spread, mean + spread, color=BLUE, alpha=0.18, linewidth=0)
@@ -146,16 +151,17 @@ def draw_judged(axes: Axes, evaluations: Sequence[Row], key: str) -> None:
             rows = [row for row in evaluations if (row["prompts"], row["sampler"]) == (prompts, sampler)]
             rows = [row for row in rows if row["queries"] is not None and row.get(key) is not None]
             if rows:
-                label = set_title(prompts).removesuffix(" prompts").lower()
+                label = SETS[prompts].removesuffix(" prompts").lower() if prompts in SETS else set_title(prompts)
+                label = ending(label, 15)
                 label += ", deployed" if sampler == "deployed" else ""
                 values, errors = [row[key] for row in rows], [row[f"{key}_se"] or 0.0 for row in rows]
                 axes.errorbar(
                     [row["queries"] for row in rows], values, errors, color=colour, linestyle=line, marker="o", label=label
                 )
     if key == "accuracy":
-        axes.yaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=0))
+        axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.41, -0.17), ncols=2)  # the middle of the panel
 
 
 def draw_kept(axes: Axes, x: Sequence[float], rows: Sequence[Row]) -> None:
@@ -225,12 +231,16 @@ def fill_panel(axes: Axes, panel: Panel) -> None:
 
 
 def heat_map(title: str, found: Mapping[int, Mapping[int, float]], *, log: bool) -> Figure:
-    """A value for each stage (across) and timestep (down, from noise to image); steps that were not trained stay empty."""
+    """A value for each stage (across) and timestep (down, from noise to image); steps that were not trained stay empty.
+
+    A logarithm has no 0, which has the colour of the smallest value.
+    """
     stages, timesteps = sorted(found), sorted({t for values in found.values() for t in values}, reverse=True)
     grid = np.array([[found[stage].get(t, np.nan) for stage in stages] for t in timesteps], dtype=float)
     positive = grid[np.isfinite(grid) & (grid > 0)]
     if log and positive.size:
-        norm, grid = LogNorm(positive.min(), max(positive.max(), positive.min() * 1.01)), np.where(grid > 0, grid, np.nan)
+        norm = LogNorm(positive.min(), max(positive.max(), positive.min() * 1.01))
+        grid = np.where(grid <= 0, positive.min(), grid)
     else:
         norm = Normalize(0, positive.max() if positive.size else 1)
     figure = Figure(figsize=(5.6, 3.2))
@@ -368,6 +378,11 @@ def prompt_figure(prompt: str, labels: Sequence[str], rows: Sequence[np.ndarray]
 
 def shorten(prompt: str, length: int) -> str:
     return prompt if len(prompt) <= length else prompt[: length - 1] + "…"
+
+
+def ending(name: str, length: int) -> str:
+    """Of a long name its end, which tells those of one package or folder apart."""
+    return name if len(name) <= length else "…" + name[1 - length :]
 
 
 def short(reward: float) -> str:

@@ -20,7 +20,7 @@ from b2diffurl import report
 from b2diffurl.files import read_image, read_json, read_json_lines, write_json, write_json_lines
 from b2diffurl.history import per_step_rows, stage_rows
 from b2diffurl.metrics import read_events
-from b2diffurl.pictures import Pair, curve_panels, heat_map, panels_figure, short
+from b2diffurl.pictures import Pair, curve_panels, heat_map, panel_figure, panels_figure, short
 from b2diffurl.report import change, disk_usage, figure_table, main, read_pairs, refresh, write_report
 from b2diffurl.results import with_error
 from b2diffurl.stage import Stage
@@ -193,6 +193,44 @@ def test_heat_maps_run_from_noise_to_image():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "2"]
     (mesh,) = axes.collections[:1]
     np.testing.assert_array_equal(mesh.get_array().filled(np.nan), [[np.nan, 0.2], [0.5, 0.1]])
+
+
+def test_what_was_trained_and_is_zero_is_no_gap():
+    """On a logarithmic scale, too, where a stage of one update has ratios of exactly 1."""
+    (mesh,) = heat_map("title", {0: {101: 1e-3}, 1: {901: 0.0, 101: 1e-5}}, log=True).axes[0].collections[:1]
+    np.testing.assert_array_equal(mesh.get_array().filled(np.nan), [[np.nan, 1e-5], [1e-3, 1e-5]])
+
+
+def test_axes_say_what_is_there():
+    """Percentages at half points are not rounded to whole ones, and there is no negative clip fraction."""
+    judged = {"prompts": "test", "sampler": "training", "accuracy_se": 0.01}
+    rows = [judged | {"queries": n, "accuracy": 0.45 + n / 100} for n in (0, 10)]
+    panels = curve_panels([{"queries": 10, "num_updates": 1, "clip_fraction": 0.0}], rows)
+    axis = drawn(panels, "Judged: accuracy").yaxis
+    places = axis.get_majorticklocs()
+    said = [float(label.removesuffix("%")) for label in axis.get_major_formatter().format_ticks(places)]
+    assert said == pytest.approx([100 * place for place in places])
+    assert drawn(panels, "Clip fraction, mean over updates").get_ylim()[0] == 0
+
+
+def test_long_names_end_where_their_panel_ends():
+    """Titles and legends of a function of a long package, and of a prompt file; what tells them apart is to be seen."""
+    names = [f"my_company.rewards_of_ours:how_{word}_it_is" for word in ("beautiful", "surprising")]
+    rows = [
+        {"prompts": f"/home/{'a_long_name_' * 4}{n}.txt", "sampler": "training", "queries": 0, "stage": None}
+        | dict.fromkeys(names, 0.5)
+        | {f"{name}_se": 0.1 for name in names}
+        for n in range(3)
+    ]
+    panels = [panel for panel in curve_panels([{"queries": 10}], rows) if panel.title.startswith("Judged")]
+    assert len({panel.title for panel in panels}) == 2
+    for panel in panels:
+        figure = panel_figure(panel)
+        figure.draw_without_rendering()
+        (axes,) = figure.axes
+        assert axes._left_title.get_window_extent().x1 < figure.bbox.x1
+        legend = axes.get_legend().get_window_extent()
+        assert figure.bbox.x0 < legend.x0 < legend.x1 < figure.bbox.x1
 
 
 # ---- the branch picture ----
