@@ -200,7 +200,7 @@ def write_pipeline(folder: Path, lora: Path, pretrained: Mapping, *, rank: int) 
 def check_login(repository: str) -> None:
     """Refuse a name that is none, and a user who is not logged in, before any work."""
     from huggingface_hub import whoami
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
     from huggingface_hub.utils import validate_repo_id
 
     if repository.count("/") != 1:
@@ -208,8 +208,12 @@ def check_login(repository: str) -> None:
     validate_repo_id(repository)
     try:
         whoami()
-    except (HTTPError, OSError) as error:
+    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
         raise ValueError(f"the hub does not know you ({error}) Log in first: hf auth login") from None
+    except (HTTPError, OSError) as error:
+        raise ValueError(
+            f"the hub cannot be reached ({error}), so nothing can be uploaded; without --push it is exported"
+        ) from None
 
 
 def push(folder: Path, repository: str, *, private: bool) -> str:

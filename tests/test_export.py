@@ -465,5 +465,15 @@ def test_push_without_login(workplace, hub, token):
     assert not (experiment(workplace) / "export").exists()
 
 
+def test_push_without_network(workplace, hub):
+    """Is told as that; nobody is asked to log in, for they are."""
+    hub.server_close()
+    ended = push(workplace, hub, "--push=me/tuned", token="right")
+    assert ended.returncode == 2
+    assert re.search(r"^error: export: the hub cannot be reached \(.*\)", ended.stderr, re.MULTILINE), ended.stderr
+    assert "hf auth login" not in ended.stderr
+    assert not (experiment(workplace) / "export").exists()
+
+
 def test_push_needs_owner_and_name(workplace):
     refused(run(workplace, "--push=tuned"), r"--push is 'tuned'; it must be OWNER/NAME")
