@@ -43,7 +43,7 @@ from b2diffurl.runtime import logger, make_accelerator, progress
 from b2diffurl.stage import finished_stages
 
 RESULT_FORMAT = 3  # counts up when result.json holds something new, so that older ones are made again
-NUM_DRAWN = 6  # images of one prompt
+NUM_DRAWN = 6  # images of one prompt, or to see whether two models differ
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,11 @@ def evaluate(
             for sampler, settings in samplers.items():
                 under = files.digest([vars(settings), some_prompts, *common])
                 folder = result_folder(root, checkpoint, lora, name, under)
+                base = result_folder(root, "base", None, name, under) / "result.json"
                 if not (folder / "result.json").is_file():
                     model = model or load_judged(config, accelerator, lora)
+                    if lora and not base.is_file():
+                        draw_both(config, model, lora, batch_prompts(some_prompts, NUM_DRAWN, 0, None), settings)
                     instruments = instruments or load_instruments(config, scorers, accelerator)
                     warn_of_cut_prompts(model, placed.pop(name, ()))
                     logger.info(
@@ -100,7 +103,6 @@ def evaluate(
                 facts |= {"lora": relative_to(root, lora) if lora else "", "conditions": under} | vars(settings)
                 facts |= {"folder": relative_to(root, folder)}
                 results.append(facts | files.read_json(folder / "result.json"))
-                base = result_folder(root, "base", None, name, under) / "result.json"
                 if lora and base.is_file():
                     same = results[-1]["images_sha256"] == files.read_json(base)["images_sha256"]
                     require_different(lora, same=same)
@@ -257,9 +259,17 @@ def prompt_images(config: ConfigDict, checkpoint: str, prompt: str, settings: Sa
     model = load_judged(config, make_accelerator(config, config.num_threads), lora)
     warn_of_cut_prompts(model, [("--prompt", prompt)])
     asked = [prompt] * NUM_DRAWN
+    if lora is None:
+        return {"base": sample_images(config, model, asked, settings, 0)}
+    return dict(zip(("base", checkpoint_name(root, lora)), draw_both(config, model, lora, asked, settings), strict=True))
+
+
+def draw_both(
+    config: ConfigDict, model: Model, lora: Path, prompts: list[str], settings: SamplerSettings
+) -> tuple[Tensor, Tensor]:
+    """Images uint8 [N,H,W,3] on the same noise by the base and by the LoRA that `model` carries, which must differ."""
     with model.base_policy():
-        images = {"base": sample_images(config, model, asked, settings, 0)}
-    if lora:
-        images[checkpoint_name(root, lora)] = tuned = sample_images(config, model, asked, settings, 0)
-        require_different(lora, same=torch.equal(images["base"], tuned))
-    return images
+        base = sample_images(config, model, prompts, settings, 0)
+    tuned = sample_images(config, model, prompts, settings, 0)
+    require_different(lora, same=torch.equal(base, tuned))
+    return base, tuned

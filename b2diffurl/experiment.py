@@ -287,14 +287,15 @@ def resolve_checkpoint(root: Path, name: str) -> Path | None:
     if name == "base":
         return None
     trained = {f"stage{stage.index}": stage for stage in finished_stages(root, "train")}
+    meant = trained.get(list(trained)[-1] if name == "last" and trained else name)
+    if meant:
+        meant.verify("train", "checkpoints")
+        return find_lora(meant.folder)
     is_stage = re.fullmatch(r"stage\d+", name)
-    if name == "last" and trained:
-        lora = find_lora(list(trained.values())[-1].folder)
-    elif name == "last" or (is_stage and not find_checkpoints(root / name / "checkpoints")):
+    if name == "last" or (is_stage and not find_checkpoints(root / name / "checkpoints")):
         there = f"trained are {', '.join(trained)}" if trained else "it has no trained stage; run run_process.sh first"
         raise FileNotFoundError(f"{root} has no checkpoint {name!r}: {there}. {known_experiments(root.parent)}")
-    else:
-        lora = find_lora(root / name if is_stage else Path(name).expanduser())
+    lora = find_lora(root / name if is_stage else Path(name).expanduser())
     of_stage = trained.get(Path(relative_to(root, lora)).parts[0])
     if of_stage:
         of_stage.verify("train", "checkpoints")

@@ -356,6 +356,15 @@ def test_a_half_written_checkpoint_is_not_judged(workplace, overrides, stage, sa
     refuse(workplace, "eval", overrides, said, arguments=(f"--checkpoint={stage}",))
 
 
+@pytest.mark.parametrize("name", ["last", "stage1"])
+def test_a_missing_checkpoint_is_not_judged(workplace, overrides, name):
+    """A finished stage whose weights are gone is not said to have been trained, or not: what is missing is named."""
+    for checkpoint in Stage(experiment(workplace), 1).checkpoints():
+        (checkpoint / LORA_FILE).unlink()
+    said = r"pytorch_lora_weights\.safetensors is missing\. Delete .*train\.json and run run_train\.py again"
+    refuse(workplace, "eval", overrides, said, arguments=(f"--checkpoint={name}",))
+
+
 def test_a_checkpoint_of_another_base_is_not_judged(workplace, overrides, models):
     """The manifest's checksum of the base is not that of the model at hand: judged neither here nor drawn."""
     other = shutil.copytree(models / "sd", workplace / "other")

@@ -286,6 +286,8 @@ def test_a_checkpoint_that_draws_the_base_s_images_is_refused(workplace, overrid
     weights = load_file(elsewhere / LORA_FILE)
     save_file({name: value * 0 for name, value in weights.items()}, elsewhere / LORA_FILE)
     said = r"updates and draws exactly the base model's images"
+    with pytest.raises(ValueError, match=said):  # whether the base is judged, too, or not
+        judged(workplace, overrides, [str(elsewhere)])
     with pytest.raises(ValueError, match=said):
         judged(workplace, overrides, ["base", str(elsewhere)])
     with pytest.raises(ValueError, match=said):  # the base was judged before
