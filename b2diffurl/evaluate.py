@@ -18,7 +18,15 @@ from torch import Tensor
 
 from b2diffurl import files
 from b2diffurl.checkpoint import read_state
-from b2diffurl.experiment import check, check_choice, checkpoint_name, relative_to, resolve_checkpoint, stage_index
+from b2diffurl.experiment import (
+    check,
+    check_choice,
+    checkpoint_name,
+    describe_reward,
+    relative_to,
+    resolve_checkpoint,
+    stage_index,
+)
 from b2diffurl.features import Features, check_features, features_identity, load_features
 from b2diffurl.generate import SAMPLERS, SamplerSettings, sample_images, training_sampler
 from b2diffurl.models import Model, base_fingerprint
@@ -76,8 +84,10 @@ def evaluate(
     check_rewards(scorers, config.reward, everything)
     for name in config.eval.diversity:
         check_features(name, config, everything)
-    begun = root / "config.json"
-    threads = config.num_threads or (files.read_json(begun)["num_threads"] if begun.is_file() else 0)
+    begun = files.read_json(root / "config.json") if (root / "config.json").is_file() else None
+    threads = config.num_threads or (begun["num_threads"] if begun else 0)
+    if begun:
+        warn_of_other_settings(config, begun["config"])
     accelerator = make_accelerator(config, threads)
     common = conditions(config, scorers, scales, accelerator)
     results = []
@@ -111,6 +121,17 @@ def evaluate(
     for result in results:
         logger.info("eval %s", describe(result))
     return results
+
+
+def warn_of_other_settings(config: ConfigDict, trained: Mapping) -> None:
+    """Name what `reward` and `training sampler` would not be those of the experiment, whose config.json has `trained`."""
+    found = {"reward": (describe_reward(config.reward), describe_reward(trained["reward"]))}
+    found |= {
+        f"sample.{key}": (config.sample[key], trained["sample"][key]) for key in ("num_steps", "eta", "guidance_scale")
+    }
+    other = [f"{name} is {here}, in training it was {there}" for name, (here, there) in found.items() if here != there]
+    if other:
+        logger.warning("eval: %s; give run_eval.py the run's own settings unless you mean that", "; ".join(other))
 
 
 def evaluate_due(config: ConfigDict) -> list[dict[str, Any]]:

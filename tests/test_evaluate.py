@@ -170,6 +170,18 @@ def test_judging_leaves_the_experiment_alone(workplace, overrides):
     assert str(experiment(workplace).relative_to(workplace) / "report.html") in first.stdout
 
 
+def test_other_settings_than_the_training_s_are_named(workplace, overrides):
+    """What stands as `reward` and as `training` sampler would be another: one line says which, and nothing is refused."""
+    settings = overrides | {"reward.name": "jpeg_compressibility", "sample.num_steps": 5}
+    ended = run_script(workplace, "eval", settings, "--checkpoint=base", "--sampler=training")
+    assert ended.code == 0, ended.stderr
+    said = [line for line in ended.stdout.splitlines() if "in training it was" in line]
+    assert len(said) == 1
+    assert "reward is jpeg_compressibility, in training it was clip; sample.num_steps is 5, in training it was 4;" in said[0]
+    ended = run_script(workplace, "eval", overrides, "--checkpoint=base", "--sampler=training")
+    assert "in training it was" not in ended.stdout
+
+
 def test_both_samplers_are_reported_by_default(workplace, overrides):
     """Held-out prompts, base and newest checkpoint, training's sampler and the deployed one: four rows of eval.jsonl, those
     of one sampler on the same noise, and the two samplers' images differ."""
