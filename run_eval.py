@@ -19,27 +19,20 @@ flags.DEFINE_string("prompt", None, "Draw this prompt by the base and the last c
 
 def main(config):
     from b2diffurl import evaluate, report
+    from b2diffurl.process import judge, judge_due
     from b2diffurl.results import headline, name_best
-    from b2diffurl.tracking import track
 
-    given, root = flags.FLAGS, evaluate.experiment_folder(config)
-    samplers = evaluate.named_samplers(config, given.sampler)
+    given = flags.FLAGS
     if given.prompt is not None:
-        sampler = given.sampler[-1]
+        samplers, sampler = evaluate.named_samplers(config, given.sampler), given.sampler[-1]
         images = evaluate.prompt_images(config, given.checkpoint[-1], given.prompt, samplers[sampler])
-        picture = report.draw_prompt(root, given.prompt, images, sampler)
+        picture = report.draw_prompt(evaluate.experiment_folder(config), given.prompt, images, sampler)
         print(json.dumps({"prompt": given.prompt, "picture": str(picture)}), flush=True)
-        return
-    if given.due and not evaluate.is_newest(config):
-        return
-    if given.due:
-        results = evaluate.evaluate_due(config)
+    elif given.due:
+        judge_due(config)
     else:
         checkpoints = evaluate.every_checkpoint(config) if given.all or given.best else given.checkpoint
-        results = evaluate.evaluate(config, checkpoints, given.prompts, samplers)
-    report.refresh(root)
-    track(config, root)
-    if results and not given.due:
+        results = judge(config, checkpoints, given.prompts, given.sampler)
         found = name_best(results, given.sampler[0]) if given.best else results[-1]
         print(json.dumps(headline(found)), flush=True)
 

@@ -40,6 +40,7 @@ Beta1="${Beta1:-}"                        # weight of positive advantages
 Beta2="${Beta2:-}"                        # weight of negative advantages
 SaveInterval="${SaveInterval:-}"          # epochs between checkpoints
 Dev_Id="${Dev_Id:-}"                      # CUDA device
+Resident="${Resident:-}"                  # 1: all stages in one process, which starts up and loads the model once; same bits
 
 Flags=("--config=config/stage_process.py:${Preset}")
 set_flag() { if [ -n "$2" ]; then Flags+=("--config.$1=$2"); fi; }
@@ -89,6 +90,9 @@ if [[ "$Stages" != stage0* ]]; then
     exit 0
 fi
 sed 1,2d <<< "$Plan"               # the plan in a line
+if [ "$Resident" = 1 ]; then
+    exec python -m b2diffurl.process "${Flags[@]}"
+fi
 for Stage in $Stages; do
     python run_sample.py "${Flags[@]}" --config.run_name="$Stage"
     python run_select.py "${Flags[@]}" --config.run_name="$Stage"

@@ -7,7 +7,7 @@ Sampling is `transition` plus noise, training is `transition` plus `log_prob`: t
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,6 +55,12 @@ def make_sampler(
     variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
     sigma = eta * variance.clamp_min(0).sqrt()
     return Sampler(timesteps, alpha_bar.float(), alpha_bar_prev.float(), sigma.float(), prediction_type)
+
+
+def with_prefix(sampler: Sampler, prefix: Sampler, num_trained_steps: int) -> Sampler:
+    """The sampler with the noise of another in the steps before the last S."""
+    split = sampler.num_steps - num_trained_steps
+    return replace(sampler, sigma=torch.cat([prefix.sigma[:split], sampler.sigma[split:]]))
 
 
 def require_stochastic(sampler: Sampler, num_trained_steps: int) -> None:

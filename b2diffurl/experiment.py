@@ -31,6 +31,7 @@ VOLATILE = (
     "preset", "track_with", "wandb_mode", "wandb", "exp_name", "save_path", "log_path", "prompt_file",
     "pretrained.model", "pretrained.revision", "pretrained.variant", "pretrained.config",
     "sample.micro_batch_size", "sample.decode_batch_size", "train.micro_batch_size", "reward.batch_size",
+    "train.gradient_checkpointing", "compile",
     "reward.num_workers", "reward.watch", "reward.http.url", "reward.http.timeout_sec", "reward.http.num_retries",
     "eval.prompt_file", "eval.judge", "eval.diversity", "eval.num_images", "eval.batch_size", "eval.seed",
     "eval.inception.model", "eval.every",
@@ -39,6 +40,7 @@ VOLATILE = (
 # Keys that came later: what was done without them, so that an experiment begun before goes on; and those of new objectives.
 ADDED = {
     "curriculum": "progressive", "sampling": "branch", "eval.selection": "pairs", "eval.advantage": "prompt",
+    "sample.prefix_eta": -1.0, "train.timestep_fraction": 1.0, "train.unconditional_gradient": True,
     "reward.weights": None, "reward.standardise": False, "reward.dtype": "auto",
 }  # fmt: skip
 ADDED_UNUSED = ("train.kl_weight", "train.dpo_beta")
@@ -154,6 +156,10 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"sample.eta is {sample['eta']}; it must lie in (0, 1]: without noise there is no log-probability")
     if sample["guidance_scale"] < 1:
         raise ValueError(f"sample.guidance_scale is {sample['guidance_scale']}; 1 is no guidance, more is stronger")
+    if sample["prefix_eta"] != -1 and not 0 <= sample["prefix_eta"] <= 1:
+        raise ValueError(f"sample.prefix_eta is {sample['prefix_eta']}; it must be -1 (as sample.eta) or lie in [0, 1]")
+    if not 0 < train["timestep_fraction"] <= 1:
+        raise ValueError(f"train.timestep_fraction is {train['timestep_fraction']}; it must lie in (0, 1]")
     if evaluation["pos_threshold"] < evaluation["neg_threshold"]:
         raise ValueError("eval.pos_threshold is below eval.neg_threshold: a sibling could be both best and worst")
     for name in ("history_cnt", "every"):

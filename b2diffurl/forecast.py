@@ -54,6 +54,11 @@ def most_updates(config: ConfigDict) -> int:
     return config.train.num_epochs * math.ceil(most_selected(config) // siblings / in_one)
 
 
+def num_chosen_steps(config: ConfigDict, num_trained_steps: int) -> int:
+    """Of a trajectory's S steps, how many an update takes."""
+    return max(1, round(config.train.timestep_fraction * num_trained_steps))
+
+
 def planned_steps(config: ConfigDict, root: Path) -> list[int]:
     """S of each stage of the experiment in folder `root`: what it was sampled with, or will be."""
     return [stage_steps(config, Stage(root, index)) for index in range(config.stage_cnt)]
@@ -153,7 +158,7 @@ def work_left(config: ConfigDict, root: Path) -> Work:
         asked = {
             "sample": Work(evaluations=num_evaluations(config, num_steps), processes=1),
             "select": Work(images=num_images(config), processes=1),
-            "train": Work(transitions=config.train.num_epochs * selected * num_steps, processes=1),
+            "train": Work(transitions=config.train.num_epochs * selected * num_chosen_steps(config, num_steps), processes=1),
         }
         left = sum((work for phase, work in asked.items() if not stage.finished(phase)), left)
     return left

@@ -4,7 +4,6 @@ N images
 """
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -13,10 +12,11 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from b2diffurl.branching import denoise
+from b2diffurl.branching import Predict, denoise
+from b2diffurl.memory import sampling_sizes
 from b2diffurl.models import Model
 from b2diffurl.policy import decode, predictor
-from b2diffurl.seeding import generator
+from b2diffurl.seeding import generator, noise_source
 
 
 @dataclass(frozen=True)
@@ -76,34 +76,36 @@ def sample_images(config: ConfigDict, model: Model, prompts: list[str], settings
 
     Every sampler starts from the same x_T.
     """
-    rng = generator(config.eval.seed, "eval", batch)
     conditions, unconditional = model.encode(prompts), model.encode([""])
     device = next(iter(conditions.values())).device
+    sizes = sampling_sizes(config, device, len(prompts))
 
-    def noise(shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=rng).to(device)
+    def latents(micro_batch_size: int) -> Tensor:
+        rng = generator(config.eval.seed, "eval", batch)
+        noise = noise_source(rng, device)
 
-    def predict_at(timesteps: Tensor) -> Callable[[Tensor, int], Tensor]:
-        return predictor(
-            model,
-            timesteps,
-            conditions,
-            unconditional,
-            guidance_scale=settings.guidance_scale,
-            micro_batch_size=config.sample.micro_batch_size,
-        )
+        def predict_at(timesteps: Tensor) -> Predict:
+            return predictor(
+                model,
+                timesteps,
+                conditions,
+                unconditional,
+                guidance_scale=settings.guidance_scale,
+                micro_batch_size=micro_batch_size,
+            )
 
-    x_T = noise((len(prompts), *model.latent_shape))
-    if settings.scheduler:
-        scheduler = make_scheduler(model, settings, device)
-        latents = denoise_by(scheduler, predict_at(scheduler.timesteps), x_T, rng, settings.eta)
-    else:
+        x_T = noise((len(prompts), *model.latent_shape))
+        if settings.scheduler:
+            scheduler = make_scheduler(model, settings, device)
+            return denoise_by(scheduler, predict_at(scheduler.timesteps), x_T, rng, settings.eta)
         sampler = model.sampler(settings.num_steps, settings.eta)
-        latents = denoise(predict_at(sampler.timesteps), sampler, x_T, noise, range(settings.num_steps))
-    return decode(model, latents, config.sample.decode_batch_size)
+        return denoise(predict_at(sampler.timesteps), sampler, x_T, noise, range(settings.num_steps))
+
+    found = sizes.fit("sample.micro_batch_size", latents)
+    return sizes.fit("sample.decode_batch_size", lambda size: decode(model, found, size))
 
 
-def denoise_by(scheduler: Any, predict: Callable, x_T: Tensor, rng: torch.Generator, eta: float | None) -> Tensor:
+def denoise_by(scheduler: Any, predict: Predict, x_T: Tensor, rng: torch.Generator, eta: float | None) -> Tensor:
     """Run a scheduler of diffusers from standard normal noise x_T [N,C,h,w], as its pipelines do; some have an eta."""
     takes = inspect.signature(scheduler.step).parameters
     options = {key: value for key, value in (("eta", eta), ("generator", rng)) if key in takes}

@@ -3,7 +3,7 @@
 Readers of an experiment (report, trackers, model card) share this; nothing here writes.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def stage_rows(root: Path) -> list[Row]:
         queries += scored["num_images"]
         row: Row = {"stage": stage.index, "queries": queries, "num_trained_steps": sampled["num_trained_steps"]}
         for event in read_events(stage.metrics("select"), "select"):
-            row |= {key: value for key, value in event.items() if key not in ("event", "load", "score")}
+            row |= {key: value for key, value in event.items() if key not in ("event", "load", "score", "write")}
         if stage.finished("train"):
             row |= training_figures(stage)
         for phase in ("sample", "select", "train"):
@@ -54,8 +54,11 @@ def per_step_rows(root: Path, key: str) -> dict[int, dict[int, float]]:
     for stage in finished_stages(root, "train"):
         updates = [update for update in read_events(stage.metrics("train"), "update") if key in update]
         if updates:
-            columns = zip(*(update[key] for update in updates), strict=True)
-            values = {t: mean(column) for t, column in zip(updates[0]["timesteps"], columns, strict=True)}
+            columns = defaultdict(list)
+            for update in updates:
+                for t, value in zip(update["timesteps"], update[key], strict=True):
+                    columns[t].append(value)
+            values = {t: mean(column) for t, column in sorted(columns.items(), reverse=True)}
             found[stage.index] = {t: value for t, value in values.items() if value is not None}
     return found
 

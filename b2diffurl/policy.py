@@ -1,5 +1,7 @@
 """The policy of a stage: base model, LoRA and guidance, as sampling, training and judging all need it."""
 
+import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from b2diffurl import files
 from b2diffurl.checkpoint import read_state
 from b2diffurl.models import Model, load_model
 from b2diffurl.runtime import logger
@@ -15,16 +18,26 @@ from b2diffurl.trajectory import Conditions
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+_kept: dict[str, Model] | None = None  # base models by what decides them, in a process that keeps them
+
+
+def keep_models() -> None:
+    """From now on `load_policy` loads each base model once, and gives it out again with its adapter as it was at first."""
+    global _kept
+    _kept = {}
+
+
 def load_policy(config: Mapping, accelerator: Accelerator, lora: Path | None, *, decoder: bool = True) -> Model:
     """The base model with the LoRA of file `lora`, or a fresh one; a LoRA trained on another base is refused."""
-    model = load_model(
-        config["pretrained"],
-        device=accelerator.device,
-        dtype=DTYPES[accelerator.mixed_precision],
-        lora_rank=config["train"]["lora_rank"],
-        seed=config["seed"],
-        decoder=decoder,
-    )
+    decisive = [dict(config["pretrained"]), str(accelerator.device), accelerator.mixed_precision]
+    key = files.digest([*decisive, config["train"]["lora_rank"], config["seed"], config["compile"]])
+    if _kept is not None and key in _kept:
+        model = _kept[key]
+        model.reset()
+    else:
+        model = load_base(config, accelerator, decoder=decoder or _kept is not None)
+        if _kept is not None:
+            _kept[key] = model
     if lora is not None:
         state = read_state(lora)
         if state and state["base_model_sha256"] != model.fingerprint:
@@ -33,6 +46,25 @@ def load_policy(config: Mapping, accelerator: Accelerator, lora: Path | None, *,
                 f"{config['pretrained']['model']} has {model.fingerprint[:12]}…). Use that base, or start anew."
             )
         model.load_adapter(lora)
+    return model
+
+
+def load_base(config: Mapping, accelerator: Accelerator, *, decoder: bool) -> Model:
+    """The base model with a fresh LoRA, compiled if so configured."""
+    model = load_model(
+        config["pretrained"],
+        device=accelerator.device,
+        dtype=DTYPES[accelerator.mixed_precision],
+        lora_rank=config["train"]["lora_rank"],
+        seed=config["seed"],
+        decoder=decoder,
+    )
+    if config["compile"]:
+        if accelerator.device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++")):
+            raise ValueError("compile needs a C++ compiler on the CPU, g++ or clang++. Install one, or take compile=False.")
+        # Beside torch's own, which lies in a folder of temporary files: what is compiled outlives a restart.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "torchinductor"))
+        model.compile()
     return model
 
 

@@ -1,11 +1,16 @@
 """What every script needs around its one verb: flags, logging, device, precision, errors a user can read."""
 
+import gc
 import logging
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -13,7 +18,10 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 CONFIG_FILE = "config/stage_process.py"
+QUICK_START = 50_000  # objects between two garbage collections: importing torch, diffusers and transformers makes millions
 FLAGS = flags.FLAGS
+
+T, R = TypeVar("T"), TypeVar("R")
 
 logger = logging.getLogger("b2diffurl")
 
@@ -24,6 +32,7 @@ def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
     log_file = Path(config.log_path) / f"{config.exp_name}.log"
     dry = "dry_run" in FLAGS and FLAGS.dry_run
     set_up_logging(None if dry else log_file)
+    gc.set_threshold(QUICK_START)
     look = "" if dry else f"; the traceback is in {log_file}"
     try:
         main(config)
@@ -34,12 +43,13 @@ def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
         logger.debug("%s failed", verb, exc_info=True)
         said = "; ".join([str(error), *getattr(error, "__notes__", ())])
         die(f"{verb}: {said}", hint=f"Mend it and run the same command again{look}.")
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         logger.debug("%s failed", verb, exc_info=True)
-        if "out of memory" not in str(error):
+        if not (isinstance(error, MemoryError) or "out of memory" in str(error)):
             raise
         knobs = "sample.micro_batch_size, sample.decode_batch_size, train.micro_batch_size or reward.batch_size"
-        die(f"{verb}: {error}", hint=f"Lower {knobs} and run the command again: it goes on where it stopped.")
+        more = "take train.gradient_checkpointing=True or a smaller pretrained.resolution"
+        die(f"{verb}: {error}", hint=f"Lower {knobs}, or {more}, and run the command again: it goes on where it stopped.")
 
 
 def parse_flags() -> ConfigDict:
@@ -129,6 +139,8 @@ def choose_device(config: ConfigDict) -> tuple[bool, str]:
     precision = resolve_precision(config.mixed_precision, cuda=cuda)
     if precision == "fp16" and not cuda:
         raise ValueError("mixed_precision is fp16, which needs CUDA. On the CPU use no, or bf16.")
+    if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(f"mixed_precision is bf16, which {torch.cuda.get_device_name()} lacks. Use fp16, or no.")
     return cuda, precision
 
 
@@ -141,6 +153,49 @@ def resolve_precision(wanted: str, *, cuda: bool) -> str:
     import torch
 
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+class Behind:
+    """Does one job at a time in a thread, beside what goes on meanwhile; at most one waits, so memory does not grow."""
+
+    def __init__(self) -> None:
+        self.pool, self.job = ThreadPoolExecutor(1), None
+
+    def __enter__(self) -> "Behind":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pool.shutdown()
+
+    def do(self, work: Callable[[], Any]) -> None:
+        """Begin with `work` when the job before is done, whose error is raised here."""
+        self.wait()
+        self.job = self.pool.submit(work)
+
+    def wait(self) -> Any:
+        """What the last job returned, once it is done; its error is raised here."""
+        return self.job.result() if self.job else None
+
+
+def ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
+    """Each item with its `work(item)`, the next one's being done in a thread meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        coming: deque[tuple[T, Future[R]]] = deque()
+        for item in items:
+            coming.append((item, pool.submit(work, item)))
+            if len(coming) > 1:
+                first, job = coming.popleft()
+                yield first, job.result()
+        for last, job in coming:
+            yield last, job.result()
+
+
+@contextmanager
+def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Adds what the block takes to `seconds`."""
+    started = time.perf_counter()
+    yield
+    seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - started
 
 
 def progress(iterable: Any, description: str) -> Any:

@@ -5,7 +5,7 @@ G groups a batch, K branches, S trained steps, N = G*K images a batch
 
 import json
 import time
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,21 +16,22 @@ from tqdm import tqdm
 
 from b2diffurl import files
 from b2diffurl.branching import branch_sample
-from b2diffurl.ddim import Sampler, require_stochastic
+from b2diffurl.ddim import Sampler, require_stochastic, with_prefix
 from b2diffurl.experiment import Plan, make_plan, record_experiment
 from b2diffurl.features import check_features
 from b2diffurl.forecast import first_batch_text, num_evaluations, num_images
 from b2diffurl.generate import deployed_sampler, make_scheduler
+from b2diffurl.memory import BatchSizes, peak_memory, sampling_sizes
 from b2diffurl.metrics import Metrics
 from b2diffurl.models import Model
 from b2diffurl.policy import decode, load_policy, predictor, warn_of_cut_prompts
 from b2diffurl.prompts import batch_prompts, load_prompts, named_prompts
 from b2diffurl.rewards import check_rewards, reward_weights
-from b2diffurl.runtime import logger, make_accelerator, progress_bar
-from b2diffurl.seeding import generator
+from b2diffurl.runtime import Behind, logger, make_accelerator, progress_bar, timed
+from b2diffurl.seeding import generator, noise_source
 from b2diffurl.stage import Stage, finished_stages
-from b2diffurl.trajectory import save_batch
-from b2diffurl.tree import save_tree, watching
+from b2diffurl.trajectory import Conditions, save_batch
+from b2diffurl.tree import decode_tree, save_tree, watching
 
 
 def sample_stage(config: ConfigDict) -> None:
@@ -52,6 +53,9 @@ def sample_stage(config: ConfigDict) -> None:
     model.network = accelerator.prepare_model(model.network, evaluation_mode=True)
     sampler = model.sampler(config.sample.num_steps, config.sample.eta)
     require_stochastic(sampler, plan.num_trained_steps)
+    if config.sample.prefix_eta >= 0:
+        prefix = model.sampler(config.sample.num_steps, config.sample.prefix_eta)
+        sampler = with_prefix(sampler, prefix, plan.num_trained_steps)
     make_scheduler(model, deployed, accelerator.device)  # refused now rather than when the run is judged by it
     facts = stage_facts(config, plan, model, accelerator)
     num_batches = config.sample.num_batches_per_epoch
@@ -65,86 +69,122 @@ def sample_stage(config: ConfigDict) -> None:
         "stage%d sample: S %d of %d, %d images, from %s",
         stage.index, plan.num_trained_steps, sampler.num_steps, facts["num_images"], plan.start,
     )  # fmt: skip
+    sizes = sampling_sizes(config, accelerator.device, config.sample.batch_size * config.split_time)
     loaded = time.perf_counter()
     mine = [batch for batch in range(num_batches) if batch % accelerator.num_processes == accelerator.process_index]
     todo = [batch for batch in mine if not stage.batch(batch).is_file()]
+    seconds = {"load": loaded - started, "sample": 0.0, "decode": 0.0, "write": 0.0, "share": len(todo) / len(mine)}
     share = facts["num_images"] // num_batches
-    with progress_bar(len(todo) * share, f"stage{stage.index} sample", "images") as bar:
+    with progress_bar(len(todo) * share, f"stage{stage.index} sample", "images") as bar, Behind() as writer:
+        sampling = Sampling(config, plan, model, sampler, sizes, facts["policy"], writer, bar, seconds)
         for batch in todo:
-            sample_batch(config, plan, model, sampler, batch, facts["policy"], bar, record=accelerator.is_main_process)
+            sampling.do(batch, record=accelerator.is_main_process)
             if batch == todo[0] and not finished_stages(stage.root, "train"):
                 batch_sec = (time.perf_counter() - loaded) / accelerator.num_processes
                 known = first_batch_text(config, stage.root, plan.num_trained_steps, batch_sec, loaded - started)
                 logger.info("stage%d sample: %s", stage.index, known)
+        with timed(seconds, "write"):
+            writer.wait()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        seconds = {"load": loaded - started, "sample": time.perf_counter() - loaded, "share": len(todo) / len(mine)}
+        seconds["sample"] = time.perf_counter() - loaded
+        facts |= {"batch_sizes": sizes.sizes} | peak_memory(accelerator.device)
         finish(config, plan, facts, seconds, num_sampled=len(todo))
     accelerator.end_training()
 
 
-def sample_batch(
-    config: ConfigDict, plan: Plan, model: Model, sampler: Sampler, batch: int, policy: dict, bar: tqdm, *, record: bool
-) -> None:
-    """Sample one batch from noise that follows from (seed, stage, batch) alone; its file is the last thing written.
+@dataclass
+class Sampling:
+    """Everything a batch of a stage needs but its number."""
 
-    `bar` counts images, a step of one as its share of the network's evaluations.
+    config: ConfigDict
+    plan: Plan
+    model: Model
+    sampler: Sampler
+    sizes: BatchSizes
+    policy: dict  # metadata of every batch's file
+    writer: Behind  # encodes and writes a batch while the next one is sampled
+    bar: tqdm  # counts images, a step of one as its share of the network's evaluations
+    seconds: dict[str, float]  # decode, and write: waited for the writer
 
-    With `record` the experiment's config.json is written as soon as there is something that depends on it.
-    """
-    stage, num_groups = plan.stage, config.sample.batch_size
-    choice = generator(config.seed, stage.index, "prompts", batch) if config.prompt_random_choose else None
-    turn = stage.index * config.sample.num_batches_per_epoch + batch  # stages go on through the list where one stopped
-    prompts = batch_prompts(list(plan.prompts), num_groups, turn, choice)
-    distinct = list(dict.fromkeys(prompts))
-    conditions, unconditional = model.encode(distinct), model.encode([""])
-    rng = generator(config.seed, stage.index, "sample", batch)
-    device = sampler.sigma.device
+    def do(self, batch: int, *, record: bool) -> None:
+        """Sample one batch from noise that follows from (seed, stage, batch) alone; its file is the last thing written.
 
-    def noise(shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=rng).to(device)
+        With `record` the experiment's config.json is written as soon as there is something that depends on it.
+        """
+        config, stage = self.config, self.plan.stage
+        prompts = self.prompts(batch)
+        distinct = list(dict.fromkeys(prompts))
+        conditions, unconditional = self.model.encode(distinct), self.model.encode([""])
+        rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
+        of_groups = {name: value[rows] for name, value in conditions.items()}
+        latents, log_probs, prefix = self.sizes.fit(
+            "sample.micro_batch_size", lambda size: self.trajectories(batch, of_groups, unconditional, size)
+        )
+        require_finite(latents, log_probs, prompts, stage, batch)
+        self.bar.set_postfix_str("decoding")
+        with timed(self.seconds, "decode"):
+            images = self.decode(latents[:, :, -1].flatten(0, 1))
+            tree = batch == 0 and config.sampling == "branch"
+            sheet = decode_tree(prompts[0], prefix, latents[0], self.decode) if tree else None
+        self.bar.set_postfix_str("")
+        if record:
+            record_experiment(self.plan, torch.get_num_threads())
+        window = self.sampler.timesteps[-self.plan.num_trained_steps :]
 
-    rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
-    predict = predictor(
-        model,
-        sampler.timesteps,
-        {name: value[rows] for name, value in conditions.items()},
-        unconditional,
-        guidance_scale=config.sample.guidance_scale,
-        micro_batch_size=config.sample.micro_batch_size,
-    )
-    images_per_evaluation = num_images(config) / num_evaluations(config, plan.num_trained_steps)
+        def write() -> None:
+            for n, image in enumerate(images):
+                files.write_image(stage.image(batch * len(images) + n), image)
+            if sheet:
+                save_tree(stage, sheet)
+            save_batch(stage.batch(batch), latents, log_probs, window, prompts, conditions, unconditional, self.policy)
 
-    def predict_and_show(x_t: Tensor, i: int) -> Tensor:
-        output = predict(x_t, i)
-        bar.update(len(x_t) * images_per_evaluation)
-        return output
+        with timed(self.seconds, "write"):
+            self.writer.do(write)
 
-    branches = config.split_time if config.sampling == "branch" else 1  # of each prefix
-    prefix: list[Tensor] = []
-    latents, log_probs = branch_sample(
-        watching(predict_and_show, sampler.num_steps - plan.num_trained_steps, prefix),
-        sampler,
-        noise((num_groups * config.split_time // branches, *model.latent_shape)),
-        noise,
-        num_branches=branches,
-        num_trained_steps=plan.num_trained_steps,
-    )
-    grouped = (num_groups, config.split_time)
-    latents, log_probs = (states.flatten(0, 1).unflatten(0, grouped) for states in (latents, log_probs))
-    require_finite(latents, log_probs, prompts, stage, batch)
-    bar.set_postfix_str("decoding")
-    images = decode(model, latents[:, :, -1].flatten(0, 1), config.sample.decode_batch_size)
-    if record:
-        record_experiment(plan, torch.get_num_threads())
-    for n, image in enumerate(images):
-        files.write_image(stage.image(batch * len(images) + n), image)
-    if batch == 0 and config.sampling == "branch":
-        at_once = config.sample.decode_batch_size
-        save_tree(stage, prompts[0], prefix, latents[0], partial(decode, model, batch_size=at_once))
-    window = sampler.timesteps[-plan.num_trained_steps :]
-    bar.set_postfix_str("")
-    save_batch(stage.batch(batch), latents, log_probs, window, prompts, conditions, unconditional, policy)
+    def prompts(self, batch: int) -> list[str]:
+        """One prompt a group."""
+        config, index = self.config, self.plan.stage.index
+        choice = generator(config.seed, index, "prompts", batch) if config.prompt_random_choose else None
+        turn = index * config.sample.num_batches_per_epoch + batch  # stages go on through the list where one stopped
+        return batch_prompts(list(self.plan.prompts), config.sample.batch_size, turn, choice)
+
+    def trajectories(
+        self, batch: int, conditions: Conditions, unconditional: Conditions, micro_batch_size: int
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """States of the trained window [G,K,S+1,C,h,w], log_probs [G,K,S], and the first group's states before it."""
+        config, num_trained_steps = self.config, self.plan.num_trained_steps
+        noise = noise_source(generator(config.seed, self.plan.stage.index, "sample", batch), self.sampler.sigma.device)
+        predict = predictor(
+            self.model,
+            self.sampler.timesteps,
+            conditions,
+            unconditional,
+            guidance_scale=config.sample.guidance_scale,
+            micro_batch_size=micro_batch_size,
+        )
+        images_per_evaluation = num_images(config) / num_evaluations(config, num_trained_steps)
+
+        def predict_and_show(x_t: Tensor, i: int) -> Tensor:
+            output = predict(x_t, i)
+            self.bar.update(len(x_t) * images_per_evaluation)
+            return output
+
+        branches = config.split_time if config.sampling == "branch" else 1  # of each prefix
+        prefix: list[Tensor] = []
+        latents, log_probs = branch_sample(
+            watching(predict_and_show, self.sampler.num_steps - num_trained_steps, prefix),
+            self.sampler,
+            noise((config.sample.batch_size * config.split_time // branches, *self.model.latent_shape)),
+            noise,
+            num_branches=branches,
+            num_trained_steps=num_trained_steps,
+        )
+        grouped = (config.sample.batch_size, config.split_time)
+        return *(states.flatten(0, 1).unflatten(0, grouped) for states in (latents, log_probs)), prefix
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.sizes.fit("sample.decode_batch_size", lambda size: decode(self.model, latents, size))
 
 
 def require_finite(latents: Tensor, log_probs: Tensor, prompts: list[str], stage: Stage, batch: int) -> None:
@@ -204,8 +244,8 @@ def finish(config: ConfigDict, plan: Plan, facts: dict, seconds: dict, *, num_sa
     written += [stage.prompts, *(stage.image(n) for n in range(len(prompts))), *stage.folder.glob("tree.*")]
     rate = num_sampled * config.sample.batch_size * config.split_time / seconds["sample"]
     counts = {key: facts[key] for key in ("num_trained_steps", "num_images", "num_evaluations")}
-    timed = {key: seconds[key] for key in ("load", "sample")}
-    Metrics(stage.metrics("sample")).log("sample", stage=stage.index, **counts, **timed)
+    spent = {key: seconds[key] for key in ("load", "sample", "decode", "write")}
+    Metrics(stage.metrics("sample")).log("sample", stage=stage.index, **counts, **spent)
     stage.write_manifest("sample", facts | {"seconds": seconds}, [*written, stage.metrics("sample")])
     done = "stage%d sample: done in %.1f s, %d images, %.1f images/s"
     logger.info(done, stage.index, seconds["sample"], len(prompts), rate)

@@ -5,21 +5,19 @@ N images
 
 import math
 import time
-from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
 from b2diffurl import files
+from b2diffurl.memory import BatchSizes
 from b2diffurl.rewards import Parts, Reward, by_name, join, load_reward, noting, require_finite, reward_weights, score
 from b2diffurl.rewards.file import read_scores
 from b2diffurl.rewards.mixture import Scales, combine, measure_scales, recorded_scales
-from b2diffurl.runtime import progress_bar
+from b2diffurl.runtime import ahead, progress_bar
 from b2diffurl.stage import Stage
 
 
@@ -68,7 +66,11 @@ def score_by(
     started = time.perf_counter()
     reward = load_reward(name, config.reward, device)
     loaded = time.perf_counter()
-    scores = score_images(name, reward, stage, prompts, config.reward.batch_size, config.reward.num_workers)
+    sizes = BatchSizes(stage.root, device, {"reward.batch_size": config.reward.batch_size})
+    scores = sizes.fit(
+        "reward.batch_size",
+        lambda size: score_images(name, reward, stage, prompts, size, config.reward.num_workers),
+    )
     seconds["load"] += loaded - started
     seconds["score"] += time.perf_counter() - loaded
     return scores
@@ -79,26 +81,24 @@ def score_images(
 ) -> tuple[Tensor, Parts]:
     """Rewards [N] and parts of all images, `batch_size` at once; the last batch is filled up by repeating its last."""
     size = min(batch_size, len(prompts))
-    batches = [[min(n, len(prompts) - 1) for n in range(start, start + size)] for start in range(0, len(prompts), size)]
-    images = read_ahead([[stage.image(n) for n in batch] for batch in batches], num_workers)
+    starts = range(0, len(prompts), size)
     found = []
-    with progress_bar(len(prompts), f"stage{stage.index} score {name}", "images") as bar:
-        for index, batch in enumerate(batches):
-            count = min(size, len(prompts) - index * size)
-            with noting(f"reward {name}, batch {index}: images {batch[0]} to {batch[-1]} of {stage.images}"):
-                found.append(score(reward, next(images), [prompts[n] for n in batch], count))
+    with (
+        progress_bar(len(prompts), f"stage{stage.index} score {name}", "images") as bar,
+        ThreadPoolExecutor(num_workers) as pool,
+    ):
+
+        def read(start: int) -> Tensor:
+            paths = [stage.image(min(n, len(prompts) - 1)) for n in range(start, start + size)]
+            return torch.stack(list(pool.map(files.read_image, paths)))
+
+        for start, images in ahead(read, starts):
+            asked = [prompts[min(n, len(prompts) - 1)] for n in range(start, start + size)]
+            count = min(size, len(prompts) - start)
+            with noting(f"reward {name}, batch {start // size}: images {start} to {start + count - 1} of {stage.images}"):
+                found.append(score(reward, images, asked, count))
             bar.update(count)
     return join(found)
-
-
-def read_ahead(batches: list[list[Path]], num_workers: int) -> Iterator[Tensor]:
-    """Images uint8 [N,H,W,3] of each batch of files, the next batch being read while one is worked on."""
-    with ThreadPoolExecutor(num_workers) as pool:
-        reading = deque()
-        for paths in [*batches, []]:
-            reading.append([pool.submit(files.read_image, path) for path in paths])
-            if len(reading) > 1:
-                yield torch.stack([image.result() for image in reading.popleft()])
 
 
 def write_scores(stage: Stage, prompts: list[str], scores: Scores) -> None:

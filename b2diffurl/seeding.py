@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 
 def stable_seed(*key: int | str) -> int:
@@ -16,3 +18,13 @@ def generator(*key: int | str) -> torch.Generator:
     """A CPU generator for one key such as (seed, stage, phase, batch). Noise is drawn on the CPU and then moved, so that
     every device sees the same."""
     return torch.Generator().manual_seed(stable_seed(*key))
+
+
+def noise_source(rng: torch.Generator, device: torch.device) -> Callable[[tuple[int, ...]], Tensor]:
+    """shape -> standard normal noise on the device, without waiting for what the device still works on."""
+    pinned = device.type == "cuda"
+
+    def noise(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=rng, pin_memory=pinned).to(device, non_blocking=True)
+
+    return noise

@@ -9,13 +9,15 @@ from torch import Tensor
 
 from b2diffurl import files
 from b2diffurl.experiment import make_plan
+from b2diffurl.memory import peak_memory
 from b2diffurl.metrics import Metrics
 from b2diffurl.rewards import check_rewards, reward_weights
 from b2diffurl.rewards.file import write_template
-from b2diffurl.runtime import logger, make_accelerator
+from b2diffurl.runtime import logger, make_accelerator, timed
 from b2diffurl.scoring import Scores, score_stage
 from b2diffurl.selection import Selected, advantages, normalise, select_all, select_pairs
-from b2diffurl.stage import Stage
+from b2diffurl.stage import Stage, delete_batches
+from b2diffurl.trajectory import save_selected
 
 
 def select_stage(config: ConfigDict) -> None:
@@ -29,17 +31,20 @@ def select_stage(config: ConfigDict) -> None:
     stage = plan.stage
     if stage.finished("select"):
         logger.info("stage%d select: already finished", stage.index)
+        clean_up(config, stage)
         return
     sampled = stage.manifest("sample")
     accelerator = make_accelerator(config, plan.num_threads)
     if not accelerator.is_main_process:
         return
     files.remove_temporaries(stage.folder)
-    stage.verify("sample", "images", stage.prompts.name)
+    stage.verify("sample", stage.images.name, stage.prompts.name, stage.samples.name)
     prompts = files.read_json(stage.prompts)
     if "file" in (*weights, *watched) and not stage.given_scores.is_file():
         ask_for_scores(stage, prompts)
         return
+    judges = ", ".join([*weights, *watched])
+    logger.info("stage%d select: scoring %d images by %s", stage.index, len(prompts), judges)
     scores = score_stage(config, stage, prompts, accelerator.device)
     history = score_history(stage, config.eval.history_cnt)
     chosen = choose(config, scores.rewards, prompts, history)
@@ -55,12 +60,16 @@ def select_stage(config: ConfigDict) -> None:
         for one, advantage in zip(chosen, weighted.tolist(), strict=True)
     ]
     files.write_json(stage.selection, rows)
+    with timed(scores.seconds, "write"):
+        selected = save_selected(stage, chosen, config.sample.batch_size)
 
     summary = summarise(scores, chosen, config.split_time, **thresholds(config))
     Metrics(stage.metrics("select")).log("select", stage=stage.index, **summary, **scores.seconds)
     facts = {"seconds": scores.seconds, "reward": weights, "scales": scores.scales, "num_history": len(history)} | summary
     facts |= {"device": str(accelerator.device), "num_threads": torch.get_num_threads(), "seed": sampled["seed"]}
-    stage.write_manifest("select", facts, [stage.scores, stage.selection, stage.metrics("select")])
+    facts |= peak_memory(accelerator.device)
+    stage.write_manifest("select", facts, [stage.scores, stage.selection, *selected, stage.metrics("select")])
+    clean_up(config, stage)
     logger.info(
         "stage%d select: done in %.1f s, reward %.4f (sd %.4f, in groups %.4f)%s, kept %d of %d images, %d good, %d bad",
         stage.index, sum(scores.seconds.values()),
@@ -68,6 +77,12 @@ def select_stage(config: ConfigDict) -> None:
         "".join(f", {name} {summary[f'watch/{name}_mean']:.4f}" for name in watched),
         summary["num_selected"], summary["num_images"], summary["num_best"], summary["num_worst"],
     )  # fmt: skip
+
+
+def clean_up(config: ConfigDict, stage: Stage) -> None:
+    """Delete the stage's trajectories, of which the selected ones have been copied, unless config.keep says otherwise."""
+    if not config.keep.samples:
+        delete_batches(stage.samples)
 
 
 def choose(config: ConfigDict, rewards: Tensor, prompts: list[str], history: list[tuple[str, float]]) -> list[Selected]:

@@ -33,6 +33,10 @@ class Stage:
         return self.folder / "samples"
 
     @property
+    def selected(self) -> Path:
+        return self.folder / "selected"
+
+    @property
     def images(self) -> Path:
         return self.folder / "images"
 
@@ -58,6 +62,9 @@ class Stage:
 
     def batch(self, index: int) -> Path:
         return self.samples / f"batch_{index:05d}.safetensors"
+
+    def selected_batch(self, index: int) -> Path:
+        return self.selected / f"batch_{index:05d}.safetensors"
 
     def image(self, index: int) -> Path:
         return self.images / f"{index:05d}.png"
@@ -106,6 +113,14 @@ class Stage:
                     f"{path} is not what the {phase} phase wrote (checksum). "
                     f"Delete it and {self.manifest_path(phase)}, then run run_{phase}.py again."
                 )
+
+
+def delete_batches(folder: Path) -> None:
+    """Delete a stage's samples/ or selected/, but for what is not ours in it."""
+    for path in folder.glob("batch_*.safetensors"):
+        path.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def finished_stages(root: Path, phase: str) -> list[Stage]:

@@ -6,6 +6,7 @@ U units: what one term of the loss is of, a trajectory, or a group's best and wo
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,16 +22,17 @@ from b2diffurl import files
 from b2diffurl.checkpoint import load_optimizer, read_state, save_checkpoint
 from b2diffurl.ddim import Sampler, log_prob, require_stochastic, step_weights, transition, transition_kl
 from b2diffurl.experiment import Plan, make_plan
-from b2diffurl.forecast import stage_done_line
+from b2diffurl.forecast import num_chosen_steps, stage_done_line
+from b2diffurl.memory import BatchSizes, peak_memory
 from b2diffurl.metrics import Metrics, read_events
 from b2diffurl.models import Model
 from b2diffurl.objectives import OBJECTIVES, Objective
 from b2diffurl.policy import load_policy
-from b2diffurl.runtime import logger, make_accelerator, progress_bar
+from b2diffurl.runtime import ahead, logger, make_accelerator, progress_bar
 from b2diffurl.seeding import generator
 from b2diffurl.selection import Selected, contrast_pairs
-from b2diffurl.stage import LORA_FILE, Stage
-from b2diffurl.trajectory import Trajectories, load_selected
+from b2diffurl.stage import LORA_FILE, Stage, delete_batches
+from b2diffurl.trajectory import SelectedTrajectories, Trajectories
 
 
 def train_stage(config: ConfigDict) -> None:
@@ -44,7 +46,8 @@ def train_stage(config: ConfigDict) -> None:
     started = time.perf_counter()
     sampled = stage.manifest("sample")
     stage.verify("select")
-    stage.verify("sample", stage.samples.name)
+    if stage.manifest("select")["num_selected"] and not stage.selected.is_dir():
+        raise ValueError(f"{stage.selected} is missing. Delete {stage.manifest_path('select')} and run run_select.py again.")
     accelerator = make_accelerator(config, plan.num_threads)
     if sampled["mixed_precision"] != accelerator.mixed_precision:
         raise ValueError(
@@ -70,19 +73,21 @@ def train_stage(config: ConfigDict) -> None:
         trainer.metrics = Metrics(stage.metrics("train"), keep=kept)
     units = make_units(selected, paired=trainer.objective.paired)
     if len(units):
-        num_transitions = (config.train.num_epochs - done) * units.numel() * plan.num_trained_steps
+        logger.info(
+            "stage%d train: training on %d trajectories, %d of their %d steps, from %s",
+            stage.index, units.numel(), trainer.num_chosen_steps, plan.num_trained_steps, plan.start,
+        )  # fmt: skip
+        num_transitions = (config.train.num_epochs - done) * units.numel() * trainer.num_chosen_steps
         with progress_bar(num_transitions, f"stage{stage.index} train", "transitions") as trainer.bar:
-            train_epochs(config, trainer, selected, torch.tensor([row["advantage"] for row in selection]), done)
+            trajectories = SelectedTrajectories(stage, selected, config.sample.batch_size)
+            advantages = torch.tensor([row["advantage"] for row in selection])
+            train_epochs(config, trainer, trajectories, advantages, units, done)
     else:
         logger.info("stage%d train: nothing to train on, the weights go on unchanged", stage.index)
         trainer.save(config.train.num_epochs, config.train.save_interval)
     if accelerator.is_main_process:
-        seconds = {
-            "load": loaded - started,
-            "train": time.perf_counter() - loaded,
-            "share": 1 - done / config.train.num_epochs,
-        }
-        finish(config, trainer, sampled, seconds)
+        seconds = {"load": loaded - started, "train": time.perf_counter() - loaded}
+        finish(config, trainer, sampled, seconds | {"share": 1 - done / config.train.num_epochs})
     accelerator.end_training()
 
 
@@ -99,16 +104,26 @@ class Trainer:
     objective: Objective
     options: dict[str, float]  # of the objective
     guidance_scale: float
-    micro_batch_size: int
+    unconditional_gradient: bool
+    sizes: BatchSizes  # train.micro_batch_size: transitions the network sees at once
     max_grad_norm: float
+    num_chosen_steps: int  # of the S steps, how many an update takes
     metrics: Metrics | None = field(default=None)
     num_updates: int = 0
     bar: tqdm = field(default_factory=partial(tqdm, disable=True))  # counts transitions, of all processes
 
-    def update(self, trajectories: Trajectories, advantages: Tensor, units: Tensor) -> dict:
-        """One optimizer step on `units`, trajectories [U] or pairs of them [U,2], all their S steps; returns the metrics of
-        this process's share, which can be empty in all but the first process."""
-        per_step = self.accumulate(trajectories, advantages, units)
+    def update(self, trajectories: Trajectories, advantages: Tensor, units: Tensor, steps: Sequence[int]) -> dict:
+        """One optimizer step on `units`, trajectories [U] or pairs of them [U,2], and those of their S `steps`; returns the
+        metrics of this process's share, which can be empty in all but the first process.
+
+        A stage's first update goes step by step, so that its metrics have each step's gradient."""
+        apart = self.num_updates == 0
+
+        def accumulate(size: int) -> list[dict[str, Tensor]]:
+            self.optimizer.zero_grad()
+            return self.accumulate(trajectories, advantages, units, steps, size=size, apart=apart)
+
+        per_step = self.sizes.fit("train.micro_batch_size", accumulate)
         norm = self.accelerator.clip_grad_norm_(list(self.model.trainable().values()), self.max_grad_norm)
         self.require_finite(per_step, norm, trajectories)
         self.optimizer.step()
@@ -118,54 +133,71 @@ class Trainer:
         self.num_updates += 1
         if not len(per_step[0]["loss"]):
             return {"grad_norm": finite(norm.item())}
-        return summarise(per_step, norm, self.sampler.timesteps[-len(self.step_weight) :])
+        window = self.sampler.timesteps[-len(self.step_weight) :]
+        return summarise(per_step, norm, [window[step].item() for step in steps])
 
-    def accumulate(self, trajectories: Trajectories, advantages: Tensor, units: Tensor) -> list[dict[str, Tensor]]:
-        """Add up the gradient of the mean loss over all units and steps, step by step.
+    def accumulate(
+        self, trajectories: Trajectories, advantages: Tensor, units: Tensor, steps: Sequence[int], *, size: int, apart: bool
+    ) -> list[dict[str, Tensor]]:
+        """Add up the gradient of the mean loss over all units and `steps`, at most `size` transitions at once.
 
-        Returns, for each of the S steps, this process's `units` [U] or [U,2], their `loss` [U] and the objective's metrics
-        [U] or [2U], and `grad_norm`, the norm of what the step alone adds to the gradient.
+        A micro-batch holds transitions of one step, or, where one has room for all units and steps need not be kept `apart`,
+        of several. Returns, for each step, this process's `units` [U] or [U,2], their `loss` [U] and the objective's metrics
+        [U] or [2U], and, where steps do not share a micro-batch, `grad_norm`, the norm of what the step alone adds.
         """
-        num_steps = len(self.step_weight)
-        size = max(1, self.micro_batch_size // units[0].numel())
+        size = max(1, size // units[0].numel())
         shares = micro_batches(units, self.accelerator.process_index, self.accelerator.num_processes, size)
-        scale = self.accelerator.num_processes / (len(units) * num_steps)
-        per_step, before = [], self.gradient()
-        for step in range(num_steps):
-            collected = []
+        together = 1 if apart or len(shares) > 1 else max(1, size // len(shares[0][0]))  # steps in a micro-batch
+        scale = self.accelerator.num_processes / (len(units) * len(steps))
+        per_step: list[dict[str, Tensor]] = []
+        before = self.gradient()
+        for start in range(0, len(steps), together):
+            some = steps[start : start + together]
+            collected: list[list[dict[str, Tensor]]] = [[] for _ in some]
             for number, (chosen, counts) in enumerate(shares):
-                last = step == num_steps - 1 and number == len(shares) - 1
+                last = start + together >= len(steps) and number == len(shares) - 1
                 with nullcontext() if last else self.accelerator.no_sync(self.model.network):
-                    loss, metrics = self.step_loss(trajectories, advantages, chosen, step)
-                    counts = counts.to(loss.device)
-                    self.accelerator.backward((loss * counts).sum() * self.step_weight[step] * scale)
-                real = counts > 0
+                    loss, metrics = self.step_loss(trajectories, advantages, chosen, some)  # [steps,M]
+                    weights = self.step_weight[list(some)]
+                    self.accelerator.backward(((loss * counts.to(loss.device)).sum(1) * weights).sum() * scale)
+                real = (counts > 0).to(loss.device)
                 values = {"loss": loss.detach()} | metrics
-                kept = {key: value[..., real].flatten() for key, value in values.items()}
-                collected.append(kept | {"units": chosen.to(loss.device)[real]})
-                self.bar.update(len(kept["loss"]) * units[0].numel() * self.accelerator.num_processes)
-            after = self.gradient()
-            merged = {key: torch.cat([part[key] for part in collected]) for key in collected[0]}
-            per_step.append(merged | {"grad_norm": (after - before).norm() / self.gradient_scale()})
-            before = after
+                for n, kept in enumerate(collected):
+                    kept.append({key: value[n][..., real].flatten() for key, value in values.items()})
+                    kept[-1]["units"] = chosen.to(loss.device)[real]
+                self.bar.update(len(some) * int(counts.sum()) * units[0].numel() * self.accelerator.num_processes)
+            merged = [{key: torch.cat([part[key] for part in kept]) for key in kept[0]} for kept in collected]
+            if together == 1:
+                after = self.gradient()
+                merged[0]["grad_norm"] = (after - before).norm() / self.gradient_scale()
+                before = after
+            per_step += merged
         return per_step
 
     def step_loss(
-        self, trajectories: Trajectories, advantages: Tensor, units: Tensor, step: int
+        self, trajectories: Trajectories, advantages: Tensor, units: Tensor, steps: Sequence[int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss [M] and metrics ([M], of pairs [M] or [2,M]) of `units` at one of the S steps."""
-        device, rows = self.sampler.sigma.device, units.movedim(0, -1).flatten()  # of pairs: all the best, then the worst
+        """Loss [steps,M] and metrics ([steps,M], or of pairs [steps,2,M]) of `units` at some of the S steps, in one pass."""
+        rows = units.movedim(0, -1).flatten()  # of pairs: all the best, then the worst
+        device, num_rows = trajectories.latents.device, len(rows)
+        rows = rows.to(device).repeat(len(steps))  # [steps*M], or [steps*2M]
+        step = torch.tensor(list(steps), device=device).repeat_interleave(num_rows)
         i = self.sampler.num_steps - len(self.step_weight) + step
-        x_t, x_prev = trajectories.latents[rows, step : step + 2].to(device).unbind(1)
-        ids = trajectories.prompt_ids[rows]
-        conditions = {name: value[ids].to(device) for name, value in trajectories.conditions.items()}
-        unconditional = {name: value.to(device) for name, value in trajectories.unconditional.items()}
+        x_t, x_prev = trajectories.latents[rows, step], trajectories.latents[rows, step + 1]
+        conditions = {name: value[trajectories.prompt_ids[rows]] for name, value in trajectories.conditions.items()}
 
         def policy() -> tuple[Tensor, Tensor]:
-            output = self.model.predict(x_t, self.sampler.timesteps[i], conditions, unconditional, self.guidance_scale)
+            output = self.model.predict(
+                x_t,
+                self.sampler.timesteps[i],
+                conditions,
+                trajectories.unconditional,
+                self.guidance_scale,
+                unconditional_gradient=self.unconditional_gradient,
+            )
             return transition(self.sampler, i, x_t, output)
 
-        tensors = {"old_log_prob": trajectories.log_probs[rows, step].to(device), "advantage": advantages[rows].to(device)}
+        tensors = {"old_log_prob": trajectories.log_probs[rows, step], "advantage": advantages.to(device)[rows]}
         mu_ref = None
         if self.objective.needs_reference:
             with torch.no_grad(), self.model.base_policy():
@@ -176,7 +208,13 @@ class Trainer:
         if "kl" in self.objective.tensors:
             tensors["kl"] = transition_kl(mu, mu_ref, sigma)
         shape = units.movedim(0, -1).shape  # [M] or [2,M]
-        return self.objective.loss(*(tensors[name].view(shape) for name in self.objective.tensors), **self.options)
+        found = []
+        for part in range(len(steps)):
+            own = slice(part * num_rows, (part + 1) * num_rows)
+            arguments = (tensors[name][own].view(shape) for name in self.objective.tensors)
+            found.append(self.objective.loss(*arguments, **self.options))
+        losses, metrics = zip(*found, strict=True)
+        return torch.stack(losses), {key: torch.stack([each[key] for each in metrics]) for key in metrics[0]}
 
     def gradient(self) -> Tensor:
         """The accumulated gradient, flat."""
@@ -224,6 +262,8 @@ def make_trainer(config: ConfigDict, plan: Plan, accelerator: Accelerator, model
     objective = OBJECTIVES[config.train.objective]
     sampler = model.sampler(config.sample.num_steps, config.sample.eta)
     require_stochastic(sampler, plan.num_trained_steps)
+    if config.train.gradient_checkpointing:
+        model.checkpoint_gradients()
     parameters = model.trainable()
     optimizer = make_optimizer(config.train, list(parameters.values()))
     state = read_state(source) if source else None
@@ -242,8 +282,15 @@ def make_trainer(config: ConfigDict, plan: Plan, accelerator: Accelerator, model
         objective=objective,
         options={keyword: config.train[key] for keyword, key in objective.options.items()},
         guidance_scale=config.sample.guidance_scale,
-        micro_batch_size=config.train.micro_batch_size,
+        unconditional_gradient=config.train.unconditional_gradient,
+        sizes=BatchSizes(
+            plan.stage.root,
+            accelerator.device,
+            {"train.micro_batch_size": config.train.micro_batch_size},
+            alone=accelerator.num_processes == 1,
+        ),
         max_grad_norm=config.train.max_grad_norm,
+        num_chosen_steps=num_chosen_steps(config, plan.num_trained_steps),
     )
 
 
@@ -254,7 +301,7 @@ def make_optimizer(train: ConfigDict, parameters: list[Tensor]) -> torch.optim.O
         except ImportError:
             raise ImportError("train.use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from None
     else:
-        from torch.optim import AdamW
+        AdamW = partial(torch.optim.AdamW, fused=parameters[0].is_cuda)  # one kernel for all of a LoRA's small matrices
     return AdamW(
         parameters,
         lr=train.learning_rate,
@@ -272,27 +319,47 @@ def check_policy(plan: Plan, sampled: dict, model: Model) -> None:
         raise ValueError(f"{plan.stage.folder} was sampled with another LoRA than {plan.resume_from or 'a fresh one'}.")
 
 
-def train_epochs(config: ConfigDict, trainer: Trainer, selected: list[Selected], advantages: Tensor, done: int) -> None:
-    """The epochs after `done`: every unit once an epoch, in an order from (seed, stage, epoch)."""
-    trajectories = load_selected(trainer.stage, selected, config.sample.batch_size)
-    units = make_units(selected, paired=trainer.objective.paired)
-    effective = config.train.batch_size * config.train.gradient_accumulation_steps
-    for epoch in range(done + 1, config.train.num_epochs + 1):
-        rng = generator(config.seed, trainer.stage.index, "train", epoch)
-        deal = update_rows(len(units), max(1, effective // units[0].numel()), rng)
-        for rows in deal:
-            first = trainer.num_updates == 0
-            report = trainer.update(trajectories, advantages, units[rows])
-            if trainer.metrics:
-                trainer.metrics.log("update", epoch=epoch, num_trajectories=units[rows].numel(), first=first, **report)
-                if first:
-                    what = "stage%d train: %d trajectories, max |log-ratio| at the first update %.1e"
-                    logger.info(what, trainer.stage.index, units.numel(), report["max_abs_log_ratio"])
-                    if report["max_abs_log_ratio"] > config.train.eps:
-                        warning = "stage%d train: that is beyond the clip range; was the stage sampled on another device?"
-                        logger.warning(warning, trainer.stage.index)
-        if epoch % config.train.save_interval == 0 or epoch == config.train.num_epochs:
+def train_epochs(
+    config: ConfigDict, trainer: Trainer, stored: SelectedTrajectories, advantages: Tensor, units: Tensor, done: int
+) -> None:
+    """The epochs after `done`: every unit once an epoch, in an order from (seed, stage, epoch).
+
+    In memory are an update's trajectories, and the next one's, which are read meanwhile.
+    """
+    seed, index, num_trained_steps = config.seed, trainer.stage.index, len(trainer.step_weight)
+    size = max(1, config.train.batch_size * config.train.gradient_accumulation_steps // units[0].numel())
+    deals = [
+        (epoch, number, units[rows])
+        for epoch in range(done + 1, config.train.num_epochs + 1)
+        for number, rows in enumerate(update_rows(len(units), size, generator(seed, index, "train", epoch)))
+    ]
+    for (epoch, number, dealt), trajectories in ahead(lambda deal: stored.read(deal[2].flatten().tolist()), deals):
+        steps = choose_steps(num_trained_steps, trainer.num_chosen_steps, generator(seed, index, "steps", epoch, number))
+        first = trainer.num_updates == 0
+        local = torch.arange(dealt.numel()).view(dealt.shape)
+        report = trainer.update(trajectories.to(trainer.accelerator.device), advantages[dealt.flatten()], local, steps)
+        if trainer.metrics:
+            trainer.metrics.log("update", epoch=epoch, num_trajectories=dealt.numel(), first=first, **report)
+            if first:
+                check_first_ratio(config, trainer, report["max_abs_log_ratio"])
+        if (number + 1) * size >= len(units) and (
+            epoch % config.train.save_interval == 0 or epoch == config.train.num_epochs
+        ):
             trainer.save(epoch, config.train.save_interval)
+
+
+def check_first_ratio(config: ConfigDict, trainer: Trainer, max_abs_log_ratio: float) -> None:
+    """Before the first update the policy is the one that sampled, so the ratio should be 1."""
+    what = "stage%d train: max |log-ratio| at the first update %.1e"
+    logger.info(what, trainer.stage.index, max_abs_log_ratio)
+    if max_abs_log_ratio > config.train.eps:
+        warning = "stage%d train: that is beyond the clip range; was the stage sampled on another device?"
+        logger.warning(warning, trainer.stage.index)
+
+
+def choose_steps(num_trained_steps: int, count: int, rng: torch.Generator) -> list[int]:
+    """`count` of the S steps, every one as likely, in sampling order."""
+    return sorted(torch.randperm(num_trained_steps, generator=rng)[:count].tolist())
 
 
 def make_units(selected: list[Selected], *, paired: bool) -> Tensor:
@@ -326,23 +393,38 @@ def micro_batches(units: Tensor, process: int, num_processes: int, size: int) ->
     return list(zip(mine.chunk(number), counts.chunk(number), strict=True))
 
 
-def summarise(per_step: list[dict[str, Tensor]], norm: Tensor, timesteps: Tensor) -> dict:
-    """An update's metrics, over all units and for each timestep; what only some objectives have, such as `kl`, too."""
-    ratios = [step["log_ratio"] for step in per_step]
-    clipped = [step["clipped"].mean().item() for step in per_step]
-    special = [key for key in per_step[0] if key not in ("units", "loss", "log_ratio", "clipped", "grad_norm")]
-    means = {key: [step[key].mean().item() for step in per_step] for key in special}
-    return {key: sum(values) / len(values) for key, values in means.items()} | {
-        **{f"{key}_per_step": values for key, values in means.items()},
-        "loss": torch.stack([step["loss"].mean() for step in per_step]).mean().item(),
-        "grad_norm": finite(norm.item()),
-        "clip_fraction": sum(clipped) / len(clipped),
-        "max_abs_log_ratio": max(ratio.abs().max().item() for ratio in ratios),
-        "timesteps": timesteps.tolist(),
-        "log_ratio_per_step": [ratio.abs().mean().item() for ratio in ratios],
-        "clip_fraction_per_step": clipped,
-        "grad_norm_per_step": [finite(step["grad_norm"].item()) for step in per_step],
+def summarise(per_step: list[dict[str, Tensor]], norm: Tensor, timesteps: list[int]) -> dict:
+    """An update's metrics, over all units and for each timestep; what only some objectives have, such as `kl`, too.
+
+    Everything comes from the device in one transfer.
+    """
+    figures = [
+        {key: value.mean() for key, value in step.items() if key not in ("units", "log_ratio", "grad_norm")}
+        | {"log_ratio": step["log_ratio"].abs().mean(), "largest": step["log_ratio"].abs().max()}
+        | {key: step[key] for key in ("grad_norm",) if key in step}
+        for step in per_step
+    ]
+    names = list(figures[0])
+    table = torch.stack([torch.stack([figure[name].float() for name in names]) for figure in figures], 1)  # [names, steps]
+    *rows, (total, *_) = torch.cat([table, norm.float().expand(1, len(figures))]).tolist()
+    columns = dict(zip(names, rows, strict=True))
+    special = [name for name in names if name not in ("loss", "log_ratio", "clipped", "largest", "grad_norm")]
+    norms = {"grad_norm_per_step": [finite(value) for value in columns["grad_norm"]]} if "grad_norm" in columns else {}
+    return {key: mean(columns[key]) for key in special} | {
+        **{f"{key}_per_step": columns[key] for key in special},
+        "loss": mean(columns["loss"]),
+        "grad_norm": finite(total),
+        "clip_fraction": mean(columns["clipped"]),
+        "max_abs_log_ratio": max(columns["largest"]),
+        "timesteps": timesteps,
+        "log_ratio_per_step": columns["log_ratio"],
+        "clip_fraction_per_step": columns["clipped"],
+        **norms,
     }
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def finite(value: float) -> float | None:
@@ -359,15 +441,16 @@ def finish(config: ConfigDict, trainer: Trainer, sampled: dict, seconds: dict) -
         "seed": config.seed,
         "num_trained_steps": len(trainer.step_weight),
         "num_updates": len(updates),
-        "num_transitions": sum(update["num_trajectories"] for update in updates) * len(trainer.step_weight),
+        "num_transitions": sum(update["num_trajectories"] for update in updates) * trainer.num_chosen_steps,
         "max_abs_log_ratio_first_update": updates[0]["max_abs_log_ratio"] if updates else None,
         "policy": sampled["policy"],
         "device": str(trainer.accelerator.device),
         "mixed_precision": trainer.accelerator.mixed_precision,
         "num_threads": torch.get_num_threads(),
         "num_processes": trainer.accelerator.num_processes,
+        "batch_sizes": trainer.sizes.sizes,
         "seconds": seconds,
-    }
+    } | peak_memory(trainer.accelerator.device)
     written = [path for folder in stage.checkpoints() for path in folder.iterdir()]
     stage.write_manifest("train", facts, [*written, stage.metrics("train")])
     clean_up(config, stage)
@@ -383,11 +466,9 @@ def finish(config: ConfigDict, trainer: Trainer, sampled: dict, seconds: dict) -
 
 def clean_up(config: ConfigDict, stage: Stage) -> None:
     """Delete the stage's trajectories and images beyond what config.keep says."""
+    delete_batches(stage.selected)
     if not config.keep.samples:
-        for path in stage.samples.glob("batch_*.safetensors"):
-            path.unlink()
-        if stage.samples.is_dir():
-            stage.samples.rmdir()
+        delete_batches(stage.samples)
     if config.keep.images >= 0:
         for path in sorted(stage.images.glob("*.png"))[config.keep.images :]:
             path.unlink()

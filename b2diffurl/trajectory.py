@@ -1,4 +1,4 @@
-"""Sampled trajectories on disk: one safetensors file a sampling batch, each state stored once.
+"""Trajectories on disk: one safetensors file a sampling batch, each state stored once; and the selected ones among them.
 
 G groups a batch, K branches, S trained steps, P distinct prompts, N selected trajectories
 """
@@ -33,6 +33,16 @@ class Trajectories:
     def __len__(self) -> int:
         return len(self.latents)
 
+    def to(self, device: torch.device) -> "Trajectories":
+        def moved(value: Tensor) -> Tensor:
+            return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+
+        conditions, unconditional = (
+            {name: moved(value) for name, value in some.items()} for some in (self.conditions, self.unconditional)
+        )
+        states = (moved(value) for value in (self.latents, self.log_probs, self.prompt_ids))
+        return Trajectories(self.ids, *states, conditions, unconditional)
+
 
 def save_batch(
     path: Path,
@@ -57,39 +67,75 @@ def save_batch(
     files.write_tensors(path, tensors, metadata | {"prompts": distinct})
 
 
-def load_selected(stage: Stage, selected: Sequence[Selected], batch_size: int) -> Trajectories:
-    """Read the selected trajectories, in order of their groups, from the stage's batches of `batch_size` groups."""
-    ids, latents, log_probs, prompt_ids = [], [], [], []
-    prompt_rows: dict[str, int] = {}  # of every prompt seen so far, its row in the conditions
-    conditions: dict[str, list[Tensor]] = {}
-    unconditional: Conditions = {}
+def save_selected(stage: Stage, selected: Sequence[Selected], batch_size: int) -> list[Path]:
+    """Copy the selected trajectories out of the stage's batches of `batch_size` groups, a file a batch that has any.
+
+    Row n of a file is the batch's n-th selected one; what was not selected can go. Returns the files.
+    """
+    written = []
     for batch, members in groupby(selected, key=lambda one: one.group // batch_size):
-        path = stage.batch(batch)
-        prompts = files.read_metadata(path)["prompts"]
-        with safe_open(path, framework="pt") as file:
-            all_latents, all_log_probs = file.get_slice("latents"), file.get_slice("log_probs")
-            rows = file.get_tensor("prompt_ids")
-            stored = {name: file.get_tensor(f"condition.{name}") for name in names_under("condition.", file)}
-            unconditional = {name: file.get_tensor(f"unconditional.{name}") for name in names_under("unconditional.", file)}
-        for one in members:
-            g = one.group % batch_size
-            prompt = prompts[rows[g]]
-            if prompt not in prompt_rows:
-                prompt_rows[prompt] = len(prompt_rows)
-                for name, value in stored.items():
-                    conditions.setdefault(name, []).append(value[rows[g]])
-            ids.append(one.group * all_latents.get_shape()[1] + one.branch)
-            latents.append(all_latents[g, one.branch])
-            log_probs.append(all_log_probs[g, one.branch])
-            prompt_ids.append(prompt_rows[prompt])
-    return Trajectories(
-        ids=torch.tensor(ids),
-        latents=torch.stack(latents),
-        log_probs=torch.stack(log_probs),
-        prompt_ids=torch.tensor(prompt_ids),
-        conditions={name: torch.stack(values) for name, values in conditions.items()},
-        unconditional=unconditional,
-    )
+        source, chosen = stage.batch(batch), list(members)
+        prompts = files.read_metadata(source)["prompts"]
+        with safe_open(source, framework="pt") as file:
+            latents, log_probs = file.get_slice("latents"), file.get_slice("log_probs")
+            places = [(one.group % batch_size, one.branch) for one in chosen]
+            prompt_ids = file.get_tensor("prompt_ids")[[g for g, _ in places]]
+            used, prompt_ids = prompt_ids.unique(return_inverse=True)
+            num_branches = latents.get_shape()[1]
+            tensors = {
+                "ids": torch.tensor([one.group * num_branches + one.branch for one in chosen]),
+                "latents": torch.stack([latents[g, k] for g, k in places]),
+                "log_probs": torch.stack([log_probs[g, k] for g, k in places]),
+                "prompt_ids": prompt_ids,
+            }
+            for name in names_under("condition.", file):
+                tensors[f"condition.{name}"] = file.get_tensor(f"condition.{name}")[used]
+            for name in names_under("unconditional.", file):
+                tensors[f"unconditional.{name}"] = file.get_tensor(f"unconditional.{name}")
+        written.append(stage.selected_batch(batch))
+        files.write_tensors(written[-1], tensors, {"prompts": [prompts[n] for n in used]})
+    return written
+
+
+class SelectedTrajectories:
+    """A stage's selected trajectories on disk, of which `read` holds only those that an update asks for."""
+
+    def __init__(self, stage: Stage, selected: Sequence[Selected], batch_size: int):
+        self.places: list[tuple[Path, int]] = []  # of each selected trajectory: its file, and the row in it
+        for batch, members in groupby(selected, key=lambda one: one.group // batch_size):
+            self.places += [(stage.selected_batch(batch), row) for row, _ in enumerate(members)]
+
+    def read(self, which: Sequence[int]) -> Trajectories:
+        """The trajectories of those numbers among the selected, in that order; conditions once a prompt."""
+        found: dict[int, tuple[Tensor, Tensor, Tensor, str]] = {}
+        embedded: dict[str, Conditions] = {}
+        unconditional: Conditions = {}
+        for path, members in groupby(sorted(set(which)), key=lambda n: self.places[n][0]):
+            prompts = files.read_metadata(path)["prompts"]
+            with safe_open(path, framework="pt") as file:
+                ids, prompt_ids = file.get_tensor("ids"), file.get_tensor("prompt_ids")
+                latents, log_probs = file.get_slice("latents"), file.get_slice("log_probs")
+                conditions = {name: file.get_tensor(f"condition.{name}") for name in names_under("condition.", file)}
+                unconditional = {
+                    name: file.get_tensor(f"unconditional.{name}") for name in names_under("unconditional.", file)
+                }
+                for n in members:
+                    row = self.places[n][1]
+                    prompt = prompts[prompt_ids[row]]
+                    found[n] = (ids[row], latents[row], log_probs[row], prompt)
+                    embedded.setdefault(prompt, {name: value[prompt_ids[row]] for name, value in conditions.items()})
+        rows = {prompt: row for row, prompt in enumerate(embedded)}
+        ids, latents, log_probs, prompts = zip(*(found[n] for n in which), strict=True)
+        return Trajectories(
+            ids=torch.stack(ids),
+            latents=torch.stack(latents),
+            log_probs=torch.stack(log_probs),
+            prompt_ids=torch.tensor([rows[prompt] for prompt in prompts]),
+            conditions={
+                name: torch.stack([each[name] for each in embedded.values()]) for name in next(iter(embedded.values()))
+            },
+            unconditional=unconditional,
+        )
 
 
 def names_under(prefix: str, file: safe_open) -> list[str]:

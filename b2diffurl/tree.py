@@ -42,8 +42,16 @@ def watching(predict: Predict, num_prefix_steps: int, seen: list[Tensor]) -> Pre
     return watched
 
 
-def save_tree(stage: Stage, prompt: str, prefix: list[Tensor], latents: Tensor, decode: Callable[[Tensor], Tensor]) -> None:
-    """Write tree.png and tree.json of a group: states [1,C,h,w] before each prefix step, and latents [K,S+1,C,h,w] after."""
+@dataclass(frozen=True)
+class Sheet:
+    """A tree as its files hold it."""
+
+    tiles: Tensor  # uint8 [K*h, columns*w, 3]
+    facts: dict[str, Any]
+
+
+def decode_tree(prompt: str, prefix: list[Tensor], latents: Tensor, decode: Callable[[Tensor], Tensor]) -> Sheet:
+    """A group's states before each prefix step, [1,C,h,w], and after them, latents [K,S+1,C,h,w], as pictures."""
     split, num_steps = len(prefix), len(prefix) + latents.shape[1] - 1
     shared, apart = spread(0, split, NUM_SHARED), spread(split + 1, num_steps, NUM_APART)
     states = [*prefix, latents[:1, 0]]
@@ -55,9 +63,14 @@ def save_tree(stage: Stage, prompt: str, prefix: list[Tensor], latents: Tensor, 
     for column in range(len(apart)):
         for branch in range(len(latents)):
             sheet[branch, len(shared) + column] = next(images)
-    files.write_image(stage.folder / "tree.png", sheet.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1).contiguous())
-    facts: dict[str, Any] = {"prompt": prompt, "num_steps": num_steps, "shared": shared, "branches": apart}
-    files.write_json(stage.folder / "tree.json", facts | {"num_branches": len(latents)})
+    facts = {"prompt": prompt, "num_steps": num_steps, "shared": shared, "branches": apart, "num_branches": len(latents)}
+    return Sheet(sheet.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1).contiguous(), facts)
+
+
+def save_tree(stage: Stage, sheet: Sheet) -> None:
+    """Write tree.png and tree.json."""
+    files.write_image(stage.folder / "tree.png", sheet.tiles)
+    files.write_json(stage.folder / "tree.json", sheet.facts)
 
 
 def load_tree(stage: Stage) -> Tree | None:

@@ -62,13 +62,8 @@ class Scale:
     prefix: str
     seeds: int  # at most
     settings: dict[str, Any]
-    variants: tuple[str, ...] = ()  # none named: all
+    blocks: tuple[list[Variant], ...]  # what is run, one block after the other
 
-
-FULL = Scale("study", 5, {})
-QUICK = Scale(
-    "study_quick", 2, {"stage_cnt": 2, "sample.num_batches_per_epoch": 1, "eval.num_images": 96}, ("ddpo", "bpt", "bs", "b2")
-)
 
 ARMS = [Variant(arm, arm, 5, against="ddpo") for arm in ("ddpo", "bpt", "bs", "b2")]
 OBJECTIVE_RUNS = [
@@ -99,6 +94,9 @@ CONTROLS = [  # the most telling first
     Variant("ddpo, rate doubled", "ddpo", 2, {"train.learning_rate": 4e-3}, against="ddpo"),
 ]
 VARIANTS = {variant.name: variant for variant in [*ARMS, *OBJECTIVE_RUNS, *CONTROLS]}
+FULL = Scale("study", 5, {}, (ARMS, OBJECTIVE_RUNS, CONTROLS))
+SHORT = {"stage_cnt": 2, "sample.num_batches_per_epoch": 1, "eval.num_images": 96}
+QUICK = Scale("study_quick", 2, SHORT, (ARMS,))
 
 
 def main() -> None:
@@ -119,9 +117,8 @@ def main() -> None:
 def runs(scale: Scale) -> list[tuple[Variant, int]]:
     """Every run: arms, objectives, controls, each of them seed by seed."""
     found = []
-    for block in (ARMS, OBJECTIVE_RUNS, CONTROLS):
-        wanted = [one for one in block if not scale.variants or one.name in scale.variants]
-        found += [(one, seed) for seed in range(1, scale.seeds + 1) for one in wanted if seed <= one.seeds]
+    for block in scale.blocks:
+        found += [(one, seed) for seed in range(1, scale.seeds + 1) for one in block if seed <= one.seeds]
     return found
 
 

@@ -31,6 +31,7 @@ def reference() -> ConfigDict:
     config.dev_id = 0  # CUDA device; without CUDA everything runs on the CPU
     config.mixed_precision = "auto"  # auto | no | fp16 | bf16; auto: bf16 or fp16 on CUDA, none on the CPU
     config.allow_tf32 = True  # TF32 matrix products on CUDA, where they are not half precision anyway
+    config.compile = False  # run the network by torch.compile: faster after some minutes, or a cache; other rounding
     config.num_threads = 0  # CPU threads; 0: as the experiment was begun, else torch's default
     config.track_with = ()  # ("wandb",), ("tensorboard",) or both, one run an experiment; JSON lines are written in any case
     config.wandb_mode = "offline"  # offline | online; offline needs no account, and `wandb sync` uploads it later
@@ -63,9 +64,11 @@ def reference() -> ConfigDict:
     config.sample = sample = ConfigDict()
     sample.num_steps = 20  # T, sampler steps
     sample.eta = 1.0  # DDIM's eta: 1 is fully stochastic, 0 is refused
+    sample.prefix_eta = -1.0  # the same for the steps before the trained ones; -1: as sample.eta; 0: deterministic
     sample.guidance_scale = 5.0  # classifier-free guidance, in training too; 1: none
     sample.batch_size = 8  # prompts (groups) a batch; a batch holds batch_size * split_time images
     sample.num_batches_per_epoch = 32  # batches a stage, over all processes
+    # Sizes that only memory limits are the most that is tried: what does not fit is halved until it does.
     sample.micro_batch_size = 0  # images the network sees at once; 0: the whole batch
     sample.decode_batch_size = 16  # latents decoded to images at once
 
@@ -131,7 +134,10 @@ def reference() -> ConfigDict:
     train.num_epochs = 2  # passes over a stage's selection
     train.batch_size = 2  # batch_size * gradient_accumulation_steps trajectories, each with
     train.gradient_accumulation_steps = 64  # all its S steps, make one update
-    train.micro_batch_size = 8  # trajectories the network sees at once; memory and speed, not the result
+    train.micro_batch_size = 8  # transitions the network sees at once; memory and speed, not the result
+    train.gradient_checkpointing = False  # a third less speed, a fraction of the memory, not the result
+    train.timestep_fraction = 1.0  # of a trajectory's S steps, how many an update takes, drawn anew each time
+    train.unconditional_gradient = True  # False: none through guidance's unconditional half; faster, another gradient
     train.learning_rate = 1e-4  # AdamW's
     train.adam_beta1 = 0.9  # AdamW's
     train.adam_beta2 = 0.999  # AdamW's
@@ -151,7 +157,7 @@ def reference() -> ConfigDict:
 
     # ---- what stays on disk ----
     config.keep = keep = ConfigDict()
-    keep.samples = False  # keep a stage's trajectories after its training
+    keep.samples = False  # keep trajectories: those not selected after the selection, the others after the training
     keep.images = -1  # images kept a stage after its training; -1: all
     return config
 

@@ -11,6 +11,7 @@ import re
 import runpy
 import shutil
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -30,6 +31,10 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from absl.flags import FLAGS  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
+
+from b2diffurl.selection import Selected  # noqa: E402
+from b2diffurl.stage import Stage  # noqa: E402
+from b2diffurl.trajectory import SelectedTrajectories, Trajectories, save_selected  # noqa: E402
 
 torch.set_num_threads(1)
 for library in (diffusers, transformers):
@@ -149,6 +154,15 @@ def experiment(folder: Path) -> Path:
     return folder / "model" / "lora" / "tiny"
 
 
+def read_selected(stage: Stage, selected: list[Selected], batch_size: int) -> Trajectories:
+    """Trajectories of a stage whose samples were kept, by way of the files that selecting writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        copied = Stage(Path(folder), stage.index)
+        shutil.copytree(stage.samples, copied.samples)
+        save_selected(copied, selected, batch_size)
+        return SelectedTrajectories(copied, selected, batch_size).read(range(len(selected)))
+
+
 def run_verb(folder: Path, config: ConfigDict, verb: str) -> None:
     """Call one verb with `folder` as the current directory."""
     from b2diffurl.sample import sample_stage
@@ -179,7 +193,7 @@ def comparable(folder: Path) -> dict[str, object]:
 
     def timeless(value):
         if isinstance(value, dict):
-            keys = ("finished", "seconds", "load", "sample", "score", "train")
+            keys = ("finished", "seconds", "load", "sample", "decode", "write", "score", "train", "peak_memory_bytes")
             kept = {key: timeless(item) for key, item in value.items() if key not in keys}
             return {key: item for key, item in kept.items() if not key.startswith("metrics/")}
         return [timeless(item) for item in value] if isinstance(value, list) else value

@@ -50,10 +50,17 @@ class GaussianWorld:
         return {"mean": torch.tensor([float(prompt) for prompt in prompts]).view(-1, 1, 1, 1)}
 
     def predict(
-        self, x_t: Tensor, timesteps: Tensor, conditions: Conditions, unconditional: Conditions, guidance_scale: float
+        self,
+        x_t: Tensor,
+        timesteps: Tensor,
+        conditions: Conditions,
+        unconditional: Conditions,
+        guidance_scale: float,
+        *,
+        unconditional_gradient: bool = True,
     ) -> Tensor:
         assert guidance_scale == 1
-        return self.network(x_t, self.scheduler.alphas_cumprod[timesteps], conditions["mean"])
+        return self.network(x_t, self.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1), conditions["mean"])
 
     @contextmanager
     def base_policy(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from b2diffurl.branching import branch_sample, denoise
 from b2diffurl.ddim import step_weights, transition
+from b2diffurl.memory import BatchSizes
 from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.policy import predictor
 from b2diffurl.seeding import generator
@@ -57,8 +58,10 @@ def make_trainer(world: GaussianWorld, objective: str, num_trained_steps: int, *
         objective=OBJECTIVES[objective],
         options={key: value for key, value in (OPTIONS | options).items() if key in OBJECTIVES[objective].options},
         guidance_scale=1.0,
-        micro_batch_size=100_000,
+        unconditional_gradient=True,
+        sizes=BatchSizes(Path("nowhere"), torch.device("cpu"), {"train.micro_batch_size": 100_000}),
         max_grad_norm=1.0,
+        num_chosen_steps=num_trained_steps,
     )
 
 
@@ -105,7 +108,7 @@ def learn(objective: str, seed: int, *, sign: float = 1.0, **options: float) -> 
             torch.tensor([one.score for one in selected]), clip=5.0, positive_weight=1.0, negative_weight=1.0
         )
         for _ in range(1 if plain else 2):
-            trainer.update(kept, weights, make_units(selected, paired=trainer.objective.paired))
+            trainer.update(kept, weights, make_units(selected, paired=trainer.objective.paired), range(num_trained_steps))
     return world
 
 
@@ -167,7 +170,9 @@ def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(objective):
     prompts = PROMPTS * 30_000
     images = sample(world, prompts, 1, NUM_STEPS, 0)
     rewards = reward_of(images.latents[:, -1], prompts)
-    trainer.accumulate(images, rewards - rewards.mean(), torch.arange(len(prompts)))
+    trainer.accumulate(
+        images, rewards - rewards.mean(), torch.arange(len(prompts)), range(NUM_STEPS), size=100_000, apart=False
+    )
     (exact,) = torch.autograd.grad(expected_reward(world), world.network.theta)
     torch.testing.assert_close(-trainer.gradient() * NUM_STEPS * exact.numel(), exact.flatten(), rtol=0.06, atol=0)
 

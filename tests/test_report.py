@@ -24,7 +24,7 @@ from b2diffurl.pictures import Pair, curve_panels, heat_map, panel_figure, panel
 from b2diffurl.report import change, disk_usage, figure_table, main, read_pairs, refresh, write_report
 from b2diffurl.results import with_error
 from b2diffurl.stage import Stage
-from b2diffurl.tree import Tree, load_tree, save_tree, spread, watching
+from b2diffurl.tree import Tree, decode_tree, load_tree, save_tree, spread, watching
 
 JUDGED = {"eval.judge": "shapes", "eval.diversity": ("clip", "layout")}
 
@@ -267,7 +267,7 @@ def test_a_tree_decodes_each_state_at_its_place(tmp_path):
     latents = torch.stack([torch.arange(6, 21.0) + 20 * (k > 0) * k for k in range(2)])
     latents[:, 0] = 6
     latents = latents[:, :, None, None, None].expand(-1, -1, 3, 2, 2)
-    save_tree(stage, "a prompt", prefix, latents, lambda states: states.permute(0, 2, 3, 1).to(torch.uint8))
+    save_tree(stage, decode_tree("a prompt", prefix, latents, lambda states: states.permute(0, 2, 3, 1).to(torch.uint8)))
     tree = load_tree(stage)
     assert tree == Tree("a prompt", 20, tree.shared, tree.branches)
     assert {step: int(tile.max()) for step, tile in tree.shared.items()} == {0: 0, 2: 2, 4: 4, 6: 6}

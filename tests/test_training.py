@@ -4,6 +4,7 @@ N selected trajectories, S trained steps, U units: trajectories or pairs of them
 """
 
 import contextlib
+import itertools
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import REFERRING, experiment, make_config, run_stage
+from conftest import REFERRING, experiment, make_config, read_selected, run_stage
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,7 +30,7 @@ from b2diffurl.runtime import make_accelerator
 from b2diffurl.selection import Selected
 from b2diffurl.stage import LORA_FILE, Stage
 from b2diffurl.train import Trainer, make_trainer, micro_batches, update_rows
-from b2diffurl.trajectory import Trajectories, load_selected
+from b2diffurl.trajectory import Trajectories
 
 CLIP_RANGE = 1e-3  # of the gradient tests: small enough for the off-policy ratios below to be clipped in part
 DPOK = {"train.objective": "dpok", "train.kl_weight": 2.0}  # large enough for both terms to count
@@ -61,13 +62,20 @@ def batch(finished) -> tuple[Trajectories, Tensor]:
     stage = Stage(experiment(finished), 1)
     rows = json.loads(stage.selection.read_text())
     selected = [Selected(row["group"], row["branch"], row["score"]) for row in rows]
-    return load_selected(stage, selected, 2), torch.tensor([row["advantage"] for row in rows])
+    return read_selected(stage, selected, 2), torch.tensor([row["advantage"] for row in rows])
 
 
-def gradient(trainer: Trainer, trajectories: Trajectories, advantages: Tensor, units: Tensor) -> tuple[Tensor, list]:
+def gradient(
+    trainer: Trainer, trajectories: Trajectories, advantages: Tensor, units: Tensor, *, apart: bool = True
+) -> tuple[Tensor, list]:
     trainer.optimizer.zero_grad()
-    per_step = trainer.accumulate(trajectories, advantages, units)
+    size = trainer.sizes.sizes["train.micro_batch_size"]
+    per_step = trainer.accumulate(trajectories, advantages, units, every_step(trainer), size=size, apart=apart)
     return trainer.gradient().clone(), per_step
+
+
+def every_step(trainer: Trainer) -> range:
+    return range(len(trainer.step_weight))
 
 
 def difference(one: Tensor, other: Tensor) -> float:
@@ -193,15 +201,19 @@ def test_preferences_are_those_over_the_base_on_disk(bench, batch, base_unet):
 
 @pytest.mark.parametrize("settings", [{}, D3PO], ids=["ddpo", "d3po"])
 def test_micro_batching_does_not_change_the_update(bench, batch, settings):
-    """Any micro-batch size, in trajectories, gives the same gradient up to rounding, remainders included."""
+    """Any micro-batch size, in transitions, gives the same gradient up to rounding, remainders included, be they of one step
+    or of several at once; and so are the losses of each step."""
     trainer = bench(**settings)
     units = UNITS[settings.get("train.objective", "ddpo")]
-    whole, _ = gradient(trainer, *batch, units)
-    for size in (1, 2, 4, 5, 100):
-        trainer.micro_batch_size = size
-        split, per_step = gradient(trainer, *batch, units)
+    whole, looped = gradient(trainer, *batch, units)
+    for size, apart in itertools.product((1, 2, 4, 5, 14, 100), (True, False)):
+        trainer.sizes.sizes["train.micro_batch_size"] = size
+        split, per_step = gradient(trainer, *batch, units, apart=apart)
         assert difference(split, whole) < 1e-5
-        assert all(len(step["loss"]) == len(units) for step in per_step)
+        for one, other in zip(per_step, looped, strict=True):
+            torch.testing.assert_close(one["loss"], other["loss"], rtol=1e-4, atol=1e-6)
+            assert torch.equal(one["units"], units)
+            assert ("grad_norm" in one) == (apart or size < 2 * units.numel())
 
 
 @pytest.mark.parametrize("settings", [{}, D3PO], ids=["ddpo", "d3po"])
@@ -294,7 +306,7 @@ def test_an_update_is_clipped_adamw(bench, batch):
     step = (m / (1 - 0.9 ** (count + 1))) / ((v / (1 - 0.999 ** (count + 1))).sqrt() + 1e-8)
     expected = before * (1 - 3e-3 * 0.1) - 3e-3 * step
     trainer.optimizer.zero_grad()
-    report = trainer.update(*batch, rows)
+    report = trainer.update(*batch, rows, every_step(trainer))
     after = torch.cat([parameter.detach().flatten() for parameter in parameters])
     assert difference(after - before, expected - before) < 1e-3
     assert report["grad_norm"] > 1e-4
@@ -309,14 +321,15 @@ def test_a_fresh_lora_is_the_base_policy(bench, finished):
     policy and those that sampling recorded, and the KL is exactly 0; a trained adapter is another policy."""
     names = ("log_prob", "old_log_prob", "ref_log_prob", "kl")
     siblings = [Selected(group, branch, 0.0) for group in range(2) for branch in range(3)]
-    trajectories = load_selected(Stage(experiment(finished), 0), siblings, 2)
+    trajectories = read_selected(Stage(experiment(finished), 0), siblings, 2)
     for fresh in (True, False):
         trainer = bench(fresh=fresh)
         trainer.step_weight = torch.ones(2)
         trainer.objective = Objective(lambda *tensors: (tensors[0], dict(zip(names, tensors, strict=True))), names)
         trainer.options = {}
         for step in range(2):
-            _, found = trainer.step_loss(trajectories, torch.ones(6), torch.arange(6), step)
+            _, stacked = trainer.step_loss(trajectories, torch.ones(6), torch.arange(6), [step])
+            found = {key: value[0] for key, value in stacked.items()}
             assert torch.equal(found["ref_log_prob"], found["old_log_prob"])
             assert torch.equal(found["log_prob"], found["ref_log_prob"]) == fresh
             assert torch.equal(found["kl"], torch.zeros(6)) == fresh
@@ -547,7 +560,7 @@ def test_a_non_finite_loss_stops_the_update(bench, batch, tmp_path, settings, wh
     units = torch.tensor([[0, 1], [4, 5], [2, 3]] if settings is D3PO else [2, 5, 6])
     rows = units[1].flatten()
     with pytest.raises(FloatingPointError, match="not finite") as error:
-        trainer.update(trajectories, advantages, units)
+        trainer.update(trajectories, advantages, units, every_step(trainer))
     for name, value in trainer.model.trainable().items():
         assert torch.equal(value, before[name])
     (written,) = tmp_path.rglob("*.safetensors")

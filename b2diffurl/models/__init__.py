@@ -36,9 +36,26 @@ class Model(Protocol):
         """How many of the prompt's tokens are beyond what `encode` reads."""
 
     def predict(
-        self, x_t: Tensor, timesteps: Tensor, conditions: Conditions, unconditional: Conditions, guidance_scale: float
+        self,
+        x_t: Tensor,
+        timesteps: Tensor,
+        conditions: Conditions,
+        unconditional: Conditions,
+        guidance_scale: float,
+        *,
+        unconditional_gradient: bool = True,
     ) -> Tensor:
-        """Model output [N,C,h,w] float32 with classifier-free guidance inside; conditions [N, ...] or [1, ...]."""
+        """Model output [N,C,h,w] float32 with classifier-free guidance inside; timesteps [N] or one, conditions [N, ...] or
+        [1, ...]. Without `unconditional_gradient` guidance's unconditional half is a constant to autograd."""
+
+    def reset(self) -> None:
+        """Make the model as it was loaded: the fresh adapter, no gradients, nothing wrapped around the network."""
+
+    def checkpoint_gradients(self) -> None:
+        """From now on recompute activations in the backward pass instead of keeping them."""
+
+    def compile(self) -> None:
+        """From now on run the network by torch.compile."""
 
     def base_policy(self) -> AbstractContextManager[None]:
         """Inside it `predict` is the frozen base model's: the same network with its adapter disabled."""
