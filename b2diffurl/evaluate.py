@@ -30,7 +30,7 @@ from b2diffurl.experiment import (
 from b2diffurl.features import Features, check_features, features_identity, load_features
 from b2diffurl.generate import SAMPLERS, SamplerSettings, sample_images, training_sampler
 from b2diffurl.models import Model, base_fingerprint
-from b2diffurl.policy import load_policy, warn_of_cut_prompts
+from b2diffurl.policy import check_base, load_policy, warn_of_cut_prompts
 from b2diffurl.prompts import batch_prompts, named_prompts
 from b2diffurl.results import add_differences, describe, record, summarise, summarise_diversity
 from b2diffurl.rewards import (
@@ -84,12 +84,15 @@ def evaluate(
     check_rewards(scorers, config.reward, everything)
     for name in config.eval.diversity:
         check_features(name, config, everything)
+    fingerprint = base_fingerprint(config.pretrained)
+    for lora in filter(None, loras):
+        check_base(lora, config.pretrained, fingerprint)
     begun = files.read_json(root / "config.json") if (root / "config.json").is_file() else None
     threads = config.num_threads or (begun["num_threads"] if begun else 0)
     if begun:
         warn_of_other_settings(config, begun["config"])
     accelerator = make_accelerator(config, threads)
-    common = conditions(config, scorers, scales, accelerator)
+    common = conditions(config, scorers, scales, accelerator, fingerprint)
     results = []
     instruments = None
     for lora in dict.fromkeys(loras):
@@ -189,8 +192,10 @@ def named_scorers(config: ConfigDict) -> list[str]:
     return [name for name in dict.fromkeys(named) if name not in ("", "file")]
 
 
-def conditions(config: ConfigDict, scorers: list[str], scales: Scales | None, accelerator: Accelerator) -> list:
-    """What decides the numbers beside checkpoint, prompts and sampler.
+def conditions(
+    config: ConfigDict, scorers: list[str], scales: Scales | None, accelerator: Accelerator, fingerprint: str
+) -> list:
+    """What decides the numbers beside checkpoint, prompts and sampler; `fingerprint` is the base model's.
 
     Left out are the number of threads, which moves results by rounding, and this package's own code.
     """
@@ -207,7 +212,7 @@ def conditions(config: ConfigDict, scorers: list[str], scales: Scales | None, ac
         ],
         {key: config.eval[key] for key in ("judge", "diversity", "num_images", "batch_size", "seed")},
         [accelerator.device.type, accelerator.mixed_precision, config.allow_tf32],
-        base_fingerprint(config.pretrained),
+        fingerprint,
         config.pretrained.resolution,
     ]
 

@@ -26,14 +26,19 @@ def load_policy(config: Mapping, accelerator: Accelerator, lora: Path | None, *,
         decoder=decoder,
     )
     if lora is not None:
-        state = read_state(lora)
-        if state and state["base_model_sha256"] != model.fingerprint:
-            raise ValueError(
-                f"{lora.parent} was trained on another base model (SHA-256 {state['base_model_sha256'][:12]}…, "
-                f"{config['pretrained']['model']} has {model.fingerprint[:12]}…). Use that base, or start anew."
-            )
+        check_base(lora, config["pretrained"], model.fingerprint)
         model.load_adapter(lora)
     return model
+
+
+def check_base(lora: Path, pretrained: Mapping, fingerprint: str) -> None:
+    """Refuse a LoRA that was trained on another base model than `pretrained`, which has this `fingerprint`."""
+    state = read_state(lora)
+    if state and state["base_model_sha256"] != fingerprint:
+        raise ValueError(
+            f"{lora.parent} was trained on another base model (SHA-256 {state['base_model_sha256'][:12]}…, "
+            f"{pretrained['model']} has {fingerprint[:12]}…). Use that base, or start anew."
+        )
 
 
 def predictor(
