@@ -6,7 +6,11 @@ from absl import flags
 
 from b2diffurl.runtime import run_script
 
-flags.DEFINE_list("checkpoint", ["base", "last"], "base, last, stage<i>, or the path of a LoRA; several with commas.")
+flags.DEFINE_list(
+    "checkpoint",
+    ["base", "last"],
+    "base, last, stage<i>, stage<i>/checkpoint_<n>, or the path of a LoRA; several with commas.",
+)
 flags.DEFINE_list("prompts", ["test"], "train, test, or a prompt file; several with commas.")
 flags.DEFINE_list(
     "sampler", ["training", "deployed"], "training's, or the one of config.eval.deployed; several with commas."

@@ -67,9 +67,10 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Judge every checkpoint on every prompt set with every sampler; one result each, base first if asked for.
 
-    A checkpoint is `base`, `last` (the experiment's newest), `stage<i>`, or the path of a LoRA. A prompt set is `train`,
-    `test`, or a prompt file. What has been judged before is read back, not redone. Where `base` is among the checkpoints
-    the others carry their paired difference to it. Each result becomes a row of the experiment's eval.jsonl.
+    A checkpoint is `base`, `last` (the experiment's newest), `stage<i>`, `stage<i>/checkpoint_<n>`, or the path of a LoRA. A
+    prompt set is `train`, `test`, or a prompt file. What has been judged before is read back, not redone. Where `base` is
+    among the checkpoints the others carry their paired difference to it. Each result becomes a row of the experiment's
+    eval.jsonl.
     """
     check(config)
     root = experiment_folder(config)

@@ -282,24 +282,24 @@ def find_experiment(name: str) -> Path:
 def resolve_checkpoint(root: Path, name: str) -> Path | None:
     """The LoRA file that a checkpoint's name means, of a finished stage compared with its manifest; None for `base`.
 
-    `last` is the newest stage's, `stage<i>` that of stage i, anything else a path; errors say what there is instead.
+    `last` is the newest stage's, `stage<i>` that of stage i, `stage<i>/checkpoint_<n>` the one that is called so in results,
+    anything else a path; errors say what there is instead.
     """
     if name == "base":
         return None
     trained = {f"stage{stage.index}": stage for stage in finished_stages(root, "train")}
-    meant = trained.get(list(trained)[-1] if name == "last" and trained else name)
-    if meant:
-        meant.verify("train", "checkpoints")
-        return find_lora(meant.folder)
-    is_stage = re.fullmatch(r"stage\d+", name)
-    if name == "last" or (is_stage and not find_checkpoints(root / name / "checkpoints")):
-        there = f"trained are {', '.join(trained)}" if trained else "it has no trained stage; run run_process.sh first"
-        raise FileNotFoundError(f"{root} has no checkpoint {name!r}: {there}. {known_experiments(root.parent)}")
-    lora = find_lora(root / name if is_stage else Path(name).expanduser())
-    of_stage = trained.get(Path(relative_to(root, lora)).parts[0])
+    name = list(trained)[-1] if name == "last" and trained else name
+    named = re.fullmatch(r"(stage\d+)(?:/(checkpoint_\d+))?", name)
+    path = root / named[1] / "checkpoints" / (named[2] or "") if named else Path(name).expanduser()
+    of_stage = trained.get(relative_to(root, path.resolve()).split("/")[0])
     if of_stage:
         of_stage.verify("train", "checkpoints")
-    return lora
+    if name == "last" or (named and not find_checkpoints(path) and not (path / LORA_FILE).is_file()):
+        there = f"trained are {', '.join(trained)}" if trained else "it has no trained stage; run run_process.sh first"
+        kept = [f"{named[1]}/{folder.name}" for folder in find_checkpoints(path.parent)] if named else []
+        there = f"there are {', '.join(kept)}" if kept else there
+        raise FileNotFoundError(f"{root} has no checkpoint {name!r}: {there}. {known_experiments(root.parent)}")
+    return find_lora(path)
 
 
 def known_experiments(folder: Path) -> str:

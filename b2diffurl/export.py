@@ -33,7 +33,9 @@ def main() -> None:
     """Parse the command line and export. A mistake of the user's ends in two lines and exit code 2."""
     parser = argparse.ArgumentParser(prog="python -m b2diffurl.export", description="Export a checkpoint, and a model card.")
     parser.add_argument("experiment", help="its folder, or its name")
-    parser.add_argument("--checkpoint", default="last", help="last, stage<i>, or the path of a LoRA (default: last)")
+    parser.add_argument(
+        "--checkpoint", default="last", help="last, stage<i>, stage<i>/checkpoint_<n>, or the path of a LoRA (default: last)"
+    )
     parser.add_argument(
         "--format",
         choices=FORMATS,

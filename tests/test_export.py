@@ -78,7 +78,10 @@ def test_draws_the_same(models, workplace, strong, form, source, alpha):
     assert np.abs(draw(base_pipeline(models)) - expected).max() > 4.0
 
 
-@pytest.mark.parametrize(("name", "checkpoint"), [("last", "stage1"), ("stage0", "stage0"), ("stage1", "stage1")])
+@pytest.mark.parametrize(
+    ("name", "checkpoint"),
+    [("last", "stage1"), ("stage0", "stage0"), ("stage1", "stage1"), ("stage1/checkpoint_2", "stage1")],
+)
 def test_which_checkpoint(workplace, name, checkpoint):
     """A name means the last checkpoint of its stage, bit for bit; export.json says which it was."""
     root = experiment(workplace)
