@@ -191,6 +191,7 @@ def write_pipeline(folder: Path, lora: Path, pretrained: Mapping, *, rank: int) 
     model.unet.unload_lora()
     root = locate(pretrained["model"], revision=pretrained["revision"], patterns=file_patterns(pretrained["variant"]))
     configs = root if root.is_dir() else locate(pretrained["config"], patterns=["model_index.json", "*/*.json"])
+    transformers.utils.logging.set_verbosity_error()  # the pipeline's import warns of a torchvision that it does not need
     parts = {name: getattr(model, name) for name in ("unet", "vae", "text_encoder", "tokenizer")}
     none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(configs, **parts, **none)

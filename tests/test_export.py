@@ -170,6 +170,15 @@ def test_a_folder_of_others_is_not_overwritten(workplace, tmp_path):
         export(root, out=added)
 
 
+def test_a_pipeline_is_all_that_is_spoken_of(workplace):
+    """As a process of its own, into pipes: one line on stdout, and nothing on stderr, whatever is not installed."""
+    command = [sys.executable, "-m", "b2diffurl.export", "tiny", "--format=pipeline"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.stdout == "export: model/lora/tiny/export/pipeline\n"
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 # ---- bad input ----
 
 
