@@ -23,10 +23,13 @@ flags.DEFINE_string("prompt", None, "Draw this prompt by the base and the last c
 
 def main(config):
     from b2diffurl import evaluate, report
+    from b2diffurl.experiment import take_recorded
     from b2diffurl.results import headline, name_best
     from b2diffurl.tracking import track
 
     given, root = flags.FLAGS, evaluate.experiment_folder(config)
+    set_here = [name for name in given if name.startswith("config.") and given[name].present]
+    take_recorded(config, [name.removeprefix("config.") for name in set_here])
     samplers = evaluate.named_samplers(config, given.sampler)
     if given.prompt is not None:
         sampler = given.sampler[-1]

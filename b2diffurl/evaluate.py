@@ -135,7 +135,7 @@ def warn_of_other_settings(config: ConfigDict, trained: Mapping) -> None:
     }
     other = [f"{name} is {here}, in training it was {there}" for name, (here, there) in found.items() if here != there]
     if other:
-        logger.warning("eval: %s; give run_eval.py the run's own settings unless you mean that", "; ".join(other))
+        logger.warning("eval: %s; unless you mean that, leave it out, and it is as in training", "; ".join(other))
 
 
 def evaluate_due(config: ConfigDict) -> list[dict[str, Any]]:
