@@ -6,7 +6,11 @@ from absl import flags
 
 from b2diffurl.runtime import run_script
 
-flags.DEFINE_list("checkpoint", ["base", "last"], "base, last, stage<i>, or the path of a LoRA; several with commas.")
+flags.DEFINE_list(
+    "checkpoint",
+    ["base", "last"],
+    "base, last, stage<i>, stage<i>/checkpoint_<n>, or the path of a LoRA; several with commas.",
+)
 flags.DEFINE_list("prompts", ["test"], "train, test, or a prompt file; several with commas.")
 flags.DEFINE_list(
     "sampler", ["training", "deployed"], "training's, or the one of config.eval.deployed; several with commas."
@@ -19,10 +23,13 @@ flags.DEFINE_string("prompt", None, "Draw this prompt by the base and the last c
 
 def main(config):
     from b2diffurl import evaluate, report
+    from b2diffurl.experiment import take_recorded
     from b2diffurl.process import judge, judge_due
     from b2diffurl.results import headline, name_best
 
     given = flags.FLAGS
+    set_here = [name for name in given if name.startswith("config.") and given[name].present]
+    take_recorded(config, [name.removeprefix("config.") for name in set_here])
     if given.prompt is not None:
         samplers, sampler = evaluate.named_samplers(config, given.sampler), given.sampler[-1]
         images = evaluate.prompt_images(config, given.checkpoint[-1], given.prompt, samplers[sampler])

@@ -30,7 +30,7 @@ from b2diffurl.experiment import (
 from b2diffurl.features import Features, check_features, features_identity, load_features
 from b2diffurl.generate import SAMPLERS, SamplerSettings, sample_images, training_sampler
 from b2diffurl.models import Model, base_fingerprint
-from b2diffurl.policy import load_policy, warn_of_cut_prompts
+from b2diffurl.policy import check_base, load_policy, warn_of_cut_prompts
 from b2diffurl.prompts import batch_prompts, named_prompts
 from b2diffurl.results import add_differences, describe, record, summarise, summarise_diversity
 from b2diffurl.rewards import (
@@ -67,9 +67,10 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Judge every checkpoint on every prompt set with every sampler; one result each, base first if asked for.
 
-    A checkpoint is `base`, `last` (the experiment's newest), `stage<i>`, or the path of a LoRA. A prompt set is `train`,
-    `test`, or a prompt file. What has been judged before is read back, not redone. Where `base` is among the checkpoints
-    the others carry their paired difference to it. Each result becomes a row of the experiment's eval.jsonl.
+    A checkpoint is `base`, `last` (the experiment's newest), `stage<i>`, `stage<i>/checkpoint_<n>`, or the path of a LoRA. A
+    prompt set is `train`, `test`, or a prompt file. What has been judged before is read back, not redone. Where `base` is
+    among the checkpoints the others carry their paired difference to it. Each result becomes a row of the experiment's
+    eval.jsonl.
     """
     check(config)
     root = experiment_folder(config)
@@ -84,12 +85,15 @@ def evaluate(
     check_rewards(scorers, config.reward, everything)
     for name in config.eval.diversity:
         check_features(name, config, everything)
+    fingerprint = base_fingerprint(config.pretrained)
+    for lora in filter(None, loras):
+        check_base(lora, config.pretrained, fingerprint)
     begun = files.read_json(root / "config.json") if (root / "config.json").is_file() else None
     threads = config.num_threads or (begun["num_threads"] if begun else 0)
     if begun:
         warn_of_other_settings(config, begun["config"])
     accelerator = make_accelerator(config, threads)
-    common = conditions(config, scorers, scales, accelerator)
+    common = conditions(config, scorers, scales, accelerator, fingerprint)
     results = []
     instruments = None
     for lora in dict.fromkeys(loras):
@@ -131,7 +135,7 @@ def warn_of_other_settings(config: ConfigDict, trained: Mapping) -> None:
     }
     other = [f"{name} is {here}, in training it was {there}" for name, (here, there) in found.items() if here != there]
     if other:
-        logger.warning("eval: %s; give run_eval.py the run's own settings unless you mean that", "; ".join(other))
+        logger.warning("eval: %s; unless you mean that, leave it out, and it is as in training", "; ".join(other))
 
 
 def evaluate_due(config: ConfigDict) -> list[dict[str, Any]]:
@@ -189,8 +193,10 @@ def named_scorers(config: ConfigDict) -> list[str]:
     return [name for name in dict.fromkeys(named) if name not in ("", "file")]
 
 
-def conditions(config: ConfigDict, scorers: list[str], scales: Scales | None, accelerator: Accelerator) -> list:
-    """What decides the numbers beside checkpoint, prompts and sampler.
+def conditions(
+    config: ConfigDict, scorers: list[str], scales: Scales | None, accelerator: Accelerator, fingerprint: str
+) -> list:
+    """What decides the numbers beside checkpoint, prompts and sampler; `fingerprint` is the base model's.
 
     Left out are the number of threads, which moves results by rounding, and this package's own code.
     """
@@ -207,7 +213,7 @@ def conditions(config: ConfigDict, scorers: list[str], scales: Scales | None, ac
         ],
         {key: config.eval[key] for key in ("judge", "diversity", "num_images", "batch_size", "seed")},
         [accelerator.device.type, accelerator.mixed_precision, config.allow_tf32],
-        base_fingerprint(config.pretrained),
+        fingerprint,
         config.pretrained.resolution,
     ]
 

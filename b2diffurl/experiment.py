@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,11 @@ ADDED = {
 }  # fmt: skip
 ADDED_UNUSED = ("train.kl_weight", "train.dpo_beta")
 RENAMED = {"reward.model": "reward.clip.model"}
+# What is not taken from a record where another key is given, which it would outdo or not fit.
+BESIDE = {
+    "reward.name": ("reward.weights", "reward.standardise"), "reward.weights": ("reward.standardise",),
+    "prompt_file": ("prompt",),
+}  # fmt: skip
 CURRICULA = ("progressive", "fixed", "reversed", "random")
 SAMPLINGS = ("branch", "independent")
 SELECTIONS = ("pairs", "all")
@@ -233,8 +238,7 @@ def check_choice(name: str, value: str, choices: Any) -> None:
 def check_identity(recorded: dict, wanted: dict, root: Path) -> None:
     """Refuse a configuration that differs from the recorded one in anything that is not volatile."""
     now = flatten(wanted["config"])
-    before = {RENAMED.get(key, key): value for key, value in flatten(recorded["config"]).items()}
-    before = {key: now[key] for key in ADDED_UNUSED} | ADDED | before
+    before = {key: now[key] for key in ADDED_UNUSED} | recorded_settings(recorded)
     reward = wanted["config"]["reward"]
     volatile = {*VOLATILE, *unused_settings(now, [*(reward["weights"] or [reward["name"]]), "weights"])}
     volatile |= {"reward.name"} if reward["weights"] else set()
@@ -250,6 +254,27 @@ def check_identity(recorded: dict, wanted: dict, root: Path) -> None:
             f"{root} belongs to another configuration: {'; '.join(differing)}. "
             "Go on with the recorded values, or give the new experiment another exp_name."
         )
+
+
+def recorded_settings(recorded: Mapping) -> dict[str, Any]:
+    """The flat configuration in what config.json holds, by today's keys where an earlier version wrote it."""
+    return ADDED | {RENAMED.get(key, key): value for key, value in flatten(recorded["config"]).items()}
+
+
+def take_recorded(config: ConfigDict, given: Collection[str]) -> None:
+    """Set the experiment's own settings, which are all but the volatile ones, as its config.json has them; keys that are
+    `given`, and those that mean nothing beside them, stay."""
+    path = Path(config["save_path"]) / config["exp_name"] / "config.json"
+    if not path.is_file():
+        return
+    recorded = files.read_json(path)
+    before = recorded_settings(recorded) | {"reward.weights": recorded["config"]["reward"].get("weights")}
+    kept = {*VOLATILE, *given}.union(*(BESIDE.get(key, ()) for key in given))
+    now = flatten(config.to_dict())
+    taken = {key: before[key] for key in now if key not in kept and before.get(key, now[key]) != now[key]}
+    if taken:
+        logger.info("as %s has it: %s", path, ", ".join(f"{key} {value!r}" for key, value in taken.items()))
+    config.update_from_flattened_dict(taken)
 
 
 def unused_settings(flat: Mapping[str, Any], rewards: Sequence[str]) -> list[str]:
@@ -288,24 +313,24 @@ def find_experiment(name: str) -> Path:
 def resolve_checkpoint(root: Path, name: str) -> Path | None:
     """The LoRA file that a checkpoint's name means, of a finished stage compared with its manifest; None for `base`.
 
-    `last` is the newest stage's, `stage<i>` that of stage i, anything else a path; errors say what there is instead.
+    `last` is the newest stage's, `stage<i>` that of stage i, `stage<i>/checkpoint_<n>` the one that is called so in results,
+    anything else a path; errors say what there is instead.
     """
     if name == "base":
         return None
     trained = {f"stage{stage.index}": stage for stage in finished_stages(root, "train")}
-    meant = trained.get(list(trained)[-1] if name == "last" and trained else name)
-    if meant:
-        meant.verify("train", "checkpoints")
-        return find_lora(meant.folder)
-    is_stage = re.fullmatch(r"stage\d+", name)
-    if name == "last" or (is_stage and not find_checkpoints(root / name / "checkpoints")):
-        there = f"trained are {', '.join(trained)}" if trained else "it has no trained stage; run run_process.sh first"
-        raise FileNotFoundError(f"{root} has no checkpoint {name!r}: {there}. {known_experiments(root.parent)}")
-    lora = find_lora(root / name if is_stage else Path(name).expanduser())
-    of_stage = trained.get(Path(relative_to(root, lora)).parts[0])
+    name = list(trained)[-1] if name == "last" and trained else name
+    named = re.fullmatch(r"(stage\d+)(?:/(checkpoint_\d+))?", name)
+    path = root / named[1] / "checkpoints" / (named[2] or "") if named else Path(name).expanduser()
+    of_stage = trained.get(relative_to(root, path.resolve()).split("/")[0])
     if of_stage:
         of_stage.verify("train", "checkpoints")
-    return lora
+    if name == "last" or (named and not find_checkpoints(path) and not (path / LORA_FILE).is_file()):
+        there = f"trained are {', '.join(trained)}" if trained else "it has no trained stage; run run_process.sh first"
+        kept = [f"{named[1]}/{folder.name}" for folder in find_checkpoints(path.parent)] if named else []
+        there = f"there are {', '.join(kept)}" if kept else there
+        raise FileNotFoundError(f"{root} has no checkpoint {name!r}: {there}. {known_experiments(root.parent)}")
+    return find_lora(path)
 
 
 def known_experiments(folder: Path) -> str:

@@ -33,7 +33,9 @@ def main() -> None:
     """Parse the command line and export. A mistake of the user's ends in two lines and exit code 2."""
     parser = argparse.ArgumentParser(prog="python -m b2diffurl.export", description="Export a checkpoint, and a model card.")
     parser.add_argument("experiment", help="its folder, or its name")
-    parser.add_argument("--checkpoint", default="last", help="last, stage<i>, or the path of a LoRA (default: last)")
+    parser.add_argument(
+        "--checkpoint", default="last", help="last, stage<i>, stage<i>/checkpoint_<n>, or the path of a LoRA (default: last)"
+    )
     parser.add_argument(
         "--format",
         choices=FORMATS,
@@ -189,6 +191,7 @@ def write_pipeline(folder: Path, lora: Path, pretrained: Mapping, *, rank: int) 
     model.unet.unload_lora()
     root = locate(pretrained["model"], revision=pretrained["revision"], patterns=file_patterns(pretrained["variant"]))
     configs = root if root.is_dir() else locate(pretrained["config"], patterns=["model_index.json", "*/*.json"])
+    transformers.utils.logging.set_verbosity_error()  # the pipeline's import warns of a torchvision that it does not need
     parts = {name: getattr(model, name) for name in ("unet", "vae", "text_encoder", "tokenizer")}
     none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(configs, **parts, **none)

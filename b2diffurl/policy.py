@@ -39,12 +39,7 @@ def load_policy(config: Mapping, accelerator: Accelerator, lora: Path | None, *,
         if _kept is not None:
             _kept[key] = model
     if lora is not None:
-        state = read_state(lora)
-        if state and state["base_model_sha256"] != model.fingerprint:
-            raise ValueError(
-                f"{lora.parent} was trained on another base model (SHA-256 {state['base_model_sha256'][:12]}…, "
-                f"{config['pretrained']['model']} has {model.fingerprint[:12]}…). Use that base, or start anew."
-            )
+        check_base(lora, config["pretrained"], model.fingerprint)
         model.load_adapter(lora)
     return model
 
@@ -66,6 +61,16 @@ def load_base(config: Mapping, accelerator: Accelerator, *, decoder: bool) -> Mo
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "torchinductor"))
         model.compile()
     return model
+
+
+def check_base(lora: Path, pretrained: Mapping, fingerprint: str) -> None:
+    """Refuse a LoRA that was trained on another base model than `pretrained`, which has this `fingerprint`."""
+    state = read_state(lora)
+    if state and state["base_model_sha256"] != fingerprint:
+        raise ValueError(
+            f"{lora.parent} was trained on another base model (SHA-256 {state['base_model_sha256'][:12]}…, "
+            f"{pretrained['model']} has {fingerprint[:12]}…). Use that base, or start anew."
+        )
 
 
 def predictor(

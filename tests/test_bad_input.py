@@ -366,13 +366,14 @@ def test_a_missing_checkpoint_is_not_judged(workplace, overrides, name):
 
 
 def test_a_checkpoint_of_another_base_is_not_judged(workplace, overrides, models):
-    """The manifest's checksum of the base is not that of the model at hand: judged neither here nor drawn."""
+    """The manifest's checksum of the base is not that of the model at hand: it is neither judged nor drawn, and nor is that
+    model judged first."""
     other = shutil.copytree(models / "sd", workplace / "other")
     path = next((other / "unet").glob("*.safetensors"))
     weights = load_file(path)
     save_file({name: value + 1e-3 for name, value in weights.items()}, path)
     settings = overrides | {"pretrained.model": str(other)}
-    for arguments in (("--checkpoint=last",), ("--prompt=a red circle",)):
+    for arguments in (("--checkpoint=last",), ("--checkpoint=base,last",), ("--prompt=a red circle",)):
         said = r"was trained on another base model \(SHA-256 .*Use that base"
         refuse(workplace, "eval", settings, said, arguments=arguments)
 

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from b2diffurl.evaluate import evaluate, prompt_images
-from b2diffurl.experiment import resolve_checkpoint
+from b2diffurl.experiment import VOLATILE, check, checkpoint_name, flatten, resolve_checkpoint, take_recorded
 from b2diffurl.files import read_json_lines
 from b2diffurl.generate import SamplerSettings, deployed_sampler, sample_images, scheduler_class
 from b2diffurl.history import evaluation_rows
@@ -180,6 +180,61 @@ def test_other_settings_than_the_training_s_are_named(workplace, overrides):
     assert "reward is jpeg_compressibility, in training it was clip; sample.num_steps is 5, in training it was 4;" in said[0]
     ended = run_script(workplace, "eval", overrides, "--checkpoint=base", "--sampler=training")
     assert "in training it was" not in ended.stdout
+
+
+def test_what_no_flag_says_is_as_in_training(workplace, overrides):
+    """Reward, its model, sampler and LoRA rank of another preset: with the flags of what may differ from call to call alone,
+    what was judged with all of them is found again. A line names what was taken from config.json."""
+    arguments = ("--checkpoint=base,last", "--sampler=training")
+    path = experiment(workplace) / "config.json"
+    before = path.read_bytes()
+    full = run_script(workplace, "eval", overrides, *arguments)
+    assert full.code == 0, full.stderr
+    assert " has it: " not in full.stdout
+    judged_once = snapshot(experiment(workplace) / "eval")
+    few = {key: value for key, value in overrides.items() if key in VOLATILE}
+    assert {"sample.num_steps", "reward.clip.model", "train.learning_rate"} <= overrides.keys() - few.keys()
+    judges = ("--config.eval.judge=", "--config.eval.diversity=('clip',)")  # which are as the call has them
+    short = run_script(workplace, "eval", few, *arguments, *judges, preset="shapes")
+    assert short.code == 0, short.stderr
+    assert json.loads(short.stdout.splitlines()[-1]) == json.loads(full.stdout.splitlines()[-1])
+    assert snapshot(experiment(workplace) / "eval") == judged_once
+    assert path.read_bytes() == before
+    (said,) = (line for line in short.stdout.splitlines() if " as model/lora/tiny/config.json has it: " in line)
+    for words in ("sample.num_steps 4", "sample.guidance_scale 5.0", "train.lora_rank 4", "reward.clip.model '"):
+        assert words in said
+    assert "in training it was" not in short.stdout
+
+
+def test_a_reward_that_is_given_stands_alone(workplace, overrides):
+    """A name on the command line is not outdone by a recorded mixture, nor a prompt file by a recorded prompt; without
+    either both are as recorded. What the record lacks, and what earlier versions called otherwise, is understood."""
+    path = experiment(workplace) / "config.json"
+    record = json.loads(path.read_text())
+    mixture = {"clip": 1.0, "jpeg_compressibility": 0.5}
+    record["config"]["reward"] |= {"weights": mixture, "standardise": True, "model": "another/clip"}
+    record["config"]["prompt"] = "a red circle"
+    del record["config"]["reward"]["clip"], record["config"]["reward"]["dtype"], record["config"]["sample"]["eta"]
+    path.write_text(json.dumps(record))
+
+    def begun(*given: str) -> dict:
+        config = make_config({"exp_name": "tiny", "reward.name": "aesthetic", "sample.eta": 0.5, "eval.seed": 7})
+        with contextlib.chdir(workplace):
+            take_recorded(config, given)
+        check(config)
+        return flatten(config.to_dict())
+
+    alone = begun("reward.name", "prompt_file")
+    assert (alone["reward.name"], alone["reward.weights"], alone["reward.standardise"]) == ("aesthetic", None, False)
+    assert alone["prompt"] == ""
+    assert begun("reward.weights")["reward.standardise"] is False
+    assert begun("reward.standardise")["reward.weights.clip"] == 1.0
+    recorded = begun("eval.seed")
+    assert {key.split(".")[-1]: value for key, value in recorded.items() if key.startswith("reward.weights.")} == mixture
+    assert (recorded["reward.standardise"], recorded["prompt"]) == (True, "a red circle")
+    for found in (alone, recorded):
+        assert (found["reward.clip.model"], found["reward.dtype"]) == ("another/clip", "auto")
+        assert (found["sample.num_steps"], found["sample.eta"], found["eval.seed"]) == (4, 0.5, 7)
 
 
 def test_both_samplers_are_reported_by_default(workplace, overrides):
@@ -426,3 +481,30 @@ def test_last_is_the_newest_finished_stage(workplace):
     (root / "stage11" / "train.json").unlink()
     assert [stage.index for stage in finished_stages(root, "train")] == [0, 1, 2, 10]
     assert resolve_checkpoint(root, "last").is_relative_to(root / "stage10")
+
+
+def test_a_checkpoint_inside_a_stage_goes_by_the_name_it_has_in_results(workplace, overrides):
+    """It is that one, and a stage's last is the stage; one of a finished stage must be what the stage wrote, one of an
+    interrupted stage is taken, and of one that is not there those that are are named."""
+    root = experiment(workplace)
+    first, last = (folder / LORA_FILE for folder in Stage(root, 0).checkpoints())
+    for name, lora, found in (
+        ("stage0/checkpoint_1", first, "stage0/checkpoint_1"),
+        ("stage0/checkpoint_2", last, "stage0"),
+    ):
+        assert resolve_checkpoint(root, name) == lora
+        assert checkpoint_name(root, lora) == found
+    (result,) = judged(workplace, overrides, ["stage0/checkpoint_1"])
+    assert (result["checkpoint"], result["stage"]) == ("stage0/checkpoint_1", 0)
+    said = (
+        r"no checkpoint 'stage0/checkpoint_7': there are stage0/checkpoint_1, stage0/checkpoint_2\. Experiments in .*: tiny"
+    )
+    with pytest.raises(FileNotFoundError, match=said):
+        resolve_checkpoint(root, "stage0/checkpoint_7")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint 'stage7/checkpoint_1': trained are stage0, stage1"):
+        resolve_checkpoint(root, "stage7/checkpoint_1")
+    save_file({name: value + 1 for name, value in load_file(first).items()}, first)
+    with pytest.raises(ValueError, match=r"checkpoint_1.*checksum"):
+        resolve_checkpoint(root, "stage0/checkpoint_1")
+    Stage(root, 0).manifest_path("train").unlink()
+    assert resolve_checkpoint(root, "stage0/checkpoint_1") == first

@@ -78,7 +78,10 @@ def test_draws_the_same(models, workplace, strong, form, source, alpha):
     assert np.abs(draw(base_pipeline(models)) - expected).max() > 4.0
 
 
-@pytest.mark.parametrize(("name", "checkpoint"), [("last", "stage1"), ("stage0", "stage0"), ("stage1", "stage1")])
+@pytest.mark.parametrize(
+    ("name", "checkpoint"),
+    [("last", "stage1"), ("stage0", "stage0"), ("stage1", "stage1"), ("stage1/checkpoint_2", "stage1")],
+)
 def test_which_checkpoint(workplace, name, checkpoint):
     """A name means the last checkpoint of its stage, bit for bit; export.json says which it was."""
     root = experiment(workplace)
@@ -165,6 +168,15 @@ def test_a_folder_of_others_is_not_overwritten(workplace, tmp_path):
         export(root, out=tmp_path / "empty")
     with pytest.raises(ValueError, match="is a file"):
         export(root, out=added)
+
+
+def test_a_pipeline_is_all_that_is_spoken_of(workplace):
+    """As a process of its own, into pipes: one line on stdout, and nothing on stderr, whatever is not installed."""
+    command = [sys.executable, "-m", "b2diffurl.export", "tiny", "--format=pipeline"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.stdout == "export: model/lora/tiny/export/pipeline\n"
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 # ---- bad input ----
