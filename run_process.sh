@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-Preset="${Preset:-shapes}"                # of config/stage_process.py: shapes, sd14; b2, bs, bpt, ddpo
+Preset="${Preset:-shapes}"                # of config/stage_process.py: shapes, sd14, sd14_10gb; b2, …
 ExpName="${ExpName:-}"                    # names the experiment's folder and log
 SavePath="${SavePath:-}"                  # where experiments lie
 ModelVersion="${ModelVersion:-}"          # base model: hub id, directory or .safetensors file

@@ -17,7 +17,7 @@ from b2diffurl.memory import BatchSizes
 from b2diffurl.rewards import Parts, Reward, by_name, join, load_reward, noting, require_finite, reward_weights, score
 from b2diffurl.rewards.file import read_scores
 from b2diffurl.rewards.mixture import Scales, combine, measure_scales, recorded_scales
-from b2diffurl.runtime import ahead, progress_bar
+from b2diffurl.runtime import ahead, logger, progress_bar
 from b2diffurl.stage import Stage
 
 
@@ -66,6 +66,7 @@ def score_by(
     started = time.perf_counter()
     reward = load_reward(name, config.reward, device)
     loaded = time.perf_counter()
+    logger.info("stage%d select: scoring %d images by %s", stage.index, len(prompts), name)
     sizes = BatchSizes(stage.root, device, {"reward.batch_size": config.reward.batch_size})
     scores = sizes.fit(
         "reward.batch_size",

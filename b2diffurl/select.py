@@ -43,8 +43,6 @@ def select_stage(config: ConfigDict) -> None:
     if "file" in (*weights, *watched) and not stage.given_scores.is_file():
         ask_for_scores(stage, prompts)
         return
-    judges = ", ".join([*weights, *watched])
-    logger.info("stage%d select: scoring %d images by %s", stage.index, len(prompts), judges)
     scores = score_stage(config, stage, prompts, accelerator.device)
     history = score_history(stage, config.eval.history_cnt)
     chosen = choose(config, scores.rewards, prompts, history)

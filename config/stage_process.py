@@ -166,6 +166,18 @@ def sd14(config: ConfigDict) -> None:
     """Stable Diffusion v1.4 with the reference budget: 100 stages of 1,280 images, 128,000 in all. One CUDA GPU."""
 
 
+def sd14_10gb(config: ConfigDict) -> None:
+    """The same on a card of 10 GB: the same update, up to rounding, in small pieces and with activations recomputed.
+
+    Its peak has not been measured on a card yet (docs/performance.md).
+    """
+    config.sample.micro_batch_size = 8
+    config.sample.decode_batch_size = 2
+    config.reward.batch_size = 8
+    config.train.micro_batch_size = 2
+    config.train.gradient_checkpointing = True
+
+
 def shapes(config: ConfigDict) -> None:
     """The embedded model on two CPU cores: 8 stages of 3,200 images, 25,600 in all, in less than 20 minutes.
 
@@ -249,4 +261,4 @@ def ddpo(config: ConfigDict) -> None:
     config.eval.selection = "all"
 
 
-PRESETS = {"shapes": shapes, "sd14": sd14, "b2": b2, "bs": bs, "bpt": bpt, "ddpo": ddpo}
+PRESETS = {"shapes": shapes, "sd14": sd14, "sd14_10gb": sd14_10gb, "b2": b2, "bs": bs, "bpt": bpt, "ddpo": ddpo}
