@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from b2diffurl import files
 from b2diffurl.branching import Noise, Predict
@@ -58,6 +59,7 @@ def main() -> None:
         torch.set_num_threads(job.num_threads)
     tf32 = job.config["allow_tf32"]
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    disable_progress_bar()
     facts = VERBS[given.verb](given.folder, job)
     if job.device.type == "cuda":
         facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
@@ -76,10 +78,14 @@ class Job:
     fused: bool  # attention
 
     def __post_init__(self):
-        objective = OBJECTIVES[self.config["train"]["objective"]]
-        if self.config["sampling"] != "branch" or objective.needs_reference or self.mixed_precision not in DTYPES:
+        sample, train = self.config["sample"], self.config["train"]
+        whole = sample.get("prefix_eta", -1) < 0 and train.get("timestep_fraction", 1) == 1
+        whole = whole and train.get("unconditional_gradient", True)
+        plain = self.config["sampling"] == "branch" and not OBJECTIVES[train["objective"]].needs_reference
+        if not whole or not plain or self.mixed_precision not in DTYPES:
             raise ValueError(
-                "the peers' shape is of sampling=branch, objective ddpo or reinforce, mixed_precision no or bf16"
+                "the peers' shape is of sampling=branch, objective ddpo or reinforce, mixed_precision no or bf16, and no "
+                "opt-in acceleration (prefix_eta, timestep_fraction, unconditional_gradient); see --no-peers"
             )
 
     @property
@@ -178,7 +184,7 @@ def sample(folder: Path, job: Job) -> dict[str, Any]:
     with clock("load"):
         policy, sampler, painter = Policy(job), job.sampler(), Painter(job)
         rng = torch.Generator(job.device).manual_seed(stable_seed(job.config["seed"], "peers"))
-        size = policy.unet.config.sample_size
+        size = job.config["pretrained"]["resolution"] // 8 or policy.unet.config.sample_size
         unconditional = painter.encode([""])
 
     def noise(shape: tuple[int, ...]) -> Tensor:

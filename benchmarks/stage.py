@@ -78,7 +78,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="where models and runs go; a temporary one")
     parser.add_argument("--quick", action="store_true", help="as few images as will do")
     parser.add_argument("--startup", action="store_true")
-    parser.add_argument("--write", action="store_true", help=f"keep the figures in {RESULTS.relative_to(ROOT)}")
+    parser.add_argument("--write", action="store_true", help="keep the figures in docs/results")
     given = parser.parse_args(arguments)
     given.command = shlex.join(["python", "-m", "benchmarks.stage", *(sys.argv[1:] if arguments is None else arguments)])
     return given
@@ -97,7 +97,7 @@ def workplace(folder: Path | None) -> Iterator[Path]:
 
 def settings_of(given: argparse.Namespace, folder: Path) -> list[str]:
     """The flags of our scripts, their models built."""
-    settings = {"num_threads": given.threads, "keep.samples": False}
+    settings = {"num_threads": given.threads}
     if given.batches:
         settings["sample.num_batches_per_epoch"] = given.batches
     settings |= QUICK[given.model] if given.quick else {}
@@ -183,7 +183,7 @@ def run_ours(settings: list[str], config: ConfigDict, root: Path) -> tuple[Run, 
     manifests = {verb: stage.manifest(verb) for verb in VERBS}
     facts = manifests["sample"] | {"prompts": files.read_json(stage.prompts)}
     shutil.rmtree(root)
-    return summarise(processes, manifests, facts["num_evaluations"]), facts
+    return summarise(processes, manifests, facts["num_evaluations"], cuda=facts["device"] != "cpu"), facts
 
 
 def make_job(config: ConfigDict, facts: dict[str, Any], num_images: int) -> Job:
@@ -206,7 +206,7 @@ def run_peers(job: Job, root: Path, *, fused: bool) -> Run:
     shutil.rmtree(root)
     prefix = job.config["sample"]["num_steps"] - job.num_trained_steps
     num_evaluations = len(job.prompts) * prefix + manifests["sample"]["num_images"] * job.num_trained_steps
-    return summarise(processes, manifests, num_evaluations)
+    return summarise(processes, manifests, num_evaluations, cuda=job.device.type == "cuda")
 
 
 @dataclass(frozen=True)
@@ -249,13 +249,13 @@ def bytes_written(pid: int) -> int:
     return int(dict(line.split(": ") for line in lines)["wchar"])
 
 
-def summarise(processes: dict[str, Ended], manifests: dict[str, dict], num_evaluations: int) -> Run:
+def summarise(processes: dict[str, Ended], manifests: dict[str, dict], num_evaluations: int, *, cuda: bool) -> Run:
     """A run as benchmarks.stage_report takes it."""
     return {
         "wall": {verb: ended.seconds for verb, ended in processes.items()},
         "seconds": {verb: manifest["seconds"] for verb, manifest in manifests.items()},
         "peak_bytes": {verb: ended.peak_bytes for verb, ended in processes.items()},
-        "device_bytes": {verb: manifest.get("peak_memory_bytes", 0) for verb, manifest in manifests.items()},
+        "device_bytes": {verb: manifest.get("peak_memory_bytes", 0) for verb, manifest in manifests.items() if cuda},
         "written_bytes": {verb: ended.written_bytes for verb, ended in processes.items()},
         "num_images": manifests["sample"]["num_images"],
         "num_evaluations": num_evaluations,
@@ -273,6 +273,7 @@ def measure_machine(config: dict[str, Any], precision: str, num_threads: int, de
     rows = 1 if config["sample"]["guidance_scale"] == 1 else 2
     num_tokens = files.read_json(root / "text_encoder" / "config.json")["max_position_embeddings"]
     unet = files.read_json(root / "unet" / "config.json")
+    unet["sample_size"] = config["pretrained"]["resolution"] // 8 or unet["sample_size"]
     evaluation, transition = unet_flops(unet, rows, num_tokens, config["train"]["lora_rank"])
     peak = matmul_tflops(device, DTYPES[precision])
     return {"matmul_tflops": peak, "evaluation_flops": evaluation, "transition_flops": transition}

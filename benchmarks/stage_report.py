@@ -149,7 +149,7 @@ def rate_table(facts: dict[str, Any]) -> str:
         row("TFLOP/s of training (of matmul peak)", flops("training")),
         *(row(f"peak memory of {verb}, MiB", memory(verb, "peak_bytes")) for verb in VERBS),
     ]
-    if any(like["device_bytes"].values()):
+    if like["device_bytes"]:
         rows += [row(f"peak GPU memory of {verb}, MiB", memory(verb, "device_bytes")) for verb in VERBS]
     if all(like["written_bytes"].values()):
         rows.append(row("written, MiB", lambda shape: number(median(written(run, like) for run in runs[shape]) / 2**20)))
@@ -163,11 +163,9 @@ def rate_table(facts: dict[str, Any]) -> str:
 def startup_markdown(facts: dict[str, Any]) -> str:
     """From command to first useful work, beside `import torch`."""
     seconds = {name: median(values) for name, values in facts["seconds"].items()}
-    base = seconds["import torch"]
+    base, count = seconds["import torch"], len(facts["seconds"]["import torch"])
     rows = [[name, number(value), times(value, base)] for name, value in seconds.items()]
-    by = (
-        f"By `{facts['command']}`, {facts['date']}, {facts['hardware']}; {facts['versions']}. Medians of {facts['repeats']}."
-    )
+    by = f"By `{facts['command']}`, {circumstances(facts)}; medians of {count}."
     return f"{by}\n\n" + table(["from command to first useful work", "seconds", "of `import torch`"], rows) + "\n"
 
 

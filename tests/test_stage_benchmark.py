@@ -70,6 +70,10 @@ def what_we_trained(trained: Stage) -> tuple[dict[str, Tensor], dict[str, Tensor
     return load_file(folder / LORA_FILE), moments
 
 
+def our_name(name: str) -> str:
+    return f"unet.{name.replace('.default.', '.')}"
+
+
 def relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Norm of the difference of all tensors over the norm of those expected."""
     assert found.keys() == expected.keys()
@@ -80,11 +84,11 @@ def relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize(("fused", "tolerance"), [(True, 1e-5), (False, 1e-4)])
 def test_both_shapes_give_the_same_update(stage_with, overrides, tmp_path, fused, tolerance):
     """From the same trajectories one update has the same gradient, to a `tolerance` of its norm, and gives the same weights,
-    to a thousandth of what it has moved them by.
+    to 1e-5 of the learning rate.
 
-    AdamW's first step moves each weight by about the learning rate whatever its gradient: the gradient itself is in the
-    first moment, a tenth of it, and weights whose gradient is but rounding may part. Fused and plain attention round
-    differently (in float64 the tiny network's outputs agree to 1e-15), and guidance makes five times as much of that.
+    AdamW's first step moves a weight by about the learning rate whatever its gradient. So the gradient is compared, too (the
+    first moment is a tenth of it), and weights only where it is more than rounding, in 96 % of them. Fused and plain
+    attention round differently (in float64 the tiny network's outputs agree to 1e-15), and guidance makes more of that.
     """
     trained = Stage(experiment(stage_with(**ONE_UPDATE)), 0)
     job = make_job(trained.root.parents[2], overrides | ONE_UPDATE, fused=fused)
@@ -92,9 +96,11 @@ def test_both_shapes_give_the_same_update(stage_with, overrides, tmp_path, fused
     expected_lora, expected_gradient = what_we_trained(trained)
     assert files.read_json(trained.manifest_path("train"))["num_updates"] == 1
     assert relative(gradient, expected_gradient) < tolerance
-    start = {f"unet.{name.replace('.default.', '.')}": value.detach() for name, value in peers.Policy(job).lora.items()}
-    moved = {name: expected_lora[name] - start[name] for name in start}
-    assert relative({name: lora[name] - start[name] for name in start}, moved) < 1e-3
+    weights, expected = (torch.cat([one[our_name(name)].flatten() for name in gradient]) for one in (lora, expected_lora))
+    slope = torch.cat([expected_gradient[name].flatten() for name in gradient])
+    clear = (slope == 0) | (slope.abs() > 1e-3 * slope.abs().max())
+    assert clear.float().mean() > 0.8
+    torch.testing.assert_close(weights[clear], expected[clear], rtol=0, atol=1e-5 * job.config["train"]["learning_rate"])
 
 
 def test_both_shapes_make_the_same_updates(finished, overrides, tmp_path):
@@ -178,7 +184,7 @@ def run_of(num_images: int, scale: float = 1.0) -> stage_report.Run:
             "train": {"load": 2, "train": 11 * scale, "read": 1 * scale, "share": 1},
         },
         "peak_bytes": {"sample": 2**30, "select": 2**28, "train": 2**29},
-        "device_bytes": {"sample": 0, "select": 0, "train": 0},
+        "device_bytes": {},
         "written_bytes": {"sample": 6 * 2**20, "select": 2**20, "train": 2**20},
         "num_images": num_images,
         "num_evaluations": 10 * num_images,
@@ -206,7 +212,7 @@ def test_manifests_without_the_finer_keys_do(finished):
     """What today's manifests lack counts as part of the phase that holds it."""
     manifests = {verb: Stage(experiment(finished), 0).manifest(verb) for verb in stage_report.VERBS}
     ended = {verb: stage.Ended(100.0, 1, 1) for verb in stage_report.VERBS}
-    run = stage.summarise(ended, manifests, manifests["sample"]["num_evaluations"])
+    run = stage.summarise(ended, manifests, manifests["sample"]["num_evaluations"], cuda=False)
     assert run["num_images"] == 18
     assert sum(stage_report.phases(run).values()) == pytest.approx(300)
 
@@ -243,10 +249,19 @@ def test_page_has_ratios_and_the_share_of_attention():
 
 def test_medians_are_of_runs_beside_each_other():
     """The middle of three runs, each scaled to the work of ours of its own turn."""
-    runs = {"ours": [run_of(40), run_of(80), run_of(40)], "peers": [run_of(40, 2), run_of(40, 1), run_of(40, 9)]}
+    runs = {"ours": [run_of(40), run_of(80), run_of(40)], "peers": [run_of(40, 2), run_of(40, 3), run_of(40, 9)]}
     found = stage_report.typical({"runs": runs})
     assert found["ours"]["sampling"] == 16
-    assert found["peers"]["sampling"] == 32
+    assert found["peers"]["sampling"] == 2 * 48
+
+
+def test_startup_is_told_in_imports_of_torch():
+    """Medians first, then their ratio."""
+    seconds = {"import torch": [2.0, 9.0, 1.0], "sample": [5.0, 6.0, 4.0]}
+    facts = dict.fromkeys(("command", "date", "hardware", "versions"), "so") | {"seconds": seconds}
+    page = stage_report.startup_markdown(facts)
+    assert "| sample | 5.00 | 2.50× |" in page
+    assert "medians of 3" in page
 
 
 class LowRank(nn.Module):
@@ -305,15 +320,19 @@ def test_settings_become_the_configuration_of_the_scripts(tmp_path):
 
 
 def test_what_the_peers_cannot_do_is_refused(finished, overrides):
-    """Their shape has branches, no reference policy, and no loss scaling."""
+    """Their shape has branches, no reference policy, no loss scaling, and nothing that makes less of the work."""
     for change in ({"sampling": "independent"}, {"train.objective": "dpok"}):
         with pytest.raises(ValueError, match="peers' shape"):
             make_job(finished, overrides | change)
+    job = make_job(finished, overrides)
+    job.config["train"]["timestep_fraction"] = 0.5
+    with pytest.raises(ValueError, match="peers' shape"):
+        peers.Job(**vars(job))
 
 
-@pytest.mark.slow
-def test_the_benchmark_runs_end_to_end(models, capsys):
-    """Three shapes of three processes each on the tiny model, and every phase in the table."""
+@pytest.fixture
+def quick(models) -> list[str]:
+    """Arguments of a benchmark of the tiny model."""
     tiny = {
         "pretrained.model": models / "sd",
         "reward.clip.model": models / "clip",
@@ -321,8 +340,27 @@ def test_the_benchmark_runs_end_to_end(models, capsys):
         "eval.diversity": "()",
     }
     tiny |= {"prompt_file": models / "prompts.json", "eval.prompt_file": models / "prompts.json"}
-    stage.main(["--quick", "--threads", "1", "--overrides", *(f"{key}={value}" for key, value in tiny.items())])
+    return ["--quick", "--threads", "1", "--overrides", *(f"{key}={value}" for key, value in tiny.items())]
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_end_to_end(quick, capsys, monkeypatch, tmp_path):
+    """Three shapes of three processes each, and every phase in the table; the figures join those of other models."""
+    monkeypatch.setattr(stage, "RESULTS", tmp_path / "performance.json")
+    files.write_json(stage.RESULTS, {"sd14 on cuda": {}})
+    stage.main(["--write", *quick])
+    assert list(files.read_json(stage.RESULTS)) == ["sd14 on cuda", "shapes on cpu"]
     page = capsys.readouterr().out
     for phase in ("sampling", "decoding", "scoring", "training", "**whole stage**"):
         assert f"| {phase} |" in page
-    assert "12 images" in page
+    assert "A stage of 12 images, 28 evaluations" in page
+
+
+@pytest.mark.slow
+def test_startup_is_measured(quick, capsys, monkeypatch):
+    """Each script is stopped where its work begins, and begins again the next time."""
+    monkeypatch.setattr(stage, "STARTUP_REPEATS", 2)
+    stage.main(["--startup", *quick])
+    page = capsys.readouterr().out
+    for name in ("import torch", *stage_report.VERBS):
+        assert f"| {name} |" in page
