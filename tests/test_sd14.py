@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import sd14
 import tiny
 import torch
 from conftest import ROOT, VERBS, flags
@@ -69,7 +68,7 @@ def base(tmp_path_factory):
         return
     root = tmp_path_factory.mktemp("sd14")
     # not in this process, whose memory would count in its children's peak
-    subprocess.run([sys.executable, sd14.__file__, root], check=True)
+    subprocess.run([sys.executable, "-m", "benchmarks.sd14", root], cwd=ROOT, check=True)
     yield root
     shutil.rmtree(root)
 

@@ -29,24 +29,10 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-MAX_TOKENS, WIDTH = 77, 16
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-WORDS = ["a", "red", "blue", "green", "circle", "square", "cross", "and", "what", "is", "in", "this", "picture", "?"]
+from benchmarks.sd14 import BOS, EOS, V1_4_SCHEDULER
 
-# scheduler/scheduler_config.json of CompVis/stable-diffusion-v1-4, to the letter
-V1_4_SCHEDULER = {
-    "_class_name": "PNDMScheduler",
-    "_diffusers_version": "0.7.0.dev0",
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "trained_betas": None,
-    "clip_sample": False,
-}
+MAX_TOKENS, WIDTH = 77, 16
+WORDS = ["a", "red", "blue", "green", "circle", "square", "cross", "and", "what", "is", "in", "this", "picture", "?"]
 
 
 def stable_diffusion(root: Path, *, prediction_type: str = "epsilon", **scheduler) -> Path:

@@ -1,20 +1,36 @@
-"""A model directory of Stable Diffusion v1.4's exact configuration with random weights: its sizes without a download.
+"""Stable Diffusion v1.4's exact configuration with random weights, and CLIP ViT-H/14's: their sizes without a download.
 
-python tests/sd14.py DIR builds it (2.1 GB in half precision, the default, about a minute).
+python -m benchmarks.sd14 DIR builds the first (2.1 GB in half precision, the default, about a minute).
 """
 
 import itertools
 import json
 import string
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from tiny import BOS, EOS, V1_4_SCHEDULER
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel
 
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+# scheduler/scheduler_config.json of CompVis/stable-diffusion-v1-4, to the letter
+V1_4_SCHEDULER = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.7.0.dev0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
 UNET = {
     "sample_size": 64,
     "in_channels": 4,
@@ -60,6 +76,24 @@ TEXT_ENCODER = {
     "eos_token_id": 2,
     "pad_token_id": 1,
 }
+CLIP_TEXT = TEXT_ENCODER | {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "hidden_act": "gelu",
+    "projection_dim": 1024,
+}
+CLIP_VISION = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+    "hidden_act": "gelu",
+    "projection_dim": 1024,
+}
 MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "_diffusers_version": "0.2.2",
@@ -75,19 +109,36 @@ MODEL_INDEX = {
 
 def build(root: Path, dtype: torch.dtype = torch.float16) -> Path:
     """Write the directory, its weights stored as `dtype`; returns `root`."""
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # initialised as it is stored: half the memory and time of float32
-    try:
+    with initialised_as(dtype):
         UNet2DConditionModel(**UNET).save_pretrained(root / "unet")
         AutoencoderKL(**VAE).save_pretrained(root / "vae")
         CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER)).to(dtype).save_pretrained(root / "text_encoder")
-    finally:
-        torch.set_default_dtype(before)
     write_tokenizer(root / "tokenizer")
     write_json(root / "scheduler" / "scheduler_config.json", V1_4_SCHEDULER)
     write_json(root / "model_index.json", MODEL_INDEX)
     return root
+
+
+def build_clip(root: Path, dtype: torch.dtype = torch.float16) -> Path:
+    """Write a CLIP ViT-H/14, the reference's scorer (2 GB in half precision); returns `root`."""
+    config = CLIPConfig(text_config=CLIP_TEXT, vision_config=CLIP_VISION, projection_dim=CLIP_TEXT["projection_dim"])
+    with initialised_as(dtype):
+        CLIPModel(config).to(dtype).save_pretrained(root)
+    CLIPImageProcessor().save_pretrained(root)
+    write_tokenizer(root)
+    return root
+
+
+@contextmanager
+def initialised_as(dtype: torch.dtype) -> Iterator[None]:
+    """Weights are drawn from seed 0, as they will be stored: half precision takes half the memory and time of float32."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -1,0 +1,361 @@
+"""How fast is a stage, phase by phase, and against the execution shape of the method's other implementations?
+
+    python -m benchmarks.stage --repeats 3                      # the embedded model, its default stage
+    python -m benchmarks.stage --model sd14 --peer-images 80    # Stable Diffusion v1.4's architecture, random weights
+    python -m benchmarks.stage --startup                        # each script from command to first useful work
+
+A stage is three fresh processes in either shape, and the shapes take turns. `--write` keeps the figures in
+docs/results/performance.json.
+"""
+
+import argparse
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import date
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from torch import Tensor, nn
+
+from b2diffurl import files
+from b2diffurl.runtime import set_up_logging
+from b2diffurl.stage import Stage
+from benchmarks.peers import DTYPES, SAMPLE_BATCH, Job
+from benchmarks.stage_report import VERBS, Run, in_turn, markdown, startup_markdown
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results" / "performance.json"
+# Just enough to see that it works.
+QUICK = {
+    "shapes": {"sample.batch_size": 4, "sample.num_batches_per_epoch": 1, "sample.num_steps": 3, "split_time": 3},
+    "sd14": {"sample.batch_size": 1, "sample.num_batches_per_epoch": 1, "sample.num_steps": 3, "split_time": 2},
+}
+QUICK = {model: settings | {"split_step_left": 2, "split_step_right": 3} for model, settings in QUICK.items()}
+FIRST_WORK = {"sample": "stage0 sample: S ", "select": "stage0 select: scoring ", "train": "stage0 train: training on "}
+STARTUP_REPEATS = 5
+MATMUL_SIZE, MATMUL_REPEATS = {"cuda": 8192, "cpu": 2048}, {"cuda": 50, "cpu": 3}
+
+log = logging.getLogger("b2diffurl")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = parse(arguments)
+    set_up_logging(None)
+    with workplace(given.folder) as folder:
+        settings = settings_of(given, folder)
+        facts = (startup if given.startup else benchmark)(given, settings, folder)
+    text = (startup_markdown if given.startup else markdown)(facts)
+    if given.write:
+        name = "startup" if given.startup else f"{given.model} on {facts['device']}"
+        known = files.read_json(RESULTS) if RESULTS.is_file() else {}
+        files.write_json(RESULTS, known | {name: facts})
+    print(text)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=QUICK, default="shapes")
+    parser.add_argument("--batches", type=int, default=0, help="sampling batches of ours; 0: the preset's")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of all; 0: what our scripts choose")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="their shape, too")
+    parser.add_argument("--peer-images", type=int, default=0, help="images of theirs, scaled up; 0: as many as ours")
+    parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="keys of config/stage_process.py")
+    parser.add_argument("--folder", type=Path, help="where models and runs go; a temporary one")
+    parser.add_argument("--quick", action="store_true", help="as few images as will do")
+    parser.add_argument("--startup", action="store_true")
+    parser.add_argument("--write", action="store_true", help="keep the figures in docs/results")
+    given = parser.parse_args(arguments)
+    given.command = shlex.join(["python", "-m", "benchmarks.stage", *(sys.argv[1:] if arguments is None else arguments)])
+    return given
+
+
+@contextmanager
+def workplace(folder: Path | None) -> Iterator[Path]:
+    """The folder, for the runs to lie in and be deleted from, or a temporary one."""
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder.resolve()
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary)
+
+
+def settings_of(given: argparse.Namespace, folder: Path) -> list[str]:
+    """The flags of our scripts, their models built."""
+    settings = {"num_threads": given.threads}
+    if given.batches:
+        settings["sample.num_batches_per_epoch"] = given.batches
+    settings |= QUICK[given.model] if given.quick else {}
+    settings |= dict(one.split("=", 1) for one in given.overrides)
+    if given.model == "sd14":
+        from benchmarks.sd14 import build, build_clip
+
+        for key, (name, builder) in {"pretrained.model": ("sd14", build), "reward.clip.model": ("clip", build_clip)}.items():
+            if key not in settings:
+                settings[key] = once(builder, folder / name)
+    return [
+        f"--config=config/stage_process.py:{given.model}",
+        *(f"--config.{key}={value}" for key, value in settings.items()),
+    ]
+
+
+def once(builder: Callable[[Path], Path], root: Path) -> Path:
+    """Build a model, if it is not there yet, in a process of its own."""
+    if not root.is_dir():
+        half = root.with_name(root.name + files.TEMPORARY)
+        shutil.rmtree(half, ignore_errors=True)
+        elsewhere(builder, half)
+        half.rename(root)
+    return root
+
+
+def elsewhere(function: Callable, *arguments: Any) -> Any:
+    """Call it in a fresh process, so that its memory counts in no other and this one never holds a GPU."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def resolve(settings: Sequence[str]) -> ConfigDict:
+    """The configuration as our scripts read it from these flags."""
+    values, command = flags.FlagValues(), [__file__, *settings]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
+    values(command)
+    return values["config"].value
+
+
+# --- one stage ------------------------------------------------------------------------------------
+
+
+def benchmark(given: argparse.Namespace, settings: list[str], folder: Path) -> dict[str, Any]:
+    """Ours and theirs in turn: all that the tables are made of."""
+    config = resolve(settings)
+    runs: dict[str, list[Run]] = {}
+    for shape in in_turn(["ours", "peers", "fused"] if given.peers else ["ours"], given.repeats):
+        log.info("a stage: %s", shape)
+        if shape == "ours":
+            run, facts = run_ours(settings, config, folder / "ours")
+            job = make_job(config, facts, given.peer_images)
+        else:
+            run = run_peers(job, folder / shape, fused=shape == "fused")
+        if not run["num_transitions"]:
+            raise ValueError(f"nothing was selected of {run['num_images']} images ({shape}); take more")
+        runs.setdefault(shape, []).append(run)
+    device = torch.device(facts["device"]).type
+    machine = elsewhere(measure_machine, config.to_dict(), facts["mixed_precision"], facts["num_threads"], device)
+    return described(given, facts) | {"machine": machine, "runs": runs, "settings": settings[1:]}
+
+
+def described(given: argparse.Namespace, facts: dict[str, Any]) -> dict[str, Any]:
+    """Command, date, hardware and versions; `facts` is a manifest."""
+    hardware, versions = facts["hardware"], facts["versions"]
+    return {
+        "command": given.command,
+        "date": str(date.today()),
+        "hardware": hardware.get("gpu", f"{hardware['cpu']}, {hardware['cpu_cores']} cores"),
+        "versions": ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "diffusers", "peft")),
+        "device": torch.device(facts.get("device", "cpu")).type,
+        "threads": facts.get("num_threads"),
+        "precision": {"no": "float32"}.get(facts.get("mixed_precision"), facts.get("mixed_precision")),
+    }
+
+
+def run_ours(settings: list[str], config: ConfigDict, root: Path) -> tuple[Run, dict[str, Any]]:
+    """A stage by the three scripts, and what its sampling recorded, with its `prompts`; its files are deleted."""
+    shutil.rmtree(root, ignore_errors=True)
+    places = [f"--config.save_path={root}", f"--config.log_path={root}"]
+    processes = {verb: run_process([f"run_{verb}.py", *settings, *places]) for verb in VERBS}
+    stage = Stage(root / config.exp_name, 0)
+    manifests = {verb: stage.manifest(verb) for verb in VERBS}
+    facts = manifests["sample"] | {"prompts": files.read_json(stage.prompts)}
+    shutil.rmtree(root)
+    return summarise(processes, manifests, facts["num_evaluations"], cuda=facts["device"] != "cpu"), facts
+
+
+def make_job(config: ConfigDict, facts: dict[str, Any], num_images: int) -> Job:
+    """The same for the peers, on as many of its groups as make `num_images` (0: all), but whole batches."""
+    prompts = facts["prompts"][:: config.split_time]
+    if num_images:
+        per_batch = SAMPLE_BATCH * config.split_time
+        prompts = prompts[: max(1, round(num_images / per_batch)) * SAMPLE_BATCH]
+    same = {key: facts[key] for key in ("num_trained_steps", "num_threads", "mixed_precision")}
+    return Job(config.to_dict(), prompts, fused=False, **same)
+
+
+def run_peers(job: Job, root: Path, *, fused: bool) -> Run:
+    """A stage in the peers' shape; its files are deleted."""
+    shutil.rmtree(root, ignore_errors=True)
+    files.write_json(root / "job.json", asdict(job) | {"fused": fused})
+    (root / "images").mkdir()
+    processes = {verb: run_process(["-m", "benchmarks.peers", verb, str(root)]) for verb in VERBS}
+    manifests = {verb: files.read_json(root / f"{verb}.json") for verb in VERBS}
+    shutil.rmtree(root)
+    prefix = job.config["sample"]["num_steps"] - job.num_trained_steps
+    num_evaluations = len(job.prompts) * prefix + manifests["sample"]["num_images"] * job.num_trained_steps
+    return summarise(processes, manifests, num_evaluations, cuda=job.device.type == "cuda")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a process took."""
+
+    seconds: float  # until it ended; with `until`, until that line
+    peak_bytes: int  # of its main memory
+    written_bytes: int
+
+
+def run_process(arguments: Sequence[str], *, until: str = "") -> Ended:
+    """Run Python with `arguments` in the project's folder, as far as the first line with `until`."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    started, lines, arrived = time.perf_counter(), [], None
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT, "env": environment}
+    process = subprocess.Popen([sys.executable, *arguments], **how)
+    for line in process.stdout:
+        lines.append(line)
+        if until and until in line and arrived is None:
+            arrived = time.perf_counter()
+            process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, but still there to be asked
+    ended = arrived or time.perf_counter()
+    written = bytes_written(process.pid)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    process.stdout.close()
+    if (arrived is None) if until else process.returncode:
+        raise RuntimeError(f"{shlex.join(map(str, arguments))} ended with {process.returncode}:\n{''.join(lines[-20:])}")
+    return Ended(ended - started, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), written)
+
+
+def bytes_written(pid: int) -> int:
+    """What the process handed to write calls, every rewriting counted; 0 where the system does not say."""
+    try:
+        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+    except OSError:
+        return 0
+    return int(dict(line.split(": ") for line in lines)["wchar"])
+
+
+def summarise(processes: dict[str, Ended], manifests: dict[str, dict], num_evaluations: int, *, cuda: bool) -> Run:
+    """A run as benchmarks.stage_report takes it."""
+    return {
+        "wall": {verb: ended.seconds for verb, ended in processes.items()},
+        "seconds": {verb: manifest["seconds"] for verb, manifest in manifests.items()},
+        "peak_bytes": {verb: ended.peak_bytes for verb, ended in processes.items()},
+        "device_bytes": {verb: manifest.get("peak_memory_bytes", 0) for verb, manifest in manifests.items() if cuda},
+        "written_bytes": {verb: ended.written_bytes for verb, ended in processes.items()},
+        "num_images": manifests["sample"]["num_images"],
+        "num_evaluations": num_evaluations,
+        "num_transitions": manifests["train"]["num_transitions"],
+    }
+
+
+# --- the machine ----------------------------------------------------------------------------------
+
+
+def measure_machine(config: dict[str, Any], precision: str, num_threads: int, device: str) -> dict[str, float]:
+    """The matmul peak, and the FLOPs of one (guided) evaluation and of one trained transition."""
+    torch.set_num_threads(num_threads)
+    root = Path(config["pretrained"]["model"])
+    rows = 1 if config["sample"]["guidance_scale"] == 1 else 2
+    num_tokens = files.read_json(root / "text_encoder" / "config.json")["max_position_embeddings"]
+    unet = files.read_json(root / "unet" / "config.json")
+    unet["sample_size"] = config["pretrained"]["resolution"] // 8 or unet["sample_size"]
+    evaluation, transition = unet_flops(unet, rows, num_tokens, config["train"]["lora_rank"])
+    peak = matmul_tflops(device, DTYPES[precision])
+    return {"matmul_tflops": peak, "evaluation_flops": evaluation, "transition_flops": transition}
+
+
+def unet_flops(config: dict[str, Any], rows: int, num_tokens: int, lora_rank: int) -> tuple[int, int]:
+    """FLOPs of a forward of `rows` latents, and of a forward and backward with frozen weights and a LoRA. Nothing is
+    computed."""
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_processor import AttnProcessor
+    from peft import LoraConfig
+
+    from benchmarks.peers import LORA_TARGETS
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config).requires_grad_(False)
+        unet.add_adapter(LoraConfig(r=lora_rank, target_modules=LORA_TARGETS))
+        unet.set_attn_processor(AttnProcessor())
+        latents = torch.empty(rows, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+        embeds = torch.empty(rows, num_tokens, unet.config.cross_attention_dim)
+        return count_flops(unet, lambda: unet(latents, 1, embeds, return_dict=False)[0])
+
+
+def count_flops(network: nn.Module, forward: Callable[[], Tensor]) -> tuple[int, int]:
+    """FLOPs of a forward without gradient, and of a forward and the backward to what the network trains."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as alone:
+        forward()
+    with FlopCounterMode(display=False) as both:
+        forward().sum().backward()
+    network.zero_grad()
+    return alone.get_total_flops(), both.get_total_flops()
+
+
+def matmul_tflops(device: str, dtype: torch.dtype) -> float:
+    """TFLOP/s of a large matrix product, the best of five goes."""
+    size, repeats = MATMUL_SIZE[device], MATMUL_REPEATS[device]
+    one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+
+    def go() -> float:
+        started = time.perf_counter()
+        for _ in range(repeats):
+            one @ other
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    go()
+    return 2 * size**3 * repeats / min(go() for _ in range(5)) / 1e12
+
+
+# --- start-up -------------------------------------------------------------------------------------
+
+
+def startup(given: argparse.Namespace, settings: list[str], folder: Path) -> dict[str, Any]:
+    """Seconds of each script from command to first useful work, in turn with `import torch`, on a stage sampled before."""
+    exp_name = resolve(settings).exp_name
+    roots = {verb: folder / f"before_{verb}" for verb in VERBS}  # the stage as each script finds it
+
+    def command(verb: str, root: Path) -> list[str]:
+        return [f"run_{verb}.py", *settings, f"--config.save_path={root}", f"--config.log_path={root}"]
+
+    for root in roots.values():
+        shutil.rmtree(root, ignore_errors=True)
+    run_process(command("sample", roots["select"]))
+    shutil.copytree(roots["select"], roots["train"])
+    run_process(command("select", roots["train"]))
+    facts = Stage(roots["train"] / exp_name, 0).manifest("sample")
+    seconds: dict[str, list[float]] = {}
+    for name in in_turn(["import torch", *VERBS], STARTUP_REPEATS):
+        if name == "sample":
+            shutil.rmtree(roots["sample"], ignore_errors=True)
+        if name == "import torch":
+            ended = run_process(["-c", "import torch"])
+        else:
+            ended = run_process(command(name, roots[name]), until=FIRST_WORK[name])
+        seconds.setdefault(name, []).append(ended.seconds)
+    for root in roots.values():
+        shutil.rmtree(root)
+    return described(given, facts) | {"seconds": seconds}
+
+
+if __name__ == "__main__":
+    main()

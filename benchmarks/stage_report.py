@@ -1,0 +1,186 @@
+"""Tables of benchmarks.stage, and their arithmetic.
+
+A run is what one stage's three processes left: `wall` {verb: s}, `seconds` {verb: {name: s}}, `peak_bytes` and
+`written_bytes` {verb: bytes}, `num_images`, `num_evaluations` (of the guided network, for one image's latents each) and
+`num_transitions` (trained).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+from benchmarks.page import percent, table
+
+VERBS = ("sample", "select", "train")
+SHAPES = {"ours": "ours", "peers": "peers", "fused": "peers + SDPA"}
+START_UP, WHOLE = "start-up and load", "whole stage"
+Run = dict[str, Any]
+
+PAGE = """By `{command}`, {by}, {precision}. {work}
+
+{phases}
+
+{saved}{rates}
+"""
+
+
+def phases(run: Run) -> dict[str, float]:
+    """Seconds of one run by phase. What a process does beside its phases, its end too, counts as start-up."""
+    sample, select, train = (run["seconds"][verb] for verb in VERBS)
+    found = {
+        "sampling": sample["sample"] - sample.get("decode", 0) - sample.get("write", 0),
+        "decoding": sample.get("decode", 0),
+        "scoring": select["score"],
+        "selecting": select.get("select", 0),
+        "training": train["train"] - train.get("read", 0),
+        "reading and writing": sample.get("write", 0)
+        + select.get("read", 0)
+        + select.get("write", 0)
+        + train.get("read", 0),
+    }
+    return {START_UP: sum(run["wall"].values()) - sum(found.values())} | found
+
+
+def scaled(run: Run, like: Run) -> dict[str, float]:
+    """The run's phases for as much work as `like` did: training by transitions, all else but start-up by images.
+
+    Generous to a run that pickles everything again after every batch, whose time for that grows with their square.
+    """
+    by_images = like["num_images"] / run["num_images"]
+    by_transitions = like["num_transitions"] / run["num_transitions"]
+    factors = {START_UP: 1.0, "training": by_transitions}
+    found = {phase: seconds * factors.get(phase, by_images) for phase, seconds in phases(run).items()}
+    return found | {WHOLE: sum(found.values())}
+
+
+def written(run: Run, like: Run) -> float:
+    """Bytes that the run would have written for as many images as `like` has."""
+    return sum(run["written_bytes"].values()) * like["num_images"] / run["num_images"]
+
+
+def typical(facts: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Of each shape the median seconds by phase, each run scaled to the work of ours beside it."""
+    found = {}
+    for shape, runs in facts["runs"].items():
+        each = [scaled(run, ours) for run, ours in zip(runs, facts["runs"]["ours"], strict=True)]
+        found[shape] = {phase: median(one[phase] for one in each) for phase in each[0]}
+    return found
+
+
+def rates(run: Run, machine: dict[str, float]) -> dict[str, float]:
+    """images/s, transitions/s and TFLOP/s of one run; `machine` has the FLOPs of an evaluation and a transition."""
+    found = phases(run)
+    return {
+        "images": run["num_images"] / run["seconds"]["sample"]["sample"],
+        "transitions": run["num_transitions"] / found["training"],
+        "sampling": run["num_evaluations"] * machine["evaluation_flops"] / found["sampling"] / 1e12,
+        "training": run["num_transitions"] * machine["transition_flops"] / found["training"] / 1e12,
+    }
+
+
+def markdown(facts: dict[str, Any]) -> str:
+    """The tables of one benchmark, with what it was run on."""
+    seconds = typical(facts)
+    tables = {"phases": phase_table(seconds), "saved": saved_by_attention(seconds), "rates": rate_table(facts)}
+    by = f"{circumstances(facts)}, threads: {facts['threads']}"
+    return PAGE.format(command=facts["command"], by=by, precision=facts["precision"], work=work(facts["runs"]), **tables)
+
+
+def circumstances(facts: dict[str, Any]) -> str:
+    return f"{facts['date']}, {facts['hardware']}; {facts['versions']}"
+
+
+def work(runs: dict[str, list[Run]]) -> str:
+    """How much was done, and how often."""
+    ours, fewest = runs["ours"][0], min(run["num_images"] for some in runs.values() for run in some)
+    text = f"A stage of {ours['num_images']} images, {ours['num_evaluations']} evaluations of the network and "
+    text += f"{ours['num_transitions']} trained transitions; medians of {len(runs['ours'])}."
+    if fewest < ours["num_images"]:
+        text += f" The peers made {fewest} images: their seconds and bytes are scaled to as many, their memory is not."
+    return text
+
+
+def phase_table(seconds: dict[str, dict[str, float]]) -> str:
+    """Seconds by phase side by side, how many times as long the peers take, and what fused attention alone brings them."""
+    header = ["seconds", *(SHAPES[shape] for shape in seconds)]
+    if "peers" in seconds:
+        header += ["peers / ours", "by fused attention alone"]
+    rows = []
+    for phase in seconds["ours"]:
+        row = [phase, *(number(found[phase]) for found in seconds.values())]
+        if "peers" in seconds:
+            row += [times(seconds["peers"][phase], seconds["ours"][phase])]
+            row += [times(seconds["peers"][phase], seconds["fused"][phase])]
+        rows.append([f"**{cell}**" for cell in row] if phase == WHOLE else row)
+    return table(header, rows)
+
+
+def saved_by_attention(seconds: dict[str, dict[str, float]]) -> str:
+    """Of the seconds between the peers' stage and ours, the share that fused attention saves them; nothing without them."""
+    if "peers" not in seconds or seconds["peers"][WHOLE] <= seconds["ours"][WHOLE]:
+        return ""
+    peers, fused, ours = (seconds[shape][WHOLE] for shape in ("peers", "fused", "ours"))
+    return f"Fused attention alone saves {percent((peers - fused) / (peers - ours))} of the difference.\n\n"
+
+
+def rate_table(facts: dict[str, Any]) -> str:
+    """Rates, FLOP/s as a share of the matmul peak, memory and bytes, side by side."""
+    runs, machine = facts["runs"], facts["machine"]
+    like = runs["ours"][0]
+    per_run = {shape: [rates(run, machine) for run in some] for shape, some in runs.items()}
+
+    def row(name: str, cell: Callable[[str], str]) -> list[str]:
+        return [name, *(cell(shape) for shape in runs)]
+
+    def middle(shape: str, key: str) -> float:
+        return median(one[key] for one in per_run[shape])
+
+    def flops(key: str) -> Callable[[str], str]:
+        return lambda shape: f"{number(middle(shape, key))} ({percent(middle(shape, key) / machine['matmul_tflops'])})"
+
+    def memory(verb: str, key: str) -> Callable[[str], str]:
+        return lambda shape: number(max(run[key].get(verb, 0) for run in runs[shape]) / 2**20)
+
+    rows = [
+        row("images/s, sampled, decoded and written", lambda shape: number(middle(shape, "images"))),
+        row("transitions/s, trained", lambda shape: number(middle(shape, "transitions"))),
+        row("TFLOP/s of sampling (of matmul peak)", flops("sampling")),
+        row("TFLOP/s of training (of matmul peak)", flops("training")),
+        *(row(f"peak memory of {verb}, MiB", memory(verb, "peak_bytes")) for verb in VERBS),
+    ]
+    if like["device_bytes"]:
+        rows += [row(f"peak GPU memory of {verb}, MiB", memory(verb, "device_bytes")) for verb in VERBS]
+    if all(like["written_bytes"].values()):
+        rows.append(row("written, MiB", lambda shape: number(median(written(run, like) for run in runs[shape]) / 2**20)))
+        rows.append(row("written, against ours", lambda shape: times(written(runs[shape][0], like), written(like, like))))
+    peak = f"Matmul peak, measured in the same call: {number(machine['matmul_tflops'])} TFLOP/s. FLOPs are counted once, by "
+    peak += f"FlopCounterMode, attention included: {number(machine['evaluation_flops'] / 1e9)} GFLOP an evaluation, "
+    peak += f"{number(machine['transition_flops'] / 1e9)} GFLOP a transition, forward and backward."
+    return table(["", *(SHAPES[shape] for shape in runs)], rows) + f"\n\n{peak}"
+
+
+def startup_markdown(facts: dict[str, Any]) -> str:
+    """From command to first useful work, beside `import torch`."""
+    seconds = {name: median(values) for name, values in facts["seconds"].items()}
+    base, count = seconds["import torch"], len(facts["seconds"]["import torch"])
+    rows = [[name, number(value), times(value, base)] for name, value in seconds.items()]
+    by = f"By `{facts['command']}`, {circumstances(facts)}; medians of {count}."
+    return f"{by}\n\n" + table(["from command to first useful work", "seconds", "of `import torch`"], rows) + "\n"
+
+
+def number(value: float) -> str:
+    """Three significant digits, and thousands whole."""
+    if value == 0:
+        return "0"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{digits}f}"
+
+
+def times(value: float, base: float) -> str:
+    return f"{value / base:.2f}×" if base else ""
+
+
+def in_turn(shapes: Sequence[str], repeats: int) -> list[str]:
+    """ours, peers, …, ours, peers, …: what the machine does meanwhile falls on all of them."""
+    return [shape for _ in range(repeats) for shape in shapes]
