@@ -89,14 +89,19 @@ def score_images(
         ThreadPoolExecutor(num_workers) as pool,
     ):
 
+        def place(start: int) -> str:
+            last = min(start + size, len(prompts)) - 1
+            return f"reward {name}, batch {start // size}: images {start} to {last} of {stage.images}"
+
         def read(start: int) -> Tensor:
             paths = [stage.image(min(n, len(prompts) - 1)) for n in range(start, start + size)]
-            return torch.stack(list(pool.map(files.read_image, paths)))
+            with noting(place(start)):
+                return torch.stack(list(pool.map(files.read_image, paths)))
 
         for start, images in ahead(read, starts):
             asked = [prompts[min(n, len(prompts) - 1)] for n in range(start, start + size)]
             count = min(size, len(prompts) - start)
-            with noting(f"reward {name}, batch {start // size}: images {start} to {start + count - 1} of {stage.images}"):
+            with noting(place(start)):
                 found.append(score(reward, images, asked, count))
             bar.update(count)
     return join(found)

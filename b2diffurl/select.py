@@ -58,6 +58,7 @@ def select_stage(config: ConfigDict) -> None:
         for one, advantage in zip(chosen, weighted.tolist(), strict=True)
     ]
     files.write_json(stage.selection, rows)
+    delete_batches(stage.selected)  # of a selection that was interrupted
     with timed(scores.seconds, "write"):
         selected = save_selected(stage, chosen, config.sample.batch_size)
 

@@ -466,9 +466,9 @@ def finish(config: ConfigDict, trainer: Trainer, sampled: dict, seconds: dict) -
 
 def clean_up(config: ConfigDict, stage: Stage) -> None:
     """Delete the stage's trajectories and images beyond what config.keep says."""
-    delete_batches(stage.selected)
     if not config.keep.samples:
         delete_batches(stage.samples)
+        delete_batches(stage.selected)
     if config.keep.images >= 0:
         for path in sorted(stage.images.glob("*.png"))[config.keep.images :]:
             path.unlink()

@@ -16,7 +16,7 @@ from conftest import ROOT, get_config, parse_command, run_script
 from b2diffurl.experiment import check, flatten, schedule
 from b2diffurl.objectives import OBJECTIVES
 
-PRESETS = ("shapes", "sd14", "b2", "bs", "bpt", "ddpo")
+PRESETS = ("shapes", "sd14", "sd14_10gb", "b2", "bs", "bpt", "ddpo")
 ARMS = {  # of the study: what each changes of b2, beside its name
     "b2": {},
     "bs": {"curriculum": "fixed"},
@@ -270,7 +270,7 @@ def test_every_variable_of_run_process_sets_its_key(tmp_path):
     variables = {name: str(value) for name, (_, value) in VARIABLES.items()}
     variables |= {"Watch": "shapes, my.rewards:beauty", "TrackWith": "wandb,tensorboard"}
     source = (ROOT / "run_process.sh").read_text()
-    assert set(re.findall(r"^(\w+)=\"\$\{\1:-", source, re.MULTILINE)) == {*VARIABLES, "Preset"}
+    assert set(re.findall(r"^(\w+)=\"\$\{\1:-", source, re.MULTILINE)) == {*VARIABLES, "Preset", "Resident"}
     calls, _ = called(tmp_path, variables | {"Preset": "sd14"})
     for call in calls[1:]:
         argv = [argument.replace("--config=config", f"--config={ROOT}/config") for argument in call]

@@ -243,18 +243,18 @@ def test_sizes_of_files(finished, overrides):
 
 
 def test_what_is_on_disk_in_all(overrides, tmp_path):
-    """By hand: the trajectories of the larger stage or of both, two checkpoints a stage, images of which 4 or all are kept,
-    and those that are judged."""
+    """By hand: the trajectories of the larger stage or of both, a copy of two siblings in three, two checkpoints a stage,
+    images of which 4 or all are kept, and those that are judged."""
     base = dry_run.Base((4, 8, 8), 64, 77 * 16, 100_000)
     rare = {"eval.every": 0, "keep.images": 4, "keep.samples": False}
     text = dry_run.disk_text(make_config(overrides | rare), tmp_path, base, [10_000_000, 30_000_000])
     image, checkpoint = 3 * 64 * 64, 4 * 100_000 * 12
-    total = 30e6 + 2 * (2 * checkpoint + 4 * image) + (14 + 36) * image
+    total = 30e6 + 20e6 + 2 * (2 * checkpoint + 4 * image) + (14 + 36) * image
     assert text.startswith(f"at most {dry_run.size(total)}, ")
     assert f"{dry_run.size(2 * checkpoint)}" in text
     kept = rare | {"keep.images": -1, "keep.samples": True, "train.use_8bit_adam": True, "train.save_interval": 2}
     text = dry_run.disk_text(make_config(overrides | kept), tmp_path, base, [10_000_000, 30_000_000])
-    assert text.startswith(f"at most {dry_run.size(40e6 + 2 * (checkpoint / 2 + 18 * image) + 36 * image)}, ")
+    assert text.startswith(f"at most {dry_run.size(40e6 + 20e6 + 2 * (checkpoint / 2 + 18 * image) + 36 * image)}, ")
 
 
 def test_the_base_model_is_looked_for_only_here(models, overrides, tmp_path, monkeypatch):
@@ -376,8 +376,10 @@ def test_the_log_tells_the_run(overrides, tmp_path):
         r"stage0 sample: S 2 of 4, 18 images, from a fresh LoRA",
         r"stage0 sample: first batch in [\d.]+ s; the run takes at most about [\d.]+ (s|min)",
         r"stage0 sample: done in [\d.]+ s, 18 images, [\d.]+ images/s",
+        r"stage0 select: scoring 18 images by clip",
         r"stage0 select: done in [\d.]+ s, reward .* \(sd .*, in groups .*\), kept (\d+) of 18 images, \d+ good, \d+ bad",
-        r"stage0 train: (\d+) trajectories, max \|log-ratio\| at the first update \d.\de[+-]\d\d",
+        r"stage0 train: training on \d+ trajectories, 2 of their 2 steps, from a fresh LoRA",
+        r"stage0 train: max \|log-ratio\| at the first update \d.\de[+-]\d\d",
         r"stage0 train: done in [\d.]+ s, \d+ updates, gradient norm .*, clipped .* %, to stage0/checkpoint_2",
         r"stage0 done: 1 of 2 stages, [\d.]+ (s|min) so far, about [\d.]+ (s|min) left",
         r"stage1 sample: S 3 of 4, 18 images, from stage0/checkpoint_2",
@@ -465,7 +467,7 @@ def test_bars_on_a_terminal(stage_with, overrides, tmp_path):
     assert len({*shown["train"]}) > 2 * stage.manifest("train")["num_updates"]
     lines = re.split(r"[\r\n]+", written)
     logged = (tmp_path / "log" / "tiny.log").read_text().splitlines()
-    assert len(logged) == 7
+    assert len(logged) == 9
     assert {*logged} <= {*lines}
     assert_same(stage.root, experiment(stage_with()))
 

@@ -53,11 +53,18 @@ def json_lines(path: Path) -> list[dict]:
 # ---- what is written ----
 
 
+def selected_batches(folder: Path, stage: str) -> set[int]:
+    """The batches, of two groups, of which something was selected."""
+    rows = json.loads((experiment(folder) / stage / "selection.json").read_text())
+    return {row["group"] // 2 for row in rows}
+
+
 def test_files_of_an_experiment(finished):
     """Exactly the files of the design: nothing temporary, nothing pickled, each named by its manifest."""
     names = {"config.json"}
     for stage in ("stage0", "stage1"):
         names |= {f"{stage}/samples/batch_{batch:05d}.safetensors" for batch in range(3)}
+        names |= {f"{stage}/selected/batch_{batch:05d}.safetensors" for batch in selected_batches(finished, stage)}
         names |= {f"{stage}/images/{image:05d}.png" for image in range(18)}
         names |= {f"{stage}/{name}" for name in ("prompts.json", "scores.jsonl", "selection.json", "tree.png", "tree.json")}
         names |= {f"{stage}/{verb}.json" for verb in VERBS} | {f"{stage}/metrics/{verb}.jsonl" for verb in VERBS}
@@ -73,11 +80,9 @@ def test_files_of_an_experiment(finished):
         for name, facts in stage.manifest(verb)["files"].items()
     }
     manifests = {f"stage{index}/{verb}.json" for index in range(2) for verb in VERBS}
-    copies = {name for name in described if "/selected/" in name}  # deleted when they have been trained on
-    assert {name.split("/")[0] for name in copies} == {"stage0", "stage1"}
-    assert described.keys() == names - manifests - {"config.json"} | copies
-    for name in described.keys() - copies:
-        assert described[name] == {"bytes": len(found[name]), "sha256": hashlib.sha256(found[name]).hexdigest()}
+    assert described.keys() == names - manifests - {"config.json"}
+    for name, facts in described.items():
+        assert facts == {"bytes": len(found[name]), "sha256": hashlib.sha256(found[name]).hexdigest()}
 
 
 def test_samples_hold_each_state_once(finished):
@@ -362,16 +367,19 @@ def test_killed_again_and_again(finished, overrides, tmp_path):
 
 
 def test_damaged_files_are_noticed(workplace, overrides):
-    """A sample or selection that is not what its phase wrote is refused by checksum, and named."""
+    """A sample, image or selection that is not what its phase wrote is refused by checksum, and named."""
     stage = stages(workplace)[1]
-    stage.manifest_path("train").unlink()
-    data = bytearray(stage.batch(1).read_bytes())
-    data[-1] ^= 1
-    for path, changed in [(stage.batch(1), bytes(data)), (stage.selection, b"[]\n")]:
+    for verb, path in (
+        ("train", stage.selected_batch(min(selected_batches(workplace, "stage1")))),
+        ("train", stage.selection),
+        ("select", stage.batch(1)),
+        ("select", stage.image(3)),
+    ):
+        stage.manifest_path(verb).unlink(missing_ok=True)
         original = path.read_bytes()
-        path.write_bytes(changed)
+        path.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
         with pytest.raises(ValueError, match=f"{path.name}.*checksum"):
-            run_stage(workplace, overrides, 1, verbs=["train"])
+            run_stage(workplace, overrides, 1, verbs=[verb])
         path.write_bytes(original)
 
 

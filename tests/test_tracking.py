@@ -25,7 +25,7 @@ from b2diffurl.tracking import track
 
 PER_STAGE = 18  # images of the tiny experiment
 TRAIN = {"loss", "grad_norm", "clip_fraction", "max_abs_log_ratio", "epoch", "num_trajectories"}
-TIMES = {"event", "stage", "load", "score"}
+TIMES = {"event", "stage", "load", "score", "write"}
 TRAIN |= {"num_trained_steps", "num_updates", "max_abs_log_ratio_first"}
 
 
