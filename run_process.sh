@@ -41,6 +41,12 @@ Beta2="${Beta2:-}"                        # weight of negative advantages
 SaveInterval="${SaveInterval:-}"          # epochs between checkpoints
 Dev_Id="${Dev_Id:-}"                      # CUDA device
 Resident="${Resident:-}"                  # 1: all stages in one process, which starts up and loads the model once; same bits
+NumProcesses="${NumProcesses:-}"          # processes on this machine, one a GPU; each phase is started by torchrun
+NumMachines="${NumMachines:-1}"           # machines, each of which runs this script, with the same shared disk
+MachineRank="${MachineRank:-0}"           # this one's number: 0, 1, …
+MainProcessIp="${MainProcessIp:-}"        # machine 0's address
+MainProcessPort="${MainProcessPort:-29500}"
+Launcher="${Launcher:-}"                  # what starts a script instead: accelerate launch --config_file=cluster.yaml
 
 Flags=("--config=config/stage_process.py:${Preset}")
 set_flag() { if [ -n "$2" ]; then Flags+=("--config.$1=$2"); fi; }
@@ -82,6 +88,44 @@ set_flag train.save_interval "$SaveInterval"
 set_flag dev_id "$Dev_Id"
 Flags+=("$@")
 
+
+Launch=(python)
+if [ -n "$Launcher" ]; then
+    read -ra Launch <<< "$Launcher"
+elif [ "${NumProcesses:-1}" -gt 1 ] || [ "$NumMachines" -gt 1 ]; then
+    Launch=(python -m torch.distributed.run --nproc_per_node="${NumProcesses:-1}")
+    if [ "$NumMachines" -gt 1 ]; then
+        Launch+=(--nnodes="$NumMachines" --node_rank="$MachineRank")
+        Launch+=(--master_addr="$MainProcessIp" --master_port="$MainProcessPort" --rdzv_conf=timeout=7200)
+    else
+        Launch+=(--standalone)
+    fi
+fi
+if [ -n "$NumProcesses" ]; then set_flag num_processes $((NumProcesses * NumMachines)); fi
+
+# What runs is told to stop when this script is. It leaves whole files, and no process stays behind.
+Child=
+run() {
+    "$@" &
+    Child=$!
+    wait "$Child" || return $?
+}
+stop() {    # exit code
+    trap '' TERM INT HUP
+    if [ -n "$Child" ]; then
+        kill "$Child" 2> /dev/null || true
+        wait "$Child" || true
+    fi
+    echo "stopped; to go on, run the same command again" >&2
+    exit "$1"
+}
+trap 'stop 143' TERM
+trap 'stop 130' INT
+trap 'stop 129' HUP
+
+B2DIFFURL_RUN=$$                   # whose turn it is: the scripts work for this process; see b2diffurl/lock.py
+if [ "$MachineRank" -gt 0 ]; then B2DIFFURL_RUN=0; fi
+export B2DIFFURL_RUN
 Plan=$(python -m b2diffurl.experiment "${Flags[@]}")    # checks the whole configuration
 Folder=$(sed -n 1p <<< "$Plan")
 Stages=$(sed -n 2p <<< "$Plan")    # stage0 stage1 …
@@ -89,18 +133,21 @@ if [[ "$Stages" != stage0* ]]; then
     echo "$Plan"                   # --dry_run, or --dry_run=true: the plan for people, and no run
     exit 0
 fi
+if [ "$MachineRank" -eq 0 ]; then trap 'rm -f "$Folder/run.lock"; rmdir "$Folder" 2> /dev/null || true' EXIT; fi
 sed 1,2d <<< "$Plan"               # the plan in a line
 if [ "$Resident" = 1 ]; then
-    exec python -m b2diffurl.process "${Flags[@]}"
+    run python -m b2diffurl.process "${Flags[@]}"
+    exit 0
 fi
 for Stage in $Stages; do
-    python run_sample.py "${Flags[@]}" --config.run_name="$Stage"
-    python run_select.py "${Flags[@]}" --config.run_name="$Stage"
+    run "${Launch[@]}" run_sample.py "${Flags[@]}" --config.run_name="$Stage"
+    run "${Launch[@]}" run_select.py "${Flags[@]}" --config.run_name="$Stage"
     if [ -f "$Folder/$Stage/scores_wanted.csv" ] && [ ! -f "$Folder/$Stage/select.json" ]; then
         exit 0    # Reward=file: scores are being made elsewhere
     fi
-    python run_train.py "${Flags[@]}" --config.run_name="$Stage"
-    python run_eval.py "${Flags[@]}" --config.run_name="$Stage" --due
+    run "${Launch[@]}" run_train.py "${Flags[@]}" --config.run_name="$Stage"
+    if [ "$MachineRank" -eq 0 ]; then run python run_eval.py "${Flags[@]}" --config.run_name="$Stage" --due; fi
 done
-python run_eval.py "${Flags[@]}" --checkpoint=base,last --prompts=train,test --sampler=training
-python run_eval.py "${Flags[@]}" --checkpoint=base,last --prompts=test --sampler=deployed
+if [ "$MachineRank" -gt 0 ]; then exit 0; fi
+run python run_eval.py "${Flags[@]}" --checkpoint=base,last --prompts=train,test --sampler=training
+run python run_eval.py "${Flags[@]}" --checkpoint=base,last --prompts=test --sampler=deployed

@@ -4,9 +4,11 @@ from b2diffurl.runtime import run_script
 
 
 def main(config):
+    from b2diffurl.experiment import alone_in
     from b2diffurl.select import select_stage
 
-    select_stage(config)
+    with alone_in(config):
+        select_stage(config)
 
 
 if __name__ == "__main__":

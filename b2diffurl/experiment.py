@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from b2diffurl import files
+from b2diffurl import files, lock
 from b2diffurl.ddim import STEP_WEIGHTS
 from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.prompts import load_prompts, named_prompts
@@ -27,7 +28,8 @@ from b2diffurl.stage import LORA_FILE, Stage, find_checkpoints, finished_stages
 # may change, too: the prompts and the base network are known by their checksums. So may what only memory limits, though it
 # moves results by rounding; the same command gives the same bits.
 VOLATILE = (
-    "run_name", "split_step", "stage_cnt", "resume_from", "dev_id", "num_threads", "keep.samples", "keep.images",
+    "run_name", "split_step", "stage_cnt", "resume_from", "dev_id", "num_threads", "num_processes", "keep.samples",
+    "keep.images", "allow_config_change",
     "preset", "track_with", "wandb_mode", "wandb", "exp_name", "save_path", "log_path", "prompt_file",
     "pretrained.model", "pretrained.revision", "pretrained.variant", "pretrained.config",
     "sample.micro_batch_size", "sample.decode_batch_size", "train.micro_batch_size", "reward.batch_size",
@@ -70,6 +72,7 @@ class Plan:
     prompts: tuple[str, ...]  # what is trained on
     record: dict[str, Any]  # the experiment, as config.json holds it
     num_threads: int  # 0: torch's default
+    changes: tuple[str, ...] = ()  # what, allowed, differs from config.json, in words
 
     @property
     def start(self) -> str:
@@ -114,12 +117,20 @@ def make_plan(config: ConfigDict) -> Plan:
     prompts = tuple(prompt for _, prompt in named_prompts(config, "train"))
     prompts_sha256 = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     record = json.loads(json.dumps({"config": config.to_dict(), "prompts_sha256": prompts_sha256}))
-    num_threads = config["num_threads"]
+    num_threads, changes = config["num_threads"], ()
     if (stage.root / "config.json").is_file():
         recorded = files.read_json(stage.root / "config.json")
-        check_identity(recorded, record, stage.root)
+        changes = differences(recorded, record)
+        if changes:
+            check_change(config, stage, changes)
         num_threads = num_threads or recorded["num_threads"]
-    return Plan(stage, trained_steps(config, stage), resume_source(config, stage), prompts, record, num_threads)
+    num_trained_steps = trained_steps(config, stage)
+    return Plan(stage, num_trained_steps, resume_source(config, stage), prompts, record, num_threads, changes)
+
+
+def alone_in(config: ConfigDict) -> AbstractContextManager[None]:
+    """Keep other runs out of the experiment meanwhile, which is checked first; see lock.py."""
+    return lock.holding(make_plan(config).stage.root)
 
 
 def check(config: ConfigDict) -> None:
@@ -235,8 +246,8 @@ def check_choice(name: str, value: str, choices: Any) -> None:
         raise ValueError(f"{name} is {value!r}; known: {', '.join(repr(choice) for choice in choices)}")
 
 
-def check_identity(recorded: dict, wanted: dict, root: Path) -> None:
-    """Refuse a configuration that differs from the recorded one in anything that is not volatile."""
+def differences(recorded: dict, wanted: dict) -> tuple[str, ...]:
+    """Where a configuration differs from the recorded one in anything that is not volatile, in words."""
     now = flatten(wanted["config"])
     before = {key: now[key] for key in ADDED_UNUSED} | recorded_settings(recorded)
     reward = wanted["config"]["reward"]
@@ -249,10 +260,20 @@ def check_identity(recorded: dict, wanted: dict, root: Path) -> None:
     ]
     if recorded["prompts_sha256"] != wanted["prompts_sha256"]:
         differing.append("the training prompts are others")
-    if differing:
+    return tuple(differing)
+
+
+def check_change(config: ConfigDict, stage: Stage, changes: tuple[str, ...]) -> None:
+    """Refuse another configuration unless it is allowed; and in the middle of a stage in any case."""
+    if not config["allow_config_change"]:
         raise ValueError(
-            f"{root} belongs to another configuration: {'; '.join(differing)}. "
-            "Go on with the recorded values, or give the new experiment another exp_name."
+            f"{stage.root} belongs to another configuration: {'; '.join(changes)}. Go on with the recorded values, or give "
+            "the new experiment another exp_name; or, if you know what you do, --config.allow_config_change."
+        )
+    if stage.folder.exists() and not stage.finished("train"):
+        raise ValueError(
+            f"{stage.folder} is half done with another configuration: {'; '.join(changes)}. Finish it with the recorded "
+            "values, or delete it; a change counts from a stage's beginning."
         )
 
 
@@ -296,10 +317,16 @@ def describe_reward(settings: Mapping) -> str:
 
 
 def record_experiment(plan: Plan, num_threads: int) -> None:
-    """Write config.json the first time an experiment is run."""
+    """Write config.json the first time an experiment is run, or when it goes on otherwise, with what was different."""
     path = plan.stage.root / "config.json"
-    if not path.is_file():
+    recorded = files.read_json(path) if path.is_file() else None
+    if not recorded:
         files.write_json(path, plan.record | {"num_threads": num_threads})
+    elif plan.changes and recorded["config"] != plan.record["config"]:
+        change = {"stage": plan.stage.index, "changes": plan.changes}
+        logger.warning("stage%d goes on with another configuration: %s", plan.stage.index, "; ".join(plan.changes))
+        earlier = {"num_threads": recorded["num_threads"], "changed": [*recorded.get("changed", []), change]}
+        files.write_json(path, plan.record | earlier)
 
 
 def find_experiment(name: str) -> Path:
@@ -405,8 +432,8 @@ def find_lora(path: Path) -> Path:
 
 
 def begin(config: ConfigDict) -> None:
-    """Check the whole configuration, and print the plan if that is all that is asked for (--dry_run); else print, for
-    run_process.sh, the experiment's folder and the names of all its stages, and log the plan in one line."""
+    """Check the whole configuration, and print the plan if that is all that is asked for (--dry_run); else take the lock for
+    run_process.sh, print the experiment's folder and the names of all its stages, and log the plan in one line."""
     from b2diffurl import dry_run, forecast
 
     plan = make_plan(config)
@@ -414,6 +441,8 @@ def begin(config: ConfigDict) -> None:
     if flags.FLAGS.dry_run:
         print(dry_run.describe(config, plan))
         return
+    if owner := lock.owner():
+        lock.take(plan.stage.root, owner)
     print(plan.stage.root)
     print(" ".join(f"stage{index}" for index in range(config.stage_cnt)))
     logger.info(forecast.plan_line(config, plan.stage.root))

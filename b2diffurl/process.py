@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from b2diffurl import evaluate, policy, report
-from b2diffurl.experiment import make_plan
+from b2diffurl.experiment import alone_in, make_plan
 from b2diffurl.results import headline
 from b2diffurl.runtime import run_script
 from b2diffurl.sample import sample_stage
@@ -22,16 +22,17 @@ def run_stages(config: ConfigDict) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("Resident=1 is for one process. Without it each script is started on its own.")
     policy.keep_models()
-    for index in range(config.stage_cnt):
-        config.run_name = f"stage{index}"
-        sample_stage(config)
-        select_stage(config)
-        if not make_plan(config).stage.finished("select"):
-            return  # reward `file`: scores are being made elsewhere
-        train_stage(config)
-        judge_due(config)
-    judge(config, ["base", "last"], ["train", "test"], ["training"])
-    results = judge(config, ["base", "last"], ["test"], ["deployed"])
+    with alone_in(config):
+        for index in range(config.stage_cnt):
+            config.run_name = f"stage{index}"
+            sample_stage(config)
+            select_stage(config)
+            if not make_plan(config).stage.finished("select"):
+                return  # reward `file`: scores are being made elsewhere
+            train_stage(config)
+            judge_due(config)
+        judge(config, ["base", "last"], ["train", "test"], ["training"])
+        results = judge(config, ["base", "last"], ["test"], ["deployed"])
     print(json.dumps(headline(results[-1])), flush=True)
 
 

@@ -12,7 +12,7 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from b2diffurl import files
+from b2diffurl import files, lock
 from b2diffurl.diversity import inception_score, mean_pairwise_distance, vendi_score
 from b2diffurl.rewards import reward_weights
 from b2diffurl.rewards.mixture import Scales, combine
@@ -155,11 +155,14 @@ def describe_sampler(row: Mapping[str, Any]) -> str:
 
 def record(root: Path, results: Sequence[dict[str, Any]]) -> None:
     """Put one row for each result into eval.jsonl, last; a row of the same evaluation gives way, its differences stay."""
-    path = root / "eval.jsonl"
-    rows = {row["folder"]: row for row in (files.read_json_lines(path) if path.is_file() else [])}
-    for result in results:
-        rows[result["folder"]] = rows.pop(result["folder"], {}) | headline(result)
-    files.write_json_lines(path, list(rows.values()))
+    path, guard = root / "eval.jsonl", root / "eval.lock"
+    root.mkdir(parents=True, exist_ok=True)
+    with lock.exclusively(guard):  # for another evaluation may go on
+        rows = {row["folder"]: row for row in (files.read_json_lines(path) if path.is_file() else [])}
+        for result in results:
+            rows[result["folder"]] = rows.pop(result["folder"], {}) | headline(result)
+        files.write_json_lines(path, list(rows.values()))
+        guard.unlink(missing_ok=True)
 
 
 def describe(result: Mapping[str, Any]) -> str:

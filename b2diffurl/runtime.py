@@ -3,7 +3,9 @@
 import gc
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +23,8 @@ CONFIG_FILE = "config/stage_process.py"
 QUICK_START = 50_000  # objects between two garbage collections: importing torch, diffusers and transformers makes millions
 FLAGS = flags.FLAGS
 
+GRACE_SEC = 10  # from a signal to stop to the end, however busy
+
 T, R = TypeVar("T"), TypeVar("R")
 
 logger = logging.getLogger("b2diffurl")
@@ -35,10 +39,12 @@ def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
     gc.set_threshold(QUICK_START)
     look = "" if dry else f"; the traceback is in {log_file}"
     try:
-        main(config)
-    except KeyboardInterrupt:
-        logger.warning("%s: interrupted; run the same command again to go on", verb)
-        sys.exit(130)
+        with stopping_in_order():
+            main(config)
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if stop.args else signal.SIGINT
+        logger.warning("%s: stopped by %s; run the same command again to go on", verb, signal.Signals(number).name)
+        sys.exit(128 + number)
     except (ValueError, OSError, FloatingPointError, ImportError, SafetensorError) as error:
         logger.debug("%s failed", verb, exc_info=True)
         said = "; ".join([str(error), *getattr(error, "__notes__", ())])
@@ -50,6 +56,40 @@ def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
         knobs = "sample.micro_batch_size, sample.decode_batch_size, train.micro_batch_size or reward.batch_size"
         more = "take train.gradient_checkpointing=True or a smaller pretrained.resolution"
         die(f"{verb}: {error}", hint=f"Lower {knobs}, or {more}, and run the command again: it goes on where it stopped.")
+
+
+@contextmanager
+def stopping_in_order() -> Iterator[None]:
+    """SIGTERM, which preemption sends, and SIGINT end what goes on inside by a KeyboardInterrupt with their number.
+
+    What has not come to an end GRACE_SEC later, say because it waits for another process, ends all the same: files are
+    whole or not there at any moment.
+    """
+    ended = threading.Event()
+    heard, hears = os.pipe()
+    os.set_blocking(hears, False)
+
+    def stop(number: int, _frame: object) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):  # the first one counts
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt(number)
+
+    def insist() -> None:
+        if (number := os.read(heard, 1)) and not ended.wait(GRACE_SEC):
+            os._exit(128 + number[0])
+        os.close(heard)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    wakeup = signal.set_wakeup_fd(hears)
+    threading.Thread(target=insist, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        signal.set_wakeup_fd(wakeup)
+        os.close(hears)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def parse_flags() -> ConfigDict:
@@ -75,7 +115,8 @@ def die(message: str, *, hint: str) -> None:
 
 
 def set_up_logging(log_file: Path | None, *, console_too: bool = True) -> None:
-    """Events, one a line, to stdout and, in the first process, to `log_file`, which also gets tracebacks.
+    """Events, one a line, to stdout and `log_file`, which also gets tracebacks; of other processes than the first only what
+    went wrong.
 
     Where stdout is that very file (`bash run_process.sh > log/shapes.log`) it gets each line once, tracebacks too.
     """
@@ -85,14 +126,17 @@ def set_up_logging(log_file: Path | None, *, console_too: bool = True) -> None:
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
     console = Console(sys.stdout)
-    redirected = rank == 0 and log_file is not None and is_file(sys.stdout, log_file)
-    console.setLevel(logging.DEBUG if redirected else logging.INFO if rank == 0 else logging.WARNING)
+    redirected = log_file is not None and is_file(sys.stdout, log_file)
+    console.setLevel(logging.DEBUG if redirected else logging.INFO)
     handlers: list[logging.Handler] = [console] if console_too else []
-    if rank == 0 and log_file and not redirected:
+    if log_file and not redirected:
         handlers.append(logging.FileHandler(log_file, delay=True))
         log_file.parent.mkdir(parents=True, exist_ok=True)
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        if rank:
+            handler.addFilter(lambda record: record.levelno >= logging.WARNING or bool(record.exc_info))
+        name = f"process {rank}: " if rank else ""
+        handler.setFormatter(logging.Formatter(f"%(asctime)s {name}%(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
 
 
@@ -126,7 +170,13 @@ def make_accelerator(config: ConfigDict, num_threads: int) -> Any:
     if cuda and "LOCAL_RANK" not in os.environ:
         torch.cuda.set_device(config.dev_id)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
-    return Accelerator(cpu=not cuda, mixed_precision=precision)
+    accelerator = Accelerator(cpu=not cuda, mixed_precision=precision)
+    if config.num_processes and accelerator.num_processes != config.num_processes:
+        raise ValueError(
+            f"num_processes is {config.num_processes}, but this is one of {accelerator.num_processes}. Start it by torchrun "
+            "--nproc_per_node, as run_process.sh does with NumProcesses."
+        )
+    return accelerator
 
 
 def choose_device(config: ConfigDict) -> tuple[bool, str]:

@@ -35,7 +35,7 @@ from b2diffurl.tree import decode_tree, save_tree, watching
 
 
 def sample_stage(config: ConfigDict) -> None:
-    """Sample every batch of the stage that is not on disk yet; processes share the batches by global index."""
+    """Sample every batch of the stage that is not on disk yet; processes share them, and none depends on which has it."""
     plan = make_plan(config)
     check_rewards([*reward_weights(config.reward), *config.reward.watch], config.reward, plan.prompts)
     if config.eval.judge:
@@ -60,6 +60,7 @@ def sample_stage(config: ConfigDict) -> None:
     facts = stage_facts(config, plan, model, accelerator)
     num_batches = config.sample.num_batches_per_epoch
     check_batches(stage, num_batches, facts["policy"])
+    missing = [batch for batch in range(num_batches) if not stage.batch(batch).is_file()]  # before any process writes one
     if accelerator.is_main_process:
         files.remove_temporaries(stage.folder)
     accelerator.wait_for_everyone()
@@ -71,10 +72,13 @@ def sample_stage(config: ConfigDict) -> None:
     )  # fmt: skip
     sizes = sampling_sizes(config, accelerator.device, config.sample.batch_size * config.split_time)
     loaded = time.perf_counter()
-    mine = [batch for batch in range(num_batches) if batch % accelerator.num_processes == accelerator.process_index]
-    todo = [batch for batch in mine if not stage.batch(batch).is_file()]
-    seconds = {"load": loaded - started, "sample": 0.0, "decode": 0.0, "write": 0.0, "share": len(todo) / len(mine)}
+    todo = missing[accelerator.process_index :: accelerator.num_processes]
+    seconds = {"load": loaded - started, "sample": 0.0, "decode": 0.0, "write": 0.0, "share": len(missing) / num_batches}
     share = facts["num_images"] // num_batches
+    if accelerator.num_processes > 1:  # before another one's batch is there
+        if accelerator.is_main_process:
+            record_experiment(plan, torch.get_num_threads())
+        accelerator.wait_for_everyone()
     with progress_bar(len(todo) * share, f"stage{stage.index} sample", "images") as bar, Behind() as writer:
         sampling = Sampling(config, plan, model, sampler, sizes, facts["policy"], writer, bar, seconds)
         for batch in todo:
@@ -89,7 +93,8 @@ def sample_stage(config: ConfigDict) -> None:
     if accelerator.is_main_process:
         seconds["sample"] = time.perf_counter() - loaded
         facts |= {"batch_sizes": sizes.sizes} | peak_memory(accelerator.device)
-        finish(config, plan, facts, seconds, num_sampled=len(todo))
+        finish(config, plan, facts, seconds, num_sampled=len(missing))
+    accelerator.wait_for_everyone()  # until the phase is finished for all
     accelerator.end_training()
 
 

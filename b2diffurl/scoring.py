@@ -3,12 +3,14 @@
 N images
 """
 
+import json
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from ml_collections import ConfigDict
 from torch import Tensor
 
@@ -32,14 +34,17 @@ class Scores:
     seconds: dict[str, float]  # load: of the models; score
 
 
-def score_stage(config: ConfigDict, stage: Stage, prompts: list[str], device: torch.device) -> Scores:
-    """Score every image by every reward, one model after the other, and write scores.jsonl.
+def score_stage(config: ConfigDict, stage: Stage, prompts: list[str], accelerator: Accelerator) -> Scores | None:
+    """Score every image by every reward, one model after the other, and write scores.jsonl; processes share the batches, and
+    the first one has the scores.
 
     A FloatingPointError names the images whose score is not finite, after the file has been written.
     """
     weights, watched = reward_weights(config.reward), config.reward.watch
     seconds = {"load": 0.0, "score": 0.0}
-    found = {name: score_by(name, config, stage, prompts, device, seconds) for name in (*weights, *watched)}
+    found = {name: score_by(name, config, stage, prompts, accelerator, seconds) for name in (*weights, *watched)}
+    if not accelerator.is_main_process:
+        return None
     values = {name: found[name][0] for name in weights}
     scales = (recorded_scales(stage.root) or measure_scales(values)) if config.reward.standardise else None
     parts = {key: value for name in weights for key, value in by_name(name, *found[name]).items()}
@@ -58,34 +63,39 @@ def score_stage(config: ConfigDict, stage: Stage, prompts: list[str], device: to
 
 
 def score_by(
-    name: str, config: ConfigDict, stage: Stage, prompts: list[str], device: torch.device, seconds: dict[str, float]
+    name: str, config: ConfigDict, stage: Stage, prompts: list[str], accelerator: Accelerator, seconds: dict[str, float]
 ) -> tuple[Tensor, Parts]:
-    """Rewards [N] and parts of one reward, whose model is gone when it returns; adds to `seconds`."""
+    """Rewards [N] and parts of one reward, in the first process, whose model is gone when it returns; adds to `seconds`."""
     if name == "file":
         return read_scores(stage.given_scores, len(prompts)), {}
     started = time.perf_counter()
-    reward = load_reward(name, config.reward, device)
+    reward = load_reward(name, config.reward, accelerator.device)
     loaded = time.perf_counter()
     logger.info("stage%d select: scoring %d images by %s", stage.index, len(prompts), name)
-    sizes = BatchSizes(stage.root, device, {"reward.batch_size": config.reward.batch_size})
-    scores = sizes.fit(
+    wanted = {"reward.batch_size": config.reward.batch_size}
+    sizes = BatchSizes(stage.root, accelerator.device, wanted, alone=accelerator.num_processes == 1)
+    share = slice(accelerator.process_index, None, accelerator.num_processes)
+    batches = sizes.fit(
         "reward.batch_size",
-        lambda size: score_images(name, reward, stage, prompts, size, config.reward.num_workers),
+        lambda size: score_images(name, reward, stage, prompts, size, config.reward.num_workers, share),
     )
+    batches = gather(stage, batches, accelerator)
+    scores = join(batches) if accelerator.is_main_process else (torch.empty(0), {})
     seconds["load"] += loaded - started
     seconds["score"] += time.perf_counter() - loaded
     return scores
 
 
 def score_images(
-    name: str, reward: Reward, stage: Stage, prompts: list[str], batch_size: int, num_workers: int
-) -> tuple[Tensor, Parts]:
-    """Rewards [N] and parts of all images, `batch_size` at once; the last batch is filled up by repeating its last."""
+    name: str, reward: Reward, stage: Stage, prompts: list[str], batch_size: int, num_workers: int, share: slice
+) -> list[tuple[Tensor, Parts]]:
+    """Rewards and parts of a `share` of the batches of `batch_size` images; the last batch of all is filled up by repeating
+    its last image."""
     size = min(batch_size, len(prompts))
-    starts = range(0, len(prompts), size)
+    starts = range(0, len(prompts), size)[share]
     found = []
     with (
-        progress_bar(len(prompts), f"stage{stage.index} score {name}", "images") as bar,
+        progress_bar(len(starts) * size, f"stage{stage.index} score {name}", "images") as bar,
         ThreadPoolExecutor(num_workers) as pool,
     ):
 
@@ -103,8 +113,37 @@ def score_images(
             count = min(size, len(prompts) - start)
             with noting(place(start)):
                 found.append(score(reward, images, asked, count))
-            bar.update(count)
-    return join(found)
+            bar.update(size)
+    return found
+
+
+def gather(stage: Stage, batches: list[tuple[Tensor, Parts]], accelerator: Accelerator) -> list[tuple[Tensor, Parts]]:
+    """In the first process the batches of all, in order; they come by files, as JSON, which keeps every float32."""
+    if accelerator.num_processes == 1:
+        return batches
+    paths = [stage.folder / f"scores_of_process_{rank}.json{files.TEMPORARY}" for rank in range(accelerator.num_processes)]
+    own = [
+        [rewards.tolist(), {key: value if isinstance(value, list) else value.tolist() for key, value in parts.items()}]
+        for rewards, parts in batches
+    ]
+    paths[accelerator.process_index].write_text(json.dumps(own))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shares = [json.loads(path.read_text()) for path in paths]
+        ordered = [share[turn] for turn in range(len(shares[0])) for share in shares if turn < len(share)]
+        batches = [(as_tensor(rewards), {key: as_part(value) for key, value in parts.items()}) for rewards, parts in ordered]
+        for path in paths:
+            path.unlink()
+    accelerator.wait_for_everyone()
+    return batches
+
+
+def as_tensor(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def as_part(values: list) -> Tensor | list[str]:
+    return values if values and isinstance(values[0], str) else as_tensor(values)
 
 
 def write_scores(stage: Stage, prompts: list[str], scores: Scores) -> None:

@@ -4,6 +4,7 @@ G groups, K branches, N = G*K images
 """
 
 import torch
+from accelerate import Accelerator
 from ml_collections import ConfigDict
 from torch import Tensor
 
@@ -35,15 +36,25 @@ def select_stage(config: ConfigDict) -> None:
         return
     sampled = stage.manifest("sample")
     accelerator = make_accelerator(config, plan.num_threads)
-    if not accelerator.is_main_process:
-        return
-    files.remove_temporaries(stage.folder)
-    stage.verify("sample", stage.images.name, stage.prompts.name, stage.samples.name)
+    if accelerator.is_main_process:
+        files.remove_temporaries(stage.folder)
+        stage.verify("sample", stage.images.name, stage.prompts.name, stage.samples.name)
+    accelerator.wait_for_everyone()
     prompts = files.read_json(stage.prompts)
     if "file" in (*weights, *watched) and not stage.given_scores.is_file():
-        ask_for_scores(stage, prompts)
-        return
-    scores = score_stage(config, stage, prompts, accelerator.device)
+        if accelerator.is_main_process:
+            ask_for_scores(stage, prompts)
+    elif scores := score_stage(config, stage, prompts, accelerator):
+        finish(config, stage, prompts, scores, sampled["seed"], accelerator)
+    accelerator.wait_for_everyone()  # until the phase is finished for all
+    accelerator.end_training()
+
+
+def finish(
+    config: ConfigDict, stage: Stage, prompts: list[str], scores: Scores, seed: int, accelerator: Accelerator
+) -> None:
+    """Select, copy what is selected, and write the manifest, last."""
+    weights, watched = reward_weights(config.reward), config.reward.watch
     history = score_history(stage, config.eval.history_cnt)
     chosen = choose(config, scores.rewards, prompts, history)
     weighted = advantages(
@@ -65,7 +76,8 @@ def select_stage(config: ConfigDict) -> None:
     summary = summarise(scores, chosen, config.split_time, **thresholds(config))
     Metrics(stage.metrics("select")).log("select", stage=stage.index, **summary, **scores.seconds)
     facts = {"seconds": scores.seconds, "reward": weights, "scales": scores.scales, "num_history": len(history)} | summary
-    facts |= {"device": str(accelerator.device), "num_threads": torch.get_num_threads(), "seed": sampled["seed"]}
+    facts |= {"device": str(accelerator.device), "num_threads": torch.get_num_threads(), "seed": seed}
+    facts |= {"num_processes": accelerator.num_processes}
     facts |= peak_memory(accelerator.device)
     stage.write_manifest("select", facts, [stage.scores, stage.selection, *selected, stage.metrics("select")])
     clean_up(config, stage)

@@ -5,6 +5,7 @@ import platform
 import re
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -118,8 +119,8 @@ class Stage:
 def delete_batches(folder: Path) -> None:
     """Delete a stage's samples/ or selected/, but for what is not ours in it."""
     for path in folder.glob("batch_*.safetensors"):
-        path.unlink()
-    if folder.is_dir() and not any(folder.iterdir()):
+        path.unlink(missing_ok=True)  # another process may be at it
+    with suppress(OSError):
         folder.rmdir()
 
 

@@ -88,6 +88,7 @@ def train_stage(config: ConfigDict) -> None:
     if accelerator.is_main_process:
         seconds = {"load": loaded - started, "train": time.perf_counter() - loaded}
         finish(config, trainer, sampled, seconds | {"share": 1 - done / config.train.num_epochs})
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
@@ -114,7 +115,7 @@ class Trainer:
 
     def update(self, trajectories: Trajectories, advantages: Tensor, units: Tensor, steps: Sequence[int]) -> dict:
         """One optimizer step on `units`, trajectories [U] or pairs of them [U,2], and those of their S `steps`; returns the
-        metrics of this process's share, which can be empty in all but the first process.
+        metrics, of all processes' shares.
 
         A stage's first update goes step by step, so that its metrics have each step's gradient."""
         apart = self.num_updates == 0
@@ -131,8 +132,6 @@ class Trainer:
             logger.warning("stage%d train: fp16 overflow, update %d is skipped", self.stage.index, self.num_updates)
         self.optimizer.zero_grad()
         self.num_updates += 1
-        if not len(per_step[0]["loss"]):
-            return {"grad_norm": finite(norm.item())}
         window = self.sampler.timesteps[-len(self.step_weight) :]
         return summarise(per_step, norm, [window[step].item() for step in steps])
 
@@ -142,37 +141,52 @@ class Trainer:
         """Add up the gradient of the mean loss over all units and `steps`, at most `size` transitions at once.
 
         A micro-batch holds transitions of one step, or, where one has room for all units and steps need not be kept `apart`,
-        of several. Returns, for each step, this process's `units` [U] or [U,2], their `loss` [U] and the objective's metrics
+        of several. Returns, for each step, all processes' `units` [U] or [U,2], their `loss` [U] and the objective's metrics
         [U] or [2U], and, where steps do not share a micro-batch, `grad_norm`, the norm of what the step alone adds.
         """
         size = max(1, size // units[0].numel())
         shares = micro_batches(units, self.accelerator.process_index, self.accelerator.num_processes, size)
         together = 1 if apart or len(shares) > 1 else max(1, size // len(shares[0][0]))  # steps in a micro-batch
         scale = self.accelerator.num_processes / (len(units) * len(steps))
-        per_step: list[dict[str, Tensor]] = []
+        per_step: list[dict[str, Tensor]] = []  # of this process: each value [M] or [2,M], all its micro-batches' in a row
+        norms: list[Tensor] = []
         before = self.gradient()
         for start in range(0, len(steps), together):
             some = steps[start : start + together]
             collected: list[list[dict[str, Tensor]]] = [[] for _ in some]
             for number, (chosen, counts) in enumerate(shares):
-                last = start + together >= len(steps) and number == len(shares) - 1
-                with nullcontext() if last else self.accelerator.no_sync(self.model.network):
+                ends = (apart or start + together >= len(steps)) and number == len(shares) - 1  # with a sum over processes
+                with nullcontext() if ends else self.accelerator.no_sync(self.model.network):
                     loss, metrics = self.step_loss(trajectories, advantages, chosen, some)  # [steps,M]
                     weights = self.step_weight[list(some)]
                     self.accelerator.backward(((loss * counts.to(loss.device)).sum(1) * weights).sum() * scale)
-                real = (counts > 0).to(loss.device)
                 values = {"loss": loss.detach()} | metrics
                 for n, kept in enumerate(collected):
-                    kept.append({key: value[n][..., real].flatten() for key, value in values.items()})
-                    kept[-1]["units"] = chosen.to(loss.device)[real]
+                    kept.append({key: value[n] for key, value in values.items()})
                 self.bar.update(len(some) * int(counts.sum()) * units[0].numel() * self.accelerator.num_processes)
-            merged = [{key: torch.cat([part[key] for part in kept]) for key in kept[0]} for kept in collected]
-            if together == 1:
+            per_step += [{key: torch.cat([part[key] for part in kept], -1) for key in kept[0]} for kept in collected]
+            if together == 1 and (apart or self.accelerator.num_processes == 1):
                 after = self.gradient()
-                merged[0]["grad_norm"] = (after - before).norm() / self.gradient_scale()
+                norms.append((after - before).norm() / self.gradient_scale())
                 before = after
-            per_step += merged
-        return per_step
+        found = self.of_all_processes(per_step, shares)
+        for step, norm in zip(found, norms, strict=False):
+            step["grad_norm"] = norm
+        return found
+
+    def of_all_processes(
+        self, per_step: list[dict[str, Tensor]], shares: list[tuple[Tensor, Tensor]]
+    ) -> list[dict[str, Tensor]]:
+        """Each step's values of all processes, flat, and their `units`; without what only fills micro-batches up."""
+        device, gather = per_step[0]["loss"].device, self.accelerator.gather
+        units, counts = (torch.cat(parts).to(device) for parts in zip(*shares, strict=True))
+        real = gather(counts) > 0
+        found: list[dict[str, Tensor]] = [{"units": gather(units)[real]} for _ in per_step]
+        for key in per_step[0]:
+            together = gather(torch.stack([step[key] for step in per_step]))  # [W*S,M], or [W*S,2,M]
+            for step, value in zip(found, together.unflatten(0, (-1, len(per_step))).unbind(1), strict=True):
+                step[key] = value.movedim(0, -2).flatten(-2)[..., real].flatten()
+        return found
 
     def step_loss(
         self, trajectories: Trajectories, advantages: Tensor, units: Tensor, steps: Sequence[int]
@@ -471,4 +485,4 @@ def clean_up(config: ConfigDict, stage: Stage) -> None:
         delete_batches(stage.selected)
     if config.keep.images >= 0:
         for path in sorted(stage.images.glob("*.png"))[config.keep.images :]:
-            path.unlink()
+            path.unlink(missing_ok=True)

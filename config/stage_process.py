@@ -28,6 +28,8 @@ def reference() -> ConfigDict:
     config.seed = 300  # of the whole experiment; each stage, phase and batch derives its own
     config.save_path = "model/lora"  # where experiments lie
     config.log_path = "log"  # where <exp_name>.log is written
+    config.allow_config_change = False  # go on, from the next stage, with other settings than the experiment was begun with
+    config.num_processes = 0  # refuse to be one of another number of processes; 0: any
     config.dev_id = 0  # CUDA device; without CUDA everything runs on the CPU
     config.mixed_precision = "auto"  # auto | no | fp16 | bf16; auto: bf16 or fp16 on CUDA, none on the CPU
     config.allow_tf32 = True  # TF32 matrix products on CUDA, where they are not half precision anyway

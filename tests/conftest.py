@@ -5,7 +5,6 @@ import copy
 import io
 import json
 import logging
-import multiprocessing
 import os
 import re
 import runpy
@@ -278,30 +277,3 @@ def call(folder: Path, argv: list[str], main: Callable[[], object]) -> Ended:
                 logging.getLogger("b2diffurl").removeHandler(handler)
                 handler.close()
     return Ended(code, stdout.getvalue(), stderr.getvalue(), time.perf_counter() - started)
-
-
-def run_and_kill(folder: Path, verb: str, overrides: dict, *, rename: int) -> int:
-    """The exit code of run_<verb>.py in a fresh process that is killed before its n-th rename; 0 if it ends before."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(
-        ["torch", "accelerate", "peft", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"]
-    )
-    child = server.Process(target=_doomed, args=(folder, command_line(verb, overrides), rename))
-    child.start()
-    child.join()
-    return child.exitcode
-
-
-def _doomed(folder: Path, argv: list[str], rename: int) -> None:
-    remaining = [rename]
-
-    def kill(event: str, _args: tuple) -> None:
-        if event == "os.rename":
-            remaining[0] -= 1
-            if not remaining[0]:
-                os.kill(os.getpid(), 9)
-
-    sys.addaudithook(kill)
-    os.chdir(folder)
-    sys.argv = argv
-    runpy.run_path(str(ROOT / argv[0]), run_name="__main__")

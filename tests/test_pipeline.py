@@ -9,19 +9,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import children
 import numpy as np
 import pytest
 import torch
+from children import Fault, run_ranks
 from conftest import (
     PROMPTS,
     REFERRING,
     ROOT,
     VERBS,
     assert_same,
+    command_line,
     experiment,
     flags,
     make_config,
-    run_and_kill,
     run_script,
     run_stage,
     snapshot,
@@ -358,7 +360,8 @@ def test_killed_again_and_again(finished, overrides, tmp_path):
     """Scripts killed before a rename, started again and killed at a later one, until they end: the same bits as never
     killed."""
     for verb, first in [("sample", 8), ("select", 1), ("train", 1)]:
-        codes = [run_and_kill(tmp_path, verb, overrides, rename=rename) for rename in range(first, first + 12, 3)]
+        command = command_line(verb, overrides)
+        codes = [children.run(tmp_path, command, Fault("whole", turn=turn)) for turn in range(first, first + 12, 3)]
         assert codes[0] == -9
         assert codes == sorted(codes)
         assert codes[-1] == 0
@@ -432,10 +435,6 @@ def test_lora_in_stock_diffusers_gives_the_same_image(models, overrides, tmp_pat
 # ---- the scripts, and two processes ----
 
 
-def command(verb: str, *more: str) -> list[str]:
-    return [str(ROOT / f"run_{verb}.py"), f"--config={ROOT}/config/stage_process.py:sd14", *more]
-
-
 def test_the_shell_script_runs_it_all(finished, overrides, tmp_path):
     """run_process.sh, driven by its variables and by flags it passes on, runs each script as a process of its own, and
     leaves what the functions leave in this one; it ends with base and final judged, by both samplers, and a report."""
@@ -490,35 +489,38 @@ open("norms" + os.environ["RANK"] + ".json", "w").write(json.dumps(norms))
 """
 
 
-def test_two_processes_do_the_work_of_one(overrides, tmp_path):
-    """Under torchrun with 2 CPU processes: the same samples and images byte for byte; gradient norms equal across ranks
-    in every update, though the adapter is switched off and on for the base policy; and the update is that of one process
-    within rounding (AdamW's mean after one update is linear in the gradient)."""
-    settings = overrides | {"train.num_epochs": 1, "train.gradient_accumulation_steps": 64, "train.objective": "dpok"}
-    one, two = tmp_path / "one", tmp_path / "two"
-    for folder in (one, two):
-        folder.mkdir()
-    run_stage(one, settings)
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_processes_do_the_work_of_one(overrides, stage_with, tmp_path, count):
+    """CPU processes that share 3 sampling batches and 5 of scoring: the same samples, images, scores and selection byte for
+    byte; gradient norms equal across ranks in every update, though the adapter is switched off and on for the base policy;
+    and the update is that of one process within rounding (AdamW's mean after one update is linear in the gradient)."""
+    more = {"train.num_epochs": 1, "train.gradient_accumulation_steps": 64, "train.objective": "dpok"}
+    settings, one = overrides | more, stage_with(**more)
     spy = tmp_path / "spy.py"
     spy.write_text(RANK_WRITES_ITS_NORMS)
-
-    def torchrun(*words: str) -> None:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        subprocess.run([*launch, *words], cwd=two, check=True, timeout=300, env=environment)
-
-    torchrun(*command("sample", *flags(settings)))
-    for folder in ("samples", "images"):
-        assert snapshot(stages(two)[0].folder / folder) == snapshot(stages(one)[0].folder / folder)
-    assert stages(two)[0].manifest("sample")["num_processes"] == 2
-    run_stage(two, settings, verbs=["select"])
-    torchrun(str(spy), *command("train", *flags(settings)))
-    norms = [json.loads((two / f"norms{rank}.json").read_text()) for rank in range(2)]
-    assert norms[0] == norms[1]
-    first, second = (load_file(stages(folder)[0].checkpoints()[-1] / "optimizer.safetensors") for folder in (one, two))
+    for verb in ("sample", "select"):
+        run_ranks(tmp_path, command_line(verb, settings | {"num_processes": count}), count)
+    found, expected = stages(tmp_path)[0], stages(one)[0]
+    for name in ("samples", "images", "selected"):
+        assert snapshot(found.folder / name) == snapshot(expected.folder / name)
+    for name in ("prompts.json", "scores.jsonl", "selection.json", "tree.png"):
+        assert (found.folder / name).read_bytes() == (expected.folder / name).read_bytes()
+    assert [found.manifest(verb)["num_processes"] for verb in ("sample", "select")] == [count, count]
+    verb, *words = command_line("train", settings)
+    run_ranks(tmp_path, [str(spy), str(ROOT / verb), *words], count)
+    norms = [json.loads((tmp_path / f"norms{rank}.json").read_text()) for rank in range(count)]
+    assert norms == [norms[0]] * count
+    first, second = (load_file(stage.checkpoints()[-1] / "optimizer.safetensors") for stage in (expected, found))
     means = [name for name in first if name.endswith("::exp_avg")]
     assert means
     for name in means:
         torch.testing.assert_close(second[name], first[name], rtol=1e-4, atol=1e-4 * first[name].abs().max().item())
-    (single,) = (event for event in json_lines(stages(one)[0].metrics("train")) if event["event"] == "update")
-    assert norms[0] == pytest.approx([single["grad_norm"]], rel=1e-5)
+    (one_by_one,), (shared,) = (
+        [event for event in json_lines(stage.metrics("train")) if event["event"] == "update"] for stage in (expected, found)
+    )
+    assert norms[0] == pytest.approx([one_by_one["grad_norm"]], rel=1e-5)
+    assert shared.keys() == one_by_one.keys()
+    del shared["event"], one_by_one["event"]
+    for key, value in one_by_one.items():  # figures of all processes, not of the first one's share
+        assert shared[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+    assert not [path for path in experiment(tmp_path).rglob("*") if path.name.endswith((".tmp", ".lock"))]
