@@ -23,6 +23,7 @@ CONFIG_FILE = "config/stage_process.py"
 QUICK_START = 50_000  # objects between two garbage collections: importing torch, diffusers and transformers makes millions
 FLAGS = flags.FLAGS
 
+LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")  # of errors where another one failed
 GRACE_SEC = 10  # from a signal to stop to the end, however busy
 
 T, R = TypeVar("T"), TypeVar("R")
@@ -51,6 +52,11 @@ def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
         die(f"{verb}: {said}", hint=f"Mend it and run the same command again{look}.")
     except (RuntimeError, MemoryError) as error:
         logger.debug("%s failed", verb, exc_info=True)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(text in str(error) for text in LOST):
+            die(
+                f"{verb}: another process of this run has ended",
+                hint=f"Its error stands in {log_file}: process <number>.",
+            )
         if not (isinstance(error, MemoryError) or "out of memory" in str(error)):
             raise
         knobs = "sample.micro_batch_size, sample.decode_batch_size, train.micro_batch_size or reward.batch_size"

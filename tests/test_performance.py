@@ -276,7 +276,7 @@ def test_a_stage_selected_before_there_were_copies_is_asked_to_be_selected_again
 # ---- one process for all ----
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_one_process_gives_the_bits_of_three_scripts_a_stage(overrides, tmp_path, monkeypatch, request, precision):
     """Both stages, the model loaded once: every file as from a model loaded anew for each phase."""
     monkeypatch.setattr(policy, "_kept", None)

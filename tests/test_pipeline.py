@@ -361,7 +361,7 @@ def test_killed_again_and_again(finished, overrides, tmp_path):
     killed."""
     for verb, first in [("sample", 8), ("select", 1), ("train", 1)]:
         command = command_line(verb, overrides)
-        codes = [children.run(tmp_path, command, Fault("whole", turn=turn)) for turn in range(first, first + 12, 3)]
+        codes = [children.run(tmp_path, command, Fault("whole", turn=turn)) for turn in range(first, first + 15, 5)]
         assert codes[0] == -9
         assert codes == sorted(codes)
         assert codes[-1] == 0

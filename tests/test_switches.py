@@ -213,7 +213,7 @@ def test_the_shell_script_takes_the_switches_from_the_environment(stage_with, ov
     settings = SWITCHES[objective]
     switches = settings.keys() & VARIABLES.keys()
     variables = {VARIABLES[key]: str(settings[key]) for key in switches}
-    variables |= {"Preset": "sd14", "StageCnt": "1", "SavePath": str(tmp_path)}
+    variables |= {"Preset": "sd14", "StageCnt": "1", "SavePath": str(tmp_path), "Resident": "1"}
     rest = {key: value for key, value in (overrides | settings).items() if key not in {*switches, "stage_cnt"}}
     code, stdout, stderr = run_process(tmp_path, flags(rest | {"log_path": tmp_path}), variables)
     assert code == 0, stderr
