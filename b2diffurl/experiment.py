@@ -122,7 +122,7 @@ def make_plan(config: ConfigDict) -> Plan:
         recorded = files.read_json(stage.root / "config.json")
         changes = differences(recorded, record)
         if changes:
-            check_change(config, stage, changes)
+            refuse_change(config, stage, changes)
         num_threads = num_threads or recorded["num_threads"]
     num_trained_steps = trained_steps(config, stage)
     return Plan(stage, num_trained_steps, resume_source(config, stage), prompts, record, num_threads, changes)
@@ -263,7 +263,7 @@ def differences(recorded: dict, wanted: dict) -> tuple[str, ...]:
     return tuple(differing)
 
 
-def check_change(config: ConfigDict, stage: Stage, changes: tuple[str, ...]) -> None:
+def refuse_change(config: ConfigDict, stage: Stage, changes: tuple[str, ...]) -> None:
     """Refuse another configuration unless it is allowed; and in the middle of a stage in any case."""
     if not config["allow_config_change"]:
         raise ValueError(

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,7 @@ VARIABLES = {
 }
 
 
+OTHERS = ("Preset", "Resident", "NumProcesses", "NumMachines", "MachineRank", "MainProcessIp", "MainProcessPort", "Launcher")
 PLAN = r"folder\nstage0 stage1\nPLAN\n"  # what a stub for `python -m b2diffurl.experiment` says
 
 
@@ -227,7 +229,7 @@ def called(tmp_path: Path, variables: dict[str, str], *arguments: str, plan: str
     stub.parent.mkdir()
     stub.write_text(f'#!/bin/bash\nprintf "%q " "$@" >> {tmp_path}/calls; echo >> {tmp_path}/calls\nprintf "{plan}"')
     stub.chmod(0o755)
-    environment = {key: value for key, value in os.environ.items() if key not in {*VARIABLES, "Preset"}}
+    environment = {key: value for key, value in os.environ.items() if key not in {*VARIABLES, *OTHERS}}
     environment |= variables | {"PATH": f"{stub.parent}:{os.environ['PATH']}"}
     command = ["bash", ROOT / "run_process.sh", *arguments]
     ended = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=60)
@@ -251,6 +253,62 @@ def test_run_process_goes_through_the_stages(tmp_path):
     assert calls[-1][-3:] == ["--checkpoint=base,last", "--prompts=test", "--sampler=deployed"]
 
 
+TORCHRUN = ["-m", "torch.distributed.run"]
+CLUSTER = {"NumProcesses": "4", "NumMachines": "2", "MainProcessIp": "10.0.0.1"}
+RENDEZVOUS = ["--master_addr=10.0.0.1", "--master_port=29500", "--rdzv_conf=timeout=7200"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "launch", "num_processes", "judges"),
+    [
+        ({"NumProcesses": "1"}, [], 1, True),
+        ({"NumProcesses": "2"}, [*TORCHRUN, "--nproc_per_node=2", "--standalone"], 2, True),
+        (CLUSTER, [*TORCHRUN, "--nproc_per_node=4", "--nnodes=2", "--node_rank=0", *RENDEZVOUS], 8, True),
+        (
+            CLUSTER | {"MachineRank": "1"},
+            [*TORCHRUN, "--nproc_per_node=4", "--nnodes=2", "--node_rank=1", *RENDEZVOUS],
+            8,
+            False,
+        ),
+        (
+            {"Launcher": "python -m accelerate.commands.launch --multi_gpu", "NumProcesses": "3"},
+            ["-m", "accelerate.commands.launch", "--multi_gpu"],
+            3,
+            True,
+        ),
+    ],
+)
+def test_run_process_starts_as_many_processes_as_asked_for(tmp_path, variables, launch, num_processes, judges):
+    """Each phase by a launcher, and told how many processes it must be one of; machine 0 alone judges."""
+    calls, _ = called(tmp_path, variables)
+    phases = [call for call in calls if any(f"run_{verb}.py" in call for verb in ("sample", "select", "train"))]
+    assert len(phases) == 6
+    for call in phases:
+        assert call[: len(launch)] == launch
+        assert call[len(launch)].startswith("run_")
+        assert f"--config.num_processes={num_processes}" in call
+    assert any("run_eval.py" in call for call in calls) == judges
+
+
+def test_run_process_hands_a_signal_on(tmp_path):
+    """SIGTERM to the script alone ends its child, too; exit code 143, and it says how to go on."""
+    stub = tmp_path / "bin" / "python"
+    stub.parent.mkdir()
+    stub.write_text(
+        f'#!/bin/bash\nif [ "$1" = -m ]; then printf "{PLAN}"; else echo $$ > {tmp_path}/child; exec sleep 100; fi'
+    )
+    stub.chmod(0o755)
+    environment = os.environ | {"PATH": f"{stub.parent}:{os.environ['PATH']}"}
+    with subprocess.Popen(["bash", ROOT / "run_process.sh"], env=environment, stderr=subprocess.PIPE, text=True) as script:
+        while not (tmp_path / "child").is_file() or not (tmp_path / "child").read_text():
+            time.sleep(0.01)
+        script.terminate()
+        assert script.wait(10) == 143
+        assert "run the same command again" in script.stderr.read()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "child").read_text()), 0)
+
+
 @pytest.mark.parametrize("flag", ["--dry_run", "--dry_run=true", "-dry_run"])
 def test_a_dry_run_calls_nothing_else(tmp_path, flag):
     """However it is written, it goes to the first process, whose words are handed on, and there is no second one."""
@@ -270,7 +328,7 @@ def test_every_variable_of_run_process_sets_its_key(tmp_path):
     variables = {name: str(value) for name, (_, value) in VARIABLES.items()}
     variables |= {"Watch": "shapes, my.rewards:beauty", "TrackWith": "wandb,tensorboard"}
     source = (ROOT / "run_process.sh").read_text()
-    assert set(re.findall(r"^(\w+)=\"\$\{\1:-", source, re.MULTILINE)) == {*VARIABLES, "Preset", "Resident"}
+    assert set(re.findall(r"^(\w+)=\"\$\{\1:-", source, re.MULTILINE)) == {*VARIABLES, *OTHERS}
     calls, _ = called(tmp_path, variables | {"Preset": "sd14"})
     for call in calls[1:]:
         argv = [argument.replace("--config=config", f"--config={ROOT}/config") for argument in call]
@@ -333,7 +391,7 @@ def check_command(folder: Path, where: str, words: list[str], variables: list[st
     elif words[0] in ("python", "bash"):
         assert (ROOT / words[1]).is_file(), where
     if words[:2] == ["bash", "run_process.sh"]:
-        assert {*variables} <= {*VARIABLES, "Preset"}, where
+        assert {*variables} <= {*VARIABLES, *OTHERS}, where
         settings = [word for word in words[2:] if word != "--dry_run"]
         assert parse_command(folder, ["run_train.py", f"{CONFIG}:shapes", *settings]).code == 0, where
     for word, following in itertools.pairwise(words):
