@@ -18,7 +18,9 @@ from b2diffurl.scoring import Scores, score_stage
 from b2diffurl.selection import Selected, advantages, normalise, select_all, select_pairs
 from b2diffurl.stage import Stage, delete_batches, finished_stages, listed, not_finite
 from b2diffurl.trajectory import save_selected
-from b2diffurl.watch import group_warnings, in_words
+from b2diffurl.watch import in_words, stage_warnings
+
+ROUNDING = 1e-6  # of a reward: a scorer's models move equal images by as much from one place in a batch to another
 
 
 def select_stage(config: ConfigDict) -> None:
@@ -68,7 +70,7 @@ def select_stage(config: ConfigDict) -> None:
     summary |= {"num_twin_groups": num_twin_groups(stage, sampled, len(prompts), config.split_time)}
     Metrics(stage.metrics("select")).log("select", stage=stage.index, **summary, **scores.seconds)
     earlier = [before.manifest("select") for before in finished_stages(stage.root, "select") if before.index < stage.index]
-    warned = group_warnings([manifest for manifest in earlier if "num_twin_groups" in manifest], summary)
+    warned = stage_warnings([manifest for manifest in earlier if "num_twin_groups" in manifest], summary)
     facts = {"seconds": scores.seconds, "reward": weights, "scales": scores.scales, "num_history": len(history)} | summary
     facts |= {"device": str(accelerator.device), "num_threads": torch.get_num_threads(), "seed": sampled["seed"]}
     facts |= {"warnings": warned} | peak_memory(accelerator.device)
@@ -144,11 +146,11 @@ def summarise(
     means = scores.parts | {f"watch/{key}": value for key, value in scores.watch.items()}
     means = {key: value for key, value in means.items() if isinstance(value, Tensor) and value.isfinite().any()}
     inside = rewards.unflatten(0, (-1, num_siblings))
-    flat = inside.amax(1) == inside.amin(1) if num_siblings > 1 else torch.zeros(len(inside))
+    spread, size = inside.amax(1) - inside.amin(1), inside.abs().amax(1)
     return {
         "num_images": len(rewards),
         "num_groups": len(inside),
-        "num_flat_groups": int(flat.sum()),
+        "num_flat_groups": int((spread <= ROUNDING * size).sum()) if num_siblings > 1 else 0,
         "num_selected": len(chosen),
         "num_best": sum(one.score >= pos_threshold for one in chosen),
         "num_worst": sum(one.score < neg_threshold for one in chosen),

@@ -4,6 +4,7 @@ Numbers that are not finite stop a run. These only warn: in the log when they ha
 which report and forecast take them. The same figures give the same words.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ WINDOW = 100  # latest updates that it is of: those long ago trained fewer steps
 MIN_LOG_RATIO = 1e-4  # DDPO's clip range, the smallest in use: below it no policy has moved far, whatever the median
 MAX_SKIPPED = 10  # updates in a row; fp16's scale halves with each, and 10 of them make a thousandth of it
 FEW = 0.1  # of groups: where no more than these have any spread of rewards, next to nothing says what to do better
+MAX_FALL = 1.0  # standard deviations of rewards that a stage's mean may lie below the best before it
+MAX_FALL_SE = 6.0  # and as many of them over the root of the number of groups, where these are few
 MAX_TWINS = 0.05  # of groups: now and then two siblings may be equally blank
 
 Warned = dict[str, str]  # kind: in two or three words; what: the figures; advice: what to try
@@ -27,6 +30,7 @@ ADVICE = {
     "train.step_weight=sigma if grad_norm_per_step shows that one step makes it",
     "Log-ratio": f"{ELSEWHERE} with a lower train.learning_rate, a smaller train.eps, or fewer updates a stage (larger "
     "train.batch_size, fewer train.num_epochs)",
+    "Mean reward": f"looking at the stage's images, and {ELSEWHERE} with a lower train.learning_rate or a smaller train.eps",
     "First log-ratio": "sampling and training on the same device, in the same precision, with the same number of threads",
     "Skipped updates": "a new experiment with mixed_precision=bf16, or no: nothing is learnt from these",
     "Rewards of siblings": "looking at the stage's images: if they are as wanted the run is done; if the model has "
@@ -146,18 +150,31 @@ class UpdateWatch:
         return found
 
 
-# ---- groups ----
+# ---- scored stages ----
 
 
-def group_warnings(earlier: Sequence[Mapping[str, Any]], scored: Mapping[str, Any]) -> list[Warned]:
-    """Of a stage that has been scored, and `earlier` ones: by their num_groups, num_flat_groups and num_twin_groups."""
+def stage_warnings(earlier: Sequence[Mapping[str, Any]], scored: Mapping[str, Any]) -> list[Warned]:
+    """Of a stage that has been scored, and `earlier` ones, as the manifests of their select phases have them."""
+    return [*fallen_reward(earlier, scored), *groups_alike(earlier, scored)]
+
+
+def fallen_reward(earlier: Sequence[Mapping[str, Any]], scored: Mapping[str, Any]) -> list[Warned]:
+    best = max(earlier, key=lambda one: one["reward_mean"], default=scored)
+    fall, spread = best["reward_mean"] - scored["reward_mean"], max(best["reward_std"], scored["reward_std"])
+    if fall <= max(MAX_FALL, MAX_FALL_SE / math.sqrt(scored["num_groups"])) * spread:
+        return []
+    below = f"more than {MAX_FALL:g} standard deviation below that of stage {best['stage']}, {best['reward_mean']:.3g}"
+    return [warn("Mean reward", f"mean reward {scored['reward_mean']:.3g}, {below}")]
+
+
+def groups_alike(earlier: Sequence[Mapping[str, Any]], scored: Mapping[str, Any]) -> list[Warned]:
     found = []
     flat, twins, groups = (scored[key] for key in ("num_flat_groups", "num_twin_groups", "num_groups"))
     spread = median(1 - one["num_flat_groups"] / one["num_groups"] for one in earlier) if earlier else 0.0
     lost = groups - flat <= FEW * groups and spread >= 2 * FEW  # twice: a reward of 0 or 1 goes to and fro about any limit
     if flat == groups or lost:
         before = f", usual before: {1 - spread:.0%}" if earlier else ""
-        found.append(warn("Rewards of siblings", f"in {flat} of {groups} groups all siblings have the same reward{before}"))
+        found.append(warn("Rewards of siblings", f"the same for all siblings in {flat} of {groups} groups{before}"))
     if twins > MAX_TWINS * groups:
         found.append(warn("Identical images", f"{twins} of {groups} groups have siblings whose images are identical"))
     return found

@@ -47,6 +47,7 @@ def root(reported, tmp_path) -> Path:
 def test_the_page_is_self_contained_and_the_same_each_time(root):
     """Nothing is loaded from anywhere, every picture has its PNG, and writing it again changes no byte of anything."""
     page = (root / "report.html").read_text()
+    assert "<h2>Warnings" not in page
     sources = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?([^"\'\s>)]+)', page)
     assert sources
     assert [source[:40] for source in sources if not source.startswith(("data:", "#"))] == []
