@@ -12,7 +12,7 @@ from itertools import takewhile
 from statistics import median
 from typing import Any
 
-FAR = 10.0  # times the median. In 42 runs of the embedded world that went well no update was beyond 5 (docs/evaluation.md)
+FAR = 10.0  # times the median. In 12 runs of the embedded world that went well no update was beyond 6 (docs/evaluation.md)
 MIN_UPDATES = 10  # before a median says what is usual
 WINDOW = 100  # latest updates that it is of: those long ago trained fewer steps of another policy
 MIN_LOG_RATIO = 1e-4  # DDPO's clip range, the smallest in use: below it no policy has moved far, whatever the median
@@ -24,18 +24,18 @@ MAX_TWINS = 0.05  # of groups: now and then two siblings may be equally blank
 
 Warned = dict[str, str]  # kind: in two or three words; what: the figures; advice: what to try
 
-ELSEWHERE = "a new experiment from the last good stage (--config.resume_from=<its folder>/checkpoints)"
+ELSEWHERE = "a new experiment with resume_from at the last good stage's checkpoints"
 ADVICE = {
-    "Gradient norm": f"{ELSEWHERE} with a lower train.learning_rate, or train.max_grad_norm near that median, and "
-    "train.step_weight=sigma if grad_norm_per_step shows that one step makes it",
-    "Log-ratio": f"{ELSEWHERE} with a lower train.learning_rate, a smaller train.eps, or fewer updates a stage (larger "
+    "Gradient norm": f"{ELSEWHERE} and a lower train.learning_rate, or train.max_grad_norm near that median; "
+    "train.step_weight=sigma where grad_norm_per_step says that one step makes it",
+    "Log-ratio": f"{ELSEWHERE} and a lower train.learning_rate, a smaller train.eps, or fewer updates a stage (larger "
     "train.batch_size, fewer train.num_epochs)",
-    "Mean reward": f"looking at the stage's images, and {ELSEWHERE} with a lower train.learning_rate or a smaller train.eps",
+    "Mean reward": f"looking at the stage's images, and {ELSEWHERE} and a lower train.learning_rate or a smaller train.eps",
     "First log-ratio": "sampling and training on the same device, in the same precision, with the same number of threads",
     "Skipped updates": "a new experiment with mixed_precision=bf16, or no: nothing is learnt from these",
     "Rewards of siblings": "looking at the stage's images: if they are as wanted the run is done; if the model has "
-    f"collapsed, {ELSEWHERE} with a lower train.learning_rate; else a reward of finer steps, or more siblings (split_time)",
-    "Identical images": f"looking at the stage's images: if they are blank the model has collapsed: {ELSEWHERE} with a "
+    f"collapsed, {ELSEWHERE} and a lower train.learning_rate; else a reward of finer steps, or more siblings (split_time)",
+    "Identical images": f"looking at the stage's images: if they are blank the model has collapsed: {ELSEWHERE} and a "
     "lower train.learning_rate; else longer windows (split_step_left) or more noise (sample.eta)",
 }
 
@@ -174,7 +174,8 @@ def groups_alike(earlier: Sequence[Mapping[str, Any]], scored: Mapping[str, Any]
     lost = groups - flat <= FEW * groups and spread >= 2 * FEW  # twice: a reward of 0 or 1 goes to and fro about any limit
     if flat == groups or lost:
         before = f", usual before: {1 - spread:.0%}" if earlier else ""
-        found.append(warn("Rewards of siblings", f"the same for all siblings in {flat} of {groups} groups{before}"))
+        what = f"rewards are the same for all siblings in {flat} of {groups} groups"
+        found.append(warn("Rewards of siblings", what + before))
     if twins > MAX_TWINS * groups:
         found.append(warn("Identical images", f"{twins} of {groups} groups have siblings whose images are identical"))
     return found

@@ -359,10 +359,10 @@ def test_a_blank_model_warns_in_log_manifest_and_report(finished, overrides, mon
     stdout = "".join(done(work, verb, run) for verb in ("sample", "select", "train"))
     selected = stage_of(work, 2).manifest("select")
     assert [one["what"] for one in selected["warnings"]] == [
-        "the same for all siblings in 6 of 6 groups, usual before: 0%",
+        "rewards are the same for all siblings in 6 of 6 groups, usual before: 0%",
         "6 of 6 groups have siblings whose images are identical",
     ]
-    assert stdout.count("stage2 select: the same for all siblings in 6 of 6 groups") == 1
+    assert stdout.count("stage2 select: rewards are the same for all siblings in 6 of 6 groups") == 1
     assert re.search(r"stage2 done: 3 of 3 stages, .*, warnings in stage 2 \(see report.html\)", stdout)
     assert forecast.plan_line(make_config(run), experiment(work)).endswith(", warnings in stage 2 (see report.html)")
     page = write_report(experiment(work)).read_text()
