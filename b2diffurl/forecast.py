@@ -15,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from b2diffurl.experiment import describe_reward, scheduled_steps
+from b2diffurl.history import stage_list, warned_rows
 from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.stage import PHASES, Stage, finished_stages
 
@@ -204,6 +205,7 @@ def plan_line(config: ConfigDict, root: Path) -> str:
         f"{at_most(config)}{config.stage_cnt * most_updates(config)} updates",
         f"seed {config.seed}",
         time_text(config, root),
+        *warned_text(root),
     ]
     return f"plan: {', '.join(parts)}"
 
@@ -227,11 +229,16 @@ def stage_done_line(config: ConfigDict, stage: Stage) -> str:
     """After a stage's training."""
     pace, done = measured_pace(config, stage.root), num_done(config, stage.root)
     if pace is None:
-        return f"stage{stage.index} done: {done} of {config.stage_cnt} stages"
+        return ", ".join([f"stage{stage.index} done: {done} of {config.stage_cnt} stages", *warned_text(stage.root)])
     left = f"about {duration(pace.seconds(work_left(config, stage.root)))} left"
-    return (
-        f"stage{stage.index} done: {done} of {config.stage_cnt} stages, {duration(spent(stage.root, pace))} so far, {left}"
-    )
+    so_far = f"stage{stage.index} done: {done} of {config.stage_cnt} stages, {duration(spent(stage.root, pace))} so far"
+    return ", ".join([so_far, left, *warned_text(stage.root)])
+
+
+def warned_text(root: Path) -> list[str]:
+    """Which stages warned, if any did."""
+    stages = [row["stage"] for row in warned_rows(root)]
+    return [f"warnings in {stage_list(stages)} (see report.html)"] if stages else []
 
 
 def num_done(config: ConfigDict, root: Path) -> int:

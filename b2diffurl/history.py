@@ -48,6 +48,38 @@ def training_figures(stage: Stage) -> Row:
     return {"num_updates": len(updates), "max_abs_log_ratio_first": first} | means
 
 
+def updates_before(stage: Stage, count: int) -> list[Row]:
+    """The latest `count` updates of the stages before this one."""
+    found: list[Row] = []
+    for index in reversed(range(stage.index)):
+        found = read_events(Stage(stage.root, index).metrics("train"), "update") + found
+        if len(found) >= count:
+            break
+    return found[-count:]
+
+
+def warned_rows(root: Path) -> list[Row]:
+    """What the phases warned of (see `b2diffurl.watch`), each with its `stage` and `phase`, in order."""
+    found = []
+    for stage in finished_stages(root, "select"):
+        for phase in ("select", "train"):
+            warned = stage.manifest(phase).get("warnings", []) if stage.finished(phase) else []
+            found += [{"stage": stage.index, "phase": phase} | one for one in warned]
+    return found
+
+
+def stage_list(indices: Sequence[int]) -> str:
+    """Such as `stage 3`, or `stages 2, 5-8`."""
+    runs: list[list[int]] = []
+    for index in sorted(set(indices)):
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    named = ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
+    return f"stage{'s' if len(set(indices)) > 1 else ''} {named}"
+
+
 def per_step_rows(root: Path, key: str) -> dict[int, dict[int, float]]:
     """{stage: {timestep: mean over its updates}} of a metric such as `log_ratio_per_step`, for stages that are trained."""
     found = {}

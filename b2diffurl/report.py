@@ -23,7 +23,16 @@ from torch import Tensor
 
 from b2diffurl import files
 from b2diffurl.experiment import describe_reward, find_experiment, flatten
-from b2diffurl.history import Row, evaluation_rows, per_step_rows, set_name, set_title, stage_rows
+from b2diffurl.history import (
+    Row,
+    evaluation_rows,
+    per_step_rows,
+    set_name,
+    set_title,
+    stage_list,
+    stage_rows,
+    warned_rows,
+)
 from b2diffurl.pictures import (
     STYLE,
     Pair,
@@ -48,6 +57,7 @@ from b2diffurl.tree import load_tree
 
 PRESETS = Path(__file__).parents[1] / "config" / "stage_process.py"
 NUM_PAIRS = 12  # images of a prompt set that are shown: the first, none is chosen
+NUM_WARNINGS = 3  # of a kind that are shown
 NUM_EXTREMES = 6  # largest losses, and gains
 EMBEDDED_PX = 256  # larger images are scaled down for the page
 
@@ -77,6 +87,7 @@ def write_report(root: Path) -> Path:
             "stages": stages,
             "config": config,
             "reward": describe_reward(config["reward"]),
+            "warned": warned_kinds(warned_rows(root)),
             "figures": figure_table(evaluations),
             "galleries": galleries(root, evaluations),
             "curves": draw_curves(root, stages, evaluations),
@@ -90,6 +101,21 @@ def write_report(root: Path) -> Path:
     html = environment.get_template("report.html").render(page)
     files.write_bytes(root / "report.html", html.encode())
     return root / "report.html"
+
+
+# ---- warnings ----
+
+
+def warned_kinds(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Of each kind of warning the stages, what the first ones said and what to try."""
+    found = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        same = [row for row in rows if row["kind"] == kind]
+        stages = [row["stage"] for row in same]
+        more = stage_list(stages[NUM_WARNINGS:]) if stages[NUM_WARNINGS:] else ""
+        shown = {"kind": kind, "stages": stage_list(stages), "first": same[:NUM_WARNINGS], "more": more}
+        found.append(shown | {"advice": same[0]["advice"]})
+    return found
 
 
 # ---- figures ----

@@ -29,7 +29,7 @@ from b2diffurl.prompts import batch_prompts, load_prompts, named_prompts
 from b2diffurl.rewards import check_rewards, reward_weights
 from b2diffurl.runtime import Behind, logger, make_accelerator, progress_bar, timed
 from b2diffurl.seeding import generator, noise_source
-from b2diffurl.stage import Stage, finished_stages
+from b2diffurl.stage import Stage, finished_stages, listed, not_finite
 from b2diffurl.trajectory import Conditions, save_batch
 from b2diffurl.tree import decode_tree, save_tree, watching
 
@@ -193,12 +193,14 @@ class Sampling:
 
 
 def require_finite(latents: Tensor, log_probs: Tensor, prompts: list[str], stage: Stage, batch: int) -> None:
-    if not log_probs.isfinite().all():
-        groups = (~log_probs.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-        where = stage.folder / f"nonfinite_batch_{batch}.safetensors"
+    bad = (~log_probs.isfinite()).any(2)  # [G,K]
+    if bad.any():
+        groups = bad.any(1).nonzero().flatten().tolist()
+        ids = (batch * bad.numel() + bad.flatten().nonzero().flatten()).tolist()
         tensors = {"latents": latents[groups], "log_probs": log_probs[groups]}
-        files.write_tensors(where, tensors, {"groups": groups, "prompts": [prompts[g] for g in groups]})
-        raise FloatingPointError(f"{stage.batch(batch)}: non-finite log-probability in groups {groups}; see {where}")
+        facts = {"images": ids, "groups": groups, "prompts": [prompts[g] for g in groups]}
+        said = f"{stage.batch(batch)}: log-probabilities of images {listed(ids)}, groups {listed(groups)}, are not finite"
+        raise not_finite(stage, stage.batch(batch).stem, said, tensors, facts)
 
 
 def stage_facts(config: ConfigDict, plan: Plan, model: Model, accelerator: Accelerator) -> dict:

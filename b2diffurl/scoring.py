@@ -20,7 +20,7 @@ from b2diffurl.rewards import Parts, Reward, by_name, join, load_reward, noting,
 from b2diffurl.rewards.file import read_scores
 from b2diffurl.rewards.mixture import Scales, combine, measure_scales, recorded_scales
 from b2diffurl.runtime import ahead, logger, progress_bar
-from b2diffurl.stage import Stage
+from b2diffurl.stage import Stage, not_finite
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def score_stage(config: ConfigDict, stage: Stage, prompts: list[str], accelerato
     """Score every image by every reward, one model after the other, and write scores.jsonl; processes share the batches, and
     the first one has the scores.
 
-    A FloatingPointError names the images whose score is not finite, after the file has been written.
+    A FloatingPointError names the images whose score is not finite, after all scores have been written.
     """
     weights, watched = reward_weights(config.reward), config.reward.watch
     seconds = {"load": 0.0, "score": 0.0}
@@ -56,10 +56,23 @@ def score_stage(config: ConfigDict, stage: Stage, prompts: list[str], accelerato
         seconds,
     )
     write_scores(stage, prompts, scores)
-    named = {name: rewards for name, (rewards, _) in found.items()} | {"(weighted sum)": scores.rewards}
-    for name, rewards in named.items():
-        require_finite(name, rewards, f"of {stage.images}; see {stage.scores}")
+    require_finite_scores(stage, prompts, found, scores)
     return scores
+
+
+def require_finite_scores(stage: Stage, prompts: list[str], found: dict[str, tuple[Tensor, Parts]], scores: Scores) -> None:
+    """Parts need not be finite."""
+    named = {name: rewards for name, (rewards, _) in found.items()} | {"(weighted sum)": scores.rewards}
+    try:
+        for name, rewards in named.items():
+            require_finite(name, rewards, f"of {stage.images}; see {stage.scores}")
+    except FloatingPointError as error:
+        bad = [n for n in range(len(prompts)) if not all(rewards[n].isfinite() for rewards in named.values())]
+        values = {key: value for name, one in found.items() for key, value in by_name(name, *one).items()} | named
+        tensors = {key: value[bad] for key, value in values.items() if isinstance(value, Tensor)}
+        texts = {key: [value[n] for n in bad] for key, value in values.items() if isinstance(value, list)}
+        facts = {"images": bad, "prompts": [prompts[n] for n in bad], "texts": texts}
+        raise not_finite(stage, "rewards", str(error), tensors, facts) from None
 
 
 def score_by(

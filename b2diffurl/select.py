@@ -17,8 +17,11 @@ from b2diffurl.rewards.file import write_template
 from b2diffurl.runtime import logger, make_accelerator, timed
 from b2diffurl.scoring import Scores, score_stage
 from b2diffurl.selection import Selected, advantages, normalise, select_all, select_pairs
-from b2diffurl.stage import Stage, delete_batches
+from b2diffurl.stage import Stage, delete_batches, finished_stages, listed, not_finite
 from b2diffurl.trajectory import save_selected
+from b2diffurl.watch import in_words, stage_warnings
+
+ROUNDING = 1e-6  # of a reward: a scorer's models move equal images by as much from one place in a batch to another
 
 
 def select_stage(config: ConfigDict) -> None:
@@ -45,13 +48,13 @@ def select_stage(config: ConfigDict) -> None:
         if accelerator.is_main_process:
             ask_for_scores(stage, prompts)
     elif scores := score_stage(config, stage, prompts, accelerator):
-        finish(config, stage, prompts, scores, sampled["seed"], accelerator)
+        finish(config, stage, prompts, scores, sampled, accelerator)
     accelerator.wait_for_everyone()  # until the phase is finished for all
     accelerator.end_training()
 
 
 def finish(
-    config: ConfigDict, stage: Stage, prompts: list[str], scores: Scores, seed: int, accelerator: Accelerator
+    config: ConfigDict, stage: Stage, prompts: list[str], scores: Scores, sampled: dict, accelerator: Accelerator
 ) -> None:
     """Select, copy what is selected, and write the manifest, last."""
     weights, watched = reward_weights(config.reward), config.reward.watch
@@ -63,10 +66,11 @@ def finish(
         positive_weight=config.train.beta1,
         negative_weight=config.train.beta2,
     )
+    ids = [one.group * config.split_time + one.branch for one in chosen]
+    require_finite_advantages(stage, weighted, ids)
     rows = [
-        {"id": one.group * config.split_time + one.branch, "group": one.group, "branch": one.branch}
-        | {"score": one.score, "advantage": advantage}
-        for one, advantage in zip(chosen, weighted.tolist(), strict=True)
+        {"id": image, "group": one.group, "branch": one.branch, "score": one.score, "advantage": advantage}
+        for image, one, advantage in zip(ids, chosen, weighted.tolist(), strict=True)
     ]
     files.write_json(stage.selection, rows)
     delete_batches(stage.selected)  # of a selection that was interrupted
@@ -74,11 +78,13 @@ def finish(
         selected = save_selected(stage, chosen, config.sample.batch_size)
 
     summary = summarise(scores, chosen, config.split_time, **thresholds(config))
+    summary |= {"num_twin_groups": num_twin_groups(stage, sampled, len(prompts), config.split_time)}
     Metrics(stage.metrics("select")).log("select", stage=stage.index, **summary, **scores.seconds)
+    earlier = [before.manifest("select") for before in finished_stages(stage.root, "select") if before.index < stage.index]
+    warned = stage_warnings([manifest for manifest in earlier if "num_twin_groups" in manifest], summary)
     facts = {"seconds": scores.seconds, "reward": weights, "scales": scores.scales, "num_history": len(history)} | summary
-    facts |= {"device": str(accelerator.device), "num_threads": torch.get_num_threads(), "seed": seed}
-    facts |= {"num_processes": accelerator.num_processes}
-    facts |= peak_memory(accelerator.device)
+    facts |= {"device": str(accelerator.device), "num_threads": torch.get_num_threads(), "seed": sampled["seed"]}
+    facts |= {"num_processes": accelerator.num_processes, "warnings": warned} | peak_memory(accelerator.device)
     stage.write_manifest("select", facts, [stage.scores, stage.selection, *selected, stage.metrics("select")])
     clean_up(config, stage)
     logger.info(
@@ -88,6 +94,8 @@ def finish(
         "".join(f", {name} {summary[f'watch/{name}_mean']:.4f}" for name in watched),
         summary["num_selected"], summary["num_images"], summary["num_best"], summary["num_worst"],
     )  # fmt: skip
+    for one in warned:
+        logger.warning("stage%d select: %s", stage.index, in_words(one))
 
 
 def clean_up(config: ConfigDict, stage: Stage) -> None:
@@ -101,6 +109,21 @@ def choose(config: ConfigDict, rewards: Tensor, prompts: list[str], history: lis
     siblings = {"prompt": 0, "group": config.split_time}[config.eval.advantage]
     scores = normalise(rewards, prompts, history, num_siblings=siblings).unflatten(0, (-1, config.split_time))
     return select_all(scores) if config.eval.selection == "all" else select_pairs(scores, **thresholds(config))
+
+
+def require_finite_advantages(stage: Stage, weighted: Tensor, ids: list[int]) -> None:
+    bad = [image for image, one in zip(ids, weighted, strict=True) if not one.isfinite()]
+    if bad:
+        said = f"{stage.folder}: the advantages of images {listed(bad)}, with train.beta1 and train.beta2, are not finite"
+        raise not_finite(stage, "advantages", said, {"advantages": weighted}, {"images": bad, "selected": ids})
+
+
+def num_twin_groups(stage: Stage, sampled: dict, num_images: int, num_siblings: int) -> int:
+    """Groups with two equal images, by the checksums of their files: one writer makes one file of the same pixels."""
+    names = [str(stage.image(n).relative_to(stage.folder)) for n in range(num_images)]
+    sums = [sampled["files"][name]["sha256"] for name in names]
+    groups = (sums[start : start + num_siblings] for start in range(0, num_images, num_siblings))
+    return sum(len(set(group)) < num_siblings for group in groups)
 
 
 def thresholds(config: ConfigDict) -> dict[str, float]:
@@ -134,9 +157,11 @@ def summarise(
     means = scores.parts | {f"watch/{key}": value for key, value in scores.watch.items()}
     means = {key: value for key, value in means.items() if isinstance(value, Tensor) and value.isfinite().any()}
     inside = rewards.unflatten(0, (-1, num_siblings))
+    spread, size = inside.amax(1) - inside.amin(1), inside.abs().amax(1)
     return {
         "num_images": len(rewards),
         "num_groups": len(inside),
+        "num_flat_groups": int((spread <= ROUNDING * size).sum()) if num_siblings > 1 else 0,
         "num_selected": len(chosen),
         "num_best": sum(one.score >= pos_threshold for one in chosen),
         "num_worst": sum(one.score < neg_threshold for one in chosen),

@@ -5,12 +5,14 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from b2diffurl import files
 
@@ -61,6 +63,12 @@ class Stage:
     def selection(self) -> Path:
         return self.folder / "selection.json"
 
+    @property
+    def debug(self) -> Path:
+        """What numbers that are not finite came from. A phase that finishes deletes it: a mended run leaves what one that
+        never failed does."""
+        return self.folder / "debug"
+
     def batch(self, index: int) -> Path:
         return self.samples / f"batch_{index:05d}.safetensors"
 
@@ -98,6 +106,7 @@ class Stage:
         described = {str(path.relative_to(self.folder)): files.describe(path) for path in sorted(written)}
         machine = {"hardware": hardware(), "versions": versions()}
         common = {"phase": phase, "stage": self.index, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        delete_files(self.debug, "*.safetensors")
         files.write_json(self.manifest_path(phase), common | facts | machine | {"files": described})
 
     def verify(self, phase: str, *folders: str) -> None:
@@ -118,10 +127,26 @@ class Stage:
 
 def delete_batches(folder: Path) -> None:
     """Delete a stage's samples/ or selected/, but for what is not ours in it."""
-    for path in folder.glob("batch_*.safetensors"):
+    delete_files(folder, "batch_*.safetensors")
+
+
+def delete_files(folder: Path, pattern: str) -> None:
+    """Delete a folder's files of these names, and the folder if nothing else is in it."""
+    for path in folder.glob(pattern):
         path.unlink(missing_ok=True)  # another process may be at it
     with suppress(OSError):
         folder.rmdir()
+
+
+def not_finite(stage: Stage, name: str, said: str, tensors: dict[str, Tensor], facts: dict) -> FloatingPointError:
+    """The error to raise on numbers that are not finite, when debug/<name>.safetensors has what they came from."""
+    path = stage.debug / f"{name}.safetensors"
+    files.write_tensors(path, {key: tensor.clone() for key, tensor in tensors.items()}, facts)
+    return FloatingPointError(f"{said}; what they came from is in {path}")
+
+
+def listed(ids: Sequence[int], at_most: int = 20) -> str:
+    return f"{list(ids[:at_most])}" + (f" and {len(ids) - at_most} more" if len(ids) > at_most else "")
 
 
 def finished_stages(root: Path, phase: str) -> list[Stage]:

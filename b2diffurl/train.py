@@ -23,6 +23,7 @@ from b2diffurl.checkpoint import load_optimizer, read_state, save_checkpoint
 from b2diffurl.ddim import Sampler, log_prob, require_stochastic, step_weights, transition, transition_kl
 from b2diffurl.experiment import Plan, make_plan
 from b2diffurl.forecast import num_chosen_steps, stage_done_line
+from b2diffurl.history import updates_before
 from b2diffurl.memory import BatchSizes, peak_memory
 from b2diffurl.metrics import Metrics, read_events
 from b2diffurl.models import Model
@@ -31,8 +32,9 @@ from b2diffurl.policy import load_policy
 from b2diffurl.runtime import ahead, logger, make_accelerator, progress_bar
 from b2diffurl.seeding import generator
 from b2diffurl.selection import Selected, contrast_pairs
-from b2diffurl.stage import LORA_FILE, Stage, delete_batches
+from b2diffurl.stage import LORA_FILE, Stage, delete_batches, listed, not_finite
 from b2diffurl.trajectory import SelectedTrajectories, Trajectories
+from b2diffurl.watch import WINDOW, UpdateWatch, in_words
 
 
 def train_stage(config: ConfigDict) -> None:
@@ -67,8 +69,11 @@ def train_stage(config: ConfigDict) -> None:
     selection = files.read_json(stage.selection)
     selected = [Selected(row["group"], row["branch"], row["score"]) for row in selection]
     loaded = time.perf_counter()
+    trainer.watch = UpdateWatch(updates_before(stage, WINDOW), clip_range=config.train.eps)
     kept = [event for event in read_events(stage.metrics("train")) if event.get("epoch", 0) <= done]
-    trainer.num_updates = sum(event["event"] == "update" for event in kept)
+    for event in (event for event in kept if event["event"] == "update"):
+        trainer.num_updates += 1
+        trainer.watch.see(event)
     if accelerator.is_main_process:
         trainer.metrics = Metrics(stage.metrics("train"), keep=kept)
     units = make_units(selected, paired=trainer.objective.paired)
@@ -110,6 +115,7 @@ class Trainer:
     max_grad_norm: float
     num_chosen_steps: int  # of the S steps, how many an update takes
     metrics: Metrics | None = field(default=None)
+    watch: UpdateWatch | None = field(default=None)
     num_updates: int = 0
     bar: tqdm = field(default_factory=partial(tqdm, disable=True))  # counts transitions, of all processes
 
@@ -125,15 +131,15 @@ class Trainer:
             return self.accumulate(trajectories, advantages, units, steps, size=size, apart=apart)
 
         per_step = self.sizes.fit("train.micro_batch_size", accumulate)
+        gradient = self.gradient()  # as it is: clipping to a norm that is not finite spoils all of it
         norm = self.accelerator.clip_grad_norm_(list(self.model.trainable().values()), self.max_grad_norm)
-        self.require_finite(per_step, norm, trajectories)
+        self.require_finite(per_step, steps, norm, gradient, trajectories)
         self.optimizer.step()
         if self.accelerator.optimizer_step_was_skipped:
             logger.warning("stage%d train: fp16 overflow, update %d is skipped", self.stage.index, self.num_updates)
         self.optimizer.zero_grad()
         self.num_updates += 1
-        window = self.sampler.timesteps[-len(self.step_weight) :]
-        return summarise(per_step, norm, [window[step].item() for step in steps])
+        return summarise(per_step, norm, self.timesteps(steps))
 
     def accumulate(
         self, trajectories: Trajectories, advantages: Tensor, units: Tensor, steps: Sequence[int], *, size: int, apart: bool
@@ -141,8 +147,9 @@ class Trainer:
         """Add up the gradient of the mean loss over all units and `steps`, at most `size` transitions at once.
 
         A micro-batch holds transitions of one step, or, where one has room for all units and steps need not be kept `apart`,
-        of several. Returns, for each step, all processes' `units` [U] or [U,2], their `loss` [U] and the objective's metrics
-        [U] or [2U], and, where steps do not share a micro-batch, `grad_norm`, the norm of what the step alone adds.
+        of several. Returns, for each step, all processes' `units` [U] or [U,2], their `loss` [U], whether it and their
+        log-probabilities are `finite` [U], the objective's metrics [U] or [2U], and, where steps do not share a micro-batch,
+        `grad_norm`, the norm of what the step alone adds.
         """
         size = max(1, size // units[0].numel())
         shares = micro_batches(units, self.accelerator.process_index, self.accelerator.num_processes, size)
@@ -160,7 +167,8 @@ class Trainer:
                     loss, metrics = self.step_loss(trajectories, advantages, chosen, some)  # [steps,M]
                     weights = self.step_weight[list(some)]
                     self.accelerator.backward(((loss * counts.to(loss.device)).sum(1) * weights).sum() * scale)
-                values = {"loss": loss.detach()} | metrics
+                log_ratios = metrics["log_ratio"].reshape(len(some), -1, loss.shape[1])  # [steps,1,M], or [steps,2,M]
+                values = {"loss": loss.detach(), "finite": loss.isfinite() & log_ratios.isfinite().all(1)} | metrics
                 for n, kept in enumerate(collected):
                     kept.append({key: value[n] for key, value in values.items()})
                 self.bar.update(len(some) * int(counts.sum()) * units[0].numel() * self.accelerator.num_processes)
@@ -242,21 +250,48 @@ class Trainer:
         """What fp16's loss scaling multiplies gradients by."""
         return self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
 
-    def require_finite(self, per_step: list[dict[str, Tensor]], norm: Tensor, trajectories: Trajectories) -> None:
-        """Stop on a non-finite loss; and on a non-finite gradient, except under fp16, whose scaler skips that update."""
-        losses = torch.stack([step["loss"] for step in per_step], 1).cpu()  # [U,S]
-        finite_units = losses.isfinite().all(1)
-        if finite_units.all() and (norm.isfinite() or self.accelerator.scaler):
+    def timesteps(self, steps: Sequence[int]) -> list[int]:
+        """What the scheduler calls these of the S steps."""
+        window = self.sampler.timesteps[-len(self.step_weight) :]
+        return [window[step].item() for step in steps]
+
+    def require_finite(
+        self,
+        per_step: list[dict[str, Tensor]],
+        steps: Sequence[int],
+        norm: Tensor,
+        gradient: Tensor,
+        trajectories: Trajectories,
+    ) -> None:
+        """Stop on a non-finite loss or log-probability; and on a non-finite `gradient`, as it was before its `norm` was
+        clipped, except under fp16, whose scaler skips that update.
+
+        A gradient is a mean over all processes: where it is not finite each of them stops on its own.
+        """
+        fine = torch.stack([step["finite"] for step in per_step], 1).all(1).cpu()  # [U]
+        if fine.all() and (norm.isfinite() or self.accelerator.scaler):
             return
         units = per_step[0]["units"].cpu()
-        rows = (units if finite_units.all() else units[~finite_units]).flatten()
-        where = self.stage.folder / f"nonfinite_update_{self.num_updates}.safetensors"
-        kept = {"latents": trajectories.latents[rows], "log_probs": trajectories.log_probs[rows], "losses": losses}
-        files.write_tensors(where, kept, {"images": trajectories.ids[rows].tolist()})
-        raise FloatingPointError(
-            f"stage{self.stage.index}, update {self.num_updates}: the loss or gradient of images "
-            f"{trajectories.ids[rows].tolist()} is not finite; see {where}"
-        )
+        rows = (units if fine.all() else units[~fine]).flatten()
+        ids = trajectories.ids[rows].tolist()
+        tensors = {"latents": trajectories.latents[rows], "log_probs": trajectories.log_probs[rows]}
+        for name, key in (("losses", "loss"), ("log_ratios", "log_ratio")):  # [U,S]; log-ratios of pairs [2U,S]
+            tensors[name] = torch.stack([step[key] for step in per_step], 1)
+        facts = {"update": self.num_updates, "timesteps": self.timesteps(steps), "grad_norm": str(norm.item())}
+        facts |= {"images": ids, "images_of_losses": trajectories.ids[units].tolist()}
+        what = f"the loss or log-probability of images {listed(ids)} is not finite"
+        if fine.all():
+            what = f"the gradient is not finite, though the losses of images {listed(ids)} are"
+        said = f"stage{self.stage.index}, update {self.num_updates}: {what}"
+        name = f"update_{self.num_updates:05d}_rank{self.accelerator.process_index}"
+        raise not_finite(self.stage, name, said, tensors | self.spoiled(gradient), facts)
+
+    def spoiled(self, gradient: Tensor) -> dict[str, Tensor]:
+        """Of each parameter whose gradient is not finite `gradient.<name>`; of all where their norm alone overflowed."""
+        parameters = self.model.trainable()
+        parts = (gradient / self.gradient_scale()).split([parameter.numel() for parameter in parameters.values()])
+        shaped = {f"gradient.{name}": part.view_as(parameters[name]) for name, part in zip(parameters, parts, strict=True)}
+        return {name: part for name, part in shaped.items() if not part.isfinite().all()} or shaped
 
     def save(self, epoch: int, save_interval: int) -> Path:
         """Write checkpoint_<n> after `epoch`: n = epoch / save_interval, rounded up for a last odd epoch."""
@@ -353,22 +388,22 @@ def train_epochs(
         local = torch.arange(dealt.numel()).view(dealt.shape)
         report = trainer.update(trajectories.to(trainer.accelerator.device), advantages[dealt.flatten()], local, steps)
         if trainer.metrics:
-            trainer.metrics.log("update", epoch=epoch, num_trajectories=dealt.numel(), first=first, **report)
-            if first:
-                check_first_ratio(config, trainer, report["max_abs_log_ratio"])
+            log_update(trainer, {"epoch": epoch, "num_trajectories": dealt.numel(), "first": first} | report)
         if (number + 1) * size >= len(units) and (
             epoch % config.train.save_interval == 0 or epoch == config.train.num_epochs
         ):
             trainer.save(epoch, config.train.save_interval)
 
 
-def check_first_ratio(config: ConfigDict, trainer: Trainer, max_abs_log_ratio: float) -> None:
-    """Before the first update the policy is the one that sampled, so the ratio should be 1."""
-    what = "stage%d train: max |log-ratio| at the first update %.1e"
-    logger.info(what, trainer.stage.index, max_abs_log_ratio)
-    if max_abs_log_ratio > config.train.eps:
-        warning = "stage%d train: that is beyond the clip range; was the stage sampled on another device?"
-        logger.warning(warning, trainer.stage.index)
+def log_update(trainer: Trainer, update: dict) -> None:
+    """Into the metrics; and in words how far the first one's ratio is from 1, which it should be, for the policy is the one
+    that sampled, and what is wrong."""
+    trainer.metrics.log("update", **update)
+    if update["first"]:
+        what = "stage%d train: max |log-ratio| at the first update %.1e"
+        logger.info(what, trainer.stage.index, update["max_abs_log_ratio"])
+    for one in trainer.watch.see(update):
+        logger.warning("stage%d train: %s", trainer.stage.index, in_words(one))
 
 
 def choose_steps(num_trained_steps: int, count: int, rng: torch.Generator) -> list[int]:
@@ -413,7 +448,7 @@ def summarise(per_step: list[dict[str, Tensor]], norm: Tensor, timesteps: list[i
     Everything comes from the device in one transfer.
     """
     figures = [
-        {key: value.mean() for key, value in step.items() if key not in ("units", "log_ratio", "grad_norm")}
+        {key: value.mean() for key, value in step.items() if key not in ("units", "finite", "log_ratio", "grad_norm")}
         | {"log_ratio": step["log_ratio"].abs().mean(), "largest": step["log_ratio"].abs().max()}
         | {key: step[key] for key in ("grad_norm",) if key in step}
         for step in per_step
@@ -463,6 +498,7 @@ def finish(config: ConfigDict, trainer: Trainer, sampled: dict, seconds: dict) -
         "num_threads": torch.get_num_threads(),
         "num_processes": trainer.accelerator.num_processes,
         "batch_sizes": trainer.sizes.sizes,
+        "warnings": trainer.watch.warnings(),
         "seconds": seconds,
     } | peak_memory(trainer.accelerator.device)
     written = [path for folder in stage.checkpoints() for path in folder.iterdir()]

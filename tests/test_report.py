@@ -25,6 +25,7 @@ from b2diffurl.report import change, disk_usage, figure_table, main, read_pairs,
 from b2diffurl.results import with_error
 from b2diffurl.stage import Stage
 from b2diffurl.tree import Tree, decode_tree, load_tree, save_tree, spread, watching
+from b2diffurl.watch import ADVICE, warn
 
 JUDGED = {"eval.judge": "shapes", "eval.diversity": ("clip", "layout")}
 
@@ -47,6 +48,7 @@ def root(reported, tmp_path) -> Path:
 def test_the_page_is_self_contained_and_the_same_each_time(root):
     """Nothing is loaded from anywhere, every picture has its PNG, and writing it again changes no byte of anything."""
     page = (root / "report.html").read_text()
+    assert "<h2>Warnings" not in page
     sources = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?([^"\'\s>)]+)', page)
     assert sources
     assert [source[:40] for source in sources if not source.startswith(("data:", "#"))] == []
@@ -506,16 +508,23 @@ def browser():
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_browser_shows_it_whole(reported, tmp_path, scheme):
-    """At phone and desktop width: every image is rendered, every curve has its size, nothing is wider than the window, the
-    console is empty, and the paper is light or dark as the reader's system is. Screenshots are left in the test's folder."""
+def test_a_browser_shows_it_whole(root, tmp_path, scheme):
+    """At phone and desktop width: every image is rendered, every curve has its size, warnings are in sight before all else,
+    nothing is wider than the window, the console is empty, and the paper is light or dark as the reader's system is.
+    Screenshots are left in the test's folder."""
+    for index, phase in ((0, "train"), (1, "select"), (1, "train")):
+        path = Stage(root, index).manifest_path(phase)
+        kinds = [kind for kind in ADVICE if kind.startswith(("Mean", "Rewards", "Ident")) == (phase == "select")]
+        warned = [warn(kind, f"some figure up to 0.53, in {path}, usual 0.0075") for kind in kinds]
+        write_json(path, read_json(path) | {"warnings": warned})
+    write_report(root)
     driver = browser()
     try:
         emulate(driver, "setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
         for width in (390, 1280):
             metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
             emulate(driver, "setDeviceMetricsOverride", metrics)
-            driver.get((experiment(reported) / "report.html").as_uri())
+            driver.get((root / "report.html").as_uri())
             images = driver.execute_script("return [...document.images].map(image => image.complete && image.naturalWidth)")
             assert len(images) == 2 * (6 + 6) * 2  # the first of each prompt set, and of each image that it lost or gained
             assert min(images) == 64
@@ -525,6 +534,8 @@ def test_a_browser_shows_it_whole(reported, tmp_path, scheme):
             assert len(sizes) >= 14
             assert min(min(size) for size in sizes) > 150
             assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+            top = "return document.querySelector('.warnings h2').getBoundingClientRect().top"
+            assert 0 < driver.execute_script(top) < 300
             height = driver.execute_script("return document.documentElement.scrollHeight")
             emulate(driver, "setDeviceMetricsOverride", metrics | {"height": height})
             shot = base64.b64decode(driver.execute_cdp_cmd("Page.captureScreenshot", {})["data"])

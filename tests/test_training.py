@@ -580,8 +580,10 @@ def test_a_non_finite_stage_is_not_sampled(finished, overrides, tmp_path):
     save_file({name: torch.full_like(value, torch.nan) for name, value in load_file(trained).items()}, lora)
     with pytest.raises(FloatingPointError, match=r"batch_00000.*groups \[0, 1\]"):
         run_stage(tmp_path, overrides | {"resume_from": str(lora)})
-    assert [path.name for path in stage.folder.iterdir()] == ["nonfinite_batch_0.safetensors"]
-    assert load_file(stage.folder / "nonfinite_batch_0.safetensors")["log_probs"].isnan().any()
+    assert [path.relative_to(stage.folder).as_posix() for path in stage.folder.rglob("*.*")] == [
+        "debug/batch_00000.safetensors"
+    ]
+    assert load_file(stage.debug / "batch_00000.safetensors")["log_probs"].isnan().any()
 
 
 def test_a_non_finite_reward_stops_the_selection(workplace, overrides, models, tmp_path):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from b2diffurl.models.hub import checksum
+from b2diffurl.stage import listed
 
 Parts = dict[str, Tensor | list[str]]
 Reward = Callable[[Tensor, Sequence[str]], Tensor | tuple[Tensor, Parts]]
@@ -136,5 +137,4 @@ def require_finite(name: str, rewards: Tensor, where: str) -> None:
     """A FloatingPointError names the images, of those `where`, whose reward is not finite."""
     bad = (~rewards.isfinite()).nonzero().flatten().tolist()
     if bad:
-        shown = f"{bad[:20]}" + (f" and {len(bad) - 20} more" if len(bad) > 20 else "")
-        raise FloatingPointError(f"reward {name} is not finite for images {shown} {where}")
+        raise FloatingPointError(f"reward {name} is not finite for images {listed(bad)} {where}")
