@@ -132,8 +132,8 @@ def disk_text(config: ConfigDict, root: Path, base: Base, volumes: Sequence[int]
     kept = images if config.keep.images < 0 else min(images, config.keep.images)
     checkpoints = math.ceil(config.train.num_epochs / config.train.save_interval)
     written = checkpoints * checkpoint_bytes(config, base)
-    selected = max(volumes) * most_selected(config) // images  # a copy, until the stage is trained
-    trajectories = (sum(volumes) if config.keep.samples else max(volumes)) + selected
+    volume = sum(volumes) if config.keep.samples else max(volumes)  # all stages', or one's until it is trained
+    trajectories = volume + volume * most_selected(config) // images  # the latter are copies
     judged = judging_left(config, range(config.stage_cnt)).images
     total = trajectories + config.stage_cnt * (written + kept * one) + (images - kept + judged) * one
     return (

@@ -57,9 +57,12 @@ def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
                 f"{verb}: another process of this run has ended",
                 hint=f"Its error stands in {log_file}: process <number>.",
             )
-        if not (isinstance(error, MemoryError) or "out of memory" in str(error)):
+        from b2diffurl.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
-        knobs = "sample.micro_batch_size, sample.decode_batch_size, train.micro_batch_size or reward.batch_size"
+        sizes = ("sample.micro_batch_size", "sample.decode_batch_size", "train.micro_batch_size", "reward.batch_size")
+        knobs = f"{', '.join(sizes)} or, where it is judged, eval.batch_size"
         more = "take train.gradient_checkpointing=True or a smaller pretrained.resolution"
         die(f"{verb}: {error}", hint=f"Lower {knobs}, or {more}, and run the command again: it goes on where it stopped.")
 

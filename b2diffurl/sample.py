@@ -70,7 +70,8 @@ def sample_stage(config: ConfigDict) -> None:
         "stage%d sample: S %d of %d, %d images, from %s",
         stage.index, plan.num_trained_steps, sampler.num_steps, facts["num_images"], plan.start,
     )  # fmt: skip
-    sizes = sampling_sizes(config, accelerator.device, config.sample.batch_size * config.split_time)
+    alone = accelerator.num_processes == 1
+    sizes = sampling_sizes(config, accelerator.device, config.sample.batch_size * config.split_time, alone=alone)
     loaded = time.perf_counter()
     todo = missing[accelerator.process_index :: accelerator.num_processes]
     seconds = {"load": loaded - started, "sample": 0.0, "decode": 0.0, "write": 0.0, "share": len(missing) / num_batches}
@@ -112,6 +113,9 @@ class Sampling:
     bar: tqdm  # counts images, a step of one as its share of the network's evaluations
     seconds: dict[str, float]  # decode, and write: waited for the writer
 
+    def __post_init__(self) -> None:
+        self.unconditional = self.model.encode([""])
+
     def do(self, batch: int, *, record: bool) -> None:
         """Sample one batch from noise that follows from (seed, stage, batch) alone; its file is the last thing written.
 
@@ -120,7 +124,7 @@ class Sampling:
         config, stage = self.config, self.plan.stage
         prompts = self.prompts(batch)
         distinct = list(dict.fromkeys(prompts))
-        conditions, unconditional = self.model.encode(distinct), self.model.encode([""])
+        conditions, unconditional = self.model.encode(distinct), self.unconditional
         rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
         of_groups = {name: value[rows] for name, value in conditions.items()}
         latents, log_probs, prefix = self.sizes.fit(

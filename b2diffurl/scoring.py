@@ -32,6 +32,7 @@ class Scores:
     watch: Parts  # watched rewards by name, and name/part
     scales: Scales | None  # in whose units a mixture's parts were taken
     seconds: dict[str, float]  # load: of the models; score
+    batch_sizes: dict[str, int]  # images a reward saw at once, by its name
 
 
 def score_stage(config: ConfigDict, stage: Stage, prompts: list[str], accelerator: Accelerator) -> Scores | None:
@@ -41,8 +42,10 @@ def score_stage(config: ConfigDict, stage: Stage, prompts: list[str], accelerato
     A FloatingPointError names the images whose score is not finite, after all scores have been written.
     """
     weights, watched = reward_weights(config.reward), config.reward.watch
-    seconds = {"load": 0.0, "score": 0.0}
-    found = {name: score_by(name, config, stage, prompts, accelerator, seconds) for name in (*weights, *watched)}
+    seconds, batch_sizes = {"load": 0.0, "score": 0.0}, {}
+    found = {
+        name: score_by(name, config, stage, prompts, accelerator, seconds, batch_sizes) for name in (*weights, *watched)
+    }
     if not accelerator.is_main_process:
         return None
     values = {name: found[name][0] for name in weights}
@@ -54,6 +57,7 @@ def score_stage(config: ConfigDict, stage: Stage, prompts: list[str], accelerato
         {key: value for name in watched for key, value in by_name(name, *found[name]).items()},
         scales,
         seconds,
+        batch_sizes,
     )
     write_scores(stage, prompts, scores)
     require_finite_scores(stage, prompts, found, scores)
@@ -76,9 +80,16 @@ def require_finite_scores(stage: Stage, prompts: list[str], found: dict[str, tup
 
 
 def score_by(
-    name: str, config: ConfigDict, stage: Stage, prompts: list[str], accelerator: Accelerator, seconds: dict[str, float]
+    name: str,
+    config: ConfigDict,
+    stage: Stage,
+    prompts: list[str],
+    accelerator: Accelerator,
+    seconds: dict[str, float],
+    batch_sizes: dict[str, int],
 ) -> tuple[Tensor, Parts]:
-    """Rewards [N] and parts of one reward, in the first process, whose model is gone when it returns; adds to `seconds`."""
+    """Rewards [N] and parts of one reward, in the first process, whose model is gone when it returns; adds to `seconds` and
+    `batch_sizes`."""
     if name == "file":
         return read_scores(stage.given_scores, len(prompts)), {}
     started = time.perf_counter()
@@ -86,7 +97,7 @@ def score_by(
     loaded = time.perf_counter()
     logger.info("stage%d select: scoring %d images by %s", stage.index, len(prompts), name)
     wanted = {"reward.batch_size": config.reward.batch_size}
-    sizes = BatchSizes(stage.root, accelerator.device, wanted, alone=accelerator.num_processes == 1)
+    sizes = BatchSizes(stage.root, accelerator.device, wanted, alone=accelerator.num_processes == 1, given=[name])
     share = slice(accelerator.process_index, None, accelerator.num_processes)
     batches = sizes.fit(
         "reward.batch_size",
@@ -94,6 +105,7 @@ def score_by(
     )
     batches = gather(stage, batches, accelerator)
     scores = join(batches) if accelerator.is_main_process else (torch.empty(0), {})
+    batch_sizes[name] = sizes.sizes["reward.batch_size"]
     seconds["load"] += loaded - started
     seconds["score"] += time.perf_counter() - loaded
     return scores

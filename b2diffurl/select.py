@@ -84,7 +84,11 @@ def finish(
     warned = stage_warnings([manifest for manifest in earlier if "num_twin_groups" in manifest], summary)
     facts = {"seconds": scores.seconds, "reward": weights, "scales": scores.scales, "num_history": len(history)} | summary
     facts |= {"device": str(accelerator.device), "num_threads": torch.get_num_threads(), "seed": sampled["seed"]}
-    facts |= {"num_processes": accelerator.num_processes, "warnings": warned} | peak_memory(accelerator.device)
+    facts |= {
+        "num_processes": accelerator.num_processes,
+        "batch_sizes": scores.batch_sizes,
+        "warnings": warned,
+    } | peak_memory(accelerator.device)
     stage.write_manifest("select", facts, [stage.scores, stage.selection, *selected, stage.metrics("select")])
     clean_up(config, stage)
     logger.info(

@@ -154,41 +154,43 @@ class Trainer:
         size = max(1, size // units[0].numel())
         shares = micro_batches(units, self.accelerator.process_index, self.accelerator.num_processes, size)
         together = 1 if apart or len(shares) > 1 else max(1, size // len(shares[0][0]))  # steps in a micro-batch
+        num_real = [int(counts.sum()) for _, counts in shares]
+        device = trajectories.latents.device  # where everything goes once, for each copy there makes the host wait
+        all_units, all_counts = (torch.cat(parts).to(device) for parts in zip(*shares, strict=True))
+        shares = list(zip(all_units.chunk(len(shares)), all_counts.chunk(len(shares)), strict=True))
+        advantages, step_numbers = advantages.to(device), torch.tensor(list(steps), device=device)
         scale = self.accelerator.num_processes / (len(units) * len(steps))
         per_step: list[dict[str, Tensor]] = []  # of this process: each value [M] or [2,M], all its micro-batches' in a row
         norms: list[Tensor] = []
         before = self.gradient()
         for start in range(0, len(steps), together):
-            some = steps[start : start + together]
+            some = step_numbers[start : start + together]
             collected: list[list[dict[str, Tensor]]] = [[] for _ in some]
             for number, (chosen, counts) in enumerate(shares):
                 ends = (apart or start + together >= len(steps)) and number == len(shares) - 1  # with a sum over processes
                 with nullcontext() if ends else self.accelerator.no_sync(self.model.network):
                     loss, metrics = self.step_loss(trajectories, advantages, chosen, some)  # [steps,M]
-                    weights = self.step_weight[list(some)]
-                    self.accelerator.backward(((loss * counts.to(loss.device)).sum(1) * weights).sum() * scale)
+                    self.accelerator.backward(((loss * counts).sum(1) * self.step_weight[some]).sum() * scale)
                 log_ratios = metrics["log_ratio"].reshape(len(some), -1, loss.shape[1])  # [steps,1,M], or [steps,2,M]
                 values = {"loss": loss.detach(), "finite": loss.isfinite() & log_ratios.isfinite().all(1)} | metrics
                 for n, kept in enumerate(collected):
                     kept.append({key: value[n] for key, value in values.items()})
-                self.bar.update(len(some) * int(counts.sum()) * units[0].numel() * self.accelerator.num_processes)
+                self.bar.update(len(some) * num_real[number] * units[0].numel() * self.accelerator.num_processes)
             per_step += [{key: torch.cat([part[key] for part in kept], -1) for key in kept[0]} for kept in collected]
             if together == 1 and (apart or self.accelerator.num_processes == 1):
                 after = self.gradient()
-                norms.append((after - before).norm() / self.gradient_scale())
+                norms.append((after - before).norm())
                 before = after
-        found = self.of_all_processes(per_step, shares)
+        found = self.of_all_processes(per_step, all_units, all_counts)
+        gradient_scale = self.gradient_scale()
         for step, norm in zip(found, norms, strict=False):
-            step["grad_norm"] = norm
+            step["grad_norm"] = norm / gradient_scale
         return found
 
-    def of_all_processes(
-        self, per_step: list[dict[str, Tensor]], shares: list[tuple[Tensor, Tensor]]
-    ) -> list[dict[str, Tensor]]:
+    def of_all_processes(self, per_step: list[dict[str, Tensor]], units: Tensor, counts: Tensor) -> list[dict[str, Tensor]]:
         """Each step's values of all processes, flat, and their `units`; without what only fills micro-batches up."""
-        device, gather = per_step[0]["loss"].device, self.accelerator.gather
-        units, counts = (torch.cat(parts).to(device) for parts in zip(*shares, strict=True))
-        real = gather(counts) > 0
+        gather = self.accelerator.gather
+        real = gather(counts).nonzero().flatten()
         found: list[dict[str, Tensor]] = [{"units": gather(units)[real]} for _ in per_step]
         for key in per_step[0]:
             together = gather(torch.stack([step[key] for step in per_step]))  # [W*S,M], or [W*S,2,M]
@@ -197,13 +199,14 @@ class Trainer:
         return found
 
     def step_loss(
-        self, trajectories: Trajectories, advantages: Tensor, units: Tensor, steps: Sequence[int]
+        self, trajectories: Trajectories, advantages: Tensor, units: Tensor, steps: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss [steps,M] and metrics ([steps,M], or of pairs [steps,2,M]) of `units` at some of the S steps, in one pass."""
+        """Loss [steps,M] and metrics ([steps,M], or of pairs [steps,2,M]) of `units` at some of the S steps, in one pass;
+        all tensors on the trajectories' device."""
         rows = units.movedim(0, -1).flatten()  # of pairs: all the best, then the worst
-        device, num_rows = trajectories.latents.device, len(rows)
-        rows = rows.to(device).repeat(len(steps))  # [steps*M], or [steps*2M]
-        step = torch.tensor(list(steps), device=device).repeat_interleave(num_rows)
+        num_rows = len(rows)
+        rows = rows.repeat(len(steps))  # [steps*M], or [steps*2M]
+        step = steps.repeat_interleave(num_rows)
         i = self.sampler.num_steps - len(self.step_weight) + step
         x_t, x_prev = trajectories.latents[rows, step], trajectories.latents[rows, step + 1]
         conditions = {name: value[trajectories.prompt_ids[rows]] for name, value in trajectories.conditions.items()}
@@ -219,7 +222,7 @@ class Trainer:
             )
             return transition(self.sampler, i, x_t, output)
 
-        tensors = {"old_log_prob": trajectories.log_probs[rows, step], "advantage": advantages.to(device)[rows]}
+        tensors = {"old_log_prob": trajectories.log_probs[rows, step], "advantage": advantages[rows]}
         mu_ref = None
         if self.objective.needs_reference:
             with torch.no_grad(), self.model.base_policy():
@@ -252,8 +255,8 @@ class Trainer:
 
     def timesteps(self, steps: Sequence[int]) -> list[int]:
         """What the scheduler calls these of the S steps."""
-        window = self.sampler.timesteps[-len(self.step_weight) :]
-        return [window[step].item() for step in steps]
+        window = self.sampler.timesteps[-len(self.step_weight) :].tolist()
+        return [window[step] for step in steps]
 
     def require_finite(
         self,
@@ -314,7 +317,7 @@ def make_trainer(config: ConfigDict, plan: Plan, accelerator: Accelerator, model
     if config.train.gradient_checkpointing:
         model.checkpoint_gradients()
     parameters = model.trainable()
-    optimizer = make_optimizer(config.train, list(parameters.values()))
+    optimizer = make_optimizer(config.train, list(parameters.values()), scaled=accelerator.scaler is not None)
     state = read_state(source) if source else None
     if state:
         load_optimizer(source, optimizer, list(parameters))
@@ -337,20 +340,23 @@ def make_trainer(config: ConfigDict, plan: Plan, accelerator: Accelerator, model
             accelerator.device,
             {"train.micro_batch_size": config.train.micro_batch_size},
             alone=accelerator.num_processes == 1,
+            given=[config.pretrained.resolution, config.compile, config.train.gradient_checkpointing],
         ),
         max_grad_norm=config.train.max_grad_norm,
         num_chosen_steps=num_chosen_steps(config, plan.num_trained_steps),
     )
 
 
-def make_optimizer(train: ConfigDict, parameters: list[Tensor]) -> torch.optim.Optimizer:
+def make_optimizer(train: ConfigDict, parameters: list[Tensor], *, scaled: bool) -> torch.optim.Optimizer:
+    """AdamW; on CUDA one kernel for all of a LoRA's small matrices, but not under fp16's `scaled` loss: accelerate would not
+    hear from it that an update was skipped."""
     if train.use_8bit_adam:
         try:
             from bitsandbytes.optim import AdamW8bit as AdamW
         except ImportError:
             raise ImportError("train.use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from None
     else:
-        AdamW = partial(torch.optim.AdamW, fused=parameters[0].is_cuda)  # one kernel for all of a LoRA's small matrices
+        AdamW = partial(torch.optim.AdamW, fused=parameters[0].is_cuda and not scaled)
     return AdamW(
         parameters,
         lr=train.learning_rate,

@@ -70,7 +70,7 @@ def reference() -> ConfigDict:
     sample.guidance_scale = 5.0  # classifier-free guidance, in training too; 1: none
     sample.batch_size = 8  # prompts (groups) a batch; a batch holds batch_size * split_time images
     sample.num_batches_per_epoch = 32  # batches a stage, over all processes
-    # Sizes that only memory limits are the most that is tried: what does not fit is halved until it does.
+    # Sizes that only memory limits are the most that is tried: what does not fit is halved until it does (in one process).
     sample.micro_batch_size = 0  # images the network sees at once; 0: the whole batch
     sample.decode_batch_size = 16  # latents decoded to images at once
 
@@ -137,7 +137,7 @@ def reference() -> ConfigDict:
     train.batch_size = 2  # batch_size * gradient_accumulation_steps trajectories, each with
     train.gradient_accumulation_steps = 64  # all its S steps, make one update
     train.micro_batch_size = 8  # transitions the network sees at once; memory and speed, not the result
-    train.gradient_checkpointing = False  # a third less speed, a fraction of the memory, not the result
+    train.gradient_checkpointing = False  # activations are computed twice instead of kept: slower, less memory, same result
     train.timestep_fraction = 1.0  # of a trajectory's S steps, how many an update takes, drawn anew each time
     train.unconditional_gradient = True  # False: none through guidance's unconditional half; faster, another gradient
     train.learning_rate = 1e-4  # AdamW's

@@ -254,7 +254,9 @@ def test_what_is_on_disk_in_all(overrides, tmp_path):
     assert f"{dry_run.size(2 * checkpoint)}" in text
     kept = rare | {"keep.images": -1, "keep.samples": True, "train.use_8bit_adam": True, "train.save_interval": 2}
     text = dry_run.disk_text(make_config(overrides | kept), tmp_path, base, [10_000_000, 30_000_000])
-    assert text.startswith(f"at most {dry_run.size(40e6 + 20e6 + 2 * (checkpoint / 2 + 18 * image) + 36 * image)}, ")
+    assert text.startswith(
+        f"at most {dry_run.size(40e6 + 40e6 * 12 // 18 + 2 * (checkpoint / 2 + 18 * image) + 36 * image)}, "
+    )
 
 
 def test_the_base_model_is_looked_for_only_here(models, overrides, tmp_path, monkeypatch):

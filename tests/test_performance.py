@@ -7,18 +7,21 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import PROMPTS, ROOT, assert_same, experiment, make_config, run_script, run_stage
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
 from gaussian import GaussianWorld
 from safetensors.torch import load_file
 from torch import Tensor
 
-from b2diffurl import files, policy
+from b2diffurl import files, policy, sample, scoring
 from b2diffurl.branching import branch_sample
 from b2diffurl.ddim import with_prefix
 from b2diffurl.experiment import make_plan
@@ -162,10 +165,39 @@ def test_sizes_belong_to_a_device_and_to_what_was_wanted(tmp_path):
     assert BatchSizes(tmp_path, CPU, {"a": 12, "b": 2}).sizes == {"a": 3, "b": 2}
     assert BatchSizes(tmp_path, CPU, {"a": 16}).fit("a", work) == 2
     assert BatchSizes(tmp_path, CPU, {"a": 12}).sizes == {"a": 3}
+    assert BatchSizes(tmp_path, CPU, {"a": 12}, given=["checkpointing"]).sizes == {"a": 12}
     with pytest.raises(MemoryError, match="a=12"):
         BatchSizes(tmp_path / "shared", CPU, {"a": 12}, alone=False).fit("a", work)
     with pytest.raises(RuntimeError, match="must match the size"):
         sizes.fit("a", lambda size: torch.zeros(2) + torch.zeros(3) if size else None)
+
+
+def test_a_stage_holds_few_batches(overrides, tmp_path, monkeypatch):
+    """The scripts themselves: of all that was sampled, and of all images and trajectories that were read back, there is what
+    is worked on and the next one, no more."""
+    seen: dict[str, list[weakref.ref]] = {"sampled": [], "images": [], "trained": []}
+    most: Counter = Counter()
+
+    def watch(owner, name: str, kind: str, pick) -> None:
+        original = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            result = original(*args, **kwargs)
+            seen[kind].append(weakref.ref(pick(result, args)))
+            most[kind] = max(most[kind], sum(one() is not None for one in seen[kind]))
+            return result
+
+        monkeypatch.setattr(owner, name, call)
+
+    watch(sample, "branch_sample", "sampled", lambda result, args: result[0])
+    watch(scoring, "score", "images", lambda result, args: args[1])
+    watch(SelectedTrajectories, "read", "trained", lambda result, args: result.latents)
+    settings = overrides | {"sample.num_batches_per_epoch": 8, "train.gradient_accumulation_steps": 1}
+    run_stage(tmp_path, settings)
+    assert {kind: len(some) >= 8 for kind, some in seen.items()} == dict.fromkeys(seen, True)
+    assert most["sampled"] <= 2
+    assert most["images"] <= 2
+    assert most["trained"] <= 3  # one more while the next is being read
 
 
 def test_memory_does_not_grow_with_a_stages_batches(tmp_path):
@@ -315,9 +347,23 @@ def test_several_processes_do_not_share_one(overrides, monkeypatch):
 # ---- memory for speed, and speed for exactness ----
 
 
-def test_gradient_checkpointing_gives_the_same_update(finished, overrides, tmp_path):
+def test_gradient_checkpointing_gives_the_same_update(finished, overrides, tmp_path, monkeypatch):
+    """And computes activations again: the blocks run twice for each time the whole network does."""
+    calls = Counter()
+    for kind in (UNet2DConditionModel, ResnetBlock2D):
+
+        def forward(self, *args, original=kind.forward, name=kind.__name__, **kwargs):
+            calls[name] += torch.is_grad_enabled()
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "forward", forward)
     run_stage(tmp_path, overrides | {"train.gradient_checkpointing": True})
     assert distance(tmp_path, finished) < 1e-4
+    checkpointed, calls = dict(calls), calls.clear() or calls
+    (tmp_path / "plain").mkdir()
+    run_stage(tmp_path / "plain", overrides)
+    assert checkpointed["UNet2DConditionModel"] == calls["UNet2DConditionModel"] > 0
+    assert checkpointed["ResnetBlock2D"] > 1.5 * calls["ResnetBlock2D"]
 
 
 def test_a_subset_of_the_steps(finished, overrides, tmp_path):
@@ -434,12 +480,19 @@ def test_reading_ahead_is_one_item_ahead():
 # ---- start-up ----
 
 
+NOT_IN_TRAINING = [
+    "b2diffurl.rewards.clip",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "transformers.models.clip.modeling_clip",
+]
+
+
 @pytest.mark.parametrize(
     ("verb", "unwanted"),
     [
         ("sample", ["wandb", "matplotlib", "tensorboard"]),
         ("select", ["diffusers", "peft", "wandb", "matplotlib", "tensorboard", "b2diffurl.train"]),
-        ("train", ["b2diffurl.rewards.clip", "wandb", "matplotlib", "tensorboard"]),
+        ("train", [*NOT_IN_TRAINING, "wandb", "matplotlib", "tensorboard"]),
     ],
 )
 def test_a_script_imports_what_it_uses(workplace, overrides, verb, unwanted):

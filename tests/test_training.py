@@ -328,7 +328,7 @@ def test_a_fresh_lora_is_the_base_policy(bench, finished):
         trainer.objective = Objective(lambda *tensors: (tensors[0], dict(zip(names, tensors, strict=True))), names)
         trainer.options = {}
         for step in range(2):
-            _, stacked = trainer.step_loss(trajectories, torch.ones(6), torch.arange(6), [step])
+            _, stacked = trainer.step_loss(trajectories, torch.ones(6), torch.arange(6), torch.tensor([step]))
             found = {key: value[0] for key, value in stacked.items()}
             assert torch.equal(found["ref_log_prob"], found["old_log_prob"])
             assert torch.equal(found["log_prob"], found["ref_log_prob"]) == fresh

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from peft import LoraConfig
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from b2diffurl import files
 from b2diffurl.ddim import Sampler, make_sampler
@@ -268,6 +267,9 @@ def _load_directory(root: Path, pretrained: Mapping, dtype: torch.dtype, decoder
     options = {"variant": variant, "use_safetensors": True, "dtype": dtype}
     parts = {"unet": UNet2DConditionModel.from_pretrained(root, subfolder="unet", **options)}
     if decoder:
+        from diffusers import AutoencoderKL
+        from transformers import CLIPTextModel, CLIPTokenizer
+
         parts["vae"] = AutoencoderKL.from_pretrained(root, subfolder="vae", **options)
         parts["text_encoder"] = CLIPTextModel.from_pretrained(
             root, subfolder="text_encoder", variant=variant, use_safetensors=True, dtype=dtype
