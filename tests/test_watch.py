@@ -5,8 +5,10 @@ collapse warns, in log, manifest and report.
 """
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from conftest import assert_same, experiment, make_config, run_script, run_stage
+from conftest import ROOT, assert_same, experiment, flags, make_config, run_script, run_stage
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -204,6 +206,46 @@ def test_what_overflows_in_training_is_kept_and_mended(workplace, finished, over
     monkeypatch.undo()
     done(workplace, "train", settings)
     assert_same(workplace, finished)
+
+
+ONE_RANK_OVERFLOWS = """
+import os, runpy, sys, torch
+from dataclasses import replace
+from b2diffurl.objectives import OBJECTIVES
+from b2diffurl.train import Trainer
+
+sound, update, running = OBJECTIVES["ddpo"], Trainer.update, []
+
+def noted(self, *given):
+    running[:] = [self]
+    return update(self, *given)
+
+def loss(*tensors, **options):
+    found, metrics = sound.loss(*tensors, **options)
+    return found * (torch.inf if (os.environ["RANK"], running[0].num_updates) == ("1", 1) else 1.0), metrics
+
+Trainer.update, OBJECTIVES["ddpo"] = noted, replace(sound, loss=loss)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_stop_where_one_meets_what_is_not_finite(overrides, tmp_path):
+    """Of two the second has a loss of inf: it names its images; the first, whose losses are finite, meets the gradient in
+    the same update and says so. Both write their file and end on their own, with code 2."""
+    run_stage(tmp_path, overrides, verbs=["sample", "select"])
+    (tmp_path / "spy.py").write_text(ONE_RANK_OVERFLOWS)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "spy.py"]
+    script = [str(ROOT / "run_train.py"), f"--config={ROOT}/config/stage_process.py:sd14", *flags(overrides)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([*launch, *script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode != 0
+    facts = [files.read_metadata(stage_of(tmp_path).debug / f"update_00001_rank{rank}.safetensors") for rank in range(2)]
+    assert not set(facts[0]["images"]) & set(facts[1]["images"])
+    assert f"stage0, update 1: the loss or log-probability of images {facts[1]['images']} is not finite" in ended.stderr
+    assert f"the gradient is not finite, though the losses of images {facts[0]['images']} are" in ended.stderr
+    assert len(re.findall(r"exitcode +: 2 ", ended.stderr)) == 2
 
 
 # ---- updates that are unusual ----
