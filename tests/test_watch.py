@@ -269,11 +269,12 @@ def test_far_above_the_median_is_more_than_ten_times():
     usual = [update(float(norm)) for norm in range(1, 12)]
     assert said(usual, [update(60.0)]) == []
     assert said(usual, [update(61.0)]) == [(0, "Gradient norm")]
-    assert said([], [*usual, update(60.0), update(61.0)]) == []  # by then the median is 6.5
+    assert said([], [*usual, update(60.0), update(61.0)]) == []  # by then the median is 6.5, and then 7
+    assert said([], [*usual, update(60.0), update(61.0), update(71.0)]) == [(13, "Gradient norm")]
     seeing = UpdateWatch(usual, clip_range=0.1)
-    assert [len(seeing.see(update(norm))) for norm in (61.0, 1.0, 100.0)] == [1, 0, 0]
+    assert [len(seeing.see(update(norm))) for norm in (61.0, 1.0, 100.0, 99.0)] == [1, 0, 0, 0]
     (warned,) = seeing.warnings()
-    assert warned["what"] == "gradient norm up to 1e+02: 2 of 3 updates are above 10 times the median of those before, 6"
+    assert warned["what"] == "gradient norm up to 1e+02: 3 of 4 updates are above 10 times the median of those before, 6"
 
 
 def test_a_median_needs_enough_updates_and_forgets_old_ones():
@@ -304,7 +305,7 @@ def test_a_first_ratio_has_its_own_bound():
 def test_updates_skipped_in_a_row_are_counted_across_stages():
     skipped = update(None)
     assert said([], [skipped] * 9 + [update()] + [skipped] * 9) == []
-    assert said([], [skipped] * 12) == [(9, "Skipped updates")]
+    assert said([], [*[skipped] * 12, update(), *[skipped] * 12]) == [(9, "Skipped updates")]
     assert said([update(), *[skipped] * 7], [skipped] * 5) == [(2, "Skipped updates")]
     assert said([skipped] * 20, [update()]) == []
 
@@ -371,6 +372,7 @@ def test_a_spread_of_rewards_that_is_gone_warns():
 
 def test_a_reward_that_falls_warns():
     """By more than a standard deviation from the best stage; with 9 groups by more than two, which noise alone can make."""
+    assert kinds([], group(std=0.0)) == []
     good, better = group(mean=0.2), group(mean=0.3) | {"stage": 1}
     assert kinds([good, better, good], group(mean=0.21)) == []
     (warned,) = stage_warnings([good, better, good], group(mean=0.19))
