@@ -5,8 +5,10 @@ collapse warns, in log, manifest and report.
 """
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from conftest import assert_same, experiment, make_config, run_script, run_stage
+from conftest import ROOT, assert_same, experiment, flags, make_config, run_script, run_stage
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -206,6 +208,46 @@ def test_what_overflows_in_training_is_kept_and_mended(workplace, finished, over
     assert_same(workplace, finished)
 
 
+ONE_RANK_OVERFLOWS = """
+import os, runpy, sys, torch
+from dataclasses import replace
+from b2diffurl.objectives import OBJECTIVES
+from b2diffurl.train import Trainer
+
+sound, update, running = OBJECTIVES["ddpo"], Trainer.update, []
+
+def noted(self, *given):
+    running[:] = [self]
+    return update(self, *given)
+
+def loss(*tensors, **options):
+    found, metrics = sound.loss(*tensors, **options)
+    return found * (torch.inf if (os.environ["RANK"], running[0].num_updates) == ("1", 1) else 1.0), metrics
+
+Trainer.update, OBJECTIVES["ddpo"] = noted, replace(sound, loss=loss)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_stop_where_one_meets_what_is_not_finite(overrides, tmp_path):
+    """Of two the second has a loss of inf: it names its images; the first, whose losses are finite, meets the gradient in
+    the same update and says so. Both write their file and end on their own, with code 2."""
+    run_stage(tmp_path, overrides, verbs=["sample", "select"])
+    (tmp_path / "spy.py").write_text(ONE_RANK_OVERFLOWS)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "spy.py"]
+    script = [str(ROOT / "run_train.py"), f"--config={ROOT}/config/stage_process.py:sd14", *flags(overrides)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([*launch, *script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode != 0
+    facts = [files.read_metadata(stage_of(tmp_path).debug / f"update_00001_rank{rank}.safetensors") for rank in range(2)]
+    assert not set(facts[0]["images"]) & set(facts[1]["images"])
+    assert f"stage0, update 1: the loss or log-probability of images {facts[1]['images']} is not finite" in ended.stderr
+    assert f"the gradient is not finite, though the losses of images {facts[0]['images']} are" in ended.stderr
+    assert len(re.findall(r"exitcode +: 2 ", ended.stderr)) == 2
+
+
 # ---- updates that are unusual ----
 
 
@@ -227,11 +269,12 @@ def test_far_above_the_median_is_more_than_ten_times():
     usual = [update(float(norm)) for norm in range(1, 12)]
     assert said(usual, [update(60.0)]) == []
     assert said(usual, [update(61.0)]) == [(0, "Gradient norm")]
-    assert said([], [*usual, update(60.0), update(61.0)]) == []  # by then the median is 6.5
+    assert said([], [*usual, update(60.0), update(61.0)]) == []  # by then the median is 6.5, and then 7
+    assert said([], [*usual, update(60.0), update(61.0), update(71.0)]) == [(13, "Gradient norm")]
     seeing = UpdateWatch(usual, clip_range=0.1)
-    assert [len(seeing.see(update(norm))) for norm in (61.0, 1.0, 100.0)] == [1, 0, 0]
+    assert [len(seeing.see(update(norm))) for norm in (61.0, 1.0, 100.0, 99.0)] == [1, 0, 0, 0]
     (warned,) = seeing.warnings()
-    assert warned["what"] == "gradient norm up to 1e+02: 2 of 3 updates are above 10 times the median of those before, 6"
+    assert warned["what"] == "gradient norm up to 1e+02: 3 of 4 updates are above 10 times the median of those before, 6"
 
 
 def test_a_median_needs_enough_updates_and_forgets_old_ones():
@@ -262,7 +305,7 @@ def test_a_first_ratio_has_its_own_bound():
 def test_updates_skipped_in_a_row_are_counted_across_stages():
     skipped = update(None)
     assert said([], [skipped] * 9 + [update()] + [skipped] * 9) == []
-    assert said([], [skipped] * 12) == [(9, "Skipped updates")]
+    assert said([], [*[skipped] * 12, update(), *[skipped] * 12]) == [(9, "Skipped updates")]
     assert said([update(), *[skipped] * 7], [skipped] * 5) == [(2, "Skipped updates")]
     assert said([skipped] * 20, [update()]) == []
 
@@ -329,6 +372,7 @@ def test_a_spread_of_rewards_that_is_gone_warns():
 
 def test_a_reward_that_falls_warns():
     """By more than a standard deviation from the best stage; with 9 groups by more than two, which noise alone can make."""
+    assert kinds([], group(std=0.0)) == []
     good, better = group(mean=0.2), group(mean=0.3) | {"stage": 1}
     assert kinds([good, better, good], group(mean=0.21)) == []
     (warned,) = stage_warnings([good, better, good], group(mean=0.19))
