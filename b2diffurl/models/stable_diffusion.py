@@ -75,6 +75,9 @@ class StableDiffusion:
 
     def sampler(self, num_steps: int, eta: float) -> Sampler:
         self._scheduler.set_timesteps(num_steps)
+        known = len(self._scheduler.alphas_cumprod)
+        if self._scheduler.timesteps.max() >= known:
+            raise ValueError(f"sample.num_steps is {num_steps}; it must be less than this model's {known} timesteps")
         return make_sampler(
             self._scheduler.timesteps,
             self._scheduler.alphas_cumprod,
