@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"split_step is {config['split_step']}; it must lie in 1..{num_steps} (sample.num_steps)")
     if evaluation["pos_threshold"] < evaluation["neg_threshold"]:
         bounds = f"{evaluation['pos_threshold']} < {evaluation['neg_threshold']}"
-        raise ValueError(f"eval.pos_threshold is below eval.neg_threshold, {bounds}: a sibling could be both best and worst")
+        raise ValueError(f"eval.pos_threshold is below eval.neg_threshold, {bounds}; it must not be, or one sibling is both")
     check_reward_settings(config["reward"], evaluation["judge"])
     check_choice("mixed_precision", config["mixed_precision"], PRECISIONS)
     check_choice("curriculum", config["curriculum"], CURRICULA)
@@ -160,17 +161,19 @@ def check_reward_settings(reward: ConfigDict, judge: str) -> None:
         if not isinstance(weights, Mapping) or not weights:
             raise ValueError(f'reward.weights is {shown(weights)}; it must be like {{"clip": 1.0, "aesthetic": 0.1}}')
         for name, weight in weights.items():
-            if not isinstance(name, str) or type(weight) not in (int, float) or not 0 < abs(weight) <= 1e6:
+            if not isinstance(name, str) or not name or type(weight) not in (int, float) or not 0 < abs(weight) <= 1e6:
                 raise ValueError(
                     f"reward.weights has {shown(weight)} for {shown(name)}; it must give names numbers up to 1e6, not 0"
                 )
     elif reward["standardise"]:
-        raise ValueError("reward.standardise is on without reward.weights; a single reward's scale has no effect")
+        raise ValueError(
+            "reward.standardise is on without reward.weights; it must be off: a single reward's scale has no effect"
+        )
     if judge == "file":
-        raise ValueError("eval.judge is file, which has no scores for the images that are judged")
+        raise ValueError("eval.judge is file; it must be a reward that can score the images that are judged")
     trained = list(weights or [reward["name"]])
     for name in watch:
-        if not isinstance(name, str) or name in trained or watch.count(name) > 1:
+        if not isinstance(name, str) or not name or name in trained or watch.count(name) > 1:
             raise ValueError(f"reward.watch names {shown(name)}, which is trained on, named twice or no name")
 
 
@@ -191,6 +194,12 @@ def check_combination(config: ConfigDict) -> None:
             f"train.num_epochs is {train['num_epochs']}; {train['objective']} does not correct for samples of an older "
             "policy, so it makes one pass. Take ddpo for more."
         )
+
+
+def check_installed(train: ConfigDict) -> None:
+    """Refuse an optimizer that is not here, before there is something to train on."""
+    if train["use_8bit_adam"] and not find_spec("bitsandbytes"):
+        raise ImportError("train.use_8bit_adam is True, which needs bitsandbytes: pip install bitsandbytes")
 
 
 def check_choice(name: str, value: str, choices: Any) -> None:

@@ -20,7 +20,7 @@ RANGES = {
     "eval.history_cnt": SIZE, "eval.pos_threshold": "[-1e9, 1e9]", "eval.neg_threshold": "[-1e9, 1e9]",
     "eval.num_images": "[1, 1e6]", "eval.batch_size": "[1, 1e6]", "eval.seed": SEED, "eval.every": SIZE,
     "eval.deployed.num_steps": "[1, 1000]", "eval.deployed.eta": "[0, 1]",
-    "eval.deployed.guidance_scale": "0 (as in training) or [1, 1000]",
+    "eval.deployed.guidance_scale": "0 or [1, 1000]",
     "train.num_epochs": "[1, 1e5]", "train.batch_size": COUNT, "train.gradient_accumulation_steps": COUNT,
     "train.micro_batch_size": COUNT, "train.timestep_fraction": "(0, 1]", "train.learning_rate": "[0, 1]",
     "train.adam_beta1": "[0, 1)", "train.adam_beta2": "[0, 1)", "train.adam_weight_decay": "[0, 100]",
@@ -28,7 +28,8 @@ RANGES = {
     "train.dpo_beta": WEIGHT, "train.beta1": WEIGHT, "train.beta2": WEIGHT, "train.adv_clip_max": "(0, 1e6]",
     "train.lora_rank": "[1, 4096]", "train.save_interval": COUNT, "keep.images": "[-1, 1e9]",
 }  # fmt: skip
-WHY = {"sample.eta": "without noise there is no log-probability", "sample.guidance_scale": "1 is no guidance"}
+WHY = {"sample.eta": "without noise there is no log-probability", "sample.guidance_scale": "1 is no guidance",
+       "sample.prefix_eta": "-1 is as sample.eta", "eval.deployed.guidance_scale": "0 is as in training"}  # fmt: skip
 OPTIONAL = ("preset", "resume_from", "prompt", "pretrained.variant", "pretrained.config", "reward.http.url", "eval.judge")
 FREE = ("prompt", "reward.bertscore.question", "reward.bertscore.reference")  # lines, tabs and control characters included
 FOLDERS = ("save_path", "log_path")
@@ -50,14 +51,17 @@ def check_values(flat: Mapping[str, Any]) -> None:
 
 
 def check_number(key: str, value: Any, allowed: str) -> None:
-    """`allowed` is an interval, open at a round bracket, and single values before it."""
-    single, _, interval = allowed.rpartition(" or ")
-    opening, low, high, closing = re.fullmatch(r"([\[(])(.+), (.+)([\])])", interval).groups()
-    low, high = float(low), float(high)
-    inside = low <= value <= high and (opening, value) != ("(", low) and (closing, value) != (")", high)
-    if isinstance(value, bool) or not (inside or (single and value == float(single.split()[0]))):
+    single, low, high, (opening, closing) = parse(allowed)
+    inside = low <= value <= high and not (opening == "(" and value == low) and not (closing == ")" and value == high)
+    if isinstance(value, bool) or not (inside or value == single):
         why = f": {WHY[key]}" if key in WHY else ""
         raise ValueError(f"{key} is {shown(value)}; it must lie in {allowed}{why}")
+
+
+def parse(allowed: str) -> tuple[float | None, float, float, str]:
+    """A value outside it that is allowed, or None; ends and brackets of the interval."""
+    single, opening, low, high, closing = re.fullmatch(r"(?:(.+) or )?([\[(])(.+), (.+)([\])])", allowed).groups()
+    return float(single) if single else None, float(low), float(high), opening + closing
 
 
 def check_text(key: str, value: str) -> None:
@@ -90,6 +94,6 @@ def check_folder(key: str, value: str) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value as Python writes it, its beginning if it is long."""
-    text = repr(value)
+    """A value as Python writes it, in one line, its beginning if it is long."""
+    text = repr(value).replace("\n", " ")
     return text if len(text) <= 100 else f"{text[:100]}…"

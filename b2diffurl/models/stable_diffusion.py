@@ -3,6 +3,7 @@
 N rows, P prompts, L tokens, E text width, latents [N,C,h,w]
 """
 
+import glob
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -243,7 +244,7 @@ def base_fingerprint(pretrained: Mapping) -> str:
 
 def weight_files(folder: Path, variant: str) -> list[Path]:
     """A component's weight files of one variant; a FileNotFoundError if there are none."""
-    pattern = f"*.{variant}*.safetensors" if variant else "*.safetensors"
+    pattern = f"*.{glob.escape(variant)}*.safetensors" if variant else "*.safetensors"
     weights = sorted(path for path in folder.glob(pattern) if variant or path.name.count(".") == 1)
     if not weights:
         raise FileNotFoundError(f"{folder} has no {pattern}. Weights must be safetensors; see pretrained.variant.")

@@ -1,0 +1,401 @@
+"""Bad input in bulk: every generated configuration, prompt file and stage folder ends in a correct run, or in a message that
+names what is wrong, before anything has changed on disk.
+
+A few of each are part of the fast tests; thousands are run, and their figures printed, by
+
+    python -m pytest -m bulk -s --hypothesis-seed=0
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import hypothesis
+import pytest
+import torch
+from absl import flags
+from conftest import (
+    PROMPTS,
+    ROOT,
+    TINY,
+    VERBS,
+    call,
+    command_line,
+    comparable,
+    experiment,
+    get_config,
+    make_config,
+    run_script,
+    run_stage,
+    run_verb,
+)
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from b2diffurl import dry_run, evaluate, policy, runtime
+from b2diffurl import experiment as experiments
+from b2diffurl.files import sha256
+from b2diffurl.ranges import FREE, OPTIONAL, RANGES, parse
+from b2diffurl.stage import LORA_FILE, Stage
+
+PRESETS = ("shapes", "sd14", "sd14_10gb", "b2", "bs", "bpt", "ddpo")
+DEFAULTS = {key: value for preset in PRESETS for key, value in experiments.flatten(get_config(preset).to_dict()).items()}
+SAYS_WHAT_IS_ALLOWED = re.compile(
+    r"must|known|allowed|names|needs?\b|[Gg]ive|Take|Use|Delete|Run|Set|Convert|holds|lacks|pip install|cannot be cast"
+)
+ERRORS = (ValueError, OSError, FloatingPointError, ImportError, SafetensorError)  # those that runtime.run_script knows
+JPEG, OTHER_JPEG = "jpeg_incompressibility", "jpeg_compressibility"
+
+# The smallest experiment: two groups of two in one batch, two steps, one update.
+SMALL = TINY | {
+    "reward.name": JPEG, "eval.diversity": (), "stage_cnt": 2, "split_time": 2, "split_step_left": 1, "split_step_right": 2,
+    "sample.num_steps": 2, "sample.num_batches_per_epoch": 1, "sample.guidance_scale": 1.0, "train.num_epochs": 1,
+    "train.gradient_accumulation_steps": 1, "train.lora_rank": 1, "eval.num_images": 2, "eval.batch_size": 2,
+    "eval.pos_threshold": 0.0, "eval.neg_threshold": 0.0, "eval.deployed.num_steps": 2, "keep.samples": False,
+}  # fmt: skip
+
+
+# ---- running, and what must come of it ----
+
+
+@dataclass
+class Tally:
+    """What was tried and what came of it."""
+
+    outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    hit: dict[str, set[str]] = field(default_factory=lambda: {"valid": set(), "invalid": set()})
+    seconds: float = 0.0
+
+    def count(self, kind: str, refused: str) -> None:
+        self.outcomes[kind, "refused" if refused else "run to the end"] += 1
+
+    def lines(self) -> list[str]:
+        kinds = sorted({kind for kind, _ in self.outcomes})
+        rows = [(kind, *(self.outcomes[kind, one] for one in ("refused", "run to the end"))) for kind in kinds]
+        total = ("all", *(sum(row[column] for row in rows) for column in (1, 2)))
+        hit = ", ".join(f"{name} values of {len(keys)}" for name, keys in self.hit.items())
+        return [
+            *(f"{kind}: {no + yes} inputs, {no} refused, {yes} run to the end" for kind, no, yes in [*rows, total]),
+            f"keys: {len(DEFAULTS)}, {hit}; failures 0; {self.seconds:.0f} s",
+        ]
+
+
+def hashes(box: Path) -> dict[str, str]:
+    """What is in a folder, by checksum; the readable log aside."""
+    found = {}
+    for path in sorted(box.rglob("*")):
+        name = str(path.relative_to(box))
+        if path.is_symlink():
+            found[name] = f"-> {path.readlink()}"
+        elif path.is_dir() and path.name != "log":
+            found[name] = "folder"
+        elif path.is_file() and path.suffix != ".log":
+            found[name] = sha256(path)
+    return found
+
+
+def attempt(box: Path, settings: dict, verbs: tuple[str, ...], *, by_flags: bool) -> tuple[str, str]:
+    """Run the verbs in box/work, one after the other: ("", ""), or the one that refused and what it said.
+
+    A refusal is a message of one or two lines that says what is allowed, of ours, and leaves every file as it was.
+    """
+    for verb in verbs:
+        before = hashes(box)
+        said = (by_command if by_flags and verb != "eval" else by_call)(box / "work", verb, settings)
+        if said:
+            assert hashes(box) == before, f"{verb} said {said!r} and changed files"
+            assert SAYS_WHAT_IS_ALLOWED.search(said), said
+            return verb, said
+    return "", ""
+
+
+def by_command(work: Path, verb: str, settings: dict) -> str:
+    """By the command line of a script: what its first line of two said, or "" where it came to its end."""
+    if verb == "plan":
+
+        def plan() -> None:
+            flags.DEFINE_boolean("dry_run", True, "")
+            runtime.run_script("process", experiments.begin)
+
+        ended = call(work, command_line("plan", settings), plan)
+    else:
+        ended = run_script(work, verb, settings)
+    assert "Traceback" not in ended.stdout + ended.stderr, ended.stderr
+    if ended.code == 0:
+        return ""
+    assert ended.code == 2, ended
+    first, second = ended.stderr.splitlines()
+    assert first.startswith("error: ")
+    assert second.startswith("       ")
+    return first
+
+
+def by_call(work: Path, verb: str, settings: dict) -> str:
+    """By the function of the library: what its error said, or "" where there was none."""
+    try:
+        config = make_config(settings)
+    except (TypeError, ValueError) as error:  # a value of another type, refused by the configuration itself
+        return " ".join(str(error).split())
+    try:
+        with contextlib.chdir(work):
+            if verb == "plan":
+                dry_run.describe(config, experiments.make_plan(config))
+            elif verb == "eval":
+                samplers = evaluate.named_samplers(config, ["training", "deployed"])
+                evaluate.evaluate(config, ["base"], ["test"], samplers)
+            else:
+                run_verb(work, config, verb)
+    except ERRORS as error:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        assert Path(raised_in).is_relative_to(ROOT / "b2diffurl"), f"raised in {raised_in}: {error!r}"
+        assert len(str(error).splitlines()) <= 2, error
+        return str(error)
+    return ""
+
+
+def assert_complete(work: Path, settings: dict, index: int = 0) -> None:
+    """A stage that has come to its end: every manifest, every file as it says, a LoRA of numbers, nothing left over."""
+    root = work / settings.get("save_path", "model/lora") / settings["exp_name"]
+    stage = Stage(root, index)
+    stage.verify("select", "scores.jsonl", "selection.json", "metrics")
+    stage.verify("train")
+    stage.verify("sample", "prompts.json", "metrics")
+    lora = load_file(stage.checkpoints()[-1] / LORA_FILE)
+    assert all(tensor.isfinite().all() for tensor in lora.values())
+    assert not list(root.rglob("*.tmp"))
+
+
+def names(said: str, key: str, value: Any) -> bool:
+    """Whether a message names the key, or the file that the value is."""
+    if isinstance(value, (tuple, list, dict)):
+        return key in said or any(names(said, key, one) for one in value)
+    return key in said or (isinstance(value, str) and len(value) > 2 and value[:40] in said)
+
+
+# ---- configurations ----
+
+# Values that can be run in a second, where the table of ranges allows more.
+RUNNABLE = {
+    "stage_cnt": [1, 2, 50], "split_time": [2, 3], "pretrained.resolution": [0, 16, 64], "sample.num_steps": [2, 3, 5],
+    "sample.batch_size": [1, 2, 3], "sample.num_batches_per_epoch": [1, 2], "train.num_epochs": [1, 2, 3],
+    "train.lora_rank": [1, 3, 8], "num_threads": [0, 1], "dev_id": [0], "split_step_left": [1, 2],
+    "split_step_right": [1, 2], "split_step": [0, 1, 2], "eval.num_images": [1, 2, 5], "eval.batch_size": [1, 2, 3],
+    "eval.deployed.num_steps": [1, 2, 5], "eval.pos_threshold": [0.0, 0.5, 1e9], "eval.neg_threshold": [-1e9, -0.5, 0.0],
+    "sample.guidance_scale": [1.0, 1.5, 7.5, 100.0], "reward.num_workers": [1, 4, 1024],
+    "mixed_precision": ["auto", "no", "bf16"], "curriculum": ["progressive", "fixed", "reversed", "random"],
+    "sampling": ["branch", "independent"], "eval.selection": ["pairs", "all"], "eval.advantage": ["prompt", "group"],
+    "train.objective": ["ddpo", "reinforce", "dpok", "d3po"], "train.step_weight": ["none", "leverage", "sigma"],
+    "wandb_mode": ["offline", "online"], "pretrained.family": ["stable_diffusion"], "pretrained.variant": [""],
+    "reward.name": [JPEG, OTHER_JPEG, "clip"], "reward.dtype": ["auto", "float32", "float16", "bfloat16"],
+    "reward.watch": [(), (OTHER_JPEG,)], "eval.judge": ["", "shapes", OTHER_JPEG], "run_name": ["stage0"],
+    "eval.diversity": [(), ("layout",), ("clip", "layout")], "track_with": [(), ("tensorboard",), ("wandb", "tensorboard")],
+    "reward.weights": [None, {JPEG: 1.0}, {JPEG: 0.5, OTHER_JPEG: -2}, {"clip": 1e6}], "resume_from": [""],
+    "compile": [False], "train.use_8bit_adam": [False], "reward.standardise": [False],
+    "eval.deployed.scheduler": ["DDIMScheduler", "DDIM", "EulerDiscreteScheduler"],
+    "exp_name": ["x", "größe", "实验", "a.b-c_1", "..a", "-x", "n" * 200],
+    "save_path": ["model/lora", "a b/ü", ".", "a/../b", "n" * 250], "log_path": ["log", "log/a b", "."],
+    "prompt": ["", "a red circle", "b" * 10_000, "ein Vögelchen\n\tim 木", "\x07"],
+}  # fmt: skip
+NO_FOLDER = ["", " ", "n" * 300, "a\nb", "a\0b", "\ud800", "/dev/null", "/dev/null/x", "file", "file/x", "dangling"]
+NO_MODEL = [
+    "",
+    "no/such/model",
+    "nobody/no-model",
+    "/no/such",
+    "n" * 300,
+    "a\0b",
+    "..",
+    "~no-such-user/x",
+    "file",
+    "größe ü/ö",
+]
+# Values that must be refused, beside those of other types and outside their range.
+REFUSED = {
+    "exp_name": ["", ".", "..", "../x", "a/b", "/abs", "a/../../b", "a b", "a\\b", "n" * 300, "ü" * 150, "a\nb", "a\0b", "~",
+                 "\ud800", "*", "a:b", " x"],
+    "run_name": ["", "0", "stage", "stage-1", "stage٣", "stage01", "stage1.5", "stage" + "9" * 5000, "stage0/../..", "../x"],
+    "save_path": NO_FOLDER, "log_path": NO_FOLDER, "pretrained.model": NO_MODEL,
+    "pretrained.variant": ["fp16", "**", "[", "../x", " "], "pretrained.family": ["", "sdxl", "Stable_Diffusion", "../x"],
+    "pretrained.resolution": [8, 100], "sample.num_steps": [1000], "split_time": [1],
+    "split_step_left": [0, -1, 3, 10**400], "split_step_right": [0, 3, 10**30], "split_step": [-1, 3, 10**30],
+    "reward.name": ["", "beauty", "a:b:c", "no.such:reward", "math:nothing", ":", "x" * 300],
+    "reward.weights": [{}, {JPEG: 0}, {JPEG: float("nan")}, {JPEG: 1e300}, {JPEG: True}, {1: 1.0}, {"beauty": 1.0}, "clip",
+                       5, [1], {JPEG: {"a": 1}}, {"": 1.0}, {JPEG: None}],
+    "reward.watch": [("beauty",), (JPEG,), (1,), (OTHER_JPEG, OTHER_JPEG), ((),), ("",)],
+    "eval.diversity": [("beauty",), (1,), ((),), ("",), ([],)], "track_with": [("mlflow",), (1,), ((),), ("",)],
+    "eval.judge": ["beauty", "file", "\n", "x" * 300], "eval.prompt_file": ["", "no.json", "n" * 300, "file", ".", "a\0b"],
+    "prompt_file": ["", "no.json", "n" * 300, "file", ".", "a\0b"], "prompt": [" ", "\n", "\ud800"],
+    "resume_from": ["no/such/lora", ".", "n" * 300, "a\0b", "~no-such-user/x", "file", "/dev/null"],
+    "eval.deployed.scheduler": ["", "Magic", "os.system", "x" * 300], "eval.pos_threshold": [-1.0],
+    "eval.neg_threshold": [1.0], "train.use_8bit_adam": [True], "reward.standardise": [True],
+}  # fmt: skip
+CHOICES = ("mixed_precision", "curriculum", "sampling", "eval.selection", "eval.advantage", "train.objective",
+           "train.step_weight", "wandb_mode", "reward.dtype")  # fmt: skip
+# What makes a value count where it would not with SMALL.
+BESIDE = {
+    "reward.clip.model": {"reward.name": "clip"},
+    "reward.pickscore.model": {"reward.name": "pickscore"},
+    "reward.bertscore.captioner": {"reward.name": "bertscore"},
+    "reward.http.url": {"reward.name": "http"},
+    "eval.inception.model": {"eval.diversity": ("inception",)},
+}
+
+
+def valid(key: str, default: Any, paths: dict[str, str]) -> st.SearchStrategy:
+    """Values of a key with each of which, by itself, an experiment can be run to its end."""
+    if key in paths:
+        return st.just(paths[key])
+    if key in RUNNABLE:
+        return st.sampled_from(RUNNABLE[key])
+    if key in RANGES:
+        _, low, high, brackets = parse(RANGES[key])
+        if isinstance(default, int):
+            return st.integers(int(low), int(high))
+        ends = {"exclude_min": brackets[0] == "(", "exclude_max": brackets[1] == ")"}
+        return st.floats(low, high, **ends, allow_subnormal=False) | st.floats(max(low, 0.01), min(0.99 * high, 2.0))
+    if isinstance(default, bool):
+        return st.booleans()
+    assert isinstance(default, str), f"{key}: say which of its values can be run"
+    blank = st.just("") if key in OPTIONAL else st.nothing()
+    return blank | st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1, max_size=300)
+
+
+def invalid(key: str, default: Any) -> st.SearchStrategy:
+    """Values of a key with each of which a run must be refused; (value, whether only Python can give it)."""
+    given = st.sampled_from(REFUSED[key]) if key in REFUSED else st.nothing()
+    if key in CHOICES:
+        given |= st.text(max_size=20).filter(lambda text: text not in RUNNABLE[key] and text != "fp16")
+    if key in BESIDE:
+        given |= st.sampled_from(NO_MODEL)
+    if key in RANGES:
+        single, low, high, _ = parse(RANGES[key])
+        if isinstance(default, int):
+            given |= st.integers(max_value=int(low) - 1) | st.integers(min_value=int(high) + 1)
+            given |= st.sampled_from([-(10**30), 10**30, 10**400])
+        else:
+            given |= st.floats(max_value=low, exclude_max=True) | st.floats(min_value=high, exclude_min=True)
+            given |= st.sampled_from([float("nan"), float("inf"), float("-inf")])
+            given = given.filter(lambda value: value != single)
+    elif isinstance(default, str):
+        given |= st.sampled_from(["\ud800", "a\ud8ffb"] if key in FREE else ["a\nb", "\x00", "\x1b[2J", "\ud800"])
+        given |= st.just(" ") if key in OPTIONAL else st.sampled_from(["", " ", "\t"])
+    others = [None, 1.5, 7, "five", [1], {"a": 1}, b"x", float("nan"), object]
+    fits = {int: (int,), float: (int, float), str: (str,), tuple: (list, tuple), bool: (bool,), type(None): (object,)}
+    kinds = fits[type(default)]
+    wrong = st.sampled_from([value for value in others if not isinstance(value, kinds)] or [b"x"])
+    return st.tuples(given, st.just(False)) | st.tuples(wrong, st.just(True))
+
+
+# ---- the test ----
+
+
+@dataclass(frozen=True)
+class World:
+    """What inputs are made from; a fresh box, in which one is tried, is a copy of nothing but three entries."""
+
+    settings: dict[str, Any]
+    boxes: Path
+    tally: Tally
+    clip: str
+
+    @contextlib.contextmanager
+    def box(self) -> Iterator[Path]:
+        """A folder with a work folder in it, which holds a file and a link to nowhere."""
+        box = self.boxes / "box"
+        (box / "work").mkdir(parents=True)
+        (box / "work" / "file").write_text("mine")
+        (box / "work" / "dangling").symlink_to("nowhere")
+        try:
+            yield box
+        finally:
+            shutil.rmtree(box)
+
+
+def repeat(count: int, *strategies: st.SearchStrategy) -> Callable[[Callable], None]:
+    """Calls the function with `count` generated inputs, or fewer where there are not so many."""
+
+    def run(body: Callable) -> None:
+        @hypothesis.settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(st.tuples(*strategies))
+        def each(case: tuple) -> None:
+            body(*case)
+
+        each()
+
+    return run
+
+
+def try_configurations(world: World, num_valid: int, num_invalid: int, keys: list[str]) -> None:
+    """One key at a time: a value that works runs to its end; one that does not is refused first of all, by name."""
+    paths = {key: world.settings[key] for key in ("pretrained.model", "prompt_file", "eval.prompt_file")}
+    paths["reward.clip.model"] = world.clip
+    for key in keys:
+        default = DEFAULTS[key]
+
+        @repeat(num_valid, valid(key, default, paths), st.booleans())
+        def runs(value: Any, by_flags: bool, key: str = key) -> None:
+            verbs = ("plan", *VERBS, "eval") if key.startswith("eval.") else ("plan", *VERBS)
+            settings = world.settings | {key: value}
+            with world.box() as box:
+                verb, said = attempt(box, settings, verbs, by_flags=by_flags)
+                assert not said, f"{key}={value!r:.200} by {verb}: {said}"
+                assert_complete(box / "work", settings)
+            world.tally.hit["valid"].add(key)
+            world.tally.count("configurations", said)
+
+        @repeat(num_invalid, invalid(key, default), st.booleans())
+        def is_refused(value: tuple[Any, bool], by_flags: bool, key: str = key) -> None:
+            value, python_only = value
+            settings = world.settings | BESIDE.get(key, {}) | {key: value}
+            with world.box() as box:
+                verb, said = attempt(box, settings, ("plan", *VERBS), by_flags=by_flags and not python_only)
+                assert said, f"{key}={value!r:.200} was run"
+                assert names(said, key, value) or names(said, key.rpartition(".")[2], value), said
+                assert verb in ("plan", "sample"), f"{key}={value!r:.200} was refused by {verb}: {said}"
+            world.tally.hit["invalid"].add(key)
+            world.tally.count("configurations", said)
+
+
+def try_combinations(world: World, count: int) -> None:
+    """Several keys at once: refused by the name of one of them, or run."""
+    free = {"pretrained.model": world.settings["pretrained.model"], "reward.clip.model": world.clip}
+    one = st.sampled_from([key for key in DEFAULTS if key not in ("prompt_file", "eval.prompt_file")]).flatmap(
+        lambda key: st.tuples(
+            st.just(key), st.tuples(valid(key, DEFAULTS[key], free), st.just(False)) | invalid(key, DEFAULTS[key])
+        )
+    )
+
+    @repeat(count, st.lists(one, min_size=2, max_size=4, unique_by=lambda pair: pair[0]), st.booleans())
+    def runs_or_is_refused(changes: list[tuple[str, tuple[Any, bool]]], by_flags: bool) -> None:
+        changed = {key: value for key, (value, _) in changes}
+        python_only = any(only for _, (_, only) in changes)
+        settings = world.settings | changed
+        with world.box() as box:
+            _, said = attempt(box, settings, ("plan", *VERBS), by_flags=by_flags and not python_only)
+            if said:
+                assert any(names(said, key.rpartition(".")[2], value) for key, value in changed.items()), said
+            else:
+                assert_complete(box / "work", settings)
+        world.tally.count("combinations", said)
+
+
+@pytest.fixture(scope="module")
+def world(models, tmp_path_factory) -> Iterator[World]:
+    settings = SMALL | {"pretrained.model": str(models / "sd"), "reward.clip.model": str(models / "clip")}
+    settings |= {key: str(models / "prompts.json") for key in ("prompt_file", "eval.prompt_file")}
+    threads = torch.get_num_threads()
+    with mock.patch.object(policy, "_kept", {}):  # base models are loaded once
+        yield World(settings, tmp_path_factory.mktemp("boxes"), Tally(), str(models / "clip"))
+    torch.set_num_threads(threads)
