@@ -298,7 +298,7 @@ def invalid(key: str, default: Any) -> st.SearchStrategy:
     return st.tuples(given, st.just(False)) | st.tuples(wrong, st.just(True))
 
 
-# ---- the test ----
+# ---- where it happens ----
 
 
 @dataclass(frozen=True)
@@ -399,3 +399,233 @@ def world(models, tmp_path_factory) -> Iterator[World]:
     with mock.patch.object(policy, "_kept", {}):  # base models are loaded once
         yield World(settings, tmp_path_factory.mktemp("boxes"), Tally(), str(models / "clip"))
     torch.set_num_threads(threads)
+
+
+# ---- prompt files ----
+
+# Texts that are prompts, whatever one thinks of them.
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(str.strip)
+PROMPT = TEXT | st.sampled_from(
+    [*PROMPTS, "b" * 10_000, "木" * 10_000, "a\tred\x07circle", "\u202eright to left", "'; --", "é́"]
+)
+NO_PROMPT = st.sampled_from(
+    ["", " ", "\n", "\u3000", None, 7, -1.5, True, [], ["a cat"], {}, {"prompt": "a cat"}, "\ud800", "a\udfff"]
+)
+BROKEN = [
+    b"", b"\n\n", b"[", b'["a cat", ', b'{"prompt": ', b"[" * 5000 + b"]" * 5000, b"[" + b"9" * 5000 + b"]", b"nan", b"\xff\xfe",
+    b"\x89PNG\r\n\x1a\n\x00", b"a cat\xff", '["ein Vögelchen"]'.encode("latin-1"), '["a cat"]'.encode("utf-16"), b'{"a": "cat"}',
+    b"null", b'"a cat"', b"7", b"[[]]", b"[" * 900 + b"]" * 900, b'["a cat",]', b"[NaN]", b"prompt\n1e999", b"\x00", b"[\n]",
+]  # fmt: skip
+FILE_NAME = st.sampled_from(["p", "a b", "größe", "..p", "p.tar", "-p", "n" * 200])
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """How a prompt file is made: its name, its bytes or what it is instead, and the prompts in it, None if there are none."""
+
+    name: str
+    content: bytes | str
+    prompts: tuple[str, ...] | None
+
+    def make(self, folder: Path) -> Path:
+        path = folder / self.name
+        match self.content:
+            case bytes() as data:
+                path.write_bytes(data)
+            case "folder":
+                path.mkdir()
+            case "link to nowhere":
+                path.symlink_to("nowhere")
+            case "link":
+                path.with_name("linked").write_text(json.dumps(PROMPTS))
+                path.symlink_to("linked")
+            case "link to itself":
+                path.symlink_to(path.name)
+            case "pipe":
+                os.mkfifo(path)
+        return path
+
+
+def written(suffix: str, prompts: list) -> bytes:
+    """A prompt file's bytes."""
+    if suffix == ".json":
+        return json.dumps(prompts).encode()
+    if suffix == ".jsonl":
+        return "".join(json.dumps({"prompt": prompt, "id": n}) + "\n\n" for n, prompt in enumerate(prompts)).encode()
+    return "\n".join(prompts).encode()
+
+
+@st.composite
+def prompt_files(draw: st.DrawFn) -> PromptFile:
+    kind = draw(st.sampled_from(["good", "good", "one bad", "broken", "random", "no file"]))
+    suffix = draw(st.sampled_from([".json", ".jsonl", ".txt"]))
+    name = draw(FILE_NAME)
+    if kind == "no file":
+        content = draw(st.sampled_from(["missing", "folder", "link to nowhere", "link", "link to itself", "pipe", "long"]))
+        name = "n" * 300 if content == "long" else name
+        return PromptFile(f"{name}.json", content, tuple(PROMPTS) if content == "link" else None)
+    if kind == "random":
+        return PromptFile(name + draw(st.sampled_from([".csv", ".json", ".jsonl", ""])), draw(st.binary(max_size=60)), None)
+    if kind == "broken":
+        return PromptFile(
+            name + draw(st.sampled_from([".json", ".jsonl", ".csv", ".JSON"])), draw(st.sampled_from(BROKEN)), None
+        )
+    prompts = draw(st.lists(PROMPT, min_size=1, max_size=4))
+    prompts += prompts[:1] * draw(st.integers(0, 2))  # some twice
+    if kind == "one bad":
+        suffix = ".json" if suffix == ".txt" else suffix
+        prompts.insert(draw(st.integers(0, len(prompts))), draw(NO_PROMPT))
+        return PromptFile(name + suffix, written(suffix, prompts), None)
+    if suffix == ".txt":  # there a line is a prompt
+        prompts = [line.strip() for prompt in prompts for line in prompt.split("\n") if line.strip()]
+    mark = draw(st.sampled_from([b"", b"\xef\xbb\xbf"]))
+    return PromptFile(name + suffix, mark + written(suffix, prompts), tuple(prompts))
+
+
+def try_prompt_files(world: World, count: int) -> None:
+    """What holds prompts and nothing else is trained on, those prompts; anything else is refused by its name."""
+
+    @repeat(count, prompt_files(), st.booleans())
+    def runs_or_is_refused(file: PromptFile, by_flags: bool) -> None:
+        with world.box() as box:
+            path = file.make(box)
+            settings = world.settings | {"prompt_file": f"../{path.name}"}
+            _, said = attempt(box, settings, ("plan", *VERBS), by_flags=by_flags)
+            if said:
+                assert file.prompts is None, f"{file} was refused: {said}"
+                assert path.name in said, said
+            else:
+                assert file.prompts, f"{file} was run"
+                assert_complete(box / "work", settings)
+                drawn = json.loads((experiment(box / "work") / "stage0" / "prompts.json").read_text())
+                assert set(drawn) <= set(file.prompts)
+        world.tally.count("prompt files", said)
+
+
+# ---- stage folders ----
+
+# How far an experiment of two stages is, by what is run of it, and then taken away of what an interruption leaves out.
+HALF_SAMPLED = ("sample.json", "prompts.json", "metrics/sample.jsonl", "samples/batch_00001.safetensors")
+HALF_TRAINED = ("train.json", "checkpoints/checkpoint_2")
+STATES = {
+    "half sampled": (0, ("sample",), HALF_SAMPLED),
+    "sampled": (0, ("sample",), ()),
+    "selected": (0, ("sample", "select"), ()),
+    "half trained": (0, VERBS, HALF_TRAINED),
+    "trained": (0, VERBS, ()),
+    "next half sampled": (1, ("sample",), HALF_SAMPLED),
+    "next sampled": (1, ("sample",), ()),
+    "next selected": (1, ("sample", "select"), ()),
+}
+TWO_STAGES = {"sample.num_batches_per_epoch": 2, "train.num_epochs": 2, "keep.samples": True, "split_step_left": 2}
+NOTES = "notes of mine.txt"
+ACTIONS = ("delete", "empty", "cut", "flip", "append", "folder", "other file", "link to nowhere", "foreign", "temporary")
+
+
+def damage(path: Path, action: str, place: float, other: Path) -> None:
+    """Do one of ACTIONS to a file; `place` is where in it."""
+    data = path.read_bytes()
+    where = min(int(place * len(data)), len(data) - 1)
+    match action:
+        case "empty":
+            path.write_bytes(b"")
+        case "cut":
+            path.write_bytes(data[:where])
+        case "flip":
+            path.write_bytes(data[:where] + bytes([data[where] ^ 0x10]) + data[where + 1 :])
+        case "append":
+            path.write_bytes(data + b"\0")
+        case "other file":
+            path.write_bytes(other.read_bytes())
+        case "foreign":
+            path.with_name(NOTES).write_text("keep")
+        case "temporary":
+            path.with_name(path.name + ".tmp").write_bytes(data[:where])
+        case "delete":
+            path.unlink()
+        case "folder" | "link to nowhere":
+            path.unlink()
+            path.mkdir() if action == "folder" else path.symlink_to("nowhere")
+
+
+@dataclass(frozen=True)
+class Began:
+    """An experiment that is as far as one of STATES says, and as it ends if nothing happens to it."""
+
+    folder: Path
+    index: int
+    files: tuple[str, ...]  # by which it can be damaged
+    ended: dict[str, object]
+
+
+def begin(world: World, state: str) -> Began:
+    index, verbs, lacking = STATES[state]
+    settings = world.settings | TWO_STAGES
+    folder = world.boxes / state
+    if index:
+        run_stage(folder := make_folder(folder), settings)
+    run_stage(make_folder(folder), settings, index, verbs)
+    for name in lacking:
+        path = experiment(folder) / f"stage{index}" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    ended = shutil.copytree(folder, world.boxes / f"{state}, ended")
+    run_stage(ended, settings, index)
+    files = tuple(sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()))
+    return Began(folder, index, files, comparable(ended))
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def try_stage_folders(world: World, count: int) -> None:
+    """A damaged experiment is made whole, to the bit, or refused by the damaged file's name. What is finished, and nothing
+    more is made of, may stay as it is; what is not ours stays in any case."""
+    begun = {state: begin(world, state) for state in STATES}
+    cases = st.sampled_from(list(begun)).flatmap(
+        lambda state: st.tuples(st.just(state), *[st.sampled_from(begun[state].files)] * 2)
+    )
+
+    @repeat(count, cases, st.sampled_from(ACTIONS), st.floats(0, 1), st.booleans())
+    def is_mended_or_refused(case: tuple[str, str, str], action: str, place: float, by_flags: bool) -> None:
+        state, name, other = case
+        one = begun[state]
+        with world.box() as box:
+            shutil.copytree(one.folder, box / "work", dirs_exist_ok=True)
+            path = box / "work" / name
+            damage(path, action, place, one.folder / other)
+            damaged = hashes(path.parent).get(path.name)
+            settings = world.settings | TWO_STAGES | {"run_name": f"stage{one.index}"}
+            _, said = attempt(box, settings, VERBS, by_flags=by_flags)
+            where = f"{action} of {name} when {state}"
+            if said:
+                assert action not in ("foreign", "temporary"), f"{where}: {said}"
+                assert path.name in said or path.parent.name in said, f"{where}: {said}"
+            else:
+                expected = dict(one.ended)
+                if action not in ("foreign", "temporary") and hashes(path.parent).get(path.name) == damaged:
+                    remove(path)
+                    del expected[name]
+                (box / "work" / "file").unlink()
+                after = comparable(box / "work")
+                strange = {found for found in after if found not in one.ended}
+                assert {Path(found).suffix for found in strange} <= {".tmp", ".txt"}, f"{where}: {strange}"
+                assert action != "foreign" or str(Path(name).with_name(NOTES)) in strange, where
+                differing = {found for found in expected if after.get(found) != expected[found]}
+                assert not differing, f"{where}: {differing} are others"
+        world.tally.count("stage folders", said)
+
+
+# ---- the test ----
+
+
+def sizes(*, full: bool) -> tuple[int, int, int, int, int, list[str]]:
+    return ()
