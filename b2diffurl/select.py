@@ -39,12 +39,12 @@ def select_stage(config: ConfigDict) -> None:
         return
     files.remove_temporaries(stage.folder)
     stage.verify("sample", stage.images.name, stage.prompts.name, stage.samples.name)
+    history = score_history(stage, config.eval.history_cnt)  # before the work that a damaged one would make vain
     prompts = files.read_json(stage.prompts)
     if "file" in (*weights, *watched) and not stage.given_scores.is_file():
         ask_for_scores(stage, prompts)
         return
     scores = score_stage(config, stage, prompts, accelerator.device)
-    history = score_history(stage, config.eval.history_cnt)
     chosen = choose(config, scores.rewards, prompts, history)
     weighted = advantages(
         torch.tensor([one.score for one in chosen]),

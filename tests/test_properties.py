@@ -14,7 +14,7 @@ import shutil
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,9 +53,10 @@ from b2diffurl.stage import LORA_FILE, Stage
 PRESETS = ("shapes", "sd14", "sd14_10gb", "b2", "bs", "bpt", "ddpo")
 DEFAULTS = {key: value for preset in PRESETS for key, value in experiments.flatten(get_config(preset).to_dict()).items()}
 SAYS_WHAT_IS_ALLOWED = re.compile(
-    r"must|known|allowed|names|needs?\b|[Gg]ive|Take|Use|Delete|Run|Set|Convert|holds|lacks|pip install|cannot be cast"
+    r"must|Mend it|known|allowed|names|needs?\b|[Gg]ive|Take|Use|Delete|Run|Set|Convert|holds|lacks|pip install|be cast"
 )
 ERRORS = (ValueError, OSError, FloatingPointError, ImportError, SafetensorError)  # those that runtime.run_script knows
+RAN, REFUSED_IT = "run to the end", "refused"
 JPEG, OTHER_JPEG = "jpeg_incompressibility", "jpeg_compressibility"
 
 # The smallest experiment: two groups of two in one batch, two steps, one update.
@@ -79,11 +80,14 @@ class Tally:
     seconds: float = 0.0
 
     def count(self, kind: str, refused: str) -> None:
-        self.outcomes[kind, "refused" if refused else "run to the end"] += 1
+        self.outcomes[kind, REFUSED_IT if refused else RAN] += 1
+
+    def total(self, *outcomes: str) -> int:
+        return sum(count for (_, outcome), count in self.outcomes.items() if outcome in outcomes)
 
     def lines(self) -> list[str]:
         kinds = sorted({kind for kind, _ in self.outcomes})
-        rows = [(kind, *(self.outcomes[kind, one] for one in ("refused", "run to the end"))) for kind in kinds]
+        rows = [(kind, *(self.outcomes[kind, one] for one in (REFUSED_IT, RAN))) for kind in kinds]
         total = ("all", *(sum(row[column] for row in rows) for column in (1, 2)))
         hit = ", ".join(f"{name} values of {len(keys)}" for name, keys in self.hit.items())
         return [
@@ -139,7 +143,7 @@ def by_command(work: Path, verb: str, settings: dict) -> str:
     first, second = ended.stderr.splitlines()
     assert first.startswith("error: ")
     assert second.startswith("       ")
-    return first
+    return f"{first} Mend it" if "[Errno" in first else first
 
 
 def by_call(work: Path, verb: str, settings: dict) -> str:
@@ -159,6 +163,8 @@ def by_call(work: Path, verb: str, settings: dict) -> str:
                 run_verb(work, config, verb)
     except ERRORS as error:
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if isinstance(error, OSError) and error.filename:
+            return f"{error}. Mend it"  # as run_script says; the system's own words name the file
         assert Path(raised_in).is_relative_to(ROOT / "b2diffurl"), f"raised in {raised_in}: {error!r}"
         assert len(str(error).splitlines()) <= 2, error
         return str(error)
@@ -243,6 +249,7 @@ REFUSED = {
 }  # fmt: skip
 CHOICES = ("mixed_precision", "curriculum", "sampling", "eval.selection", "eval.advantage", "train.objective",
            "train.step_weight", "wandb_mode", "reward.dtype")  # fmt: skip
+PLACES = ("pretrained.model", "reward.clip.model", "prompt_file", "eval.prompt_file")  # for which the world has a path
 # What makes a value count where it would not with SMALL.
 BESIDE = {
     "reward.clip.model": {"reward.name": "clip"},
@@ -303,12 +310,12 @@ def invalid(key: str, default: Any) -> st.SearchStrategy:
 
 @dataclass(frozen=True)
 class World:
-    """What inputs are made from; a fresh box, in which one is tried, is a copy of nothing but three entries."""
+    """What inputs are made from, and where they are tried."""
 
     settings: dict[str, Any]
     boxes: Path
-    tally: Tally
-    clip: str
+    full: bool  # all of them, or a few that are always the same
+    tally: Tally = field(default_factory=Tally)
 
     @contextlib.contextmanager
     def box(self) -> Iterator[Path]:
@@ -322,29 +329,29 @@ class World:
         finally:
             shutil.rmtree(box)
 
+    def repeat(self, count: int, *strategies: st.SearchStrategy) -> Callable[[Callable], None]:
+        """Calls the function with `count` generated inputs, or fewer where there are not so many."""
+        how = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 
-def repeat(count: int, *strategies: st.SearchStrategy) -> Callable[[Callable], None]:
-    """Calls the function with `count` generated inputs, or fewer where there are not so many."""
+        def run(body: Callable) -> None:
+            @hypothesis.settings(max_examples=max(1, count), derandomize=not self.full, **how)
+            @given(st.tuples(*strategies))
+            def each(case: tuple) -> None:
+                body(*case)
 
-    def run(body: Callable) -> None:
-        @hypothesis.settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-        @given(st.tuples(*strategies))
-        def each(case: tuple) -> None:
-            body(*case)
+            if count:
+                each()
 
-        each()
-
-    return run
+        return run
 
 
 def try_configurations(world: World, num_valid: int, num_invalid: int, keys: list[str]) -> None:
     """One key at a time: a value that works runs to its end; one that does not is refused first of all, by name."""
-    paths = {key: world.settings[key] for key in ("pretrained.model", "prompt_file", "eval.prompt_file")}
-    paths["reward.clip.model"] = world.clip
+    paths = {key: world.settings[key] for key in PLACES}
     for key in keys:
         default = DEFAULTS[key]
 
-        @repeat(num_valid, valid(key, default, paths), st.booleans())
+        @world.repeat(num_valid, valid(key, default, paths), st.booleans())
         def runs(value: Any, by_flags: bool, key: str = key) -> None:
             verbs = ("plan", *VERBS, "eval") if key.startswith("eval.") else ("plan", *VERBS)
             settings = world.settings | {key: value}
@@ -355,7 +362,7 @@ def try_configurations(world: World, num_valid: int, num_invalid: int, keys: lis
             world.tally.hit["valid"].add(key)
             world.tally.count("configurations", said)
 
-        @repeat(num_invalid, invalid(key, default), st.booleans())
+        @world.repeat(num_invalid, invalid(key, default), st.booleans())
         def is_refused(value: tuple[Any, bool], by_flags: bool, key: str = key) -> None:
             value, python_only = value
             settings = world.settings | BESIDE.get(key, {}) | {key: value}
@@ -370,14 +377,15 @@ def try_configurations(world: World, num_valid: int, num_invalid: int, keys: lis
 
 def try_combinations(world: World, count: int) -> None:
     """Several keys at once: refused by the name of one of them, or run."""
-    free = {"pretrained.model": world.settings["pretrained.model"], "reward.clip.model": world.clip}
-    one = st.sampled_from([key for key in DEFAULTS if key not in ("prompt_file", "eval.prompt_file")]).flatmap(
-        lambda key: st.tuples(
-            st.just(key), st.tuples(valid(key, DEFAULTS[key], free), st.just(False)) | invalid(key, DEFAULTS[key])
-        )
-    )
+    paths = {key: world.settings[key] for key in PLACES}
 
-    @repeat(count, st.lists(one, min_size=2, max_size=4, unique_by=lambda pair: pair[0]), st.booleans())
+    def change(key: str) -> st.SearchStrategy:
+        works = st.tuples(valid(key, DEFAULTS[key], paths), st.just(False))
+        return st.tuples(st.just(key), works | works | invalid(key, DEFAULTS[key]))
+
+    one = st.sampled_from(list(DEFAULTS)).flatmap(change)
+
+    @world.repeat(count, st.lists(one, min_size=2, max_size=4, unique_by=lambda pair: pair[0]), st.booleans())
     def runs_or_is_refused(changes: list[tuple[str, tuple[Any, bool]]], by_flags: bool) -> None:
         changed = {key: value for key, (value, _) in changes}
         python_only = any(only for _, (_, only) in changes)
@@ -391,16 +399,6 @@ def try_combinations(world: World, count: int) -> None:
         world.tally.count("combinations", said)
 
 
-@pytest.fixture(scope="module")
-def world(models, tmp_path_factory) -> Iterator[World]:
-    settings = SMALL | {"pretrained.model": str(models / "sd"), "reward.clip.model": str(models / "clip")}
-    settings |= {key: str(models / "prompts.json") for key in ("prompt_file", "eval.prompt_file")}
-    threads = torch.get_num_threads()
-    with mock.patch.object(policy, "_kept", {}):  # base models are loaded once
-        yield World(settings, tmp_path_factory.mktemp("boxes"), Tally(), str(models / "clip"))
-    torch.set_num_threads(threads)
-
-
 # ---- prompt files ----
 
 # Texts that are prompts, whatever one thinks of them.
@@ -412,8 +410,9 @@ NO_PROMPT = st.sampled_from(
     ["", " ", "\n", "\u3000", None, 7, -1.5, True, [], ["a cat"], {}, {"prompt": "a cat"}, "\ud800", "a\udfff"]
 )
 BROKEN = [
-    b"", b"\n\n", b"[", b'["a cat", ', b'{"prompt": ', b"[" * 5000 + b"]" * 5000, b"[" + b"9" * 5000 + b"]", b"nan", b"\xff\xfe",
-    b"\x89PNG\r\n\x1a\n\x00", b"a cat\xff", '["ein Vögelchen"]'.encode("latin-1"), '["a cat"]'.encode("utf-16"), b'{"a": "cat"}',
+    b"", b"\n\n", b"[", b'["a cat", ', b'{"prompt": ', b"[" * 5000 + b"]" * 5000, b"[" + b"9" * 5000 + b"]", b"nan",
+    b"\xff\xfe", b"\x89PNG\r\n\x1a\n\x00", b"a cat\xff", '["ein Vögelchen"]'.encode("latin-1"), '["a cat"]'.encode("utf-16"),
+    b'{"a": "cat"}',
     b"null", b'"a cat"', b"7", b"[[]]", b"[" * 900 + b"]" * 900, b'["a cat",]', b"[NaN]", b"prompt\n1e999", b"\x00", b"[\n]",
 ]  # fmt: skip
 FILE_NAME = st.sampled_from(["p", "a b", "größe", "..p", "p.tar", "-p", "n" * 200])
@@ -421,7 +420,7 @@ FILE_NAME = st.sampled_from(["p", "a b", "größe", "..p", "p.tar", "-p", "n" * 
 
 @dataclass(frozen=True)
 class PromptFile:
-    """How a prompt file is made: its name, its bytes or what it is instead, and the prompts in it, None if there are none."""
+    """How a prompt file is made: its name, its bytes or what it is instead, and the prompts in it, or None."""
 
     name: str
     content: bytes | str
@@ -485,7 +484,7 @@ def prompt_files(draw: st.DrawFn) -> PromptFile:
 def try_prompt_files(world: World, count: int) -> None:
     """What holds prompts and nothing else is trained on, those prompts; anything else is refused by its name."""
 
-    @repeat(count, prompt_files(), st.booleans())
+    @world.repeat(count, prompt_files(), st.booleans())
     def runs_or_is_refused(file: PromptFile, by_flags: bool) -> None:
         with world.box() as box:
             path = file.make(box)
@@ -574,6 +573,12 @@ def begin(world: World, state: str) -> Began:
     return Began(folder, index, files, comparable(ended))
 
 
+def experiment_in(record: bytes) -> dict[str, Any]:
+    """A config.json without the stage at which it was written."""
+    found = json.loads(record)
+    return {key: found[key] for key in ("prompts_sha256", "num_threads")} | {"config": found["config"] | {"run_name": ""}}
+
+
 def remove(path: Path) -> None:
     if path.is_dir():
         path.rmdir()
@@ -586,15 +591,15 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def try_stage_folders(world: World, count: int) -> None:
+def try_stage_folders(world: World, count: int, states: Sequence[str]) -> None:
     """A damaged experiment is made whole, to the bit, or refused by the damaged file's name. What is finished, and nothing
     more is made of, may stay as it is; what is not ours stays in any case."""
-    begun = {state: begin(world, state) for state in STATES}
+    begun = {state: begin(world, state) for state in states}
     cases = st.sampled_from(list(begun)).flatmap(
         lambda state: st.tuples(st.just(state), *[st.sampled_from(begun[state].files)] * 2)
     )
 
-    @repeat(count, cases, st.sampled_from(ACTIONS), st.floats(0, 1), st.booleans())
+    @world.repeat(count, cases, st.sampled_from(ACTIONS), st.floats(0, 1), st.booleans())
     def is_mended_or_refused(case: tuple[str, str, str], action: str, place: float, by_flags: bool) -> None:
         state, name, other = case
         one = begun[state]
@@ -616,6 +621,8 @@ def try_stage_folders(world: World, count: int) -> None:
                     del expected[name]
                 (box / "work" / "file").unlink()
                 after = comparable(box / "work")
+                if name.endswith("config.json") and name in expected:  # it may have been lost, and written anew
+                    assert experiment_in(after.pop(name)) == experiment_in(expected.pop(name)), where
                 strange = {found for found in after if found not in one.ended}
                 assert {Path(found).suffix for found in strange} <= {".tmp", ".txt"}, f"{where}: {strange}"
                 assert action != "foreign" or str(Path(name).with_name(NOTES)) in strange, where
@@ -627,5 +634,26 @@ def try_stage_folders(world: World, count: int) -> None:
 # ---- the test ----
 
 
-def sizes(*, full: bool) -> tuple[int, int, int, int, int, list[str]]:
-    return ()
+@pytest.mark.parametrize("full", [pytest.param(False, id="few"), pytest.param(True, id="bulk", marks=pytest.mark.bulk)])
+def test_whatever_is_given_is_run_or_refused_and_nothing_is_lost(models, tmp_path, capsys, full):
+    """In bulk at least 2,000 inputs, one in ten of which runs to its end, and every key with values that can be run and with
+    values that cannot; of the few, every key with one that cannot."""
+    settings = SMALL | {"pretrained.model": str(models / "sd"), "reward.clip.model": str(models / "clip")}
+    settings |= {key: str(models / "prompts.json") for key in ("prompt_file", "eval.prompt_file")}
+    world, started, threads = World(settings, tmp_path, full), time.perf_counter(), torch.get_num_threads()
+    states = list(STATES) if full else ["sampled", "half trained"]
+    with mock.patch.object(policy, "_kept", {}):  # base models are loaded once
+        try_configurations(world, 0, 12 if full else 1, list(DEFAULTS))
+        try_configurations(world, 2 if full else 1, 0, list(DEFAULTS) if full else ["exp_name", "eval.seed", "train.eps"])
+        try_combinations(world, 160 if full else 8)
+        try_prompt_files(world, 260 if full else 8)
+        try_stage_folders(world, 240 if full else 8, states)
+    torch.set_num_threads(threads)
+    world.tally.seconds = time.perf_counter() - started
+    with capsys.disabled():
+        print("", *world.tally.lines(), sep="\n")
+    assert world.tally.hit["invalid"] == {*DEFAULTS}
+    if full:
+        assert world.tally.total(RAN, REFUSED_IT) >= 2000
+        assert world.tally.total(RAN) >= world.tally.total(RAN, REFUSED_IT) / 10
+        assert world.tally.hit["valid"] == {*DEFAULTS}
