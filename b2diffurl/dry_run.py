@@ -1,6 +1,7 @@
 """The plan of a run for people: what `bash run_process.sh --dry_run` prints. Nothing here writes, or loads a model."""
 
 import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -165,8 +166,8 @@ def find_base(pretrained: ConfigDict) -> Base | None:
 
 def local_model(name: str, revision: str) -> Path | None:
     """Where a model is on this machine: its file, its directory, or its snapshot in the hub's cache."""
-    path = Path(name).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(name))
+    if os.path.exists(path):
         return path
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         return None

@@ -5,11 +5,12 @@ Nothing here writes before everything is checked.
 
 import hashlib
 import json
-import math
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from b2diffurl import files, lock
 from b2diffurl.ddim import STEP_WEIGHTS
 from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.prompts import load_prompts, named_prompts
+from b2diffurl.ranges import check_values, shown
 from b2diffurl.runtime import logger, run_script
 from b2diffurl.seeding import stable_seed
 from b2diffurl.stage import LORA_FILE, Stage, find_checkpoints, finished_stages
@@ -104,9 +106,9 @@ def schedule(curriculum: str, left: int, right: int, num_stages: int, index: int
 
 def stage_index(run_name: str) -> int:
     """The i of run_name `stage<i>`."""
-    match = re.fullmatch(r"stage(\d+)", run_name)
+    match = re.fullmatch(r"stage(0|[1-9][0-9]{0,5})", run_name)
     if not match:
-        raise ValueError(f"run_name is {run_name!r}; it names the stage: stage0, stage1, …")
+        raise ValueError(f"run_name is {shown(run_name)}; it names the stage: stage0, stage1, …")
     return int(match[1])
 
 
@@ -135,31 +137,8 @@ def alone_in(config: ConfigDict) -> AbstractContextManager[None]:
 
 def check(config: ConfigDict) -> None:
     """Refuse values that cannot work, each with what is allowed."""
-    if not re.fullmatch(r"[\w.-]+", config["exp_name"]) or config["exp_name"].strip(".") == "":
-        raise ValueError(f"exp_name is {config['exp_name']!r}; allowed are letters, digits, '_', '-' and '.'")
+    check_values(flatten(config.to_dict()))
     sample, train, evaluation = config["sample"], config["train"], config["eval"]
-    at_least_one = {
-        "stage_cnt": config["stage_cnt"],
-        "sample.num_steps": sample["num_steps"],
-        "sample.batch_size": sample["batch_size"],
-        "sample.num_batches_per_epoch": sample["num_batches_per_epoch"],
-        "sample.decode_batch_size": sample["decode_batch_size"],
-        "split_time": config["split_time"],
-        "train.batch_size": train["batch_size"],
-        "train.gradient_accumulation_steps": train["gradient_accumulation_steps"],
-        "train.micro_batch_size": train["micro_batch_size"],
-        "train.num_epochs": train["num_epochs"],
-        "train.save_interval": train["save_interval"],
-        "train.lora_rank": train["lora_rank"],
-        "reward.batch_size": config["reward"]["batch_size"],
-        "reward.num_workers": config["reward"]["num_workers"],
-        "eval.num_images": evaluation["num_images"],
-        "eval.batch_size": evaluation["batch_size"],
-        "eval.deployed.num_steps": evaluation["deployed"]["num_steps"],
-    }
-    for name, value in at_least_one.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
     left, right, num_steps = config["split_step_left"], config["split_step_right"], sample["num_steps"]
     right = left if config["curriculum"] == "fixed" else right
     if not 1 <= left <= right <= num_steps:
@@ -168,26 +147,9 @@ def check(config: ConfigDict) -> None:
         )
     if config["split_step"] and not 1 <= config["split_step"] <= num_steps:
         raise ValueError(f"split_step is {config['split_step']}; it must lie in 1..{num_steps} (sample.num_steps)")
-    if not 0 < sample["eta"] <= 1:
-        raise ValueError(f"sample.eta is {sample['eta']}; it must lie in (0, 1]: without noise there is no log-probability")
-    if sample["guidance_scale"] < 1:
-        raise ValueError(f"sample.guidance_scale is {sample['guidance_scale']}; 1 is no guidance, more is stronger")
-    if sample["prefix_eta"] != -1 and not 0 <= sample["prefix_eta"] <= 1:
-        raise ValueError(f"sample.prefix_eta is {sample['prefix_eta']}; it must be -1 (as sample.eta) or lie in [0, 1]")
-    if not 0 < train["timestep_fraction"] <= 1:
-        raise ValueError(f"train.timestep_fraction is {train['timestep_fraction']}; it must lie in (0, 1]")
     if evaluation["pos_threshold"] < evaluation["neg_threshold"]:
-        raise ValueError("eval.pos_threshold is below eval.neg_threshold: a sibling could be both best and worst")
-    for name in ("history_cnt", "every"):
-        if evaluation[name] < 0:
-            raise ValueError(f"eval.{name} is {evaluation[name]}; it must not be negative")
-    if not 0 <= evaluation["deployed"]["eta"] <= 1:
-        raise ValueError(f"eval.deployed.eta is {evaluation['deployed']['eta']}; it must lie in [0, 1]")
-    if 0 < evaluation["deployed"]["guidance_scale"] < 1 or evaluation["deployed"]["guidance_scale"] < 0:
-        raise ValueError(f"eval.deployed.guidance_scale is {evaluation['deployed']['guidance_scale']}; 0 is as in training")
-    for name in ("kl_weight", "dpo_beta", "eps"):
-        if not 0 <= train[name] < math.inf:
-            raise ValueError(f"train.{name} is {train[name]}; it must be finite and not negative")
+        bounds = f"{evaluation['pos_threshold']} < {evaluation['neg_threshold']}"
+        raise ValueError(f"eval.pos_threshold is below eval.neg_threshold, {bounds}; it must not be, or one sibling is both")
     check_reward_settings(config["reward"], evaluation["judge"])
     check_choice("mixed_precision", config["mixed_precision"], PRECISIONS)
     check_choice("curriculum", config["curriculum"], CURRICULA)
@@ -208,18 +170,22 @@ def check_reward_settings(reward: ConfigDict, judge: str) -> None:
     check_choice("reward.dtype", reward["dtype"], REWARD_DTYPES)
     if weights is not None:
         if not isinstance(weights, Mapping) or not weights:
-            raise ValueError(f'reward.weights is {weights!r}; it must be like {{"clip": 1.0, "aesthetic": 0.1}}')
+            raise ValueError(f'reward.weights is {shown(weights)}; it must be like {{"clip": 1.0, "aesthetic": 0.1}}')
         for name, weight in weights.items():
-            if not isinstance(name, str) or type(weight) not in (int, float) or not math.isfinite(weight) or weight == 0:
-                raise ValueError(f"reward.weights has {weight!r} for {name!r}; it gives names finite numbers other than 0")
+            if not isinstance(name, str) or not name or type(weight) not in (int, float) or not 0 < abs(weight) <= 1e6:
+                raise ValueError(
+                    f"reward.weights has {shown(weight)} for {shown(name)}; it must give names numbers up to 1e6, not 0"
+                )
     elif reward["standardise"]:
-        raise ValueError("reward.standardise is on without reward.weights; a single reward's scale has no effect")
+        raise ValueError(
+            "reward.standardise is on without reward.weights; it must be off: a single reward's scale has no effect"
+        )
     if judge == "file":
-        raise ValueError("eval.judge is file, which has no scores for the images that are judged")
+        raise ValueError("eval.judge is file; it must be a reward that can score the images that are judged")
     trained = list(weights or [reward["name"]])
     for name in watch:
-        if not isinstance(name, str) or name in trained or watch.count(name) > 1:
-            raise ValueError(f"reward.watch names {name!r}, which is trained on, named twice or no name")
+        if not isinstance(name, str) or not name or name in trained or watch.count(name) > 1:
+            raise ValueError(f"reward.watch names {shown(name)}, which is trained on, named twice or no name")
 
 
 def check_combination(config: ConfigDict) -> None:
@@ -241,9 +207,15 @@ def check_combination(config: ConfigDict) -> None:
         )
 
 
+def check_installed(train: ConfigDict) -> None:
+    """Refuse an optimizer that is not here, before there is something to train on."""
+    if train["use_8bit_adam"] and not find_spec("bitsandbytes"):
+        raise ImportError("train.use_8bit_adam is True, which needs bitsandbytes: pip install bitsandbytes")
+
+
 def check_choice(name: str, value: str, choices: Any) -> None:
     if value not in choices:
-        raise ValueError(f"{name} is {value!r}; known: {', '.join(repr(choice) for choice in choices)}")
+        raise ValueError(f"{name} is {shown(value)}; known: {', '.join(repr(choice) for choice in choices)}")
 
 
 def differences(recorded: dict, wanted: dict) -> tuple[str, ...]:
@@ -306,7 +278,7 @@ def unused_settings(flat: Mapping[str, Any], rewards: Sequence[str]) -> list[str
 def flatten(nested: Mapping, prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in nested.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 
@@ -331,7 +303,7 @@ def record_experiment(plan: Plan, num_threads: int) -> None:
 
 def find_experiment(name: str) -> Path:
     """The folder of the experiment meant by a folder, or by a name; a FileNotFoundError lists those that there are."""
-    for root in (Path(name).expanduser(), EXPERIMENTS / name):
+    for root in (Path(os.path.expanduser(name)), EXPERIMENTS / name):
         if (root / "config.json").is_file():
             return root
     raise FileNotFoundError(f"no experiment {name!r}. Give its folder, or its name. {known_experiments(EXPERIMENTS)}")
@@ -348,7 +320,7 @@ def resolve_checkpoint(root: Path, name: str) -> Path | None:
     trained = {f"stage{stage.index}": stage for stage in finished_stages(root, "train")}
     name = list(trained)[-1] if name == "last" and trained else name
     named = re.fullmatch(r"(stage\d+)(?:/(checkpoint_\d+))?", name)
-    path = root / named[1] / "checkpoints" / (named[2] or "") if named else Path(name).expanduser()
+    path = root / named[1] / "checkpoints" / (named[2] or "") if named else Path(os.path.expanduser(name))
     of_stage = trained.get(relative_to(root, path.resolve()).split("/")[0])
     if of_stage:
         of_stage.verify("train", "checkpoints")
@@ -405,7 +377,7 @@ def resume_source(config: ConfigDict, stage: Stage) -> Path | None:
     A stage goes on from the one before it. `resume_from` is where a run starts, so it counts for stage 0, for a stage
     whose predecessor is not in this experiment, and where it names a checkpoint of that predecessor.
     """
-    given = Path(config["resume_from"]).expanduser() if config["resume_from"] else None
+    given = Path(os.path.expanduser(config["resume_from"])) if config["resume_from"] else None
     before = Stage(stage.root, stage.index - 1)
     inside = given is not None and given.resolve().is_relative_to(before.folder.resolve())
     if stage.index > 0 and not inside:
@@ -419,13 +391,13 @@ def resume_source(config: ConfigDict, stage: Stage) -> Path | None:
 
 def find_lora(path: Path) -> Path:
     """The LoRA file meant by a path: the file itself, a checkpoint folder, or the latest of a folder of checkpoints."""
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix != ".safetensors":
             raise ValueError(f"{path} is not a .safetensors file. Convert it first; pickled weights are never loaded.")
         return path
-    if (path / LORA_FILE).is_file():
+    if os.path.isfile(path / LORA_FILE):
         return path / LORA_FILE
-    found = find_checkpoints(path) or find_checkpoints(path / "checkpoints")
+    found = os.path.isdir(path) and (find_checkpoints(path) or find_checkpoints(path / "checkpoints"))
     if not found:
         raise FileNotFoundError(f"no LoRA at {path}. Give a .safetensors file, a checkpoint_<n> folder or a folder of them.")
     return found[-1] / LORA_FILE

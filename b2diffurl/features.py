@@ -27,7 +27,7 @@ def load_features(name: str, config: Mapping, device: torch.device, rewards: Map
 
 def check_features(name: str, config: Mapping, prompts: Sequence[str] = ()) -> None:
     """Refuse unknown features, or those whose model cannot be had or whose prompts they cannot read."""
-    if name not in FEATURES:
+    if not isinstance(name, str) or name not in FEATURES:
         raise ValueError(f"unknown features {name!r} in eval.diversity; known: {', '.join(FEATURES)}")
     try:
         if name in REWARD_OF:

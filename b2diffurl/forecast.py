@@ -193,6 +193,8 @@ def spent(root: Path, pace: Pace) -> float:
 
 # ---- log lines ----
 
+UNTOLD = "how long the rest takes cannot be told: "  # from a damaged record of another stage, which stops no work
+
 
 def plan_line(config: ConfigDict, root: Path) -> str:
     """What will be trained, and how long that takes."""
@@ -221,18 +223,24 @@ def time_text(config: ConfigDict, root: Path) -> str:
 
 def first_batch_text(config: ConfigDict, root: Path, num_trained_steps: int, batch: float, load: float) -> str:
     """`batch` and `load` as `first_pace` takes them."""
-    seconds = first_pace(config, num_trained_steps, batch, load).seconds(work_left(config, root))
+    try:
+        seconds = first_pace(config, num_trained_steps, batch, load).seconds(work_left(config, root))
+    except (ValueError, OSError, KeyError) as error:
+        return f"first batch in {batch:.1f} s; {UNTOLD}{error}"
     return f"first batch in {batch:.1f} s; the run takes {at_most(config)}about {duration(seconds)}"
 
 
 def stage_done_line(config: ConfigDict, stage: Stage) -> str:
     """After a stage's training."""
-    pace, done = measured_pace(config, stage.root), num_done(config, stage.root)
-    if pace is None:
-        return ", ".join([f"stage{stage.index} done: {done} of {config.stage_cnt} stages", *warned_text(stage.root)])
-    left = f"about {duration(pace.seconds(work_left(config, stage.root)))} left"
-    so_far = f"stage{stage.index} done: {done} of {config.stage_cnt} stages, {duration(spent(stage.root, pace))} so far"
-    return ", ".join([so_far, left, *warned_text(stage.root)])
+    try:
+        pace, done = measured_pace(config, stage.root), num_done(config, stage.root)
+        said = f"stage{stage.index} done: {done} of {config.stage_cnt} stages"
+        if pace is not None:
+            left = f"about {duration(pace.seconds(work_left(config, stage.root)))} left"
+            said += f", {duration(spent(stage.root, pace))} so far, {left}"
+        return ", ".join([said, *warned_text(stage.root)])
+    except (ValueError, OSError, KeyError) as error:
+        return f"stage{stage.index} done; {UNTOLD}{error}"
 
 
 def warned_text(root: Path) -> list[str]:

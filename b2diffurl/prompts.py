@@ -1,6 +1,7 @@
 """Prompt files, and which prompts a sampling batch gets."""
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ def load_prompts(path: str | Path) -> list[str]:
 def place_prompts(path: str | Path) -> list[tuple[str, str]]:
     """(where it stands: file and line or entry, prompt) of each prompt; a ValueError names the one that is none."""
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # False for a name too long to be one, too
         raise FileNotFoundError(f"no prompt file at {path}. {FORMS}")
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -26,11 +27,16 @@ def place_prompts(path: str | Path) -> list[tuple[str, str]]:
         raise ValueError(f"{path} is not UTF-8 text. {FORMS}") from None
     placed = PARSERS.get(path.suffix, parse_json)(path, text)
     for place, prompt in placed:
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"{place}: {json.dumps(prompt)} is no prompt; it must be a string that is not empty")
+        if not isinstance(prompt, str) or not prompt.strip() or has_surrogates(prompt):
+            raise ValueError(f"{place}: {json.dumps(prompt):.100} is no prompt; it must be a string of text, not empty")
     if not placed:
         raise ValueError(f"{path} holds no prompt. {FORMS}")
     return placed
+
+
+def has_surrogates(text: str) -> bool:
+    """Whether it holds a half of a character, which JSON can write and UTF-8, and so a tokenizer, cannot."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def named_prompts(config: Mapping, name: str) -> list[tuple[str, str]]:
@@ -47,10 +53,7 @@ def parse_text(path: Path, text: str) -> list[tuple[str, Any]]:
 def parse_json_lines(path: Path, text: str) -> list[tuple[str, Any]]:
     placed = []
     for place, line in parse_text(path, text):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place} is not JSON ({error}). {FORMS}") from None
+        row = load_json(place, line)
         if not isinstance(row, dict) or "prompt" not in row:
             raise ValueError(f'{place} has no "prompt". {FORMS}')
         placed.append((place, row["prompt"]))
@@ -58,13 +61,17 @@ def parse_json_lines(path: Path, text: str) -> list[tuple[str, Any]]:
 
 
 def parse_json(path: Path, text: str) -> list[tuple[str, Any]]:
-    try:
-        prompts = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}). {FORMS}") from None
+    prompts = load_json(path, text)
     if not isinstance(prompts, list):
         raise ValueError(f"{path} is not a list. {FORMS}")
     return [(f"{path}, entry {n}", prompt) for n, prompt in enumerate(prompts, 1)]
+
+
+def load_json(place: str | Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists thousands deep
+        raise ValueError(f"{place} is not JSON ({error}). {FORMS}") from None
 
 
 PARSERS: dict[str, Callable[[Path, str], list[tuple[str, Any]]]] = {".txt": parse_text, ".jsonl": parse_json_lines}

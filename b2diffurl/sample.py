@@ -17,7 +17,7 @@ from tqdm import tqdm
 from b2diffurl import files
 from b2diffurl.branching import branch_sample
 from b2diffurl.ddim import Sampler, require_stochastic, with_prefix
-from b2diffurl.experiment import Plan, make_plan, record_experiment
+from b2diffurl.experiment import Plan, check_installed, make_plan, record_experiment
 from b2diffurl.features import check_features
 from b2diffurl.forecast import first_batch_text, num_evaluations, num_images
 from b2diffurl.generate import deployed_sampler, make_scheduler
@@ -37,6 +37,7 @@ from b2diffurl.tree import decode_tree, save_tree, watching
 def sample_stage(config: ConfigDict) -> None:
     """Sample every batch of the stage that is not on disk yet; processes share them, and none depends on which has it."""
     plan = make_plan(config)
+    check_installed(config.train)
     check_rewards([*reward_weights(config.reward), *config.reward.watch], config.reward, plan.prompts)
     if config.eval.judge:
         check_rewards([config.eval.judge], config.reward, [*plan.prompts, *load_prompts(config.eval.prompt_file)])

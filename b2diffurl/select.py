@@ -39,26 +39,33 @@ def select_stage(config: ConfigDict) -> None:
         return
     sampled = stage.manifest("sample")
     accelerator = make_accelerator(config, plan.num_threads)
+    history = []
     if accelerator.is_main_process:
         files.remove_temporaries(stage.folder)
         stage.verify("sample", stage.images.name, stage.prompts.name, stage.samples.name)
+        history = score_history(stage, config.eval.history_cnt)  # before the work that a damaged one would make vain
     accelerator.wait_for_everyone()
     prompts = files.read_json(stage.prompts)
     if "file" in (*weights, *watched) and not stage.given_scores.is_file():
         if accelerator.is_main_process:
             ask_for_scores(stage, prompts)
     elif scores := score_stage(config, stage, prompts, accelerator):
-        finish(config, stage, prompts, scores, sampled, accelerator)
+        finish(config, stage, prompts, scores, history, sampled, accelerator)
     accelerator.wait_for_everyone()  # until the phase is finished for all
     accelerator.end_training()
 
 
 def finish(
-    config: ConfigDict, stage: Stage, prompts: list[str], scores: Scores, sampled: dict, accelerator: Accelerator
+    config: ConfigDict,
+    stage: Stage,
+    prompts: list[str],
+    scores: Scores,
+    history: list[tuple[str, float]],
+    sampled: dict,
+    accelerator: Accelerator,
 ) -> None:
     """Select, copy what is selected, and write the manifest, last."""
     weights, watched = reward_weights(config.reward), config.reward.watch
-    history = score_history(stage, config.eval.history_cnt)
     chosen = choose(config, scores.rewards, prompts, history)
     weighted = advantages(
         torch.tensor([one.score for one in chosen]),

@@ -277,8 +277,8 @@ def test_http_scores_that_are_not_finite(begin, serve, value):
     [
         ({"reward.http.url": ""}, "reward.http.url is ''"),
         ({"reward.http.url": "file:///etc/passwd"}, "reward.http.url is 'file:"),
-        ({"reward.http.timeout_sec": 0.0}, "timeout_sec must be positive"),
-        ({"reward.http.num_retries": -1}, "num_retries not negative"),
+        ({"reward.http.timeout_sec": 0.0}, r"timeout_sec is 0.0; it must lie in \(0, "),
+        ({"reward.http.num_retries": -1}, r"num_retries is -1; it must lie in \[0, 20\]"),
     ],
 )
 def test_http_settings_that_cannot_work(empty, overrides, settings, said):

@@ -1,6 +1,7 @@
 """Where a model's files are, a local path, the hub's cache, or the hub, asked once; and whether they are whole."""
 
 import contextlib
+import os
 import re
 import threading
 import urllib.error
@@ -35,8 +36,8 @@ def locate(
     if it has every .safetensors of `patterns` and `missing` finds nothing amiss. Hub clients retry an unreachable hub for
     most of a minute, so it is probed once. A FileNotFoundError says what is missing and how to get it.
     """
-    path = Path(name).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(name))
+    if os.path.exists(path):  # False for a name too long to be one, too
         return path
     if name.startswith((".", "/", "~", "model/")) or name.count("/") != 1:
         raise FileNotFoundError(f"no model at {name}. Give a local path to an existing model, or a hub id (owner/name).")

@@ -3,6 +3,7 @@
 N rows, P prompts, L tokens, E text width, latents [N,C,h,w]
 """
 
+import glob
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -74,6 +75,9 @@ class StableDiffusion:
 
     def sampler(self, num_steps: int, eta: float) -> Sampler:
         self._scheduler.set_timesteps(num_steps)
+        known = len(self._scheduler.alphas_cumprod)
+        if self._scheduler.timesteps.max() >= known:
+            raise ValueError(f"sample.num_steps is {num_steps}; it must be less than this model's {known} timesteps")
         return make_sampler(
             self._scheduler.timesteps,
             self._scheduler.alphas_cumprod,
@@ -239,7 +243,7 @@ def base_fingerprint(pretrained: Mapping) -> str:
 
 def weight_files(folder: Path, variant: str) -> list[Path]:
     """A component's weight files of one variant; a FileNotFoundError if there are none."""
-    pattern = f"*.{variant}*.safetensors" if variant else "*.safetensors"
+    pattern = f"*.{glob.escape(variant)}*.safetensors" if variant else "*.safetensors"
     weights = sorted(path for path in folder.glob(pattern) if variant or path.name.count(".") == 1)
     if not weights:
         raise FileNotFoundError(f"{folder} has no {pattern}. Weights must be safetensors; see pretrained.variant.")

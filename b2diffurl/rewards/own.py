@@ -43,5 +43,5 @@ def import_function(name: str) -> Callable:
             raise ValueError(f"reward {name!r}: {error}; {hint}") from None
         raise RuntimeError(f"reward {name}: importing {module} raised {error!r}") from error
     if not callable(found):
-        raise ValueError(f"reward {name!r}: {module} has no function {function!r}")
+        raise ValueError(f"reward {name!r}: {module} has no function {function!r}; {hint}")
     return found
