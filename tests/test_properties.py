@@ -24,6 +24,7 @@ import hypothesis
 import pytest
 import torch
 from absl import flags
+from accelerate.state import AcceleratorState
 from conftest import (
     PROMPTS,
     ROOT,
@@ -116,6 +117,7 @@ def attempt(box: Path, settings: dict, verbs: tuple[str, ...], *, by_flags: bool
     A refusal is a message of one or two lines that says what is allowed, of ours, and leaves every file as it was.
     """
     for verb in verbs:
+        AcceleratorState._reset_state()  # each is as in a process of its own
         before = hashes(box)
         said = (by_command if by_flags and verb != "eval" else by_call)(box / "work", verb, settings)
         if said:
@@ -648,6 +650,7 @@ def test_whatever_is_given_is_run_or_refused_and_nothing_is_lost(models, tmp_pat
         try_combinations(world, 160 if full else 8)
         try_prompt_files(world, 260 if full else 8)
         try_stage_folders(world, 240 if full else 8, states)
+    AcceleratorState._reset_state()
     torch.set_num_threads(threads)
     world.tally.seconds = time.perf_counter() - started
     with capsys.disabled():
