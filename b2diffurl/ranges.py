@@ -10,7 +10,8 @@ from typing import Any
 COUNT, SIZE, SEED, WEIGHT = "[1, 1e9]", "[0, 1e9]", "[-2e18, 2e18]", "[0, 1e6]"
 RANGES = {
     "seed": SEED, "dev_id": "[0, 1023]", "num_processes": "[0, 1e5]", "num_threads": "[0, 1024]",
-    "stage_cnt": "[1, 1e5]", "split_time": "[1, 1e4]", "prompt_random_choose": "[0, 1]", "pretrained.resolution": "[0, 8192]",
+    "stage_cnt": "[1, 1e5]", "split_time": "[1, 1e4]", "prompt_random_choose": "[0, 1]",
+    "pretrained.resolution": "[0, 8192]",
     "sample.num_steps": "[1, 1000]", "sample.eta": "[0.001, 1]", "sample.prefix_eta": "-1 or [0, 1]",
     "sample.guidance_scale": "[1, 1000]", "sample.batch_size": "[1, 1e5]", "sample.num_batches_per_epoch": "[1, 1e6]",
     "sample.micro_batch_size": SIZE, "sample.decode_batch_size": COUNT,

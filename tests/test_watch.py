@@ -27,6 +27,7 @@ from b2diffurl.history import stage_list, updates_before
 from b2diffurl.metrics import read_events
 from b2diffurl.models.stable_diffusion import StableDiffusion
 from b2diffurl.objectives import OBJECTIVES
+from b2diffurl.ranges import RANGES
 from b2diffurl.report import warned_kinds, write_report
 from b2diffurl.stage import LORA_FILE, Stage
 from b2diffurl.train import Trainer
@@ -124,9 +125,10 @@ def test_a_lora_with_an_infinite_weight_is_kept_and_mended(finished, overrides, 
     assert_same(broken, healthy)
 
 
-def test_advantages_that_overflow(overrides, tmp_path):
+def test_advantages_that_overflow(overrides, tmp_path, monkeypatch):
     """A weight of 1e38 for good images: losses are finite, the gradient is not, and no parameter is stepped; one of 3.3e38:
     the advantage itself is beyond a float32."""
+    monkeypatch.setitem(RANGES, "train.beta1", "[0, 1e39]")
     for weight, verb, said in ((1e38, "train", "the gradient is not finite, though the losses of images"),
                                (3.3e38, "select", "advantages of images")):  # fmt: skip
         folder = tmp_path / f"{weight:g}"
