@@ -134,7 +134,7 @@ class Sampling:
         require_finite(latents, log_probs, prompts, stage, batch)
         self.bar.set_postfix_str("decoding")
         with timed(self.seconds, "decode"):
-            images = self.decode(latents[:, :, -1].flatten(0, 1))
+            images = self.decode_batch(batch, latents[:, :, -1].flatten(0, 1))
             tree = batch == 0 and config.sampling == "branch"
             sheet = decode_tree(prompts[0], prefix, latents[0], self.decode) if tree else None
         self.bar.set_postfix_str("")
@@ -192,6 +192,14 @@ class Sampling:
         )
         grouped = (config.sample.batch_size, config.split_time)
         return *(states.flatten(0, 1).unflatten(0, grouped) for states in (latents, log_probs)), prefix
+
+    def decode_batch(self, batch: int, latents: Tensor) -> Tensor:
+        try:
+            return self.decode(latents)
+        except FloatingPointError as error:
+            path, ids = self.plan.stage.batch(batch), range(batch * len(latents), (batch + 1) * len(latents))
+            said = f"{path}: among images {listed(ids)} {error}"
+            raise not_finite(self.plan.stage, path.stem, said, {"latents": latents}, {"images": list(ids)}) from None
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.sizes.fit("sample.decode_batch_size", lambda size: decode(self.model, latents, size))

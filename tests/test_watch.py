@@ -125,6 +125,24 @@ def test_a_lora_with_an_infinite_weight_is_kept_and_mended(finished, overrides, 
     assert_same(broken, healthy)
 
 
+def test_images_that_overflow_are_kept_and_mended(overrides, models, tmp_path):
+    """A decoder with an infinite weight: the batch's images are named and their latents kept. With the decoder's file mended
+    the same command goes on."""
+    base = shutil.copytree(models / "sd", tmp_path / "sd")
+    path = base / "vae" / "diffusion_pytorch_model.safetensors"
+    sound = path.read_bytes()
+    save_file(load_file(path) | {"decoder.conv_out.bias": torch.full((3,), torch.inf)}, path)
+    settings = overrides | {"pretrained.model": str(base)}
+    message, facts, tensors = refused(tmp_path, "sample", settings)
+    assert "among images [0, 1, 2, 3, 4, 5] the VAE decoded to non-finite values; use --config.mixed_precision" in message
+    assert facts["images"] == [*range(6)]
+    assert tensors["latents"].shape == (6, 4, 8, 8)
+    assert tensors["latents"].isfinite().all()
+    path.write_bytes(sound)
+    done(tmp_path, "sample", settings)
+    assert not stage_of(tmp_path).debug.exists()
+
+
 def test_advantages_that_overflow(overrides, tmp_path, monkeypatch):
     """A weight of 1e38 for good images: losses are finite, the gradient is not, and no parameter is stepped; one of 3.3e38:
     the advantage itself is beyond a float32."""
