@@ -9,9 +9,8 @@ from typing import Any
 # Ends too wide for any use keep out what would only exhaust memory, or overflow float32.
 COUNT, SIZE, SEED, WEIGHT = "[1, 1e9]", "[0, 1e9]", "[-2e18, 2e18]", "[0, 1e6]"
 RANGES = {
-    "seed": SEED, "dev_id": "[0, 1023]", "num_processes": "[0, 1e5]", "num_threads": "[0, 1024]",
-    "stage_cnt": "[1, 1e5]", "split_time": "[1, 1e4]", "prompt_random_choose": "[0, 1]",
-    "pretrained.resolution": "[0, 8192]",
+    "seed": SEED, "num_processes": "[0, 1e5]", "dev_id": "[0, 1023]", "num_threads": "[0, 1024]", "stage_cnt": "[1, 1e5]",
+    "split_time": "[1, 1e4]", "prompt_random_choose": "[0, 1]", "pretrained.resolution": "[0, 8192]",
     "sample.num_steps": "[1, 1000]", "sample.eta": "[0.001, 1]", "sample.prefix_eta": "-1 or [0, 1]",
     "sample.guidance_scale": "[1, 1000]", "sample.batch_size": "[1, 1e5]", "sample.num_batches_per_epoch": "[1, 1e6]",
     "sample.micro_batch_size": SIZE, "sample.decode_batch_size": COUNT,
@@ -49,6 +48,14 @@ def check_values(flat: Mapping[str, Any]) -> None:
     check_name(flat["exp_name"])
     for key in FOLDERS:
         check_folder(key, flat[key])
+
+
+def check_log(exp_name: str, log_path: str) -> None:
+    """Refuse what the log's place is made of, before anything is written there."""
+    for key, value in (("exp_name", exp_name), ("log_path", log_path)):
+        check_text(key, value)
+    check_name(exp_name)
+    check_folder("log_path", log_path)
 
 
 def check_number(key: str, value: Any, allowed: str) -> None:

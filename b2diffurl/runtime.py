@@ -19,6 +19,8 @@ from ml_collections import ConfigDict, config_flags
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
+from b2diffurl.ranges import check_log
+
 CONFIG_FILE = "config/stage_process.py"
 QUICK_START = 50_000  # objects between two garbage collections: importing torch, diffusers and transformers makes millions
 FLAGS = flags.FLAGS
@@ -34,6 +36,10 @@ logger = logging.getLogger("b2diffurl")
 def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
     """Parse the flags and call `main(config)`. A mistake of the user's ends in two lines and exit code 2."""
     config = parse_flags()
+    try:
+        check_log(config.exp_name, config.log_path)
+    except ValueError as error:
+        die(f"{verb}: {error}", hint="Mend it and run the same command again.")
     log_file = Path(config.log_path) / f"{config.exp_name}.log"
     dry = "dry_run" in FLAGS and FLAGS.dry_run
     set_up_logging(None if dry else log_file)

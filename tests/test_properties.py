@@ -97,18 +97,19 @@ class Tally:
         ]
 
 
-def hashes(box: Path) -> dict[str, str]:
-    """What is in a folder, by checksum; the readable log aside."""
-    found = {}
-    for path in sorted(box.rglob("*")):
-        name = str(path.relative_to(box))
-        if path.is_symlink():
-            found[name] = f"-> {path.readlink()}"
-        elif path.is_dir() and path.name != "log":
-            found[name] = "folder"
-        elif path.is_file() and path.suffix != ".log":
-            found[name] = sha256(path)
-    return found
+def hashes(box: Path) -> dict[str, str | None]:
+    """Every file and link in a folder by what is in it; the readable log aside."""
+    paths = [path for path in sorted(box.rglob("*")) if path.is_symlink() or not path.is_dir()]
+    return {str(path.relative_to(box)): content(path) for path in paths if path.suffix != ".log"}
+
+
+def content(path: Path) -> str | None:
+    """A file by its checksum, a link by where it leads; None where nothing is."""
+    if path.is_symlink():
+        return f"-> {path.readlink()}"
+    if not path.is_file():
+        return "no file" if path.exists() else None
+    return sha256(path)
 
 
 def attempt(box: Path, settings: dict, verbs: tuple[str, ...], *, by_flags: bool) -> tuple[str, str]:
@@ -198,7 +199,7 @@ def names(said: str, key: str, value: Any) -> bool:
 RUNNABLE = {
     "stage_cnt": [1, 2, 50], "split_time": [2, 3], "pretrained.resolution": [0, 16, 64], "sample.num_steps": [2, 3, 5],
     "sample.batch_size": [1, 2, 3], "sample.num_batches_per_epoch": [1, 2], "train.num_epochs": [1, 2, 3],
-    "train.lora_rank": [1, 3, 8], "num_threads": [0, 1], "dev_id": [0], "split_step_left": [1, 2],
+    "train.lora_rank": [1, 3, 8], "num_threads": [0, 1], "num_processes": [0, 1], "dev_id": [0], "split_step_left": [1, 2],
     "split_step_right": [1, 2], "split_step": [0, 1, 2], "eval.num_images": [1, 2, 5], "eval.batch_size": [1, 2, 3],
     "eval.deployed.num_steps": [1, 2, 5], "eval.pos_threshold": [0.0, 0.5, 1e9], "eval.neg_threshold": [-1e9, -0.5, 0.0],
     "sample.guidance_scale": [1.0, 1.5, 7.5, 100.0], "reward.num_workers": [1, 4, 1024],
@@ -369,7 +370,8 @@ def try_configurations(world: World, num_valid: int, num_invalid: int, keys: lis
             value, python_only = value
             settings = world.settings | BESIDE.get(key, {}) | {key: value}
             with world.box() as box:
-                verb, said = attempt(box, settings, ("plan", *VERBS), by_flags=by_flags and not python_only)
+                first = () if key in ("exp_name", "log_path") else ("plan",)  # which, like this, writes no log
+                verb, said = attempt(box, settings, (*first, *VERBS), by_flags=by_flags and not python_only)
                 assert said, f"{key}={value!r:.200} was run"
                 assert names(said, key, value) or names(said, key.rpartition(".")[2], value), said
                 assert verb in ("plan", "sample"), f"{key}={value!r:.200} was refused by {verb}: {said}"
@@ -609,7 +611,7 @@ def try_stage_folders(world: World, count: int, states: Sequence[str]) -> None:
             shutil.copytree(one.folder, box / "work", dirs_exist_ok=True)
             path = box / "work" / name
             damage(path, action, place, one.folder / other)
-            damaged = hashes(path.parent).get(path.name)
+            damaged = content(path)
             settings = world.settings | TWO_STAGES | {"run_name": f"stage{one.index}"}
             _, said = attempt(box, settings, VERBS, by_flags=by_flags)
             where = f"{action} of {name} when {state}"
@@ -618,7 +620,7 @@ def try_stage_folders(world: World, count: int, states: Sequence[str]) -> None:
                 assert path.name in said or path.parent.name in said, f"{where}: {said}"
             else:
                 expected = dict(one.ended)
-                if action not in ("foreign", "temporary") and hashes(path.parent).get(path.name) == damaged:
+                if action not in ("foreign", "temporary") and content(path) == damaged:
                     remove(path)
                     del expected[name]
                 (box / "work" / "file").unlink()
