@@ -6,6 +6,7 @@ Nothing here writes before everything is checked.
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ REWARD_DTYPES = ("auto", "float32", "float16", "bfloat16")
 PRECISIONS = ("auto", "no", "fp16", "bf16")
 TRACKERS = ("wandb", "tensorboard")
 EXPERIMENTS = Path("model/lora")  # where an experiment is looked for by its name alone
+SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY|AUTHORIZATION)$")  # names of variables
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ def check(config: ConfigDict) -> None:
     """Refuse values that cannot work, each with what is allowed."""
     if not re.fullmatch(r"[\w.-]+", config["exp_name"]) or config["exp_name"].strip(".") == "":
         raise ValueError(f"exp_name is {config['exp_name']!r}; allowed are letters, digits, '_', '-' and '.'")
+    check_secrets(config)
     sample, train, evaluation = config["sample"], config["train"], config["eval"]
     at_least_one = {
         "stage_cnt": config["stage_cnt"],
@@ -189,6 +192,19 @@ def check(config: ConfigDict) -> None:
         check_choice("track_with", name, TRACKERS)
     check_choice("wandb_mode", config["wandb_mode"], ("offline", "online"))
     check_combination(config)
+
+
+def check_secrets(config: ConfigDict) -> None:
+    """Refuse a setting that has a password in it, or what a variable such as HF_TOKEN holds: it would be in config.json."""
+    tokens = {value: name for name, value in os.environ.items() if len(value) >= 8 and SECRET.search(name)}
+    for key, value in flatten(config.to_dict()).items():
+        if re.search(r"://[^/\s]*@", str(value)):
+            raise ValueError(
+                f"{key} has a user name or a password in its URL, which config.json and log would keep. Take them out; what "
+                "reward http is to send as its header Authorization belongs into the variable REWARD_HTTP_AUTHORIZATION."
+            )
+        if found := [name for token, name in tokens.items() if token in str(value)]:
+            raise ValueError(f"{key} has in it what the variable {found[0]} holds, which config.json and log would keep")
 
 
 def check_reward_settings(reward: ConfigDict, judge: str) -> None:
@@ -299,7 +315,7 @@ def record_experiment(plan: Plan, num_threads: int) -> None:
     """Write config.json the first time an experiment is run."""
     path = plan.stage.root / "config.json"
     if not path.is_file():
-        files.write_json(path, plan.record | {"num_threads": num_threads})
+        files.write_record(path, plan.record | {"num_threads": num_threads})
 
 
 def find_experiment(name: str) -> Path:

@@ -1,14 +1,16 @@
 """What every script needs around its one verb: flags, logging, device, precision, errors a user can read."""
 
+import errno
 import gc
 import logging
 import os
+import re
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -29,11 +31,16 @@ logger = logging.getLogger("b2diffurl")
 def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
     """Parse the flags and call `main(config)`. A mistake of the user's ends in two lines and exit code 2."""
     config = parse_flags()
-    log_file = Path(config.log_path) / f"{config.exp_name}.log"
     dry = "dry_run" in FLAGS and FLAGS.dry_run
-    set_up_logging(None if dry else log_file)
+    # Any other name is refused, and must not lead anywhere before.
+    named = re.fullmatch(r"[\w.-]+", config.exp_name) and config.exp_name.strip(".")
+    log_file = Path(config.log_path) / f"{config.exp_name}.log" if named and not dry else None
+    try:
+        set_up_logging(log_file)
+    except OSError as error:
+        die(f"{verb}: the log cannot be written: {error}", hint=f"{remedy(error, '--config.log_path')}.")
     gc.set_threshold(QUICK_START)
-    look = "" if dry else f"; the traceback is in {log_file}"
+    look = f"; the traceback is in {log_file}" if log_file else ""
     try:
         main(config)
     except KeyboardInterrupt:
@@ -42,7 +49,7 @@ def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
     except (ValueError, OSError, FloatingPointError, ImportError, SafetensorError) as error:
         logger.debug("%s failed", verb, exc_info=True)
         said = "; ".join([str(error), *getattr(error, "__notes__", ())])
-        die(f"{verb}: {said}", hint=f"Mend it and run the same command again{look}.")
+        die(f"{verb}: {said}", hint=f"{remedy(error, '--config.save_path')}{look}.")
     except (RuntimeError, MemoryError) as error:
         logger.debug("%s failed", verb, exc_info=True)
         if not (isinstance(error, MemoryError) or "out of memory" in str(error)):
@@ -69,6 +76,17 @@ def parse_flags() -> ConfigDict:
     return config
 
 
+def remedy(error: BaseException, key: str = "") -> str:
+    """What to do about an error; `key` is the option that says where files are written, if there is one."""
+    match getattr(error, "errno", None):
+        case errno.ENOSPC | errno.EDQUOT:
+            return "Make room on that disk and run the same command again: it goes on where it stopped"
+        case errno.EROFS | errno.EACCES | errno.EPERM:
+            other = f", or give another by {key}," if key else ""
+            return f"Make that place writable{other} and run the same command again"
+    return "Mend it and run the same command again"
+
+
 def die(message: str, *, hint: str) -> None:
     print(f"error: {' '.join(message.split())}\n       {hint}", file=sys.stderr)
     sys.exit(2)
@@ -89,8 +107,8 @@ def set_up_logging(log_file: Path | None, *, console_too: bool = True) -> None:
     console.setLevel(logging.DEBUG if redirected else logging.INFO if rank == 0 else logging.WARNING)
     handlers: list[logging.Handler] = [console] if console_too else []
     if rank == 0 and log_file and not redirected:
-        handlers.append(logging.FileHandler(log_file, delay=True))
         log_file.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(LogFile(log_file))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
@@ -104,7 +122,21 @@ def is_file(stream: TextIO, path: Path) -> bool:
         return False
 
 
-class Console(logging.StreamHandler):
+class Forgiving(logging.Handler):
+    """One that stops no run, and says nothing of its own: lines wait where the disk has no room for them."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+class LogFile(Forgiving, logging.FileHandler):
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
+class Console(Forgiving, logging.StreamHandler):
     """Lines that do not run into a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -33,6 +33,7 @@ def select_stage(config: ConfigDict) -> None:
         logger.info("stage%d select: already finished", stage.index)
         clean_up(config, stage)
         return
+    files.require_writable(stage.folder)
     sampled = stage.manifest("sample")
     accelerator = make_accelerator(config, plan.num_threads)
     if not accelerator.is_main_process:

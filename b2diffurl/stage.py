@@ -97,7 +97,7 @@ class Stage:
         described = {str(path.relative_to(self.folder)): files.describe(path) for path in sorted(written)}
         machine = {"hardware": hardware(), "versions": versions()}
         common = {"phase": phase, "stage": self.index, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        files.write_json(self.manifest_path(phase), common | facts | machine | {"files": described})
+        files.write_record(self.manifest_path(phase), common | facts | machine | {"files": described})
 
     def verify(self, phase: str, *folders: str) -> None:
         """Compare a finished phase's files (only those in `folders`, if given) with its manifest; a ValueError names
@@ -119,7 +119,7 @@ def delete_batches(folder: Path) -> None:
     """Delete a stage's samples/ or selected/, but for what is not ours in it."""
     for path in folder.glob("batch_*.safetensors"):
         path.unlink()
-    if folder.is_dir() and not any(folder.iterdir()):
+    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
         folder.rmdir()
 
 
