@@ -362,8 +362,8 @@ def whole_run(work: Path, settings: dict) -> list[Ended]:
     ],
 )
 def test_files_are_as_the_umask_has_them_and_hold_no_secret(secrets, overrides, tmp_path, umask, trackers):
-    """A whole run with judging, report, exports and, where it is slow, trackers: every file is rw and every folder rwx for whom the umask
-    leaves, not for the owner alone; and no token of the environment is in any of them, or was said."""
+    """A whole run with judging, report, exports and (slow) trackers: every file is rw and every folder rwx for whom the
+    umask leaves, not for the owner alone; and no token of the environment is in any of them, or was said."""
     before = os.umask(umask)
     try:
         ended = whole_run(tmp_path / "work", overrides | SMALL | {"track_with": trackers})
