@@ -2,7 +2,8 @@
 
     checkpoint_<n>/pytorch_lora_weights.safetensors   the adapter, float32
     checkpoint_<n>/optimizer.safetensors              the optimizer's tensors, by parameter name
-    checkpoint_<n>/state.json                         epoch, base model, optimizer's numbers, gradient scaler
+    checkpoint_<n>/state.json                         epoch, base model, optimizer's numbers, gradient scaler; what
+                                                      the other two are (size and checksum)
 
 The folder appears by one rename, so it is whole or absent. Nothing in it is a pickle.
 """
@@ -15,7 +16,10 @@ import torch
 from torch import Tensor
 
 from b2diffurl import files
+from b2diffurl.runtime import logger
 from b2diffurl.stage import LORA_FILE
+
+OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
 
 
 def save_checkpoint(
@@ -31,20 +35,47 @@ def save_checkpoint(
             kind = tensors if isinstance(value, Tensor) else numbers
             kind[f"{names[index]}::{key}"] = value
     files.write_tensors(temporary / LORA_FILE, adapter)
-    files.write_tensors(temporary / "optimizer.safetensors", tensors)
-    files.write_json(temporary / "state.json", state | {"optimizer": numbers})
+    files.write_tensors(temporary / OPTIMIZER_FILE, tensors)
+    described = {path.name: files.describe(path) for path in sorted(temporary.iterdir())}
+    files.write_record(temporary / STATE_FILE, state | {"optimizer": numbers, "files": described})
     temporary.replace(folder)
 
 
 def read_state(lora: Path) -> dict[str, Any] | None:
     """The state.json beside a LoRA file, or None for a LoRA from elsewhere."""
-    path = lora.parent / "state.json"
+    path = lora.parent / STATE_FILE
     return files.read_json(path) if path.is_file() else None
+
+
+def require_whole(path: Path) -> None:
+    """Refuse a LoRA or optimizer file that is not what state.json beside it says; if it says nothing of it, it passes."""
+    state = read_state(path)
+    expected = (state or {}).get("files", {}).get(path.name)
+    if expected and (not path.is_file() or files.describe(path) != expected):
+        raise ValueError(
+            f"{path} is damaged (checksum). Delete {path.parent} and train the stage again, or take another LoRA."
+        )
+
+
+def whole_checkpoints(folders: list[Path]) -> list[Path]:
+    """Of an unfinished stage's checkpoints those before the first damaged one, which is named in the log; it and those after
+    it are made again."""
+    for number, folder in enumerate(folders):
+        try:
+            if not (folder / STATE_FILE).is_file():
+                raise ValueError(f"{folder / STATE_FILE} is missing")
+            require_whole(folder / LORA_FILE)
+            require_whole(folder / OPTIMIZER_FILE)
+        except ValueError as error:
+            logger.warning("%s; it is made again", str(error).split(" Delete ")[0].rstrip("."))
+            return folders[:number]
+    return folders
 
 
 def load_optimizer(lora: Path, optimizer: torch.optim.Optimizer, names: list[str]) -> None:
     """Restore the optimizer saved beside `lora`, matched by parameter name."""
-    values = files.read_tensors(lora.parent / "optimizer.safetensors")
+    require_whole(lora.parent / OPTIMIZER_FILE)
+    values = files.read_tensors(lora.parent / OPTIMIZER_FILE)
     values |= read_state(lora)["optimizer"]
     index_of = {name: index for index, name in enumerate(names)}
     entries: dict[int, dict] = {}

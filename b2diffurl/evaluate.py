@@ -273,7 +273,7 @@ def judge(
         key: summarise_diversity(torch.cat(parts), asked, right, instruments.features[key].metric)
         for key, parts in features.items()
     }
-    files.write_json(folder / "result.json", summary | {"images_sha256": pixels.hexdigest()})
+    files.write_record(folder / "result.json", summary | {"images_sha256": pixels.hexdigest()})
 
 
 def prompt_images(config: ConfigDict, checkpoint: str, prompt: str, settings: SamplerSettings) -> dict[str, Tensor]:

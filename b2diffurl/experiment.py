@@ -62,6 +62,7 @@ REWARD_DTYPES = ("auto", "float32", "float16", "bfloat16")
 PRECISIONS = ("auto", "no", "fp16", "bf16")
 TRACKERS = ("wandb", "tensorboard")
 EXPERIMENTS = Path("model/lora")  # where an experiment is looked for by its name alone
+SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY|AUTHORIZATION)$")  # names of variables
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ def alone_in(config: ConfigDict) -> AbstractContextManager[None]:
 def check(config: ConfigDict) -> None:
     """Refuse values that cannot work, each with what is allowed."""
     check_values(flatten(config.to_dict()))
+    check_secrets(config)
     sample, train, evaluation = config["sample"], config["train"], config["eval"]
     left, right, num_steps = config["split_step_left"], config["split_step_right"], sample["num_steps"]
     right = left if config["curriculum"] == "fixed" else right
@@ -162,6 +164,19 @@ def check(config: ConfigDict) -> None:
         check_choice("track_with", name, TRACKERS)
     check_choice("wandb_mode", config["wandb_mode"], ("offline", "online"))
     check_combination(config)
+
+
+def check_secrets(config: ConfigDict) -> None:
+    """Refuse a setting that has a password in it, or what a variable such as HF_TOKEN holds: it would be in config.json."""
+    tokens = {value: name for name, value in os.environ.items() if len(value) >= 8 and SECRET.search(name)}
+    for key, value in flatten(config.to_dict()).items():
+        if re.search(r"://[^/\s]*@", str(value)):
+            raise ValueError(
+                f"{key} has a user name or a password in its URL, which config.json and log would keep. Take them out; what "
+                "reward http is to send as its header Authorization belongs into the variable REWARD_HTTP_AUTHORIZATION."
+            )
+        if found := [name for token, name in tokens.items() if token in str(value)]:
+            raise ValueError(f"{key} has in it what the variable {found[0]} holds, which config.json and log would keep")
 
 
 def check_reward_settings(reward: ConfigDict, judge: str) -> None:
@@ -293,12 +308,12 @@ def record_experiment(plan: Plan, num_threads: int) -> None:
     path = plan.stage.root / "config.json"
     recorded = files.read_json(path) if path.is_file() else None
     if not recorded:
-        files.write_json(path, plan.record | {"num_threads": num_threads})
+        files.write_record(path, plan.record | {"num_threads": num_threads})
     elif plan.changes and recorded["config"] != plan.record["config"]:
         change = {"stage": plan.stage.index, "changes": plan.changes}
         logger.warning("stage%d goes on with another configuration: %s", plan.stage.index, "; ".join(plan.changes))
         earlier = {"num_threads": recorded["num_threads"], "changed": [*recorded.get("changed", []), change]}
-        files.write_json(path, plan.record | earlier)
+        files.write_record(path, plan.record | earlier)
 
 
 def find_experiment(name: str) -> Path:

@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -18,10 +19,10 @@ from torch import Tensor
 
 from b2diffurl import files
 from b2diffurl.card import Exported, write_card
-from b2diffurl.checkpoint import read_state
+from b2diffurl.checkpoint import read_state, require_whole
 from b2diffurl.experiment import find_experiment, resolve_checkpoint
 from b2diffurl.models import base_fingerprint
-from b2diffurl.runtime import die
+from b2diffurl.runtime import die, remedy
 from b2diffurl.stage import LORA_FILE
 
 RECORD = "export.json"
@@ -58,7 +59,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, ImportError, SafetensorError) as error:
-        die(f"export: {error}", hint="Mend it and run the same command again; --help lists the options.")
+        die(f"export: {error}", hint=f"{remedy(error, '--out')}; --help lists the options.")
 
 
 def export(
@@ -79,6 +80,7 @@ def export(
     lora = resolve_checkpoint(root, checkpoint)
     if lora is None:
         raise ValueError("the base model is not trained here. Export last, stage<i>, or the path of a LoRA.")
+    require_whole(lora)
     state = read_lora(lora)
     check_base(lora, pretrained, required=form == "pipeline" or bool(base))
     out = (out or root / "export" / form).expanduser()
@@ -191,13 +193,29 @@ def write_pipeline(folder: Path, lora: Path, pretrained: Mapping, *, rank: int) 
     model.unet.unload_lora()
     root = locate(pretrained["model"], revision=pretrained["revision"], patterns=file_patterns(pretrained["variant"]))
     configs = root if root.is_dir() else locate(pretrained["config"], patterns=["model_index.json", "*/*.json"])
+    scheduler = read_scheduler(configs / "scheduler" / "scheduler_config.json")
     transformers.utils.logging.set_verbosity_error()  # the pipeline's import warns of a torchvision that it does not need
     parts = {name: getattr(model, name) for name in ("unet", "vae", "text_encoder", "tokenizer")}
     none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(configs, **parts, **none)
+    # Not by from_pretrained, which runs what model_index.json names, and a file of code beside it.
+    pipeline = diffusers.StableDiffusionPipeline(**parts, scheduler=scheduler, **none)
     for part in (pipeline, pipeline.unet, pipeline.vae):
         part.register_to_config(_name_or_path="")  # else the base's path here would go with it
-    pipeline.save_pretrained(folder)
+    with files.naming(folder):
+        pipeline.save_pretrained(folder)
+    for path in folder.glob("*/*.safetensors"):  # which safetensors makes for the owner alone, whatever the umask
+        path.chmod((folder / "model_index.json").stat().st_mode)
+
+
+def read_scheduler(path: Path) -> Any:
+    """The scheduler of diffusers that a scheduler_config.json describes."""
+    import diffusers
+
+    config = files.read_json(path)
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise ValueError(f"{path} is of {config.get('_class_name')!r}, which is no scheduler of diffusers")
+    return kind.from_config(config)
 
 
 def check_login(repository: str) -> None:

@@ -63,7 +63,7 @@ def _inception(config: Mapping, device: torch.device, rewards: Mapping[str, Rewa
 
     root = model_folder(config["eval"]["inception"]["model"], tokenizer=False)
     classifier = load_whole(AutoModelForImageClassification, root, torch.float32, device)
-    processor = AutoImageProcessor.from_pretrained(root, backend="pil")
+    processor = AutoImageProcessor.from_pretrained(root, backend="pil", trust_remote_code=False)
 
     @torch.no_grad()
     def classify(images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -64,10 +64,11 @@ class BatchSizes:
             torch.cuda.empty_cache()
         entry = {"key": key, "device": self.device, "wanted": self.wanted[key], "given": self.given, "size": half}
         others = [one for one in self._known() if not (one["key"] == key and self._is_ours(one))]
-        files.write_json(self.path, [*others, entry])
+        files.write_record(self.path, {"sizes": [*others, entry]})
 
     def _known(self) -> list[dict]:
-        return files.read_json(self.path) if self.path.is_file() else []
+        known = files.read_json(self.path) if self.path.is_file() else []
+        return known["sizes"] if isinstance(known, dict) else known  # a list: by an earlier version
 
     def _is_ours(self, one: dict) -> bool:
         """Whether an entry was found on this device, and where as much was wanted, under the same conditions, as now."""

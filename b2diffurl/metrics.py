@@ -15,7 +15,7 @@ class Metrics:
         files.write_json_lines(path, keep or [])
 
     def log(self, event: str, **values: Any) -> None:
-        with self.path.open("a") as file:
+        with files.naming(self.path), self.path.open("a") as file:
             file.write(json.dumps({"event": event} | values, allow_nan=False) + "\n")
 
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from b2diffurl import files
 from b2diffurl.history import SETS, Row, set_title
 from b2diffurl.tree import Tree
 
@@ -393,9 +394,10 @@ def short(reward: float) -> str:
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     options = {"metadata": {"Software": None}, "pil_kwargs": {"compress_level": 3}}
-    figure.savefig(path, dpi=130, facecolor="white", **options)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, facecolor="white", **options)
+    files.write_bytes(path, buffer.getvalue(), durable=False)
 
 
 def to_svg(figure: Figure, name: str) -> str:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from b2diffurl import files
-from b2diffurl.checkpoint import read_state
+from b2diffurl.checkpoint import read_state, require_whole
 from b2diffurl.models import Model, load_model
 from b2diffurl.runtime import logger
 from b2diffurl.trajectory import Conditions
@@ -39,6 +39,7 @@ def load_policy(config: Mapping, accelerator: Accelerator, lora: Path | None, *,
         if _kept is not None:
             _kept[key] = model
     if lora is not None:
+        require_whole(lora)
         check_base(lora, config["pretrained"], model.fingerprint)
         model.load_adapter(lora)
     return model

@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from b2diffurl import evaluate, policy, report
-from b2diffurl.experiment import alone_in, make_plan
+from b2diffurl.experiment import alone_in, check, make_plan
 from b2diffurl.results import headline
 from b2diffurl.runtime import run_script
 from b2diffurl.sample import sample_stage
@@ -47,6 +47,7 @@ def judge(
 
 def judge_due(config: ConfigDict) -> None:
     """After the newest stage of a run: judge it if it is its turn by config.eval.every; report and trackers in any case."""
+    check(config)
     if evaluate.is_newest(config):
         evaluate.evaluate_due(config)
         show(config)

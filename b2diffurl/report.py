@@ -51,7 +51,7 @@ from b2diffurl.pictures import (
     tree_figure,
 )
 from b2diffurl.results import describe_sampler, with_error
-from b2diffurl.runtime import die, logger
+from b2diffurl.runtime import die, logger, remedy
 from b2diffurl.stage import Stage, finished_stages
 from b2diffurl.tree import load_tree
 
@@ -347,7 +347,7 @@ def main() -> None:
     try:
         print(write_report(find_experiment(parser.parse_args().experiment)))
     except (ValueError, OSError) as error:
-        die(f"report: {error}", hint="python -m b2diffurl.report --help says what it takes.")
+        die(f"report: {error}", hint=f"{remedy(error)}; python -m b2diffurl.report --help says what it takes.")
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def record(root: Path, results: Sequence[dict[str, Any]]) -> None:
         rows = {row["folder"]: row for row in (files.read_json_lines(path) if path.is_file() else [])}
         for result in results:
             rows[result["folder"]] = rows.pop(result["folder"], {}) | headline(result)
-        files.write_json_lines(path, list(rows.values()))
+        files.write_json_lines(path, list(rows.values()), sealed=True)
         guard.unlink(missing_ok=True)
 
 

@@ -1,5 +1,6 @@
 """What every script needs around its one verb: flags, logging, device, precision, errors a user can read."""
 
+import errno
 import gc
 import logging
 import os
@@ -10,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -40,11 +41,14 @@ def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
         check_log(config.exp_name, config.log_path)
     except ValueError as error:
         die(f"{verb}: {error}", hint="Mend it and run the same command again.")
-    log_file = Path(config.log_path) / f"{config.exp_name}.log"
     dry = "dry_run" in FLAGS and FLAGS.dry_run
-    set_up_logging(None if dry else log_file)
+    log_file = None if dry else Path(config.log_path) / f"{config.exp_name}.log"
+    try:
+        set_up_logging(log_file)
+    except OSError as error:
+        die(f"{verb}: the log cannot be written: {error}", hint=f"{remedy(error, '--config.log_path')}.")
     gc.set_threshold(QUICK_START)
-    look = "" if dry else f"; the traceback is in {log_file}"
+    look = f"; the traceback is in {log_file}" if log_file else ""
     try:
         with stopping_in_order():
             main(config)
@@ -55,7 +59,7 @@ def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
     except (ValueError, OSError, FloatingPointError, ImportError, SafetensorError) as error:
         logger.debug("%s failed", verb, exc_info=True)
         said = "; ".join([str(error), *getattr(error, "__notes__", ())])
-        die(f"{verb}: {said}", hint=f"Mend it and run the same command again{look}.")
+        die(f"{verb}: {said}", hint=f"{remedy(error, '--config.save_path')}{look}.")
     except (RuntimeError, MemoryError) as error:
         logger.debug("%s failed", verb, exc_info=True)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(text in str(error) for text in LOST):
@@ -124,6 +128,17 @@ def parse_flags() -> ConfigDict:
     return config
 
 
+def remedy(error: BaseException, key: str = "") -> str:
+    """What to do about an error; `key` is the option that says where files are written, if there is one."""
+    match getattr(error, "errno", None):
+        case errno.ENOSPC | errno.EDQUOT:
+            return "Make room on that disk and run the same command again: it goes on where it stopped"
+        case errno.EROFS | errno.EACCES | errno.EPERM:
+            other = f", or give another by {key}," if key else ""
+            return f"Make that place writable{other} and run the same command again"
+    return "Mend it and run the same command again"
+
+
 def die(message: str, *, hint: str) -> None:
     print(f"error: {' '.join(message.split())}\n       {hint}", file=sys.stderr)
     sys.exit(2)
@@ -145,8 +160,8 @@ def set_up_logging(log_file: Path | None, *, console_too: bool = True) -> None:
     console.setLevel(logging.DEBUG if redirected else logging.INFO)
     handlers: list[logging.Handler] = [console] if console_too else []
     if log_file and not redirected:
-        handlers.append(logging.FileHandler(log_file, delay=True))
         log_file.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(LogFile(log_file))
     for handler in handlers:
         if rank:
             handler.addFilter(lambda record: record.levelno >= logging.WARNING or bool(record.exc_info))
@@ -163,7 +178,21 @@ def is_file(stream: TextIO, path: Path) -> bool:
         return False
 
 
-class Console(logging.StreamHandler):
+class Forgiving(logging.Handler):
+    """One that stops no run, and says nothing of its own: lines wait where the disk has no room for them."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+class LogFile(Forgiving, logging.FileHandler):
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
+class Console(Forgiving, logging.StreamHandler):
     """Lines that do not run into a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -4,6 +4,7 @@ G groups a batch, K branches, S trained steps, N = G*K images a batch
 """
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from b2diffurl.rewards import check_rewards, reward_weights
 from b2diffurl.runtime import Behind, logger, make_accelerator, progress_bar, timed
 from b2diffurl.seeding import generator, noise_source
 from b2diffurl.stage import Stage, finished_stages, listed, not_finite
-from b2diffurl.trajectory import Conditions, save_batch
+from b2diffurl.trajectory import Conditions, batch_damage, save_batch
 from b2diffurl.tree import decode_tree, save_tree, watching
 
 
@@ -47,7 +48,10 @@ def sample_stage(config: ConfigDict) -> None:
     stage = plan.stage
     if stage.finished("sample"):
         logger.info("stage%d sample: already finished", stage.index)
+        if int(os.environ.get("RANK", 0)) == 0 and not (stage.root / "config.json").is_file():  # lost
+            record_experiment(plan, stage.manifest("sample")["num_threads"])
         return
+    files.require_writable(stage.folder)
     started = time.perf_counter()
     accelerator = make_accelerator(config, plan.num_threads)
     model = load_policy(config, accelerator, plan.resume_from)
@@ -60,8 +64,7 @@ def sample_stage(config: ConfigDict) -> None:
     make_scheduler(model, deployed, accelerator.device)  # refused now rather than when the run is judged by it
     facts = stage_facts(config, plan, model, accelerator)
     num_batches = config.sample.num_batches_per_epoch
-    check_batches(stage, num_batches, facts["policy"])
-    missing = [batch for batch in range(num_batches) if not stage.batch(batch).is_file()]  # before any process writes one
+    missing = [batch for batch in range(num_batches) if not is_sampled(stage, batch, facts["policy"])]
     if accelerator.is_main_process:
         files.remove_temporaries(stage.folder)
     accelerator.wait_for_everyone()
@@ -143,11 +146,12 @@ class Sampling:
         window = self.sampler.timesteps[-self.plan.num_trained_steps :]
 
         def write() -> None:
-            for n, image in enumerate(images):
-                files.write_image(stage.image(batch * len(images) + n), image)
-            if sheet:
-                save_tree(stage, sheet)
-            save_batch(stage.batch(batch), latents, log_probs, window, prompts, conditions, unconditional, self.policy)
+            written = [stage.image(batch * len(images) + n) for n in range(len(images))]
+            for path, image in zip(written, images, strict=True):
+                files.write_image(path, image)
+            written += save_tree(stage, sheet) if sheet else []
+            states = latents, log_probs, window
+            save_batch(stage.batch(batch), *states, prompts, conditions, unconditional, self.policy, written)
 
         with timed(self.seconds, "write"):
             self.writer.do(write)
@@ -239,17 +243,23 @@ def stage_facts(config: ConfigDict, plan: Plan, model: Model, accelerator: Accel
     }
 
 
-def check_batches(stage: Stage, num_batches: int, policy: dict) -> None:
-    """Refuse batches on disk that another policy, or another S, wrote."""
-    for batch in range(num_batches):
-        if stage.batch(batch).is_file():
-            found = files.read_metadata(stage.batch(batch))
-            different = [key for key, value in policy.items() if found.get(key) != value]
-            if different:
-                raise ValueError(
-                    f"{stage.batch(batch)} was sampled with another {', '.join(different)}. "
-                    f"Delete {stage.folder} to sample it anew, or use another exp_name."
-                )
+def is_sampled(stage: Stage, batch: int, policy: dict) -> bool:
+    """Whether a batch is on disk as it was written; one that is damaged is sampled again, and one of another policy, or
+    another S, refused."""
+    path = stage.batch(batch)
+    if not path.is_file():
+        return False
+    if damage := batch_damage(path):
+        logger.warning("stage%d sample: batch %d is sampled again: %s", stage.index, batch, damage)
+        return False
+    found = files.read_metadata(path)
+    different = [key for key, value in policy.items() if found.get(key) != value]
+    if different:
+        raise ValueError(
+            f"{path} was sampled with another {', '.join(different)}. "
+            f"Delete {stage.folder} to sample it anew, or use another exp_name."
+        )
+    return True
 
 
 def finish(config: ConfigDict, plan: Plan, facts: dict, seconds: dict, *, num_sampled: int) -> None:

@@ -37,6 +37,7 @@ def select_stage(config: ConfigDict) -> None:
         logger.info("stage%d select: already finished", stage.index)
         clean_up(config, stage)
         return
+    files.require_writable(stage.folder)
     sampled = stage.manifest("sample")
     accelerator = make_accelerator(config, plan.num_threads)
     history = []

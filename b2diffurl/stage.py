@@ -107,7 +107,7 @@ class Stage:
         machine = {"hardware": hardware(), "versions": versions()}
         common = {"phase": phase, "stage": self.index, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         delete_files(self.debug, "*.safetensors")
-        files.write_json(self.manifest_path(phase), common | facts | machine | {"files": described})
+        files.write_record(self.manifest_path(phase), common | facts | machine | {"files": described})
 
     def verify(self, phase: str, *folders: str) -> None:
         """Compare a finished phase's files (only those in `folders`, if given) with its manifest; a ValueError names
@@ -134,7 +134,7 @@ def delete_files(folder: Path, pattern: str) -> None:
     """Delete a folder's files of these names, and the folder if nothing else is in it."""
     for path in folder.glob(pattern):
         path.unlink(missing_ok=True)  # another process may be at it
-    with suppress(OSError):
+    with suppress(OSError):  # not empty, or a link to another disk
         folder.rmdir()
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from b2diffurl import files
-from b2diffurl.checkpoint import load_optimizer, read_state, save_checkpoint
+from b2diffurl.checkpoint import load_optimizer, read_state, save_checkpoint, whole_checkpoints
 from b2diffurl.ddim import Sampler, log_prob, require_stochastic, step_weights, transition, transition_kl
 from b2diffurl.experiment import Plan, make_plan
 from b2diffurl.forecast import num_chosen_steps, stage_done_line
@@ -46,6 +46,7 @@ def train_stage(config: ConfigDict) -> None:
         clean_up(config, stage)
         return
     started = time.perf_counter()
+    files.require_writable(stage.folder)
     sampled = stage.manifest("sample")
     stage.verify("select")
     if stage.manifest("select")["num_selected"] and not stage.selected.is_dir():
@@ -57,7 +58,7 @@ def train_stage(config: ConfigDict) -> None:
             f"{accelerator.mixed_precision}: the ratios would be off. Train on the same kind of device, or set "
             f"mixed_precision={sampled['mixed_precision']}."
         )
-    interrupted = stage.checkpoints()
+    interrupted = whole_checkpoints(stage.checkpoints())
     source = interrupted[-1] / LORA_FILE if interrupted else plan.resume_from
     model = load_policy(config, accelerator, source, decoder=False)
     check_policy(plan, sampled["policy"], model)
@@ -74,6 +75,11 @@ def train_stage(config: ConfigDict) -> None:
     for event in (event for event in kept if event["event"] == "update"):
         trainer.num_updates += 1
         trainer.watch.see(event)
+    if interrupted and trainer.num_updates != read_state(source)["num_updates"]:
+        raise ValueError(
+            f"{stage.metrics('train')} is damaged: it lacks updates of {source.parent.name}. "
+            f"Delete {source.parents[1]} and run the same command again."
+        )
     if accelerator.is_main_process:
         trainer.metrics = Metrics(stage.metrics("train"), keep=kept)
     units = make_units(selected, paired=trainer.objective.paired)

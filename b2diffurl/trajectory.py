@@ -53,8 +53,9 @@ def save_batch(
     conditions: Conditions,  # each [P, ...], in the order of dict.fromkeys(prompts)
     unconditional: Conditions,  # each [1, ...]
     metadata: dict,
+    beside: Sequence[Path] = (),
 ) -> None:
-    """Write one sampling batch; `metadata` says what it was sampled with."""
+    """Write one sampling batch; `metadata` says what it was sampled with, and `beside` are the files that belong to it."""
     distinct = list(dict.fromkeys(prompts))
     tensors = {
         "latents": latents,
@@ -64,7 +65,28 @@ def save_batch(
     }
     tensors |= {f"condition.{name}": value for name, value in conditions.items()}
     tensors |= {f"unconditional.{name}": value for name, value in unconditional.items()}
-    files.write_tensors(path, tensors, metadata | {"prompts": distinct})
+    metadata = metadata | {"prompts": distinct}
+    metadata["files"] = {str(other.relative_to(path.parents[1])): files.sha256(other) for other in beside}
+    files.write_tensors(path, tensors, metadata | {"sha256": files.tensors_sha256(tensors, metadata)})
+
+
+def batch_damage(path: Path) -> str:
+    """What is wrong with a sampling batch, or a file that belongs to it; "" if nothing is."""
+    try:
+        metadata, tensors = files.read_metadata(path), files.read_tensors(path)
+    except ValueError as error:
+        return str(error)
+    if "sha256" not in metadata:
+        return f"{path} has no checksum; an earlier version wrote it"
+    if metadata.pop("sha256") != files.tensors_sha256(tensors, metadata):
+        return f"{path} is not what was written (checksum)"
+    for name, expected in metadata["files"].items():
+        other = path.parents[1] / name
+        if not other.is_file():
+            return f"{other} is missing"
+        if files.sha256(other) != expected:
+            return f"{other} is not what was written (checksum)"
+    return ""
 
 
 def save_selected(stage: Stage, selected: Sequence[Selected], batch_size: int) -> list[Path]:

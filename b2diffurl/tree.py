@@ -6,6 +6,7 @@ tree.json   prompt, and how many sampler steps each column's state is from noise
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,16 +68,20 @@ def decode_tree(prompt: str, prefix: list[Tensor], latents: Tensor, decode: Call
     return Sheet(sheet.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1).contiguous(), facts)
 
 
-def save_tree(stage: Stage, sheet: Sheet) -> None:
-    """Write tree.png and tree.json."""
-    files.write_image(stage.folder / "tree.png", sheet.tiles)
-    files.write_json(stage.folder / "tree.json", sheet.facts)
+def save_tree(stage: Stage, sheet: Sheet) -> list[Path]:
+    """Write tree.png and tree.json; returns them."""
+    picture, facts = stage.folder / "tree.png", stage.folder / "tree.json"
+    files.write_image(picture, sheet.tiles)
+    files.write_record(facts, sheet.facts)
+    return [picture, facts]
 
 
 def load_tree(stage: Stage) -> Tree | None:
-    """What `save_tree` wrote, or None for a stage that has none."""
+    """What `save_tree` wrote, or None for a stage that has none; a ValueError if it is damaged."""
     if not (stage.folder / "tree.json").is_file():
         return None
+    if stage.finished("sample"):
+        stage.verify("sample", "tree.json", "tree.png")
     facts = files.read_json(stage.folder / "tree.json")
     sheet = files.read_image(stage.folder / "tree.png").numpy()
     columns = [*facts["shared"], *facts["branches"]]

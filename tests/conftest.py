@@ -31,6 +31,7 @@ import transformers  # noqa: E402
 from absl.flags import FLAGS  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
+from b2diffurl.files import SEAL  # noqa: E402
 from b2diffurl.selection import Selected  # noqa: E402
 from b2diffurl.stage import Stage  # noqa: E402
 from b2diffurl.trajectory import SelectedTrajectories, Trajectories, save_selected  # noqa: E402
@@ -192,7 +193,7 @@ def comparable(folder: Path) -> dict[str, object]:
 
     def timeless(value):
         if isinstance(value, dict):
-            keys = ("finished", "seconds", "load", "sample", "decode", "write", "score", "train", "peak_memory_bytes")
+            keys = ("finished", "seconds", "load", "sample", "decode", "write", "score", "train", "peak_memory_bytes", SEAL)
             kept = {key: timeless(item) for key, item in value.items() if key not in keys}
             return {key: item for key, item in kept.items() if not key.startswith("metrics/")}
         return [timeless(item) for item in value] if isinstance(value, list) else value

@@ -293,33 +293,6 @@ def test_training_before_selecting(overrides, empty):
 
 
 @pytest.mark.parametrize(
-    ("name", "verb"),
-    [
-        ("config.json", "sample"),
-        ("stage1/sample.json", "select"),
-        ("stage1/select.json", "train"),
-        ("stage1/samples/batch_00001.safetensors", "sample"),
-        ("stage1/images/00003.png", "select"),
-        ("stage1/prompts.json", "select"),
-        ("stage0/scores.jsonl", "select"),
-        ("stage0/checkpoints/checkpoint_2/state.json", "sample"),
-        (f"stage0/checkpoints/checkpoint_2/{LORA_FILE}", "sample"),
-        ("stage0/checkpoints/checkpoint_2/optimizer.safetensors", "train"),
-    ],
-)
-def test_damaged_files_of_an_experiment(workplace, overrides, name, verb):
-    """A file that was cut to its half is named, whichever script meets it first."""
-    stage = Stage(experiment(workplace), 1)
-    for later in VERBS[VERBS.index(verb) :]:
-        stage.manifest_path(later).unlink(missing_ok=name != f"stage1/{later}.json")
-    if verb == "train":
-        shutil.rmtree(stage.folder / "checkpoints")
-    path = experiment(workplace) / name
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    refuse(workplace, verb, overrides | {"run_name": "stage1"}, re.escape(path.name))
-
-
-@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("--checkpoint=last",), "no trained stage"),

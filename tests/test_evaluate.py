@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from b2diffurl.evaluate import evaluate, prompt_images
 from b2diffurl.experiment import VOLATILE, check, checkpoint_name, flatten, resolve_checkpoint, take_recorded
-from b2diffurl.files import read_json_lines
+from b2diffurl.files import read_json, read_json_lines, write_record
 from b2diffurl.generate import SamplerSettings, deployed_sampler, sample_images, scheduler_class
 from b2diffurl.history import evaluation_rows
 from b2diffurl.policy import load_policy
@@ -210,12 +210,12 @@ def test_a_reward_that_is_given_stands_alone(workplace, overrides):
     """A name on the command line is not outdone by a recorded mixture, nor a prompt file by a recorded prompt; without
     either both are as recorded. What the record lacks, and what earlier versions called otherwise, is understood."""
     path = experiment(workplace) / "config.json"
-    record = json.loads(path.read_text())
+    record = read_json(path)
     mixture = {"clip": 1.0, "jpeg_compressibility": 0.5}
     record["config"]["reward"] |= {"weights": mixture, "standardise": True, "model": "another/clip"}
     record["config"]["prompt"] = "a red circle"
     del record["config"]["reward"]["clip"], record["config"]["reward"]["dtype"], record["config"]["sample"]["eta"]
-    path.write_text(json.dumps(record))
+    write_record(path, record)
 
     def begun(*given: str) -> dict:
         config = make_config({"exp_name": "tiny", "reward.name": "aesthetic", "sample.eta": 0.5, "eval.seed": 7})
@@ -352,6 +352,9 @@ def test_a_checkpoint_that_draws_the_base_s_images_is_refused(workplace, overrid
     elsewhere = shutil.copytree(folder, workplace / "copied")
     weights = load_file(elsewhere / LORA_FILE)
     save_file({name: value * 0 for name, value in weights.items()}, elsewhere / LORA_FILE)
+    state = read_json(elsewhere / "state.json")
+    del state["files"]  # of an earlier version, which noted no checksums
+    write_record(elsewhere / "state.json", state)
     said = r"updates and draws exactly the base model's images"
     with pytest.raises(ValueError, match=said):  # whether the base is judged, too, or not
         judged(workplace, overrides, [str(elsewhere)])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import PROMPTS, experiment, make_config, snapshot
 
+from b2diffurl import files
 from b2diffurl.experiment import find_lora, flatten, make_plan, schedule
 from b2diffurl.prompts import batch_prompts
 from b2diffurl.seeding import generator, stable_seed
@@ -244,10 +245,10 @@ def test_an_experiment_begun_before_a_key_was_there_goes_on_as_it_was(workplace,
     """Without the switches in its config.json a run is what was done before there were any: branches, pairs, progressive,
     and no other; options of objectives that there were not may have any value."""
     path = experiment(workplace) / "config.json"
-    recorded = json.loads(path.read_text())
+    recorded = files.read_json(path)
     for section, key in (("", "curriculum"), ("", "sampling"), ("eval", "selection"), ("train", "kl_weight")):
         del (recorded["config"][section] if section else recorded["config"])[key]
-    path.write_text(json.dumps(recorded))
+    files.write_record(path, recorded)
     assert plan(workplace, overrides, **{"train.kl_weight": 0.7}).num_trained_steps == 2
     for key, value in (("curriculum", "fixed"), ("sampling", "independent"), ("eval.selection", "all")):
         with pytest.raises(ValueError, match=f"{key} is '{value}', was"):

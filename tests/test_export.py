@@ -249,9 +249,9 @@ def test_another_base_is_refused(models, workplace, tmp_path, form):
 def test_base_that_is_gone(workplace, tmp_path):
     """A LoRA is exported without it; a pipeline is not, and the error says how to name it."""
     path = experiment(workplace) / "config.json"
-    config = json.loads(path.read_text())
+    config = files.read_json(path)
     config["config"]["pretrained"]["model"] = "/gone/base"
-    path.write_text(json.dumps(config))
+    files.write_record(path, config)
     ended = run(workplace)
     assert (ended.code, ended.stdout) == (0, "export: model/lora/tiny/export/diffusers\n")
     refused(run(workplace, "--format=pipeline"), r"no model at /gone/base.*--base")
@@ -397,9 +397,9 @@ def test_no_path_of_this_machine(models, workplace, tmp_path, form):
 def test_base_on_the_hub(workplace, form):
     """Is named as the hub names it, in the metadata, the text and the code."""
     path = experiment(workplace) / "config.json"
-    config = json.loads(path.read_text())
+    config = files.read_json(path)
     config["config"]["pretrained"]["model"] = "CompVis/stable-diffusion-v1-4"
-    path.write_text(json.dumps(config))
+    files.write_record(path, config)
     data, text = read_card(export(experiment(workplace), form=form))
     assert (data["base_model"], data["base_model_relation"]) == ("CompVis/stable-diffusion-v1-4", "adapter")
     assert "[CompVis/stable-diffusion-v1-4](https://huggingface.co/CompVis/stable-diffusion-v1-4)" in text

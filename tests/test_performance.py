@@ -297,9 +297,9 @@ def test_a_stage_selected_before_there_were_copies_is_asked_to_be_selected_again
     """An experiment that an earlier version left between selecting and training."""
     stage(workplace).manifest_path("train").unlink()
     path = stage(workplace).manifest_path("select")
-    found = json.loads(path.read_text())
+    found = files.read_json(path)
     found["files"] = {name: facts for name, facts in found["files"].items() if not name.startswith("selected/")}
-    path.write_text(json.dumps(found))
+    files.write_record(path, found)
     shutil.rmtree(stage(workplace).selected)
     with pytest.raises(ValueError, match=r"Delete .*select.json and run run_select.py again"):
         run_stage(workplace, overrides, verbs=("train",))

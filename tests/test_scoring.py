@@ -497,10 +497,10 @@ def test_an_experiment_begun_before_goes_on(workplace, overrides):
     there as well."""
     before = unselect(workplace, 1)
     path = experiment(workplace) / "config.json"
-    recorded = json.loads(path.read_text())
+    recorded = files.read_json(path)
     model = recorded["config"]["reward"]["clip"]["model"]
     recorded["config"]["reward"] = {"name": "clip", "model": model, "batch_size": 4}
-    path.write_text(json.dumps(recorded))
+    files.write_record(path, recorded)
     second = overrides | {"run_name": "stage1"}
     refuse(workplace, "select", second | {"reward.clip.model": f"{model}/"}, "reward.clip.model is .*, was ")
     ran(workplace, "select", second)
@@ -1025,9 +1025,8 @@ def test_standardised_evaluation_of_another_experiment(workplace, overrides):
         ),
     )
     manifest = stage_of(workplace).manifest_path("select")
-    manifest.write_text(
-        json.dumps({key: value for key, value in json.loads(manifest.read_text()).items() if key != "scales"})
-    )
+    without = {key: value for key, value in files.read_json(manifest).items() if key != "scales"}
+    files.write_record(manifest, without)
     refuse(
         workplace,
         "eval",

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
+from b2diffurl import files
 from b2diffurl.evaluate import evaluate, training_sampler
 from b2diffurl.tracking import track
 
@@ -253,8 +254,8 @@ def test_experiments_are_runs_of_their_own(place, overrides):
     assert first in wandb_runs()
     assert len({next(run.glob("*.wandb")).name for run in wandb_runs()}) == 2
     assert sorted(path.name for path in Path("log/tensorboard").iterdir()) == ["other", "tiny"]
-    begun = json.loads((root / "stage0" / "sample.json").read_text())
-    (root / "stage0" / "sample.json").write_text(json.dumps(begun | {"finished": "2001-01-01T00:00:00+0000"}))
+    begun = files.read_json(root / "stage0" / "sample.json")
+    files.write_record(root / "stage0" / "sample.json", begun | {"finished": "2001-01-01T00:00:00+0000"})
     track(tracking(overrides, "wandb"), root)
     assert len(wandb_runs()) == 3
 
@@ -274,7 +275,7 @@ def test_a_curve_has_one_value_a_stage(place, overrides):
     """Of a stage that was judged again under other conditions the latest; checkpoints inside a stage, or from elsewhere, are
     in no curve."""
     path = experiment(place) / "eval.jsonl"
-    rows = {row["checkpoint"]: row for row in json_lines(path)}
+    rows = {row["checkpoint"]: row for row in files.read_json_lines(path)}
     rows["later"] = rows["stage0"] | {"reward": 7.0}
     rows["inside"] = rows["stage1"] | {"checkpoint": "stage1/checkpoint_1", "reward": 8.0}
     rows["outside"] = rows["stage1"] | {"checkpoint": "elsewhere.safetensors", "stage": None, "reward": 9.0}

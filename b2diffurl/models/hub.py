@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import re
 import threading
 import urllib.error
@@ -135,8 +136,12 @@ def checksum(path: Path) -> str:
 
 def load_whole(kind: Any, root: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """A model of transformers' class `kind`, for inference; a ValueError if its directory lacks weights of it, which would
-    otherwise be random."""
-    model, info = kind.from_pretrained(root, dtype=dtype, output_loading_info=True)
+    otherwise be random, or holds more than tensors."""
+    try:
+        model, info = kind.from_pretrained(root, dtype=dtype, output_loading_info=True, trust_remote_code=False)
+    except pickle.UnpicklingError as error:  # of a .bin, of which only tensors are read
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"the weights in {root} are damaged, or hold more than tensors: {reason}") from None
     if info["missing_keys"]:
         raise ValueError(f"{root} lacks weights of {type(model).__name__}, such as {min(info['missing_keys'])}.")
     return model.to(device).eval()

@@ -26,6 +26,12 @@ from b2diffurl.trajectory import Conditions
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # of the UNet's attention
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+CLASSES = {  # package and name, as a model_index.json has them
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+}
 
 
 class StableDiffusion:
@@ -233,6 +239,16 @@ def check_scheduler(config: Mapping, model: str) -> None:
             )
 
 
+def check_index(path: Path) -> None:
+    """Refuse a model_index.json of other classes than Stable Diffusion's: diffusers would import whatever it names."""
+    index = files.read_json(path)
+    for name, allowed in CLASSES.items():
+        if index.get(name) != allowed:
+            raise ValueError(f"{path} names {index.get(name)} as its {name}; it must be {allowed}, and no other code is run")
+    if index.get("scheduler", [""])[0] != "diffusers":
+        raise ValueError(f"{path} names {index.get('scheduler')} as its scheduler; it must be one of diffusers")
+
+
 def base_fingerprint(pretrained: Mapping) -> str:
     """SHA-256 of the UNet's weight file (of a single-file model: of that file), or of all files' digests in order."""
     root = locate(pretrained["model"], revision=pretrained["revision"], patterns=file_patterns(pretrained["variant"]))
@@ -293,8 +309,10 @@ def _load_single_file(root: Path, pretrained: Mapping, dtype: torch.dtype, decod
     except FileNotFoundError as error:
         raise FileNotFoundError(f"a single file needs the configs of its components (pretrained.config): {error}") from None
     skipped = {} if decoder else {"vae": None, "text_encoder": None, "tokenizer": None}
+    check_index(configs / "model_index.json")
+    none = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
     pipeline = StableDiffusionPipeline.from_single_file(
-        str(root), config=str(configs), dtype=dtype, safety_checker=None, local_files_only=True, **skipped
+        str(root), config=str(configs), dtype=dtype, local_files_only=True, **none, **skipped
     )
     wanted = ("unet", "vae", "text_encoder", "tokenizer") if decoder else ("unet",)
     parts = {name: getattr(pipeline, name) for name in wanted}

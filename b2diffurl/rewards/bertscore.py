@@ -48,7 +48,7 @@ class Captioner:
     def __init__(self, model: str, question: str, max_new_tokens: int, device: torch.device, dtype: torch.dtype):
         root = model_folder(model)
         self.model = load_whole(AutoModelForImageTextToText, root, dtype, device)
-        self.processor = AutoProcessor.from_pretrained(root, backend="pil")
+        self.processor = AutoProcessor.from_pretrained(root, backend="pil", trust_remote_code=False)
         self.max_new_tokens, self.device, self.dtype = max_new_tokens, device, dtype
         self.text = question
         if self.processor.chat_template:
@@ -79,7 +79,7 @@ class TextScorer:
 
     def __init__(self, model: str, num_layers: int, device: torch.device):
         root = model_folder(model)
-        self.tokenizer = AutoTokenizer.from_pretrained(root)
+        self.tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=False)
         self.model = load_whole(AutoModel, root, torch.float32, device)
         depth = self.model.config.num_hidden_layers
         if not 0 <= num_layers <= depth:

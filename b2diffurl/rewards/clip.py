@@ -32,7 +32,7 @@ class Clip:
         root = model_folder(model)
         self.model = load_whole(CLIPModel, root, dtype, device)
         self.tokenizer = CLIPTokenizer.from_pretrained(root)
-        self.processor = AutoImageProcessor.from_pretrained(root, backend="pil")
+        self.processor = AutoImageProcessor.from_pretrained(root, backend="pil", trust_remote_code=False)
         self.device, self.dtype = device, dtype
         self.known: dict[str, Tensor] = {}  # embedding of each prompt seen
 

@@ -1,12 +1,14 @@
 """A reward behind a URL: images and prompts go out as JSON, scores come back. docs/reward_server.py is such a server.
 
 Request: POST {"prompts": ["a cat", …], "images": ["<PNG, base64>", …]}. Answer: {"scores": [0.5, …]}, one an image.
+The environment variable REWARD_HTTP_AUTHORIZATION goes with it as the header Authorization, and is written nowhere.
 """
 
 import base64
 import contextlib
 import io
 import json
+import os
 import time
 import urllib.error
 import urllib.request
@@ -22,6 +24,7 @@ from b2diffurl.rewards import Reward
 from b2diffurl.runtime import logger
 
 FIRST_WAIT_SEC = 0.5  # before the first repetition; each further wait is twice as long
+AUTHORIZATION = "REWARD_HTTP_AUTHORIZATION"
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -63,7 +66,9 @@ def encode(image: Tensor) -> str:
 def post(body: bytes, *, url: str, timeout_sec: float, num_retries: int) -> bytes:
     """The answer to `body`; asked again, `num_retries` times at most, where the server is away, slow, or has an error of its
     own (5xx). A ConnectionError says what happened last."""
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    known = os.environ.get(AUTHORIZATION)
+    headers = {"Content-Type": "application/json"} | ({"Authorization": known} if known else {})
+    request = urllib.request.Request(url, body, headers)
     problem = ""
     for attempt in range(num_retries + 1):
         if attempt:
