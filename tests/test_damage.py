@@ -338,6 +338,7 @@ def run_out(disk: Path, rooms: Sequence[int], run: Callable[[], Ended]) -> None:
         if ended.code:
             assert_refused(ended, "No space left on device: '[^']+'")
             assert "Make room on that disk and run the same command again" in ended.stderr.splitlines()[1]
+            assert not [path for path in disk.rglob("*" + files.TEMPORARY) if path.is_file()]  # it would take up room
             failures += 1
     assert failures >= 1
     ended = run()
