@@ -62,8 +62,9 @@ def check_number(key: str, value: Any, allowed: str) -> None:
     single, low, high, (opening, closing) = parse(allowed)
     inside = low <= value <= high and not (opening == "(" and value == low) and not (closing == ")" and value == high)
     if isinstance(value, bool) or not (inside or value == single):
+        must = f"lie in {allowed}" if single is None else f"be {allowed.replace(' or ', ' or lie in ')}"
         why = f": {WHY[key]}" if key in WHY else ""
-        raise ValueError(f"{key} is {shown(value)}; it must lie in {allowed}{why}")
+        raise ValueError(f"{key} is {shown(value)}; it must {must}{why}")
 
 
 def parse(allowed: str) -> tuple[float | None, float, float, str]:

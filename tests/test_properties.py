@@ -98,9 +98,10 @@ class Tally:
 
 
 def hashes(box: Path) -> dict[str, str | None]:
-    """Every file and link in a folder by what is in it; the readable log aside."""
+    """Every file and link in a folder by what is in it; the readable log aside, if it is where it belongs."""
     paths = [path for path in sorted(box.rglob("*")) if path.is_symlink() or not path.is_dir()]
-    return {str(path.relative_to(box)): content(path) for path in paths if path.suffix != ".log"}
+    logs = {path for path in (box / "work").rglob("*.log") if path.is_file()}
+    return {str(path.relative_to(box)): content(path) for path in paths if path not in logs}
 
 
 def content(path: Path) -> str | None:
