@@ -252,7 +252,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.slow
 def test_all_processes_stop_where_one_meets_what_is_not_finite(overrides, tmp_path):
-    """Of two the second has a loss of inf: both know of it, name its images and end with code 2, the first if torchrun has not
+    """Of two the second has a loss of inf: both know, name its images and end with code 2, the first if torchrun has not
     ended it by then."""
     run_stage(tmp_path, overrides, verbs=["sample", "select"])
     (tmp_path / "spy.py").write_text(ONE_RANK_OVERFLOWS)
