@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from b2diffurl import files
+
 HEARTBEAT_SEC, SILENCE_SEC = 20, 180  # marked so often; taken for dead after so long
 OWNER = "B2DIFFURL_RUN"  # in the environment of a script of run_process.sh: that one's process; 0 where it has not the lock
 
@@ -61,9 +63,10 @@ def take(root: Path, owner: int) -> None:
                 f"{root} is being worked on by process {holder['processes'][0][0]} on {holder['host']}. Wait until it has "
                 f"ended, or stop it; if it is gone for good, delete {path_in(root)}."
             )
-        file.seek(0)
-        file.truncate()
-        file.write(json.dumps({"host": socket.gethostname(), "boot": boot(), "processes": processes}) + "\n")
+        with files.naming(path_in(root)):  # where the disk is full
+            me = {"host": socket.gethostname(), "boot": boot(), "processes": processes}
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), json.dumps(me).encode() + b"\n")
 
 
 @contextmanager

@@ -118,9 +118,10 @@ def score_images(
     its last image."""
     size = min(batch_size, len(prompts))
     starts = range(0, len(prompts), size)[share]
+    num_images = sum(min(size, len(prompts) - start) for start in starts)
     found = []
     with (
-        progress_bar(len(starts) * size, f"stage{stage.index} score {name}", "images") as bar,
+        progress_bar(num_images, f"stage{stage.index} score {name}", "images") as bar,
         ThreadPoolExecutor(num_workers) as pool,
     ):
 
@@ -138,7 +139,7 @@ def score_images(
             count = min(size, len(prompts) - start)
             with noting(place(start)):
                 found.append(score(reward, images, asked, count))
-            bar.update(size)
+            bar.update(count)
     return found
 
 

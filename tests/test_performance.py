@@ -200,6 +200,7 @@ def test_a_stage_holds_few_batches(overrides, tmp_path, monkeypatch):
     assert most["trained"] <= 3  # one more while the next is being read
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_a_stages_batches(tmp_path):
     """Sampling, selecting and training 12 batches, then 48, of 8 MB each: the process grows by less than a tenth of what
     the 36 batches more weigh."""

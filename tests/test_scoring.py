@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 from b2diffurl import files
 from b2diffurl.experiment import check, make_plan, record_experiment
-from b2diffurl.rewards import http, load_reward
+from b2diffurl.rewards import http, join, load_reward
 from b2diffurl.scoring import score_images
 from b2diffurl.stage import Stage
 
@@ -832,7 +832,7 @@ def scored(begin, overrides) -> Callable:
 
     def run(batch_size: int, num_workers: int, reward=reward) -> list[float]:
         prompts = json.loads(stage.prompts.read_text())
-        return score_images("jpeg", reward, stage, prompts, batch_size, num_workers)[0].tolist()
+        return join(score_images("jpeg", reward, stage, prompts, batch_size, num_workers, slice(None)))[0].tolist()
 
     run.stage = stage
     return run
@@ -988,9 +988,14 @@ def test_the_checker_on_prompts_of_different_forms(begin, overrides, tmp_path):
     assert rows[0]["parts"]["relation"] is None
 
 
+def big(images, prompts):
+    """A reward near the largest float32."""
+    return torch.full((len(images),), 1e38)
+
+
 def test_a_sum_that_is_not_finite(begin):
     """Each reward is finite, their weighted sum is beyond a float32: the run stops with the ids."""
-    folder, settings = begin({"reward.weights": {"jpeg_incompressibility": 1e39}})
+    folder, settings = begin({"reward.weights": {"test_scoring:big": 1e3}})
     said = r"reward \(weighted sum\) is not finite for images \[0, 1, 2, .*scores.jsonl"
     assert_refused(run_script(folder, "select", settings), said)
 
