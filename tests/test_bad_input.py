@@ -78,6 +78,7 @@ def test_model_neither_here_nor_on_a_hub_in_reach(empty, overrides):
         refuse(empty, "sample", overrides | {key: "nobody/no-model"}, "nobody/no-model", "hf download nobody/no-model")
 
 
+@pytest.mark.long
 def test_a_silent_hub_is_probed_once(empty, overrides):
     """A hub that takes connections and never answers: it is asked once and left within 10 seconds, in two lines that say
     how to get the model."""

@@ -390,6 +390,7 @@ def test_the_log_tells_the_run(overrides, tmp_path):
     assert sum("first batch" in line for line in said) == 1 + 1  # the plan's line, and stage 0
 
 
+@pytest.mark.long
 def test_stdout_may_be_the_log_itself(workplace, overrides):
     """As in `bash run_process.sh > log/tiny.log`: every line once, one after the other, and a traceback where one is due."""
     log = workplace / "log" / "tiny.log"

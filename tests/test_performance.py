@@ -200,7 +200,7 @@ def test_a_stage_holds_few_batches(overrides, tmp_path, monkeypatch):
     assert most["trained"] <= 3  # one more while the next is being read
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_does_not_grow_with_a_stages_batches(tmp_path):
     """Sampling, selecting and training 12 batches, then 48, of 8 MB each: the process grows by less than a tenth of what
     the 36 batches more weigh."""
@@ -309,7 +309,8 @@ def test_a_stage_selected_before_there_were_copies_is_asked_to_be_selected_again
 # ---- one process for all ----
 
 
-@pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.long
+@pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_one_process_gives_the_bits_of_three_scripts_a_stage(overrides, tmp_path, monkeypatch, request, precision):
     """Both stages, the model loaded once: every file as from a model loaded anew for each phase."""
     monkeypatch.setattr(policy, "_kept", None)

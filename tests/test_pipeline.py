@@ -356,6 +356,7 @@ def lose_last_epoch(stage: Stage) -> None:
         file.write('{"event": "upd')
 
 
+@pytest.mark.long
 def test_killed_again_and_again(finished, overrides, tmp_path):
     """Scripts killed before a rename, started again and killed at a later one, until they end: the same bits as never
     killed."""
@@ -435,6 +436,7 @@ def test_lora_in_stock_diffusers_gives_the_same_image(models, overrides, tmp_pat
 # ---- the scripts, and two processes ----
 
 
+@pytest.mark.long
 def test_the_shell_script_runs_it_all(finished, overrides, tmp_path):
     """run_process.sh, driven by its variables and by flags it passes on, runs each script as a process of its own, and
     leaves what the functions leave in this one; it ends with base and final judged, by both samplers, and a report."""

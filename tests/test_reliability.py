@@ -160,6 +160,7 @@ def fails_once(images, prompts):
     return images.float().mean((1, 2, 3)) / 255
 
 
+@pytest.mark.long
 def test_a_process_that_fails_ends_all_and_the_next_run_goes_on(overrides, tmp_path):
     """Under torchrun, as run_process.sh starts it: within a minute, with that process's error; then the scores are those of
     one process."""

@@ -692,6 +692,7 @@ def run_process(folder: Path, settings: dict, variables: dict[str, str]) -> tupl
     return shell["ended"].returncode, ran_scripts
 
 
+@pytest.mark.long
 def test_run_process_waits_for_scores_stage_by_stage(overrides, tmp_path):
     """Reward=file bash run_process.sh: each call ends well after sampling, before training or another stage, until the
     scores are there; the same command then trains and waits at the next stage; at the end both are judged."""

@@ -208,9 +208,8 @@ VARIABLES = {
 }
 
 
-@pytest.mark.parametrize(
-    "objective", [pytest.param("dpok", marks=pytest.mark.slow), pytest.param("d3po", marks=pytest.mark.slow), "reinforce"]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("objective", SWITCHES)
 def test_the_shell_script_takes_the_switches_from_the_environment(stage_with, overrides, tmp_path, objective):
     """Objective, Curriculum, Sampling and Selection of the environment end up in config.json, and in the bits that the
     functions give under the same settings; the LoRA has changed, and base and final are judged."""
