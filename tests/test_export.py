@@ -170,6 +170,7 @@ def test_a_folder_of_others_is_not_overwritten(workplace, tmp_path):
         export(root, out=added)
 
 
+@pytest.mark.long
 def test_a_pipeline_is_all_that_is_spoken_of(workplace):
     """As a process of its own, into pipes: one line on stdout, and nothing on stderr, whatever is not installed."""
     command = [sys.executable, "-m", "b2diffurl.export", "tiny", "--format=pipeline"]
@@ -453,6 +454,7 @@ def push(workplace: Path, server: ThreadingHTTPServer, *options: str, token: str
     return subprocess.run(command, cwd=workplace, env=os.environ | variables, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.long
 def test_push(workplace, hub):
     """Makes the repository, private if asked, and uploads what was exported, byte for byte."""
     ended = push(workplace, hub, "--push=me/tuned", "--private", token="right")

@@ -451,6 +451,7 @@ def on_terminal(folder: Path, overrides: dict) -> str:
     return written.decode()
 
 
+@pytest.mark.long
 def test_bars_on_a_terminal(stage_with, overrides, tmp_path):
     """Sampling advances within its batches and shows when it decodes, scoring by images, training by micro-batches to the
     last transition, each with the time left; log lines stay whole lines; and the files are those of a run without bars."""

@@ -245,6 +245,7 @@ def test_paint_is_antialiased():
 # --- shipped weights ------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_autoencoder_keeps_scenes_readable(world, vae):
     """After a round trip at least 97 % of right captions are accepted, at most 1 % of wrong ones; unit latents."""
     from b2diffurl.shapes.train_vae import encode
