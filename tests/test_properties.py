@@ -191,7 +191,7 @@ def names(said: str, key: str, value: Any) -> bool:
     """Whether a message names the key, or the file that the value is."""
     if isinstance(value, (tuple, list, dict)):
         return key in said or any(names(said, key, one) for one in value)
-    return key in said or (isinstance(value, str) and len(value) > 2 and value[:40] in said)
+    return key in said or (isinstance(value, str) and (value[:40] in said if len(value) > 2 else f"at {value}." in said))
 
 
 # ---- configurations ----
