@@ -35,7 +35,7 @@ def import_function(name: str) -> Callable:
     module, _, function = name.partition(":")
     hint = "write package.module:function, and keep the package beside the scripts or on PYTHONPATH"
     if not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
-        raise ValueError(f"reward {name!r} is no package.module:function")
+        raise ValueError(f"reward {name!r} is no package.module:function; give it like my_rewards:redness")
     try:
         found = getattr(importlib.import_module(module), function, None)
     except Exception as error:
