@@ -54,7 +54,7 @@ from b2diffurl.stage import LORA_FILE, Stage
 PRESETS = ("shapes", "sd14", "sd14_10gb", "b2", "bs", "bpt", "ddpo")
 DEFAULTS = {key: value for preset in PRESETS for key, value in experiments.flatten(get_config(preset).to_dict()).items()}
 SAYS_WHAT_IS_ALLOWED = re.compile(
-    r"must|Mend it|known|allowed|names|needs?\b|[Gg]ive|Take|Use|Delete|Run|Set|Convert|holds|lacks|pip install|be cast"
+    r"must|Mend it|[Ww]rite|known|allowed|names|needs?\b|[Gg]ive|Take|Use|Delete|Run|Set|Convert|holds|lacks|pip install|be cast"
 )
 ERRORS = (ValueError, OSError, FloatingPointError, ImportError, SafetensorError)  # those that runtime.run_script knows
 RAN, REFUSED_IT = "run to the end", "refused"
@@ -191,7 +191,9 @@ def names(said: str, key: str, value: Any) -> bool:
     """Whether a message names the key, or the file that the value is."""
     if isinstance(value, (tuple, list, dict)):
         return key in said or any(names(said, key, one) for one in value)
-    return key in said or (isinstance(value, str) and (value[:40] in said if len(value) > 2 else f"at {value}." in said))
+    return key in said or (
+        isinstance(value, str) and (value[:40] in said if len(value) > 2 else f"at {value}." in said or repr(value) in said)
+    )
 
 
 # ---- configurations ----
