@@ -54,7 +54,8 @@ from b2diffurl.stage import LORA_FILE, Stage
 PRESETS = ("shapes", "sd14", "sd14_10gb", "b2", "bs", "bpt", "ddpo")
 DEFAULTS = {key: value for preset in PRESETS for key, value in experiments.flatten(get_config(preset).to_dict()).items()}
 SAYS_WHAT_IS_ALLOWED = re.compile(
-    r"must|Mend it|[Ww]rite|known|allowed|names|needs?\b|[Gg]ive|Take|Use|Delete|Run|Set|Convert|holds|lacks|pip install|be cast"
+    r"must|Mend it|[Ww]rite|known|allowed|names|needs?\b|[Gg]ive|Take|Use|Delete|Run|Set|Convert|holds|lacks|"
+    r"pip install|be cast"
 )
 ERRORS = (ValueError, OSError, FloatingPointError, ImportError, SafetensorError)  # those that runtime.run_script knows
 RAN, REFUSED_IT = "run to the end", "refused"
