@@ -180,7 +180,9 @@ def test_the_shell_script_stopped(whole, tmp_path):
     for turn in range(SHELL_KILLS):
         number = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)[turn % 3]
         with (folder / "out.log").open("w") as out:
-            run_of = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=out, start_new_session=True)
+            run_of = subprocess.Popen(
+                command, cwd=folder, env=environment, stdout=out, stderr=out, start_new_session=True, preexec_fn=listen
+            )
             while not (folder / "log" / "tiny.log").is_file() or not re.search(
                 r"stage\d (sample|train|select): (?!already|plan)", (folder / "out.log").read_text()
             ):
@@ -204,6 +206,11 @@ def test_the_shell_script_stopped(whole, tmp_path):
     assert ended.returncode == 0, ended.stderr
     check_result(folder, whole)
     report("run_process.sh", dict(kills) | {"runs ended": 1, "failures": 0})
+
+
+def listen() -> None:
+    """Ctrl-C reaches what is started, also where the tests run in the background, which ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def alive(session: int) -> list[str]:
