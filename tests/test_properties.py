@@ -484,7 +484,7 @@ def prompt_files(draw: st.DrawFn) -> PromptFile:
         prompts.insert(draw(st.integers(0, len(prompts))), draw(NO_PROMPT))
         return PromptFile(name + suffix, written(suffix, prompts), None)
     if suffix == ".txt":  # there a line is a prompt
-        prompts = [line.strip() for prompt in prompts for line in prompt.split("\n") if line.strip()]
+        prompts = [line.strip() for prompt in prompts for line in re.split(r"[\r\n]", prompt) if line.strip()]
     mark = draw(st.sampled_from([b"", b"\xef\xbb\xbf"]))
     return PromptFile(name + suffix, mark + written(suffix, prompts), tuple(prompts))
 
