@@ -200,6 +200,8 @@ def test_the_shell_script_stopped(whole, tmp_path):
         assert code == (-number if number == signal.SIGKILL else 128 + number), said
         if number != signal.SIGKILL:
             assert "run the same command again" in said
+        while alive(run_of.pid) and time.monotonic() - began < 30:
+            time.sleep(0.1)
         assert not alive(run_of.pid)
         kills[signal.Signals(number).name] += 1
     ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
