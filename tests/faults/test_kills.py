@@ -179,6 +179,8 @@ def test_the_shell_script_stopped(whole, tmp_path):
     kills = Counter()
     for turn in range(SHELL_KILLS):
         number = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)[turn % 3]
+        if (experiment(folder) / "stage1" / "train.json").is_file():  # nothing is left to be stopped
+            folder = prepare(tmp_path / f"run{turn}")
         with (folder / "out.log").open("w") as out:
             run_of = subprocess.Popen(
                 command, cwd=folder, env=environment, stdout=out, stderr=out, start_new_session=True, preexec_fn=listen
