@@ -82,6 +82,11 @@ REFERRING = {
 }
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
     """A folder with `sd` (epsilon), `sd_v` (v-prediction), `clip` and the prompt file `prompts.json`."""

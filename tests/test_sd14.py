@@ -133,7 +133,6 @@ def test_stage_on_the_cpu(base, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_stage_on_cuda(base, tmp_path, precision):
     """In half precision the first update's ratio is 1 within a tenth of the clip range."""
