@@ -25,7 +25,7 @@ from b2diffurl.generate import deployed_sampler, make_scheduler
 from b2diffurl.memory import BatchSizes, peak_memory, sampling_sizes
 from b2diffurl.metrics import Metrics
 from b2diffurl.models import Model
-from b2diffurl.policy import decode, load_policy, predictor, warn_of_cut_prompts
+from b2diffurl.policy import compiling, decode, load_policy, predictor, warn_of_cut_prompts
 from b2diffurl.prompts import batch_prompts, load_prompts, named_prompts
 from b2diffurl.rewards import check_rewards, reward_weights
 from b2diffurl.runtime import Behind, logger, make_accelerator, progress_bar, timed
@@ -76,6 +76,7 @@ def sample_stage(config: ConfigDict) -> None:
     )  # fmt: skip
     alone = accelerator.num_processes == 1
     sizes = sampling_sizes(config, accelerator.device, config.sample.batch_size * config.split_time, alone=alone)
+    warm_up(config, model, sampler, f"stage{stage.index} sample")
     loaded = time.perf_counter()
     todo = missing[accelerator.process_index :: accelerator.num_processes]
     seconds = {"load": loaded - started, "sample": 0.0, "decode": 0.0, "write": 0.0, "share": len(missing) / num_batches}
@@ -101,6 +102,15 @@ def sample_stage(config: ConfigDict) -> None:
         finish(config, plan, facts, seconds, num_sampled=len(missing))
     accelerator.wait_for_everyone()  # until the phase is finished for all
     accelerator.end_training()
+
+
+def warm_up(config: ConfigDict, model: Model, sampler: Sampler, where: str) -> None:
+    """Have a network that is compiled be so before its first batch."""
+    with compiling(config, sampler.sigma.device, where) as wanted:
+        if wanted:
+            embeds = model.encode([""])
+            predict = predictor(model, sampler.timesteps, embeds, embeds, guidance_scale=config.sample.guidance_scale)
+            predict(torch.zeros(2, *model.latent_shape, device=sampler.sigma.device), 0).cpu()
 
 
 @dataclass

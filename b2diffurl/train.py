@@ -28,7 +28,7 @@ from b2diffurl.memory import BatchSizes, peak_memory
 from b2diffurl.metrics import Metrics, read_events
 from b2diffurl.models import Model
 from b2diffurl.objectives import OBJECTIVES, Objective
-from b2diffurl.policy import load_policy
+from b2diffurl.policy import compiling, load_policy
 from b2diffurl.runtime import ahead, logger, make_accelerator, progress_bar
 from b2diffurl.seeding import generator
 from b2diffurl.selection import Selected, contrast_pairs
@@ -69,7 +69,6 @@ def train_stage(config: ConfigDict) -> None:
     accelerator.wait_for_everyone()
     selection = files.read_json(stage.selection)
     selected = [Selected(row["group"], row["branch"], row["score"]) for row in selection]
-    loaded = time.perf_counter()
     trainer.watch = UpdateWatch(updates_before(stage, WINDOW), clip_range=config.train.eps)
     kept = [event for event in read_events(stage.metrics("train")) if event.get("epoch", 0) <= done]
     for event in (event for event in kept if event["event"] == "update"):
@@ -83,6 +82,12 @@ def train_stage(config: ConfigDict) -> None:
     if accelerator.is_main_process:
         trainer.metrics = Metrics(stage.metrics("train"), keep=kept)
     units = make_units(selected, paired=trainer.objective.paired)
+    trajectories = SelectedTrajectories(stage, selected, config.sample.batch_size)
+    advantages = torch.tensor([row["advantage"] for row in selection])
+    with compiling(config, accelerator.device, f"stage{stage.index} train") as wanted:
+        if wanted and len(units):
+            trainer.warm_up(trajectories, units[:2])
+    loaded = time.perf_counter()
     if len(units):
         logger.info(
             "stage%d train: training on %d trajectories, %d of their %d steps, from %s",
@@ -90,8 +95,6 @@ def train_stage(config: ConfigDict) -> None:
         )  # fmt: skip
         num_transitions = (config.train.num_epochs - done) * units.numel() * trainer.num_chosen_steps
         with progress_bar(num_transitions, f"stage{stage.index} train", "transitions") as trainer.bar:
-            trajectories = SelectedTrajectories(stage, selected, config.sample.batch_size)
-            advantages = torch.tensor([row["advantage"] for row in selection])
             train_epochs(config, trainer, trajectories, advantages, units, done)
     else:
         logger.info("stage%d train: nothing to train on, the weights go on unchanged", stage.index)
@@ -124,6 +127,17 @@ class Trainer:
     watch: UpdateWatch | None = field(default=None)
     num_updates: int = 0
     bar: tqdm = field(default_factory=partial(tqdm, disable=True))  # counts transitions, of all processes
+
+    def warm_up(self, stored: SelectedTrajectories, units: Tensor) -> None:
+        """Have a network that is compiled be so before the first update: one step of a few units, for nothing."""
+        device = self.sampler.sigma.device
+        trajectories = stored.read(units.flatten().tolist()).to(device)
+        local = torch.arange(units.numel(), device=device).view(units.shape)
+        advantages = torch.ones(units.numel(), device=device)
+        with self.accelerator.no_sync(self.model.network):
+            loss, _ = self.step_loss(trajectories, advantages, local, torch.zeros(1, dtype=torch.int64, device=device))
+            loss.sum().backward()
+        self.optimizer.zero_grad()
 
     def update(self, trajectories: Trajectories, advantages: Tensor, units: Tensor, steps: Sequence[int]) -> dict:
         """One optimizer step on `units`, trajectories [U] or pairs of them [U,2], and those of their S `steps`; returns the

@@ -155,6 +155,7 @@ def benchmark(given: argparse.Namespace, settings: list[str], folder: Path) -> d
         if not run["num_transitions"]:
             raise ValueError(f"nothing was selected of {run['num_images']} images ({shape}); take more")
         runs.setdefault(shape, []).append(run)
+        files.write_json(folder / "runs.json", runs)  # all there is of a benchmark that is cut short
     device = torch.device(facts["device"]).type
     machine = elsewhere(measure_machine, config.to_dict(), facts["mixed_precision"], facts["num_threads"], device)
     return described(given, facts) | {"machine": machine, "runs": runs, "settings": settings[1:]}

@@ -533,7 +533,7 @@ print([name for name in {unwanted!r} if name in sys.modules])
 @pytest.mark.slow
 def test_a_compiled_network_gives_the_same_stage_within_rounding(finished, overrides, tmp_path):
     """python -m pytest -m slow tests/test_performance.py: latents as uncompiled, and the first ratio within 1e-4 of 1."""
-    run_stage(tmp_path, overrides | {"compile": True})
+    run_stage(tmp_path, overrides | {"compile": "on"})
     for batch in range(3):
         mine, theirs = (load_file(stage(folder).batch(batch)) for folder in (tmp_path, finished))
         assert (mine["latents"] - theirs["latents"]).abs().max() < 1e-3
