@@ -48,7 +48,7 @@ def load_policy(config: Mapping, accelerator: Accelerator, lora: Path | None, *,
 
 
 def load_base(config: Mapping, accelerator: Accelerator, *, decoder: bool) -> Model:
-    """The base model with a fresh LoRA, compiled if so configured (`compiles`)."""
+    """The base model with a fresh LoRA, compiled if so configured."""
     model = load_model(
         config["pretrained"],
         device=accelerator.device,
@@ -57,34 +57,25 @@ def load_base(config: Mapping, accelerator: Accelerator, *, decoder: bool) -> Mo
         seed=config["seed"],
         decoder=decoder,
     )
-    if compiles(config["compile"], accelerator.device):
+    if config["compile"]:
+        compilers = ("g++", "clang++") if accelerator.device.type == "cpu" else ("gcc", "clang", "cc")
+        if not any(shutil.which(name) for name in compilers):
+            raise ValueError(f"compile needs a compiler, {' or '.join(compilers)}. Install one, or take compile=False.")
         # Beside torch's own, which lies in a folder of temporary files: what is compiled outlives a restart.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "torchinductor"))
         model.compile()
     return model
 
 
-def compiles(wanted: str, device: torch.device) -> bool:
-    """Whether the network is compiled; `auto`: on CUDA, where there is a C compiler."""
-    names = ("g++", "clang++") if device.type == "cpu" else ("gcc", "clang", "cc")
-    able = any(shutil.which(name) for name in names)
-    if wanted == "on" and not able:
-        raise ValueError(f"compile is on, which needs a compiler, {' or '.join(names)}. Install one, or take compile=off.")
-    if wanted == "auto" and device.type == "cuda" and not able:
-        logger.info("not compiled, for there is no %s; with one a stage takes two thirds of the time", " or ".join(names))
-    return able and (wanted == "on" or (wanted == "auto" and device.type == "cuda"))
-
-
 @contextmanager
-def compiling(config: Mapping, device: torch.device, where: str) -> Iterator[bool]:
-    """Whether the network is compiled, and so is to be called inside, before its time counts; says how long it took."""
-    started, wanted = time.perf_counter(), compiles(config["compile"], device)
-    yield wanted
-    if wanted:
+def compiling(config: Mapping, where: str) -> Iterator[bool]:
+    """Whether the network is compiled, and so is to be called inside in the shapes to come, before their time counts; says
+    how long that took."""
+    started = time.perf_counter()
+    yield config["compile"]
+    if config["compile"]:
         folder = os.environ["TORCHINDUCTOR_CACHE_DIR"]
-        logger.info(
-            "%s: network compiled, or read back, in %.1f s; kept in %s", where, time.perf_counter() - started, folder
-        )
+        logger.info("%s: network compiled, or read back from %s, in %.1f s", where, folder, time.perf_counter() - started)
 
 
 def check_base(lora: Path, pretrained: Mapping, fingerprint: str) -> None:

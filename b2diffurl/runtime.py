@@ -68,7 +68,7 @@ def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
                 hint=f"Its error stands in {log_file}: process <number>.",
             )
         if type(error).__module__.startswith("torch._dynamo"):
-            die(f"{verb}: torch.compile failed: {error}", hint=f"Go on without it by --config.compile=off{look}.")
+            die(f"{verb}: torch.compile failed: {error}", hint=f"Go on without it by --config.compile=False{look}.")
         from b2diffurl.memory import is_out_of_memory
 
         if not is_out_of_memory(error):

@@ -76,7 +76,7 @@ def sample_stage(config: ConfigDict) -> None:
     )  # fmt: skip
     alone = accelerator.num_processes == 1
     sizes = sampling_sizes(config, accelerator.device, config.sample.batch_size * config.split_time, alone=alone)
-    warm_up(config, model, sampler, f"stage{stage.index} sample")
+    warm_up(config, model, sampler, sizes, f"stage{stage.index} sample")
     loaded = time.perf_counter()
     todo = missing[accelerator.process_index :: accelerator.num_processes]
     seconds = {"load": loaded - started, "sample": 0.0, "decode": 0.0, "write": 0.0, "share": len(missing) / num_batches}
@@ -104,13 +104,15 @@ def sample_stage(config: ConfigDict) -> None:
     accelerator.end_training()
 
 
-def warm_up(config: ConfigDict, model: Model, sampler: Sampler, where: str) -> None:
-    """Have a network that is compiled be so before its first batch."""
-    with compiling(config, sampler.sigma.device, where) as wanted:
+def warm_up(config: ConfigDict, model: Model, sampler: Sampler, sizes: BatchSizes, where: str) -> None:
+    """Have a network that is compiled be so, for prefixes and for branches, before the first batch."""
+    with compiling(config, where) as wanted:
         if wanted:
             embeds = model.encode([""])
             predict = predictor(model, sampler.timesteps, embeds, embeds, guidance_scale=config.sample.guidance_scale)
-            predict(torch.zeros(2, *model.latent_shape, device=sampler.sigma.device), 0).cpu()
+            for rows in (config.sample.batch_size, config.sample.batch_size * config.split_time):
+                x_t = torch.zeros(rows, *model.latent_shape, device=sampler.sigma.device)
+                sizes.fit("sample.micro_batch_size", lambda size, x_t=x_t: predict(x_t[:size], 0).cpu())
 
 
 @dataclass

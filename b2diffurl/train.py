@@ -84,9 +84,9 @@ def train_stage(config: ConfigDict) -> None:
     units = make_units(selected, paired=trainer.objective.paired)
     trajectories = SelectedTrajectories(stage, selected, config.sample.batch_size)
     advantages = torch.tensor([row["advantage"] for row in selection])
-    with compiling(config, accelerator.device, f"stage{stage.index} train") as wanted:
+    with compiling(config, f"stage{stage.index} train") as wanted:
         if wanted and len(units):
-            trainer.warm_up(trajectories, units[:2])
+            trainer.warm_up(trajectories, units[:1])
     loaded = time.perf_counter()
     if len(units):
         logger.info(
@@ -123,20 +123,25 @@ class Trainer:
     sizes: BatchSizes  # train.micro_batch_size: transitions the network sees at once
     max_grad_norm: float
     num_chosen_steps: int  # of the S steps, how many an update takes
+    constant_shape: bool = False  # micro-batches have the same shape in all updates, filled up
     metrics: Metrics | None = field(default=None)
     watch: UpdateWatch | None = field(default=None)
     num_updates: int = 0
     bar: tqdm = field(default_factory=partial(tqdm, disable=True))  # counts transitions, of all processes
 
     def warm_up(self, stored: SelectedTrajectories, units: Tensor) -> None:
-        """Have a network that is compiled be so before the first update: one step of a few units, for nothing."""
+        """Have a network that is compiled be so before the first update: by one step of a micro-batch, filled up."""
         device = self.sampler.sigma.device
         trajectories = stored.read(units.flatten().tolist()).to(device)
-        local = torch.arange(units.numel(), device=device).view(units.shape)
-        advantages = torch.ones(units.numel(), device=device)
-        with self.accelerator.no_sync(self.model.network):
-            loss, _ = self.step_loss(trajectories, advantages, local, torch.zeros(1, dtype=torch.int64, device=device))
-            loss.sum().backward()
+        local, advantages = torch.arange(units.numel()).view(units.shape), torch.ones(units.numel(), device=device)
+
+        def one_step(size: int) -> None:
+            [(rows, _)] = micro_batches(local, 0, 1, max(1, size // units[0].numel()), constant=True)
+            with self.accelerator.no_sync(self.model.network):
+                loss, _ = self.step_loss(trajectories, advantages, rows.to(device), torch.tensor([0], device=device))
+                loss.sum().backward()
+
+        self.sizes.fit("train.micro_batch_size", one_step)
         self.optimizer.zero_grad()
 
     def update(self, trajectories: Trajectories, advantages: Tensor, units: Tensor, steps: Sequence[int]) -> dict:
@@ -172,7 +177,9 @@ class Trainer:
         `grad_norm`, the norm of what the step alone adds.
         """
         size = max(1, size // units[0].numel())
-        shares = micro_batches(units, self.accelerator.process_index, self.accelerator.num_processes, size)
+        shares = micro_batches(
+            units, self.accelerator.process_index, self.accelerator.num_processes, size, constant=self.constant_shape
+        )
         together = 1 if apart or len(shares) > 1 else max(1, size // len(shares[0][0]))  # steps in a micro-batch
         num_real = [int(counts.sum()) for _, counts in shares]
         device = trajectories.latents.device  # where everything goes once, for each copy there makes the host wait
@@ -364,6 +371,7 @@ def make_trainer(config: ConfigDict, plan: Plan, accelerator: Accelerator, model
         ),
         max_grad_norm=config.train.max_grad_norm,
         num_chosen_steps=num_chosen_steps(config, plan.num_trained_steps),
+        constant_shape=config.compile,
     )
 
 
@@ -451,15 +459,18 @@ def update_rows(num_units: int, effective: int, rng: torch.Generator) -> list[Te
     return list(order.tensor_split(math.ceil(num_units / effective)))
 
 
-def micro_batches(units: Tensor, process: int, num_processes: int, size: int) -> list[tuple[Tensor, Tensor]]:
-    """One process's share of an update, in micro-batches of equal size M <= `size`: (units [M] or [M,2], counts [M]).
+def micro_batches(
+    units: Tensor, process: int, num_processes: int, size: int, *, constant: bool = False
+) -> list[tuple[Tensor, Tensor]]:
+    """One process's share of an update, in micro-batches of equal size M <= `size`: (units [M] or [M,2], counts [M]); of
+    M = `size` in every update where it is `constant`.
 
     Every process gets as many micro-batches of the same shape, filled up with units that count 0, so that none waits for
     another and no trajectory is lost or counted twice.
     """
     share = math.ceil(len(units) / num_processes)
     number = math.ceil(share / size)
-    length = math.ceil(share / number) * number
+    length = (size if constant else math.ceil(share / number)) * number
     mine = units[process * share : (process + 1) * share]
     counts = torch.ones(len(mine))
     missing = length - len(mine)

@@ -3,6 +3,7 @@
     python -m benchmarks.stage --repeats 3                      # the embedded model, its default stage
     python -m benchmarks.stage --model sd14 --peer-images 80    # Stable Diffusion v1.4's architecture, random weights
     python -m benchmarks.stage --startup                        # each script from command to first useful work
+    python -m benchmarks.stage --network                        # the network alone, by images at once, compiled or not
 
 A stage is three fresh processes in either shape, and the shapes take turns. `--write` keeps the figures in
 docs/results/performance.json.
@@ -32,10 +33,11 @@ from ml_collections import ConfigDict, config_flags
 from torch import Tensor, nn
 
 from b2diffurl import files
-from b2diffurl.runtime import set_up_logging
-from b2diffurl.stage import Stage
+from b2diffurl.runtime import choose_device, set_up_logging
+from b2diffurl.stage import Stage, hardware, versions
+from benchmarks.network import measure_network
 from benchmarks.peers import DTYPES, SAMPLE_BATCH, Job
-from benchmarks.stage_report import VERBS, Run, in_turn, markdown, startup_markdown
+from benchmarks.stage_report import VERBS, Run, in_turn, markdown, network_markdown, startup_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "performance.json"
@@ -57,10 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     set_up_logging(None)
     with workplace(given.folder) as folder:
         settings = settings_of(given, folder)
-        facts = (startup if given.startup else benchmark)(given, settings, folder)
-    text = (startup_markdown if given.startup else markdown)(facts)
+        what, page, name = kind_of(given)
+        facts = what(given, settings, folder)
+    text = page(facts)
     if given.write:
-        name = "startup" if given.startup else f"{given.model} on {facts['device']}"
+        name = name.format(model=given.model, device=facts["device"])
         known = files.read_json(RESULTS) if RESULTS.is_file() else {}
         files.write_json(RESULTS, known | {name: facts})
     print(text)
@@ -78,10 +81,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="where models and runs go; a temporary one")
     parser.add_argument("--quick", action="store_true", help="as few images as will do")
     parser.add_argument("--startup", action="store_true")
+    parser.add_argument("--network", action="store_true")
     parser.add_argument("--write", action="store_true", help="keep the figures in docs/results")
     given = parser.parse_args(arguments)
     given.command = shlex.join(["python", "-m", "benchmarks.stage", *(sys.argv[1:] if arguments is None else arguments)])
     return given
+
+
+def kind_of(given: argparse.Namespace) -> tuple[Callable, Callable[[dict], str], str]:
+    """What measures, what writes the tables, and what it is called in performance.json."""
+    if given.startup:
+        return startup, startup_markdown, "startup"
+    if given.network:
+        return network, network_markdown, "network of {model} on {device}"
+    return benchmark, markdown, "{model} on {device}"
 
 
 @contextmanager
@@ -325,6 +338,23 @@ def matmul_tflops(device: str, dtype: torch.dtype) -> float:
 
     go()
     return 2 * size**3 * repeats / min(go() for _ in range(5)) / 1e12
+
+
+def network(given: argparse.Namespace, settings: list[str], folder: Path) -> dict[str, Any]:
+    """The network alone; one process measures everything, for what it costs to begin is not asked."""
+    config = resolve(settings)
+    cuda, precision = choose_device(config)
+    device, threads = "cuda" if cuda else "cpu", given.threads or torch.get_num_threads()
+    facts = {
+        "device": device,
+        "mixed_precision": precision,
+        "num_threads": threads,
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+    machine = elsewhere(measure_machine, config.to_dict(), precision, threads, device)
+    rows = elsewhere(measure_network, config)
+    return described(given, facts) | {"machine": machine, "rows": rows}
 
 
 # --- start-up -------------------------------------------------------------------------------------

@@ -154,10 +154,14 @@ def rate_table(facts: dict[str, Any]) -> str:
     if all(like["written_bytes"].values()):
         rows.append(row("written, MiB", lambda shape: number(median(written(run, like) for run in runs[shape]) / 2**20)))
         rows.append(row("written, against ours", lambda shape: times(written(runs[shape][0], like), written(like, like))))
+    return table(["", *(SHAPES[shape] for shape in runs)], rows) + f"\n\n{peak_line(machine)}"
+
+
+def peak_line(machine: dict[str, float]) -> str:
+    """What the shares are of."""
     peak = f"Matmul peak, measured in the same call: {number(machine['matmul_tflops'])} TFLOP/s. FLOPs are counted once, by "
     peak += f"FlopCounterMode, attention included: {number(machine['evaluation_flops'] / 1e9)} GFLOP an evaluation, "
-    peak += f"{number(machine['transition_flops'] / 1e9)} GFLOP a transition, forward and backward."
-    return table(["", *(SHAPES[shape] for shape in runs)], rows) + f"\n\n{peak}"
+    return peak + f"{number(machine['transition_flops'] / 1e9)} GFLOP a transition, forward and backward."
 
 
 def startup_markdown(facts: dict[str, Any]) -> str:
@@ -167,6 +171,23 @@ def startup_markdown(facts: dict[str, Any]) -> str:
     rows = [[name, number(value), times(value, base)] for name, value in seconds.items()]
     by = f"By `{facts['command']}`, {circumstances(facts)}; medians of {count}."
     return f"{by}\n\n" + table(["from command to first useful work", "seconds", "of `import torch`"], rows) + "\n"
+
+
+def network_markdown(facts: dict[str, Any]) -> str:
+    """The network alone: milliseconds and TFLOP/s, as it is and compiled."""
+    machine, rows = facts["machine"], facts["rows"]
+    flops = {"evaluation": machine["evaluation_flops"], "transition": machine["transition_flops"]}
+    cells = []
+    for row in rows:
+        rate = flops[row["kind"]] * row["at_once"] / row["seconds"] / 1e12
+        peak = number(row["peak_bytes"] / 2**30) if "peak_bytes" in row else ""
+        cells.append([
+            f"{row['kind']}s", f"{row['at_once']}", "yes" if row["compiled"] else "no", number(1000 * row["seconds"]),
+            f"{number(rate)} ({percent(rate / machine['matmul_tflops'])})", peak, number(row["first_seconds"]),
+        ])  # fmt: skip
+    header = ["", "at once", "compiled", "ms", "TFLOP/s (of matmul peak)", "peak GPU memory, GiB", "first call, s"]
+    by = f"By `{facts['command']}`, {circumstances(facts)}, {facts['precision']}; medians of 5."
+    return f"{by}\n\n{table(header, cells)}\n\n{peak_line(machine)}\n"
 
 
 def number(value: float) -> str:

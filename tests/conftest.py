@@ -48,7 +48,6 @@ VERBS = ("sample", "select", "train")
 TINY = {
     "exp_name": "tiny",
     "num_threads": 1,
-    "compile": "off",
     "stage_cnt": 2,
     "split_step_left": 2,
     "split_step_right": 3,

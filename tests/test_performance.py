@@ -32,7 +32,7 @@ from b2diffurl.process import run_stages
 from b2diffurl.runtime import Behind, ahead, choose_device
 from b2diffurl.selection import Selected
 from b2diffurl.stage import LORA_FILE, Stage
-from b2diffurl.train import choose_steps
+from b2diffurl.train import Trainer, choose_steps
 from b2diffurl.trajectory import SelectedTrajectories, save_batch, save_selected
 
 CPU = torch.device("cpu")
@@ -531,9 +531,18 @@ print([name for name in {unwanted!r} if name in sys.modules])
 
 
 @pytest.mark.slow
-def test_a_compiled_network_gives_the_same_stage_within_rounding(finished, overrides, tmp_path):
-    """python -m pytest -m slow tests/test_performance.py: latents as uncompiled, and the first ratio within 1e-4 of 1."""
-    run_stage(tmp_path, overrides | {"compile": "on"})
+def test_a_compiled_network_gives_the_same_stage_within_rounding(finished, overrides, tmp_path, monkeypatch):
+    """python -m pytest -m slow tests/test_performance.py: latents as uncompiled, the first ratio within 1e-4 of 1, and
+    nothing is compiled any more once a phase has begun."""
+    compiled = torch._dynamo.utils.counters["stats"]
+    warm_ups = {"sample": (sample, sample.warm_up), "train": (Trainer, Trainer.warm_up)}
+    for verb, (owner, warm_up) in warm_ups.items():
+        after = []
+        monkeypatch.setattr(
+            owner, "warm_up", lambda *a, to=after, do=warm_up: (do(*a), to.append(compiled["unique_graphs"]))
+        )
+        run_stage(tmp_path, overrides | {"compile": True}, verbs=(verb,) if verb == "sample" else ("select", "train"))
+        assert after == [compiled["unique_graphs"]]
     for batch in range(3):
         mine, theirs = (load_file(stage(folder).batch(batch)) for folder in (tmp_path, finished))
         assert (mine["latents"] - theirs["latents"]).abs().max() < 1e-3

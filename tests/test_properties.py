@@ -215,7 +215,7 @@ RUNNABLE = {
     "reward.watch": [(), (OTHER_JPEG,)], "eval.judge": ["", "shapes", OTHER_JPEG], "run_name": ["stage0"],
     "eval.diversity": [(), ("layout",), ("clip", "layout")], "track_with": [(), ("tensorboard",), ("wandb", "tensorboard")],
     "reward.weights": [None, {JPEG: 1.0}, {JPEG: 0.5, OTHER_JPEG: -2}, {"clip": 1e6}], "resume_from": [""],
-    "compile": ["off"], "train.use_8bit_adam": [False], "reward.standardise": [False],
+    "compile": [False], "train.use_8bit_adam": [False], "reward.standardise": [False],
     "eval.deployed.scheduler": ["DDIMScheduler", "DDIM", "EulerDiscreteScheduler"],
     "exp_name": ["x", "größe", "实验", "a.b-c_1", "..a", "-x", "n" * 200],
     "save_path": ["model/lora", "a b/ü", ".", "a/../b", "n" * 250], "log_path": ["log", "log/a b", "."],

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from b2diffurl import files
+from b2diffurl.models.stable_diffusion import StableDiffusion
 from b2diffurl.seeding import generator
 from b2diffurl.stage import LORA_FILE, Stage
-from benchmarks import peers, stage, stage_report
+from benchmarks import network, peers, stage, stage_report
 
 SHAPE, T, K, BATCH = (4, 8, 8), 4, 3, 2  # of the tiny experiment; BATCH: groups in a batch of ours
 # Everything in one update, whose gradient is not clipped and so shows in AdamW's first moment.
@@ -354,6 +355,26 @@ def test_the_benchmark_runs_end_to_end(quick, capsys, monkeypatch, tmp_path):
     for phase in ("sampling", "decoding", "scoring", "training", "**whole stage**"):
         assert f"| {phase} |" in page
     assert "A stage of 12 images, 28 evaluations" in page
+
+
+def test_the_network_alone(overrides, monkeypatch):
+    """A row for each kind and number, first not compiled; a transition's is forward and backward."""
+    monkeypatch.setattr(network, "KINDS", {"evaluation": (1, 2), "transition": (2,)})
+    compiled = []
+    monkeypatch.setattr(StableDiffusion, "compile", lambda self: compiled.append(self))
+    rows = network.measure_network(make_config(overrides))
+    assert [(row["kind"], row["at_once"], row["compiled"]) for row in rows] == [
+        (kind, size, compiled)
+        for compiled in (False, True)
+        for kind, size in (("evaluation", 1), ("evaluation", 2), ("transition", 2))
+    ]
+    assert len(compiled) == 1
+    assert rows[2]["seconds"] > rows[1]["seconds"] > 0
+    machine = {"matmul_tflops": 1.0, "evaluation_flops": 10**9, "transition_flops": 3 * 10**9}
+    facts = {"command": "COMMAND", "date": "", "hardware": "", "versions": "", "precision": "float32", "machine": machine}
+    page = stage_report.network_markdown(facts | {"rows": [row | {"seconds": 0.5} for row in rows]})
+    assert "| evaluations | 2 | no | 500 | 0.00400 (0.4 %) |" in page
+    assert "| transitions | 2 | yes | 500 | 0.0120 (1.2 %) |" in page
 
 
 @pytest.mark.slow

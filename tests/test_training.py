@@ -201,19 +201,19 @@ def test_preferences_are_those_over_the_base_on_disk(bench, batch, base_unet):
 
 @pytest.mark.parametrize("settings", [{}, D3PO], ids=["ddpo", "d3po"])
 def test_micro_batching_does_not_change_the_update(bench, batch, settings):
-    """Any micro-batch size, in transitions, gives the same gradient up to rounding, remainders included, be they of one step
-    or of several at once; and so are the losses of each step."""
+    """Any micro-batch size, in transitions, gives the same gradient up to rounding, remainders included, filled up to that
+    size or not, of one step or of several at once; and so are the losses of each step."""
     trainer = bench(**settings)
     units = UNITS[settings.get("train.objective", "ddpo")]
     whole, looped = gradient(trainer, *batch, units)
-    for size, apart in itertools.product((1, 2, 4, 5, 14, 100), (True, False)):
-        trainer.sizes.sizes["train.micro_batch_size"] = size
+    for size, apart, constant in itertools.product((1, 2, 4, 5, 14, 100), (True, False), (True, False)):
+        trainer.sizes.sizes["train.micro_batch_size"], trainer.constant_shape = size, constant
         split, per_step = gradient(trainer, *batch, units, apart=apart)
         assert difference(split, whole) < 1e-5
         for one, other in zip(per_step, looped, strict=True):
             torch.testing.assert_close(one["loss"], other["loss"], rtol=1e-4, atol=1e-6)
             assert torch.equal(one["units"], units)
-            assert ("grad_norm" in one) == (apart or size < 2 * units.numel())
+            assert ("grad_norm" in one) == (apart or constant or size < 2 * units.numel())
 
 
 @pytest.mark.parametrize("settings", [{}, D3PO], ids=["ddpo", "d3po"])
@@ -251,10 +251,13 @@ def test_every_trajectory_counts_once_an_epoch(num_trajectories, effective):
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 2, 5, 64])
 @pytest.mark.parametrize("shape", [(-1,), (-1, 2)], ids=["trajectories", "pairs"])
-def test_processes_share_an_update_without_loss(num_units, num_processes, size, shape):
-    """Over all processes each unit counts exactly once; all have as many micro-batches, of one shape, within the size."""
+@pytest.mark.parametrize("constant", [False, True])
+def test_processes_share_an_update_without_loss(num_units, num_processes, size, shape, constant):
+    """Over all processes each unit counts exactly once; all have as many micro-batches, of one shape, within the size, or of
+    it."""
     units = torch.arange(100, 100 + num_units * len(shape)).view(shape)
-    shares = [micro_batches(units, process, num_processes, size) for process in range(num_processes)]
+    shares = [micro_batches(units, process, num_processes, size, constant=constant) for process in range(num_processes)]
+    assert not constant or all(len(part) == len(counts) == size for share in shares for part, counts in share)
     counted = [unit for share in shares for part, counts in share for unit in part[counts > 0].tolist()]
     assert sorted(counted) == units.tolist()
     assert len({len(share) for share in shares}) == 1

@@ -55,7 +55,7 @@ class Model(Protocol):
         """From now on recompute activations in the backward pass instead of keeping them."""
 
     def compile(self) -> None:
-        """From now on run the network by torch.compile, for any number of rows."""
+        """From now on run the network by torch.compile, which compiles anew for each number of rows."""
 
     def base_policy(self) -> AbstractContextManager[None]:
         """Inside it `predict` is the frozen base model's: the same network with its adapter disabled."""

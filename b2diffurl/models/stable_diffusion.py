@@ -6,7 +6,7 @@ N rows, P prompts, L tokens, E text width, latents [N,C,h,w]
 import glob
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from peft import LoraConfig
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -27,8 +27,8 @@ from b2diffurl.seeding import stable_seed
 from b2diffurl.trajectory import Conditions
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # of the UNet's attention
-COMPILED = (ResnetBlock2D, Transformer2DModel)  # blocks of the UNet that are compiled, each by itself
-MAX_GRAPHS = 256  # of one kind of block: by width, resolution, with and without gradient, with and without the LoRA
+COMPILED = (ResnetBlock2D, BasicTransformerBlock)  # blocks of the UNet that are compiled, each by itself
+MAX_GRAPHS = 256  # of one kind of block: by number of rows, width, resolution, with and without gradient, and LoRA
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 CLASSES = {  # package and name, as a model_index.json has them
     "unet": ["diffusers", "UNet2DConditionModel"],
@@ -150,14 +150,15 @@ class StableDiffusion:
         self.unet.enable_gradient_checkpointing()
 
     def compile(self) -> None:
-        """Block by block, which compiles equal blocks once and is read back from the cache in seconds; for any number of
-        rows."""
+        """Block by block: equal blocks are compiled once, and a process reads them back in seconds.
+
+        Each number of rows by itself: where that is left open, torch keeps convolutions in the slower layout.
+        """
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MAX_GRAPHS
-        # Compiled blocks keep the layout that convolutions are fastest with; one by one, operations would go back and forth.
-        self.unet.to(memory_format=torch.channels_last)
+        self.unet.to(memory_format=torch.channels_last)  # one by one, operations would go back and forth between layouts
         for module in self.unet.modules():
             if isinstance(module, COMPILED):
-                module.forward = for_any_number_of_rows(torch.compile(module.forward, dynamic=False))
+                module.compile(dynamic=False)
 
     @contextmanager
     def base_policy(self) -> Iterator[None]:
@@ -198,18 +199,6 @@ class StableDiffusion:
                 shapes = f"{tuple(state[key].shape)}, not {tuple(parameter.shape)}"
                 raise ValueError(f"{path} does not fit: {key} is {shapes}. Set train.lora_rank to its rank.")
             parameter.data.copy_(state[key] * scale if ".lora_B." in key else state[key])
-
-
-def for_any_number_of_rows(compiled: Callable) -> Callable:
-    """The compiled function, told that only the first dimension of its tensors varies from call to call."""
-
-    def call(*arguments: Any, **named: Any) -> Any:
-        for value in (*arguments, *named.values()):
-            if isinstance(value, Tensor):
-                torch._dynamo.maybe_mark_dynamic(value, 0)
-        return compiled(*arguments, **named)
-
-    return call
 
 
 def lora_key(name: str) -> str:
