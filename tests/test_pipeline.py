@@ -526,3 +526,32 @@ def test_several_processes_do_the_work_of_one(overrides, stage_with, tmp_path, c
     for key, value in one_by_one.items():  # figures of all processes, not of the first one's share
         assert shared[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
     assert not [path for path in experiment(tmp_path).rglob("*") if path.name.endswith((".tmp", ".lock"))]
+
+
+@pytest.mark.gpu
+def test_several_gpus_do_the_work_of_one(overrides, tmp_path):
+    """Two processes with a GPU each, over NCCL, in float32 without TF32: the batches of one within rounding, the same
+    gradient norms on both, and one's update."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("no two CUDA devices")
+    settings = overrides | {"train.num_epochs": 1, "train.gradient_accumulation_steps": 64, "mixed_precision": "no"}
+    settings |= {"allow_tf32": False, "reward.dtype": "float32"}
+    spy = tmp_path / "spy.py"
+    spy.write_text(RANK_WRITES_ITS_NORMS)
+    norms, found = {}, {}
+    for count in (1, 2):
+        folder = tmp_path / f"{count}"
+        folder.mkdir()
+        for verb in VERBS:
+            script, *words = command_line(verb, settings | {"num_processes": count})
+            run_ranks(folder, [str(spy), str(ROOT / script), *words] if verb == "train" else [script, *words], count)
+        norms[count] = [json.loads((folder / f"norms{rank}.json").read_text()) for rank in range(count)]
+        found[count] = stages(folder)[0]
+        assert found[count].manifest("train")["device"].startswith("cuda")
+    assert norms[2][0] == norms[2][1] == pytest.approx(norms[1][0], rel=1e-3)
+    for batch in range(3):
+        one, two = (load_file(found[count].batch(batch)) for count in (1, 2))
+        torch.testing.assert_close(two["latents"], one["latents"], rtol=0, atol=1e-3)
+    one, two = (load_file(found[count].checkpoints()[-1] / "optimizer.safetensors") for count in (1, 2))
+    for name in (name for name in one if name.endswith("::exp_avg")):
+        torch.testing.assert_close(two[name], one[name], rtol=1e-2, atol=1e-2 * one[name].abs().max().item())
