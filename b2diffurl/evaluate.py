@@ -92,7 +92,7 @@ def evaluate(
     threads = config.num_threads or (begun["num_threads"] if begun else 0)
     if begun:
         warn_of_other_settings(config, begun["config"])
-    accelerator = make_accelerator(config, threads)
+    accelerator = make_accelerator(config, threads, shared=False)
     common = conditions(config, scorers, scales, accelerator, fingerprint)
     results = []
     instruments = None
@@ -283,7 +283,7 @@ def prompt_images(config: ConfigDict, checkpoint: str, prompt: str, settings: Sa
         raise ValueError("--prompt is empty; give it the text to draw")
     root = experiment_folder(config)
     lora = resolve_checkpoint(root, checkpoint)
-    model = load_judged(config, make_accelerator(config, config.num_threads), lora)
+    model = load_judged(config, make_accelerator(config, config.num_threads, shared=False), lora)
     warn_of_cut_prompts(model, [("--prompt", prompt)])
     asked = [prompt] * NUM_DRAWN
     if lora is None:

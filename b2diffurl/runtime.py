@@ -202,8 +202,9 @@ class Console(Forgiving, logging.StreamHandler):
             super().emit(record)
 
 
-def make_accelerator(config: ConfigDict, num_threads: int) -> Any:
-    """An Accelerator on the chosen CUDA device if there is one, else on the CPU; `num_threads` 0 keeps torch's default."""
+def make_accelerator(config: ConfigDict, num_threads: int, *, shared: bool = True) -> Any:
+    """An Accelerator on the chosen CUDA device if there is one, else on the CPU; `num_threads` 0 keeps torch's default. What
+    is not `shared` is one process's work, however many a run has."""
     import torch
     from accelerate import Accelerator
     from transformers.utils import logging as transformers_logging
@@ -217,7 +218,7 @@ def make_accelerator(config: ConfigDict, num_threads: int) -> Any:
         torch.cuda.set_device(config.dev_id)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     accelerator = Accelerator(cpu=not cuda, mixed_precision=precision)
-    if config.num_processes and accelerator.num_processes != config.num_processes:
+    if shared and config.num_processes and accelerator.num_processes != config.num_processes:
         raise ValueError(
             f"num_processes is {config.num_processes}, but this is one of {accelerator.num_processes}. Start it by torchrun "
             "--nproc_per_node, as run_process.sh does with NumProcesses."

@@ -32,7 +32,8 @@ def judged(folder, overrides: dict, checkpoints: list[str], prompts: list[str] |
 
 
 def test_judging_the_base_twice_gives_the_same_numbers(overrides, tmp_path):
-    """Everything sampled and scored anew: every value is the same, and every image that is kept.
+    """Everything sampled and scored anew: every value is the same, and every image that is kept; by one process, also in a
+    run of several.
 
     Both batches ask for the same three prompts, and draw them from noise of their own.
     """
@@ -40,7 +41,7 @@ def test_judging_the_base_twice_gives_the_same_numbers(overrides, tmp_path):
     (one,) = judged(tmp_path, overrides, ["base"], **batch)
     files = snapshot(tmp_path)
     shutil.rmtree(tmp_path / "model")
-    (two,) = judged(tmp_path, overrides, ["base"], **batch)
+    (two,) = judged(tmp_path, overrides, ["base"], num_processes=2, **batch)
     assert one == two
     assert snapshot(tmp_path) == files
     assert len(set(one["values"]["reward"])) == 6
