@@ -89,6 +89,17 @@ set_flag dev_id "$Dev_Id"
 Flags+=("$@")
 
 
+for Number in "${NumProcesses:-1}" "$NumMachines" "$MachineRank" "$MainProcessPort"; do
+    if [[ ! "$Number" =~ ^[0-9]+$ ]]; then
+        echo "error: NumProcesses, NumMachines, MachineRank and MainProcessPort are whole numbers, not '$Number'" >&2
+        exit 2
+    fi
+done
+if [ "$NumMachines" -gt 1 ] && [ -z "$MainProcessIp$Launcher" ]; then
+    echo "error: NumMachines is $NumMachines; MainProcessIp must be machine 0's address" >&2
+    exit 2
+fi
+
 Launch=(python)
 if [ -n "$Launcher" ]; then
     read -ra Launch <<< "$Launcher"
@@ -104,18 +115,14 @@ fi
 if [ -n "$NumProcesses" ]; then set_flag num_processes $((NumProcesses * NumMachines)); fi
 
 # What runs is told to stop when this script is. It leaves whole files, and no process stays behind.
-Child=
 run() {
     "$@" &
-    Child=$!
-    wait "$Child" || return $?
+    wait $! || return $?
 }
 stop() {    # exit code
     trap '' TERM INT HUP
-    if [ -n "$Child" ]; then
-        kill "$Child" 2> /dev/null || true
-        wait "$Child" || true
-    fi
+    kill $(jobs -pr) 2> /dev/null || true
+    wait || true
     echo "stopped; to go on, run the same command again" >&2
     exit "$1"
 }
@@ -126,14 +133,21 @@ trap 'stop 129' HUP
 B2DIFFURL_RUN=$$                   # whose turn it is: the scripts work for this process; see b2diffurl/lock.py
 if [ "$MachineRank" -gt 0 ]; then B2DIFFURL_RUN=0; fi
 export B2DIFFURL_RUN
-Plan=$(python -m b2diffurl.experiment "${Flags[@]}")    # checks the whole configuration
+PlanFile=$(mktemp)
+Folder=
+leave() {
+    rm -f "$PlanFile"
+    if grep -qs "\[\[$$," "$Folder/run.lock"; then rm -f "$Folder/run.lock"; rmdir "$Folder" 2> /dev/null || true; fi
+}
+trap leave EXIT
+run python -m b2diffurl.experiment "${Flags[@]}" > "$PlanFile"    # checks the whole configuration
+Plan=$(< "$PlanFile")
 Folder=$(sed -n 1p <<< "$Plan")
 Stages=$(sed -n 2p <<< "$Plan")    # stage0 stage1 …
 if [[ "$Stages" != stage0* ]]; then
     echo "$Plan"                   # --dry_run, or --dry_run=true: the plan for people, and no run
     exit 0
 fi
-if [ "$MachineRank" -eq 0 ]; then trap 'rm -f "$Folder/run.lock"; rmdir "$Folder" 2> /dev/null || true' EXIT; fi
 sed 1,2d <<< "$Plan"               # the plan in a line
 if [ "$Resident" = 1 ]; then
     run python -m b2diffurl.process "${Flags[@]}"

@@ -138,8 +138,8 @@ def alone_in(config: ConfigDict) -> AbstractContextManager[None]:
 
 def check(config: ConfigDict) -> None:
     """Refuse values that cannot work, each with what is allowed."""
+    check_secrets(config)  # first, for other messages show values
     check_values(flatten(config.to_dict()))
-    check_secrets(config)
     sample, train, evaluation = config["sample"], config["train"], config["eval"]
     left, right, num_steps = config["split_step_left"], config["split_step_right"], sample["num_steps"]
     right = left if config["curriculum"] == "fixed" else right
@@ -168,7 +168,8 @@ def check(config: ConfigDict) -> None:
 
 def check_secrets(config: ConfigDict) -> None:
     """Refuse a setting that has a password in it, or what a variable such as HF_TOKEN holds: it would be in config.json."""
-    tokens = {value: name for name, value in os.environ.items() if len(value) >= 8 and SECRET.search(name)}
+    secret = {name: value.split() for name, value in os.environ.items() if SECRET.search(name)}  # "Bearer abc…": the last
+    tokens = {words[-1]: name for name, words in secret.items() if words and len(words[-1]) >= 8}
     for key, value in flatten(config.to_dict()).items():
         if re.search(r"://[^/\s]*@", str(value)):
             raise ValueError(
@@ -280,6 +281,12 @@ def take_recorded(config: ConfigDict, given: Collection[str]) -> None:
     kept = {*VOLATILE, *given}.union(*(BESIDE.get(key, ()) for key in given))
     now = flatten(config.to_dict())
     taken = {key: before[key] for key in now if key not in kept and before.get(key, now[key]) != now[key]}
+    for name in (taken.get("reward.name", ""), *(taken.get("reward.weights") or {})):
+        if ":" in name:
+            raise ValueError(
+                f"{path} has the reward {name}, which is code of its own and is not run because a file says so. If you know "
+                f"it, give it yourself: --config.reward.name={name}, or --config.reward.weights"
+            )
     if taken:
         logger.info("as %s has it: %s", path, ", ".join(f"{key} {value!r}" for key, value in taken.items()))
     config.update_from_flattened_dict(taken)

@@ -10,6 +10,7 @@ from typing import Any
 
 from b2diffurl import files
 from b2diffurl.metrics import read_events
+from b2diffurl.runtime import logger
 from b2diffurl.stage import Stage, finished_stages
 
 SETS = {"test": "Held-out prompts", "train": "Training prompts"}  # those that an experiment has of its own
@@ -52,7 +53,10 @@ def updates_before(stage: Stage, count: int) -> list[Row]:
     """The latest `count` updates of the stages before this one."""
     found: list[Row] = []
     for index in reversed(range(stage.index)):
-        found = read_events(Stage(stage.root, index).metrics("train"), "update") + found
+        try:
+            found = read_events(Stage(stage.root, index).metrics("train"), "update") + found
+        except ValueError as error:  # they are what updates are compared with, and decide nothing
+            logger.warning("stage%d train: %s", stage.index, error)
         if len(found) >= count:
             break
     return found[-count:]

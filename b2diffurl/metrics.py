@@ -1,6 +1,7 @@
 """Metrics as JSON lines: one event, one object."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ class Metrics:
 
 
 def read_events(path: Path, event: str | None = None) -> list[dict]:
-    """The events of a file, of one kind if given; a last line that was cut off by a crash is left out."""
+    """The events of a file, of one kind if given; a last line that was cut off by a crash is left out. A ValueError names a
+    file that is damaged otherwise."""
     if not path.is_file():
         return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    with files.damage_named(path):
+        *whole, last = path.read_bytes().split(b"\n")  # a line that was written whole ends, so that `last` is empty
+        rows = [json.loads(line) for line in whole]
+        with suppress(ValueError):
+            rows += [json.loads(last)]
+        if not all(isinstance(row, dict) and "event" in row for row in rows):
+            raise ValueError("a line is no event")
     return [row for row in rows if event in (None, row["event"])]

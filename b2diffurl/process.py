@@ -19,7 +19,7 @@ from b2diffurl.train import train_stage
 
 def run_stages(config: ConfigDict) -> None:
     """Every stage by the functions of the three scripts, judged when it is due, and in the end base and tuned model."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if max(config.num_processes, int(os.environ.get("WORLD_SIZE", 1))) > 1:
         raise ValueError("Resident=1 is for one process. Without it each script is started on its own.")
     policy.keep_models()
     with alone_in(config):

@@ -67,7 +67,7 @@ def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
                 f"{verb}: another process of this run has ended",
                 hint=f"Its error stands in {log_file}: process <number>.",
             )
-        if type(error).__module__.startswith("torch._dynamo"):
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             die(f"{verb}: torch.compile failed: {error}", hint=f"Go on without it by --config.compile=False{look}.")
         from b2diffurl.memory import is_out_of_memory
 
@@ -97,6 +97,8 @@ def stopping_in_order() -> Iterator[None]:
 
     def insist() -> None:
         if (number := os.read(heard, 1)) and not ended.wait(GRACE_SEC):
+            name = signal.Signals(number[0]).name
+            logger.warning("stopped by %s, without waiting any longer; run the same command again to go on", name)
             os._exit(128 + number[0])
         os.close(heard)
 

@@ -76,7 +76,8 @@ def sample_stage(config: ConfigDict) -> None:
     )  # fmt: skip
     alone = accelerator.num_processes == 1
     sizes = sampling_sizes(config, accelerator.device, config.sample.batch_size * config.split_time, alone=alone)
-    warm_up(config, model, sampler, sizes, f"stage{stage.index} sample")
+    if missing:
+        warm_up(config, model, sampler, sizes, f"stage{stage.index} sample")
     loaded = time.perf_counter()
     todo = missing[accelerator.process_index :: accelerator.num_processes]
     seconds = {"load": loaded - started, "sample": 0.0, "decode": 0.0, "write": 0.0, "share": len(missing) / num_batches}
@@ -110,9 +111,14 @@ def warm_up(config: ConfigDict, model: Model, sampler: Sampler, sizes: BatchSize
         if wanted:
             embeds = model.encode([""])
             predict = predictor(model, sampler.timesteps, embeds, embeds, guidance_scale=config.sample.guidance_scale)
+
+            def warm(x_t: Tensor, size: int) -> None:
+                for part in {min(size, len(x_t)), len(x_t) % size} - {0}:  # whole micro-batches, and what is left
+                    predict(x_t[:part], 0).cpu()
+
             for rows in (config.sample.batch_size, config.sample.batch_size * config.split_time):
                 x_t = torch.zeros(rows, *model.latent_shape, device=sampler.sigma.device)
-                sizes.fit("sample.micro_batch_size", lambda size, x_t=x_t: predict(x_t[:size], 0).cpu())
+                sizes.fit("sample.micro_batch_size", lambda size, x_t=x_t: warm(x_t, size))
 
 
 @dataclass
@@ -237,6 +243,7 @@ def stage_facts(config: ConfigDict, plan: Plan, model: Model, accelerator: Accel
     policy = {
         "num_trained_steps": plan.num_trained_steps,
         "num_branches": config.split_time,
+        "mixed_precision": accelerator.mixed_precision,
         "base_model_sha256": model.fingerprint,
         "lora_sha256": files.sha256(plan.resume_from) if plan.resume_from else "",
     }
@@ -265,11 +272,13 @@ def is_sampled(stage: Stage, batch: int, policy: dict) -> bool:
         logger.warning("stage%d sample: batch %d is sampled again: %s", stage.index, batch, damage)
         return False
     found = files.read_metadata(path)
-    different = [key for key, value in policy.items() if found.get(key) != value]
+    found.setdefault("mixed_precision", policy["mixed_precision"])  # of an earlier version
+    different = [f"{key} ({found.get(key)}, now {value})" for key, value in policy.items() if found.get(key) != value]
     if different:
+        why = "; stage_cnt and split_step_left and _right decide it" if "num_trained_steps" in different[0] else ""
         raise ValueError(
-            f"{path} was sampled with another {', '.join(different)}. "
-            f"Delete {stage.folder} to sample it anew, or use another exp_name."
+            f"{path} was sampled with another {', '.join(different)}{why}. Give what it was sampled with, delete "
+            f"{stage.folder} to sample it anew, or use another exp_name."
         )
     return True
 

@@ -93,7 +93,12 @@ class Stage:
         return self.folder / f"{phase}.json"
 
     def finished(self, phase: str) -> bool:
-        return self.manifest_path(phase).is_file()
+        path = self.manifest_path(phase)
+        if path.is_dir():
+            raise ValueError(
+                f"{path} is a folder, where that phase's record belongs. Move it away, then run run_{phase}.py again"
+            )
+        return path.is_file()
 
     def manifest(self, phase: str) -> dict:
         """What `phase` recorded; a ValueError if it has not finished."""

@@ -7,7 +7,7 @@ U units: what one term of the loss is of, a trajectory, or a group's best and wo
 import math
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -69,8 +69,10 @@ def train_stage(config: ConfigDict) -> None:
     accelerator.wait_for_everyone()
     selection = files.read_json(stage.selection)
     selected = [Selected(row["group"], row["branch"], row["score"]) for row in selection]
+    kept: list[dict] = []
     trainer.watch = UpdateWatch(updates_before(stage, WINDOW), clip_range=config.train.eps)
-    kept = [event for event in read_events(stage.metrics("train")) if event.get("epoch", 0) <= done]
+    with suppress(ValueError):  # damaged: said below, if there is a checkpoint that it belongs to
+        kept = [event for event in read_events(stage.metrics("train")) if event.get("epoch", 0) <= done]
     for event in (event for event in kept if event["event"] == "update"):
         trainer.num_updates += 1
         trainer.watch.see(event)

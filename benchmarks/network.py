@@ -20,9 +20,9 @@ def measure_network(config: ConfigDict) -> list[dict[str, Any]]:
     """A row for each kind and number, first not compiled: `seconds` of one pass, the median of five after the first, whose
     `first_seconds` have compiling or reading back in them, and `peak_bytes` of a GPU; none for what its memory does not
     hold."""
-    accelerator = make_accelerator(config, config.num_threads)
     rows = []
     for compiled in (False, True):
+        accelerator = make_accelerator(config, config.num_threads)  # anew, for it holds on to what it has prepared
         with config.unlocked():
             config.compile = compiled
         model = load_policy(config, accelerator, None)

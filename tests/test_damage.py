@@ -20,6 +20,7 @@ from b2diffurl import export, files, report
 from b2diffurl.checkpoint import OPTIMIZER_FILE, STATE_FILE
 from b2diffurl.evaluate import evaluate, training_sampler
 from b2diffurl.experiment import resolve_checkpoint
+from b2diffurl.metrics import read_events
 from b2diffurl.stage import LORA_FILE, Stage
 from b2diffurl.trajectory import batch_damage
 
@@ -185,6 +186,28 @@ def test_a_damaged_log_of_updates_does_not_change_an_update(finished, work, over
     shutil.rmtree(stage.folder / "checkpoints")
     assert run_script(work, "train", settings).code == 0
     assert_same(work, finished)
+
+
+@pytest.mark.parametrize("line", [b'{"evenu": "update"}', b"5", b"{", b'{"event": "\xff"}'])
+def test_events_that_are_damaged_are_named(tmp_path, line):
+    """But for a last line without an end, as a crash leaves it."""
+    path = tmp_path / "train.jsonl"
+    whole = b'{"event": "update"}\n'
+    path.write_bytes(whole + line + b"\n" + whole)
+    with pytest.raises(ValueError, match=r"train\.jsonl is damaged"):
+        read_events(path)
+    path.write_bytes(whole + b'{"event": "upd')
+    assert read_events(path) == [{"event": "update"}]
+
+
+def test_a_folder_in_a_records_place_is_refused(work, overrides):
+    """Before anything is done that could not be finished."""
+    path = experiment(work) / "stage1" / "select.json"
+    path.unlink()
+    path.mkdir()
+    before = snapshot(experiment(work))
+    assert_refused(run_script(work, "select", overrides | {"run_name": "stage1"}), r"select\.json is a folder.*Move it away")
+    assert snapshot(experiment(work)) == before
 
 
 def test_what_decides_shapes_and_what_was_judged(work, overrides):

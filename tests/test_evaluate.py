@@ -207,6 +207,23 @@ def test_what_no_flag_says_is_as_in_training(workplace, overrides):
     assert "in training it was" not in short.stdout
 
 
+@pytest.mark.parametrize("record", [{"name": "own_code:f", "weights": None}, {"weights": {"clip": 1.0, "own_code:f": 1.0}}])
+def test_code_that_only_a_record_names_is_not_run(workplace, overrides, record):
+    """An experiment's folder may come from somebody else: its own reward is imported only where the call names it."""
+    (workplace / "own_code.py").write_text(
+        "open('ran', 'w')\n\ndef f(images, prompts):\n    return images.float().mean((1, 2, 3))\n"
+    )
+    path = experiment(workplace) / "config.json"
+    found = read_json(path)
+    found["config"]["reward"] |= record
+    write_record(path, found)
+    few = {key: value for key, value in overrides.items() if key in VOLATILE}
+    ended = run_script(workplace, "eval", few, "--checkpoint=base")
+    assert ended.code == 2
+    assert "code of its own and is not run because a file says so" in ended.stderr
+    assert not (workplace / "ran").exists()
+
+
 def test_a_reward_that_is_given_stands_alone(workplace, overrides):
     """A name on the command line is not outdone by a recorded mixture, nor a prompt file by a recorded prompt; without
     either both are as recorded. What the record lacks, and what earlier versions called otherwise, is understood."""

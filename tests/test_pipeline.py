@@ -437,12 +437,15 @@ def test_lora_in_stock_diffusers_gives_the_same_image(models, overrides, tmp_pat
 
 
 @pytest.mark.long
-def test_the_shell_script_runs_it_all(finished, overrides, tmp_path):
-    """run_process.sh, driven by its variables and by flags it passes on, runs each script as a process of its own, and
-    leaves what the functions leave in this one; it ends with base and final judged, by both samplers, and a report."""
+@pytest.mark.parametrize("count", ["", pytest.param("2", marks=pytest.mark.long)])
+def test_the_shell_script_runs_it_all(finished, overrides, tmp_path, count):
+    """run_process.sh, driven by its variables and by flags it passes on, runs each script as a process of its own, or as
+    several, and leaves what the functions leave in this one (of several processes but for the update, by rounding); it ends
+    with base and final judged, by both samplers, and a report."""
     named = {"ModelVersion": "pretrained.model", "PromptFile": "prompt_file", "LR": "train.learning_rate"}
     variables = {name: str(overrides[key]) for name, key in named.items()}
     variables |= {"Preset": "sd14", "ExpName": "tiny", "SavePath": str(tmp_path), "StageCnt": "1"}
+    variables |= {"NumProcesses": count}
     kept = ("exp_name", "stage_cnt", *named.values())
     passed_on = flags({key: value for key, value in overrides.items() if key not in kept} | {"log_path": tmp_path})
     ended = subprocess.run(
@@ -458,7 +461,8 @@ def test_the_shell_script_runs_it_all(finished, overrides, tmp_path):
     timed = {f"{verb}.json" for verb in VERBS} | {f"metrics/{verb}.jsonl" for verb in VERBS}
     assert snapshot(found.folder).keys() == snapshot(expected.folder).keys()
     for name, data in snapshot(expected.folder).items():
-        assert name in timed or (found.folder / name).read_bytes() == data
+        rounded = count and name.startswith("checkpoints/")
+        assert name in timed or rounded or (found.folder / name).read_bytes() == data
     log = (tmp_path / "tiny.log").read_text()
     assert all(f" stage0 {verb}: " in log for verb in VERBS)
     assert all(" plan: LoRA rank 4 on " in text for text in (log, ended.stdout))

@@ -57,9 +57,12 @@ def test_a_second_run_is_refused_while_the_first_one_lives(workplace, overrides,
     [
         ({"host": "elsewhere"}, 0, True),
         ({"host": "elsewhere"}, lock.SILENCE_SEC + 10, False),
-        ({"boot": "before"}, 0, False),
+        ({"boot": "before"}, 0, True),  # of this name: another machine, a container, or this one before it was started anew
+        ({"boot": "before"}, lock.SILENCE_SEC + 10, False),
         ({"processes": [[os.getppid(), "1"]]}, 0, False),  # the number is another process's now
         (None, 0, False),  # cut off by a crash
+        ({"processes": []}, 0, False),  # damaged
+        ({"host": 1}, 0, False),
     ],
 )
 def test_which_locks_count(tmp_path, other_run, change, silence_sec, refused):
@@ -75,6 +78,50 @@ def test_which_locks_count(tmp_path, other_run, change, silence_sec, refused):
     else:
         lock.take(tmp_path, os.getpid())
         assert json.loads(path.read_text())["processes"][0][0] == os.getpid()
+
+
+@pytest.mark.parametrize(
+    "text", [b"123", b"[]", b"{}", b'{"hosu": "a"}', b"\xff\xfe", b'{"host": "a", "boot": "", "processes": [7]}']
+)
+def test_a_damaged_lock_is_nobodys(tmp_path, text):
+    (tmp_path / "run.lock").write_bytes(text)
+    lock.take(tmp_path, os.getpid())
+    assert lock.is_ours(tmp_path, os.getpid())
+
+
+def test_a_run_that_was_taken_for_dead_stops(tmp_path, other_run, monkeypatch):
+    """Another one has the lock when it wakes: it neither marks nor deletes that, and ends."""
+    monkeypatch.setattr(lock, "HEARTBEAT_SEC", 0.05)
+    path = tmp_path / "run.lock"
+    with pytest.raises(KeyboardInterrupt), runtime.stopping_in_order(), lock.holding(tmp_path):
+        marked = path.stat().st_mtime_ns
+        time.sleep(0.3)
+        assert path.stat().st_mtime_ns > marked
+        theirs = json.loads(path.read_text()) | {"processes": [[other_run.pid, lock.started(other_run.pid)]]}
+        path.write_text(json.dumps(theirs))
+        os.utime(path, (1, 1))
+        time.sleep(10)
+    assert json.loads(path.read_text()) == theirs
+    assert path.stat().st_mtime == 1
+
+
+def test_judging_keeps_its_runs_lock(tmp_path, other_run, monkeypatch):
+    """run_eval.py of run_process.sh marks that one's lock while it works; alone it takes none."""
+    monkeypatch.setattr(lock, "HEARTBEAT_SEC", 0.05)
+    path = tmp_path / "run.lock"
+    with lock.within_run(tmp_path):
+        assert not path.exists()
+    monkeypatch.setenv(lock.OWNER, str(other_run.pid))
+    with lock.within_run(tmp_path):
+        os.utime(path, (1, 1))
+        time.sleep(0.3)
+        assert path.stat().st_mtime > 1
+    assert lock.is_ours(tmp_path, other_run.pid)
+
+
+def test_the_clock_is_the_disks(tmp_path):
+    assert abs(lock.clock_of_disk(tmp_path) - time.time()) < 5
+    assert lock.clock_of_disk(tmp_path / "missing") == pytest.approx(time.time(), abs=5)
 
 
 def test_a_script_leaves_the_lock_to_run_process(workplace, overrides, other_run, monkeypatch):

@@ -20,9 +20,10 @@ from test_damage import judge
 from test_foreign_weights import original_layout
 
 from b2diffurl import export, files
+from b2diffurl.experiment import check
 from b2diffurl.features import load_features
 from b2diffurl.models import load_model
-from b2diffurl.rewards import load_reward
+from b2diffurl.rewards import http, load_reward
 from b2diffurl.stage import LORA_FILE
 
 CPU = torch.device("cpu")
@@ -462,5 +463,29 @@ def test_a_reward_server_is_told_who_asks(secrets, overrides, tmp_path, monkeypa
         assert selected.code == 0, selected.stderr
         server.shutdown()
     assert set(asked[1:]) == {SECRETS["REWARD_HTTP_AUTHORIZATION"]}
+
     assert asked[0] is None
     assert_unwritten(work, sampled, refused, selected)
+
+
+def test_a_secret_that_no_header_can_have_or_a_server_repeats(monkeypatch):
+    """A line's end around it is taken off; inside, it is refused by the variable's name; what a server says loses it."""
+    secret = SECRETS["REWARD_HTTP_AUTHORIZATION"]
+    monkeypatch.setenv(http.AUTHORIZATION, f"{secret}\n")
+    assert http.without_secret(f"no such user: {secret}".encode()) == "no such user: Bearer ***"
+    with pytest.raises(ConnectionError) as refused:
+        http.post(b"", url="http://127.0.0.1:9/", timeout_sec=1.0, num_retries=0)
+    assert secret.split()[-1] not in str(refused.value)
+    monkeypatch.setenv(http.AUTHORIZATION, f"{secret}\nX-Other: 1")
+    with pytest.raises(ValueError, match=http.AUTHORIZATION) as refused:
+        http.post(b"", url="http://127.0.0.1:9/", timeout_sec=1.0, num_retries=0)
+    assert secret.split()[-1] not in str(refused.value)
+
+
+def test_secrets_are_looked_for_before_values_are_shown(overrides, monkeypatch):
+    """Also where the variable holds more than the setting: `Bearer abc…`."""
+    monkeypatch.setenv("REWARD_HTTP_AUTHORIZATION", "Bearer abcdefgh12345678")
+    for url in ("http://host/?token=abcdefgh12345678", "http://me:abcdefgh@host/\n"):
+        with pytest.raises(ValueError, match=r"config\.json and log would keep") as refused:
+            check(make_config(overrides, **{"reward.http.url": url}))
+        assert "abcdefgh" not in str(refused.value)

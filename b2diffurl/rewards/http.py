@@ -66,7 +66,9 @@ def encode(image: Tensor) -> str:
 def post(body: bytes, *, url: str, timeout_sec: float, num_retries: int) -> bytes:
     """The answer to `body`; asked again, `num_retries` times at most, where the server is away, slow, or has an error of its
     own (5xx). A ConnectionError says what happened last."""
-    known = os.environ.get(AUTHORIZATION)
+    known = os.environ.get(AUTHORIZATION, "").strip()
+    if not known.isprintable():
+        raise ValueError(f"the variable {AUTHORIZATION} has a character in it that no header can have")
     headers = {"Content-Type": "application/json"} | ({"Authorization": known} if known else {})
     request = urllib.request.Request(url, body, headers)
     problem = ""
@@ -81,7 +83,7 @@ def post(body: bytes, *, url: str, timeout_sec: float, num_retries: int) -> byte
             said = b""
             with contextlib.suppress(OSError, HTTPException):
                 said = error.read(500)
-            problem = f"{url} answered {error.code} {error.reason}: {said.decode(errors='replace')}".rstrip(": ")
+            problem = f"{url} answered {error.code} {error.reason}: {without_secret(said)}".rstrip(": ")
             if error.code < 500:
                 break
         except TimeoutError:
@@ -90,6 +92,13 @@ def post(body: bytes, *, url: str, timeout_sec: float, num_retries: int) -> byte
             slow = isinstance(getattr(error, "reason", None), TimeoutError)
             problem = f"{url} cannot be reached within {timeout_sec} s" if slow else f"{url} cannot be asked: {error}"
     raise ConnectionError(f"reward http: {problem}; asked {attempt + 1} time{'s' if attempt else ''}")
+
+
+def without_secret(said: bytes) -> str:
+    """What a server said, without the secret that it was sent, should it repeat it."""
+    words = os.environ.get(AUTHORIZATION, "").split()
+    text = said.decode(errors="replace")
+    return text.replace(words[-1], "***") if words else text
 
 
 def read_within(answer: HTTPResponse, timeout_sec: float) -> bytes:
@@ -109,7 +118,7 @@ def read_scores(answer: bytes, url: str, count: int) -> Tensor:
     try:
         scores = json.loads(answer)["scores"]
     except (ValueError, KeyError, TypeError):
-        shown = answer[:200].decode(errors="replace")
+        shown = without_secret(answer)[:200]
         raise ValueError(f'reward http: {url} answered {shown!r}, not {{"scores": […]}}') from None
     if not isinstance(scores, list) or not all(type(value) in (int, float) for value in scores):
         raise ValueError(f"reward http: the scores of {url} are not a list of numbers")
