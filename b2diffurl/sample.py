@@ -6,6 +6,7 @@ G groups a batch, K branches, S trained steps, N = G*K images a batch
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from b2diffurl.ddim import Sampler, require_stochastic, with_prefix
 from b2diffurl.experiment import Plan, check_installed, make_plan, record_experiment
 from b2diffurl.features import check_features
 from b2diffurl.forecast import first_batch_text, num_evaluations, num_images
-from b2diffurl.generate import deployed_sampler, make_scheduler
+from b2diffurl.generate import SamplerSettings, deployed_sampler, make_scheduler
 from b2diffurl.memory import BatchSizes, peak_memory, sampling_sizes
 from b2diffurl.metrics import Metrics
 from b2diffurl.models import Model
@@ -38,13 +39,7 @@ from b2diffurl.tree import decode_tree, save_tree, watching
 def sample_stage(config: ConfigDict) -> None:
     """Sample every batch of the stage that is not on disk yet; processes share them, and none depends on which has it."""
     plan = make_plan(config)
-    check_installed(config.train)
-    check_rewards([*reward_weights(config.reward), *config.reward.watch], config.reward, plan.prompts)
-    if config.eval.judge:
-        check_rewards([config.eval.judge], config.reward, [*plan.prompts, *load_prompts(config.eval.prompt_file)])
-    for name in config.eval.diversity:
-        check_features(name, config, plan.prompts)
-    deployed = deployed_sampler(config)
+    deployed = check_what_follows(config, plan)
     stage = plan.stage
     if stage.finished("sample"):
         logger.info("stage%d sample: already finished", stage.index)
@@ -56,11 +51,7 @@ def sample_stage(config: ConfigDict) -> None:
     accelerator = make_accelerator(config, plan.num_threads)
     model = load_policy(config, accelerator, plan.resume_from)
     model.network = accelerator.prepare_model(model.network, evaluation_mode=True)
-    sampler = model.sampler(config.sample.num_steps, config.sample.eta)
-    require_stochastic(sampler, plan.num_trained_steps)
-    if config.sample.prefix_eta >= 0:
-        prefix = model.sampler(config.sample.num_steps, config.sample.prefix_eta)
-        sampler = with_prefix(sampler, prefix, plan.num_trained_steps)
+    sampler = stage_sampler(config, plan, model)
     make_scheduler(model, deployed, accelerator.device)  # refused now rather than when the run is judged by it
     facts = stage_facts(config, plan, model, accelerator)
     num_batches = config.sample.num_batches_per_epoch
@@ -79,23 +70,16 @@ def sample_stage(config: ConfigDict) -> None:
     if missing:
         warm_up(config, model, sampler, sizes, f"stage{stage.index} sample")
     loaded = time.perf_counter()
-    todo = missing[accelerator.process_index :: accelerator.num_processes]
     seconds = {"load": loaded - started, "sample": 0.0, "decode": 0.0, "write": 0.0, "share": len(missing) / num_batches}
-    share = facts["num_images"] // num_batches
     if accelerator.num_processes > 1:  # before another one's batch is there
         if accelerator.is_main_process:
             record_experiment(plan, torch.get_num_threads())
         accelerator.wait_for_everyone()
-    with progress_bar(len(todo) * share, f"stage{stage.index} sample", "images") as bar, Behind() as writer:
+    todo = missing[accelerator.process_index :: accelerator.num_processes]
+    num_here = len(todo) * config.sample.batch_size * config.split_time
+    with progress_bar(num_here, f"stage{stage.index} sample", "images") as bar, Behind() as writer:
         sampling = Sampling(config, plan, model, sampler, sizes, facts["policy"], writer, bar, seconds)
-        for batch in todo:
-            sampling.do(batch, record=accelerator.is_main_process)
-            if batch == todo[0] and not finished_stages(stage.root, "train"):
-                batch_sec = (time.perf_counter() - loaded) / accelerator.num_processes
-                known = first_batch_text(config, stage.root, plan.num_trained_steps, batch_sec, loaded - started)
-                logger.info("stage%d sample: %s", stage.index, known)
-        with timed(seconds, "write"):
-            writer.wait()
+        sample_batches(sampling, todo, accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         seconds["sample"] = time.perf_counter() - loaded
@@ -103,6 +87,26 @@ def sample_stage(config: ConfigDict) -> None:
         finish(config, plan, facts, seconds, num_sampled=len(missing))
     accelerator.wait_for_everyone()  # until the phase is finished for all
     accelerator.end_training()
+
+
+def check_what_follows(config: ConfigDict, plan: Plan) -> SamplerSettings:
+    """Refuse now what selecting, training or judging would refuse later; returns the sampler that judging deploys."""
+    check_installed(config.train)
+    check_rewards([*reward_weights(config.reward), *config.reward.watch], config.reward, plan.prompts)
+    if config.eval.judge:
+        check_rewards([config.eval.judge], config.reward, [*plan.prompts, *load_prompts(config.eval.prompt_file)])
+    for name in config.eval.diversity:
+        check_features(name, config, plan.prompts)
+    return deployed_sampler(config)
+
+
+def stage_sampler(config: ConfigDict, plan: Plan, model: Model) -> Sampler:
+    """Stochastic at the trained steps, and before them as config.sample.prefix_eta says."""
+    sampler = model.sampler(config.sample.num_steps, config.sample.eta)
+    require_stochastic(sampler, plan.num_trained_steps)
+    if config.sample.prefix_eta < 0:
+        return sampler
+    return with_prefix(sampler, model.sampler(config.sample.num_steps, config.sample.prefix_eta), plan.num_trained_steps)
 
 
 def warm_up(config: ConfigDict, model: Model, sampler: Sampler, sizes: BatchSizes, where: str) -> None:
@@ -225,6 +229,20 @@ class Sampling:
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.sizes.fit("sample.decode_batch_size", lambda size: decode(self.model, latents, size))
+
+
+def sample_batches(sampling: Sampling, todo: Sequence[int], accelerator: Accelerator) -> None:
+    """Batch after batch until all are written; in an experiment's first stage the first one says how long a run takes."""
+    config, plan, started = sampling.config, sampling.plan, time.perf_counter()
+    for batch in todo:
+        sampling.do(batch, record=accelerator.is_main_process)
+        if batch == todo[0] and not finished_stages(plan.stage.root, "train"):
+            batch_sec = (time.perf_counter() - started) / accelerator.num_processes
+            load_sec = sampling.seconds["load"]
+            known = first_batch_text(config, plan.stage.root, plan.num_trained_steps, batch_sec, load_sec)
+            logger.info("stage%d sample: %s", plan.stage.index, known)
+    with timed(sampling.seconds, "write"):
+        sampling.writer.wait()
 
 
 def require_finite(latents: Tensor, log_probs: Tensor, prompts: list[str], stage: Stage, batch: int) -> None:

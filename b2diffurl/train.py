@@ -52,12 +52,7 @@ def train_stage(config: ConfigDict) -> None:
     if stage.manifest("select")["num_selected"] and not stage.selected.is_dir():
         raise ValueError(f"{stage.selected} is missing. Delete {stage.manifest_path('select')} and run run_select.py again.")
     accelerator = make_accelerator(config, plan.num_threads)
-    if sampled["mixed_precision"] != accelerator.mixed_precision:
-        raise ValueError(
-            f"{stage.folder} was sampled with mixed_precision {sampled['mixed_precision']}, not "
-            f"{accelerator.mixed_precision}: the ratios would be off. Train on the same kind of device, or set "
-            f"mixed_precision={sampled['mixed_precision']}."
-        )
+    require_same_precision(stage, sampled["mixed_precision"], accelerator.mixed_precision)
     interrupted = whole_checkpoints(stage.checkpoints())
     source = interrupted[-1] / LORA_FILE if interrupted else plan.resume_from
     model = load_policy(config, accelerator, source, decoder=False)
@@ -69,20 +64,8 @@ def train_stage(config: ConfigDict) -> None:
     accelerator.wait_for_everyone()
     selection = files.read_json(stage.selection)
     selected = [Selected(row["group"], row["branch"], row["score"]) for row in selection]
-    kept: list[dict] = []
     trainer.watch = UpdateWatch(updates_before(stage, WINDOW), clip_range=config.train.eps)
-    with suppress(ValueError):  # damaged: said below, if there is a checkpoint that it belongs to
-        kept = [event for event in read_events(stage.metrics("train")) if event.get("epoch", 0) <= done]
-    for event in (event for event in kept if event["event"] == "update"):
-        trainer.num_updates += 1
-        trainer.watch.see(event)
-    if interrupted and trainer.num_updates != read_state(source)["num_updates"]:
-        raise ValueError(
-            f"{stage.metrics('train')} is damaged: it lacks updates of {source.parent.name}. "
-            f"Delete {source.parents[1]} and run the same command again."
-        )
-    if accelerator.is_main_process:
-        trainer.metrics = Metrics(stage.metrics("train"), keep=kept)
+    trainer.remember(source if interrupted else None, done)
     units = make_units(selected, paired=trainer.objective.paired)
     trajectories = SelectedTrajectories(stage, selected, config.sample.batch_size)
     advantages = torch.tensor([row["advantage"] for row in selection])
@@ -130,6 +113,23 @@ class Trainer:
     watch: UpdateWatch | None = field(default=None)
     num_updates: int = 0
     bar: tqdm = field(default_factory=partial(tqdm, disable=True))  # counts transitions, of all processes
+
+    def remember(self, interrupted: Path | None, done: int) -> None:
+        """What metrics/train.jsonl says of the `done` epochs of an `interrupted` training, named by its last checkpoint's
+        LoRA; the rest of it is dropped."""
+        path, kept = self.stage.metrics("train"), []
+        with suppress(ValueError):  # damaged: said below, if there is a checkpoint that it belongs to
+            kept = [event for event in read_events(path) if event.get("epoch", 0) <= done]
+        for event in (event for event in kept if event["event"] == "update"):
+            self.num_updates += 1
+            self.watch.see(event)
+        if interrupted and self.num_updates != read_state(interrupted)["num_updates"]:
+            raise ValueError(
+                f"{path} is damaged: it lacks updates of {interrupted.parent.name}. "
+                f"Delete {interrupted.parents[1]} and run the same command again."
+            )
+        if self.accelerator.is_main_process:
+            self.metrics = Metrics(path, keep=kept)
 
     def warm_up(self, stored: SelectedTrajectories, units: Tensor) -> None:
         """Have a network that is compiled be so before the first update: by one step of a micro-batch, filled up."""
@@ -394,6 +394,14 @@ def make_optimizer(train: ConfigDict, parameters: list[Tensor], *, scaled: bool)
         weight_decay=train.adam_weight_decay,
         eps=train.adam_epsilon,
     )
+
+
+def require_same_precision(stage: Stage, sampled: str, now: str) -> None:
+    if sampled != now:
+        raise ValueError(
+            f"{stage.folder} was sampled with mixed_precision {sampled}, not {now}: the ratios would be off. Train on the "
+            f"same kind of device, or set mixed_precision={sampled}."
+        )
 
 
 def check_policy(plan: Plan, sampled: dict, model: Model) -> None:
