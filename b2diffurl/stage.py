@@ -96,7 +96,7 @@ class Stage:
         path = self.manifest_path(phase)
         if path.is_dir():
             raise ValueError(
-                f"{path} is a folder, where that phase's record belongs. Move it away, then run run_{phase}.py again"
+                f"{path} is a folder; it must be that phase's record. Move it away, then run run_{phase}.py again"
             )
         return path.is_file()
 
