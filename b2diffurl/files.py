@@ -177,7 +177,7 @@ def digest(value: Any) -> str:
 def remove_temporaries(folder: Path) -> None:
     """Delete what an interrupted write left below `folder`."""
     for path in sorted(folder.rglob("*" + TEMPORARY)):
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
