@@ -47,6 +47,10 @@ def naming(path: Path) -> Iterator[None]:
     """An OSError inside names the file; that of a write, such as on a full disk, names none by itself."""
     try:
         yield
+    except safetensors.SafetensorError as error:  # as that library says it
+        if match := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from None
+        raise
     except OSError as error:
         if error.errno:
             error.filename = str(path)

@@ -53,8 +53,12 @@ def updates_before(stage: Stage, count: int) -> list[Row]:
     """The latest `count` updates of the stages before this one."""
     found: list[Row] = []
     for index in reversed(range(stage.index)):
+        before = Stage(stage.root, index)
+        if not before.finished("train"):
+            break
         try:
-            found = read_events(Stage(stage.root, index).metrics("train"), "update") + found
+            before.verify("train", "metrics")
+            found = read_events(before.metrics("train"), "update") + found
         except ValueError as error:  # they are what updates are compared with, and decide nothing
             logger.warning("stage%d train: %s", stage.index, error)
         if len(found) >= count:

@@ -118,11 +118,11 @@ class Trainer:
         """What metrics/train.jsonl says of the `done` epochs of an `interrupted` training, named by its last checkpoint's
         LoRA; the rest of it is dropped."""
         path, kept = self.stage.metrics("train"), []
-        with suppress(ValueError):  # damaged: said below, if there is a checkpoint that it belongs to
-            kept = [event for event in read_events(path) if event.get("epoch", 0) <= done]
-        for event in (event for event in kept if event["event"] == "update"):
-            self.num_updates += 1
-            self.watch.see(event)
+        with suppress(ValueError, KeyError, TypeError):  # damaged: said below
+            kept = [event for event in read_events(path) if event["epoch"] <= done] if interrupted else []
+            for event in kept:
+                self.watch.see(event)
+                self.num_updates += 1
         if interrupted and self.num_updates != read_state(interrupted)["num_updates"]:
             raise ValueError(
                 f"{path} is damaged: it lacks updates of {interrupted.parent.name}. "
