@@ -495,7 +495,7 @@ open("norms" + os.environ["RANK"] + ".json", "w").write(json.dumps(norms))
 """
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_several_processes_do_the_work_of_one(overrides, stage_with, tmp_path, count):
     """CPU processes that share 3 sampling batches and 5 of scoring: the same samples, images, scores and selection byte for
     byte; gradient norms equal across ranks in every update, though the adapter is switched off and on for the base policy;

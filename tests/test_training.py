@@ -206,7 +206,13 @@ def test_micro_batching_does_not_change_the_update(bench, batch, settings):
     trainer = bench(**settings)
     units = UNITS[settings.get("train.objective", "ddpo")]
     whole, looped = gradient(trainer, *batch, units)
-    for size, apart, constant in itertools.product((1, 2, 4, 5, 14, 100), (True, False), (True, False)):
+    shapes = [
+        *itertools.product((1, 4, 5, 14), (True, False), (False,)),
+        (5, False, True),
+        (100, True, True),
+        (100, False, False),
+    ]
+    for size, apart, constant in shapes:
         trainer.sizes.sizes["train.micro_batch_size"], trainer.constant_shape = size, constant
         split, per_step = gradient(trainer, *batch, units, apart=apart)
         assert difference(split, whole) < 1e-5
