@@ -389,6 +389,7 @@ def test_a_checkpoint_that_draws_the_base_s_images_is_refused(workplace, overrid
 
 def test_a_prompt_is_drawn_by_base_and_checkpoint(workplace, overrides):
     """One PNG of two rows on the same noise, which differ; the same bytes each time; base against itself is alike."""
+    overrides = overrides | {"eval.deployed.num_steps": 5}
     ended = run_script(workplace, "eval", overrides, "--prompt=a red circle", "--sampler=training")
     assert ended.code == 0, ended.stderr
     picture = workplace / json.loads(ended.stdout.splitlines()[-1])["picture"]

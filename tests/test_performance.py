@@ -503,9 +503,9 @@ NOT_IN_TRAINING = [
 @pytest.mark.parametrize(
     ("verb", "unwanted"),
     [
-        ("sample", ["wandb", "matplotlib", "tensorboard"]),
+        pytest.param("sample", ["wandb", "matplotlib", "tensorboard"], marks=pytest.mark.long),
         ("select", ["diffusers", "peft", "wandb", "matplotlib", "tensorboard", "b2diffurl.train"]),
-        ("train", [*NOT_IN_TRAINING, "wandb", "matplotlib", "tensorboard"]),
+        pytest.param("train", [*NOT_IN_TRAINING, "wandb", "matplotlib", "tensorboard"], marks=pytest.mark.long),
     ],
 )
 def test_a_script_imports_what_it_uses(workplace, overrides, verb, unwanted):

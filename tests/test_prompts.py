@@ -138,7 +138,9 @@ def test_prompts_at_random_follow_from_the_seed():
     assert max(abs(count - 200) for count in counts) < 5 * math.sqrt(200 * 0.9)
 
 
-@pytest.mark.parametrize("name", ["long.json", "long.txt", "long.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["long.txt", *(pytest.param(f"long.{kind}", marks=pytest.mark.long) for kind in ("json", "jsonl"))]
+)
 def test_a_prompt_that_is_too_long_is_named(models, overrides, tmp_path, name):
     """75 letters and the tokenizer's two marks fit into its 77 tokens; with three more a warning names file, line and
     how many are cut off. It comes when the experiment begins, not with every stage, and when it is judged."""

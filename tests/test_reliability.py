@@ -146,19 +146,19 @@ def test_only_one_of_many_gets_the_lock(tmp_path):
             [sys.executable, "-c", code, str(tmp_path)],
             env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for _ in range(6)
+        for _ in range(4)
     ]  # fmt: skip
     deadline = time.monotonic() + 60
-    while sum(asker.poll() is not None for asker in askers) < 5 and time.monotonic() < deadline:
+    while sum(asker.poll() is not None for asker in askers) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
     ended = [asker.communicate("")[0].strip() for asker in askers]
-    assert sorted(ended) == [""] * 5 + ["mine"]
+    assert sorted(ended) == [""] * 3 + ["mine"]
 
 
 # ---- signals ----
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_signal_ends_a_script_in_order(overrides, tmp_path, number):
     """Its exit code tells the signal, its log how to go on; no lock is left, and the same command ends in the same bits."""
     settings = overrides | {"sample.num_batches_per_epoch": 8}

@@ -507,7 +507,7 @@ def browser():
     return webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.long)])
 def test_a_browser_shows_it_whole(root, tmp_path, scheme):
     """At phone and desktop width: every image is rendered, every curve has its size, warnings are in sight before all else,
     nothing is wider than the window, the console is empty, and the paper is light or dark as the reader's system is.

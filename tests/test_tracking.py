@@ -411,6 +411,7 @@ def server():
         server.shutdown()
 
 
+@pytest.mark.long
 def test_online_the_whole_run_takes_the_place_of_the_last_one(place, overrides, warnings, monkeypatch, server):
     """Uploaded after the first stage and after the second, the server has one run, with every row once, and the images."""
     monkeypatch.setenv("WANDB_BASE_URL", server.address)

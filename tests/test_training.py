@@ -199,7 +199,7 @@ def test_preferences_are_those_over_the_base_on_disk(bench, batch, base_unet):
         assert len(report["log_ratio"]) == 2 * len(units)
 
 
-@pytest.mark.parametrize("settings", [{}, D3PO], ids=["ddpo", "d3po"])
+@pytest.mark.parametrize("settings", [pytest.param({}, id="ddpo"), pytest.param(D3PO, id="d3po", marks=pytest.mark.long)])
 def test_micro_batching_does_not_change_the_update(bench, batch, settings):
     """Any micro-batch size, in transitions, gives the same gradient up to rounding, remainders included, filled up to that
     size or not, of one step or of several at once; and so are the losses of each step."""
