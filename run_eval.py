@@ -4,7 +4,7 @@ import json
 
 from absl import flags
 
-from b2diffurl.runtime import run_script
+from b2diffurl.script import run_script
 
 flags.DEFINE_list(
     "checkpoint",

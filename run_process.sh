@@ -140,7 +140,7 @@ leave() {
     if grep -qs "\[\[$$," "$Folder/run.lock"; then rm -f "$Folder/run.lock"; rmdir "$Folder" 2> /dev/null || true; fi
 }
 trap leave EXIT
-run python -m b2diffurl.experiment "${Flags[@]}" > "$PlanFile"    # checks the whole configuration
+run python -m b2diffurl.begin "${Flags[@]}" > "$PlanFile"    # checks the whole configuration
 Plan=$(< "$PlanFile")
 Folder=$(sed -n 1p <<< "$Plan")
 Stages=$(sed -n 2p <<< "$Plan")    # stage0 stage1 …

@@ -1,6 +1,6 @@
 """Score one stage and pick its contrast pairs: python run_select.py --config.run_name=stage0"""
 
-from b2diffurl.runtime import run_script
+from b2diffurl.script import run_script
 
 
 def main(config):

@@ -1,6 +1,6 @@
 """Update the LoRA on one stage: python run_train.py --config.run_name=stage0"""
 
-from b2diffurl.runtime import run_script
+from b2diffurl.script import run_script
 
 
 def main(config):

@@ -13,8 +13,10 @@ from typing import Any
 
 from b2diffurl import files
 from b2diffurl.checkpoint import read_state
-from b2diffurl.experiment import ADDED, checkpoint_name, flatten, relative_to
+from b2diffurl.checks import flatten
+from b2diffurl.experiment import ADDED
 from b2diffurl.history import SETS, Row, evaluation_rows, every_evaluation, set_title, stage_rows
+from b2diffurl.names import checkpoint_name, relative_to
 from b2diffurl.results import describe_sampler, with_error
 from b2diffurl.rewards import reward_weights
 from b2diffurl.stage import LORA_FILE, Stage, finished_stages

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from b2diffurl import files
-from b2diffurl.runtime import logger
+from b2diffurl.logs import logger
 from b2diffurl.stage import LORA_FILE
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from safetensors import safe_open
 
 from b2diffurl import files
+from b2diffurl.device import choose_device
 from b2diffurl.experiment import Plan, describe_reward
 from b2diffurl.forecast import (
     at_most,
@@ -28,7 +29,6 @@ from b2diffurl.forecast import (
     time_text,
 )
 from b2diffurl.prompts import load_prompts
-from b2diffurl.runtime import choose_device
 from b2diffurl.stage import PHASES, Stage, finished_stages
 
 LORA_WEIGHTS = r"\.to_(q|k|v|out\.0)\.weight$"  # what carries a LoRA

@@ -18,18 +18,14 @@ from torch import Tensor
 
 from b2diffurl import files
 from b2diffurl.checkpoint import read_state
-from b2diffurl.experiment import (
-    check,
-    check_choice,
-    checkpoint_name,
-    describe_reward,
-    relative_to,
-    resolve_checkpoint,
-    stage_index,
-)
+from b2diffurl.checks import check, check_choice
+from b2diffurl.device import make_accelerator
+from b2diffurl.experiment import describe_reward, stage_index
 from b2diffurl.features import Features, check_features, features_identity, load_features
 from b2diffurl.generate import SAMPLERS, SamplerSettings, sample_images, training_sampler
+from b2diffurl.logs import logger, progress
 from b2diffurl.models import Model, base_fingerprint
+from b2diffurl.names import checkpoint_name, relative_to, resolve_checkpoint
 from b2diffurl.policy import check_base, load_policy, warn_of_cut_prompts
 from b2diffurl.prompts import batch_prompts, named_prompts
 from b2diffurl.results import add_differences, describe, record, summarise, summarise_diversity
@@ -47,7 +43,6 @@ from b2diffurl.rewards import (
     score,
 )
 from b2diffurl.rewards.mixture import Scales, recorded_scales
-from b2diffurl.runtime import logger, make_accelerator, progress
 from b2diffurl.stage import finished_stages
 
 RESULT_FORMAT = 3  # counts up when result.json holds something new, so that older ones are made again

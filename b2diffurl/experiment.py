@@ -10,21 +10,19 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from absl import flags
 from ml_collections import ConfigDict
 
 from b2diffurl import files, lock
-from b2diffurl.ddim import STEP_WEIGHTS
-from b2diffurl.objectives import OBJECTIVES
-from b2diffurl.prompts import load_prompts, named_prompts
-from b2diffurl.ranges import check_values, shown
-from b2diffurl.runtime import logger, run_script
+from b2diffurl.checks import CURRICULA, check, flatten
+from b2diffurl.logs import logger
+from b2diffurl.names import find_lora, relative_to
+from b2diffurl.prompts import named_prompts
+from b2diffurl.ranges import shown
 from b2diffurl.seeding import stable_seed
-from b2diffurl.stage import LORA_FILE, Stage, find_checkpoints, finished_stages
+from b2diffurl.stage import LORA_FILE, Stage
 
 # What may differ from call to call; everything else is the experiment and stays as config.json has it. Where things lie
 # may change, too: the prompts and the base network are known by their checksums. So may what only memory limits, though it
@@ -54,15 +52,6 @@ BESIDE = {
     "reward.name": ("reward.weights", "reward.standardise"), "reward.weights": ("reward.standardise",),
     "prompt_file": ("prompt",),
 }  # fmt: skip
-CURRICULA = ("progressive", "fixed", "reversed", "random")
-SAMPLINGS = ("branch", "independent")
-SELECTIONS = ("pairs", "all")
-ADVANTAGES = ("prompt", "group")
-REWARD_DTYPES = ("auto", "float32", "float16", "bfloat16")
-PRECISIONS = ("auto", "no", "fp16", "bf16")
-TRACKERS = ("wandb", "tensorboard")
-EXPERIMENTS = Path("model/lora")  # where an experiment is looked for by its name alone
-SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY|AUTHORIZATION)$")  # names of variables
 
 
 @dataclass(frozen=True)
@@ -136,104 +125,6 @@ def alone_in(config: ConfigDict) -> AbstractContextManager[None]:
     return lock.holding(make_plan(config).stage.root)
 
 
-def check(config: ConfigDict) -> None:
-    """Refuse values that cannot work, each with what is allowed."""
-    check_secrets(config)  # first, for other messages show values
-    check_values(flatten(config.to_dict()))
-    sample, train, evaluation = config["sample"], config["train"], config["eval"]
-    left, right, num_steps = config["split_step_left"], config["split_step_right"], sample["num_steps"]
-    right = left if config["curriculum"] == "fixed" else right
-    if not 1 <= left <= right <= num_steps:
-        raise ValueError(
-            f"split_step_left..split_step_right is {left}..{right}; it must lie in 1..{num_steps} (sample.num_steps)"
-        )
-    if config["split_step"] and not 1 <= config["split_step"] <= num_steps:
-        raise ValueError(f"split_step is {config['split_step']}; it must lie in 1..{num_steps} (sample.num_steps)")
-    if evaluation["pos_threshold"] < evaluation["neg_threshold"]:
-        bounds = f"{evaluation['pos_threshold']} < {evaluation['neg_threshold']}"
-        raise ValueError(f"eval.pos_threshold is below eval.neg_threshold, {bounds}; it must not be, or one sibling is both")
-    check_reward_settings(config["reward"], evaluation["judge"])
-    check_choice("mixed_precision", config["mixed_precision"], PRECISIONS)
-    check_choice("curriculum", config["curriculum"], CURRICULA)
-    check_choice("sampling", config["sampling"], SAMPLINGS)
-    check_choice("eval.selection", evaluation["selection"], SELECTIONS)
-    check_choice("eval.advantage", evaluation["advantage"], ADVANTAGES)
-    check_choice("train.objective", train["objective"], OBJECTIVES)
-    check_choice("train.step_weight", train["step_weight"], STEP_WEIGHTS)
-    for name in config["track_with"]:
-        check_choice("track_with", name, TRACKERS)
-    check_choice("wandb_mode", config["wandb_mode"], ("offline", "online"))
-    check_combination(config)
-
-
-def check_secrets(config: ConfigDict) -> None:
-    """Refuse a setting that has a password in it, or what a variable such as HF_TOKEN holds: it would be in config.json."""
-    secret = {name: value.split() for name, value in os.environ.items() if SECRET.search(name)}  # "Bearer abc…": the last
-    tokens = {words[-1]: name for name, words in secret.items() if words and len(words[-1]) >= 8}
-    for key, value in flatten(config.to_dict()).items():
-        if re.search(r"://[^/\s]*@", str(value)):
-            raise ValueError(
-                f"{key} has a user name or a password in its URL, which config.json and log would keep. Take them out; what "
-                "reward http is to send as its header Authorization belongs into the variable REWARD_HTTP_AUTHORIZATION."
-            )
-        if found := [name for token, name in tokens.items() if token in str(value)]:
-            raise ValueError(f"{key} has in it what the variable {found[0]} holds, which config.json and log would keep")
-
-
-def check_reward_settings(reward: ConfigDict, judge: str) -> None:
-    """Refuse a mixture or a list of judges that is none."""
-    weights, watch = reward["weights"], reward["watch"]
-    check_choice("reward.dtype", reward["dtype"], REWARD_DTYPES)
-    if weights is not None:
-        if not isinstance(weights, Mapping) or not weights:
-            raise ValueError(f'reward.weights is {shown(weights)}; it must be like {{"clip": 1.0, "aesthetic": 0.1}}')
-        for name, weight in weights.items():
-            if not isinstance(name, str) or not name or type(weight) not in (int, float) or not 0 < abs(weight) <= 1e6:
-                raise ValueError(
-                    f"reward.weights has {shown(weight)} for {shown(name)}; it must give names numbers up to 1e6, not 0"
-                )
-    elif reward["standardise"]:
-        raise ValueError(
-            "reward.standardise is on without reward.weights; it must be off: a single reward's scale has no effect"
-        )
-    if judge == "file":
-        raise ValueError("eval.judge is file; it must be a reward that can score the images that are judged")
-    trained = list(weights or [reward["name"]])
-    for name in watch:
-        if not isinstance(name, str) or not name or name in trained or watch.count(name) > 1:
-            raise ValueError(f"reward.watch names {shown(name)}, which is trained on, named twice or no name")
-
-
-def check_combination(config: ConfigDict) -> None:
-    """Refuse values that cannot work together, each with the reason."""
-    train, evaluation, siblings = config["train"], config["eval"], config["split_time"]
-    objective = OBJECTIVES[train["objective"]]
-    if siblings < 2 and evaluation["selection"] == "pairs":
-        raise ValueError("split_time is 1; a contrast needs at least 2 siblings. Or take eval.selection=all.")
-    if siblings < 2 and evaluation["advantage"] == "group":
-        raise ValueError("split_time is 1; relative to itself (eval.advantage=group) every image scores 0. Take prompt.")
-    if objective.paired and evaluation["selection"] != "pairs":
-        raise ValueError(f"train.objective {train['objective']} compares best and worst: eval.selection must be pairs")
-    if objective.paired and config["sampling"] != "branch":
-        raise ValueError(f"train.objective {train['objective']} compares branches of one prefix: sampling must be branch")
-    if objective.single_pass and train["num_epochs"] > 1:
-        raise ValueError(
-            f"train.num_epochs is {train['num_epochs']}; {train['objective']} does not correct for samples of an older "
-            "policy, so it makes one pass. Take ddpo for more."
-        )
-
-
-def check_installed(train: ConfigDict) -> None:
-    """Refuse an optimizer that is not here, before there is something to train on."""
-    if train["use_8bit_adam"] and not find_spec("bitsandbytes"):
-        raise ImportError("train.use_8bit_adam is True, which needs bitsandbytes: pip install bitsandbytes")
-
-
-def check_choice(name: str, value: str, choices: Any) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {shown(value)}; known: {', '.join(repr(choice) for choice in choices)}")
-
-
 def differences(recorded: dict, wanted: dict) -> tuple[str, ...]:
     """Where a configuration differs from the recorded one in anything that is not volatile, in words."""
     now = flatten(wanted["config"])
@@ -297,13 +188,6 @@ def unused_settings(flat: Mapping[str, Any], rewards: Sequence[str]) -> list[str
     return [key for key in flat if re.match(r"reward\.\w+\.", key) and key.split(".")[1] not in rewards]
 
 
-def flatten(nested: Mapping, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in nested.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
 def describe_reward(settings: Mapping) -> str:
     """What is rewarded, in a few words: `clip`, or of a mixture `1 clip + 0.1 aesthetic`."""
     weights = settings.get("weights")
@@ -321,59 +205,6 @@ def record_experiment(plan: Plan, num_threads: int) -> None:
         logger.warning("stage%d goes on with another configuration: %s", plan.stage.index, "; ".join(plan.changes))
         earlier = {"num_threads": recorded["num_threads"], "changed": [*recorded.get("changed", []), change]}
         files.write_record(path, plan.record | earlier)
-
-
-def find_experiment(name: str) -> Path:
-    """The folder of the experiment meant by a folder, or by a name; a FileNotFoundError lists those that there are."""
-    for root in (Path(os.path.expanduser(name)), EXPERIMENTS / name):
-        if (root / "config.json").is_file():
-            return root
-    raise FileNotFoundError(f"no experiment {name!r}. Give its folder, or its name. {known_experiments(EXPERIMENTS)}")
-
-
-def resolve_checkpoint(root: Path, name: str) -> Path | None:
-    """The LoRA file that a checkpoint's name means, of a finished stage compared with its manifest; None for `base`.
-
-    `last` is the newest stage's, `stage<i>` that of stage i, `stage<i>/checkpoint_<n>` the one that is called so in results,
-    anything else a path; errors say what there is instead.
-    """
-    if name == "base":
-        return None
-    trained = {f"stage{stage.index}": stage for stage in finished_stages(root, "train")}
-    name = list(trained)[-1] if name == "last" and trained else name
-    named = re.fullmatch(r"(stage\d+)(?:/(checkpoint_\d+))?", name)
-    path = root / named[1] / "checkpoints" / (named[2] or "") if named else Path(os.path.expanduser(name))
-    of_stage = trained.get(relative_to(root, path.resolve()).split("/")[0])
-    if of_stage:
-        of_stage.verify("train", "checkpoints")
-    if name == "last" or (named and not find_checkpoints(path) and not (path / LORA_FILE).is_file()):
-        there = f"trained are {', '.join(trained)}" if trained else "it has no trained stage; run run_process.sh first"
-        kept = [f"{named[1]}/{folder.name}" for folder in find_checkpoints(path.parent)] if named else []
-        there = f"there are {', '.join(kept)}" if kept else there
-        raise FileNotFoundError(f"{root} has no checkpoint {name!r}: {there}. {known_experiments(root.parent)}")
-    return find_lora(path)
-
-
-def known_experiments(folder: Path) -> str:
-    """A sentence that names the experiments in a folder."""
-    names = sorted(path.parent.name for path in folder.glob("*/config.json"))
-    return f"Experiments in {folder}: {', '.join(names) or 'none yet'}."
-
-
-def checkpoint_name(root: Path, lora: Path | None) -> str:
-    """What a LoRA file is called in results: `base`, `stage<i>`, `stage<i>/checkpoint_<n>` if not its last, or its path."""
-    if lora is None:
-        return "base"
-    match = re.fullmatch(r"(stage\d+)/checkpoints/(checkpoint_\d+)/[^/]+", relative_to(root, lora))
-    if not match:
-        return str(lora)
-    return match[1] if find_lora(root / match[1]) == lora else f"{match[1]}/{match[2]}"
-
-
-def relative_to(root: Path, path: Path) -> str:
-    """`path` from `root` on if it lies in it, else as it is."""
-    inside = path.resolve().is_relative_to(root.resolve())
-    return str(path.resolve().relative_to(root.resolve()) if inside else path)
 
 
 def scheduled_steps(config: ConfigDict, index: int) -> int:
@@ -409,39 +240,3 @@ def resume_source(config: ConfigDict, stage: Stage) -> Path | None:
         if given is None or before.folder.exists():
             raise ValueError(f"{stage.folder} follows {before.folder}, which is not trained yet. Run that stage first.")
     return None if given is None else find_lora(given)
-
-
-def find_lora(path: Path) -> Path:
-    """The LoRA file meant by a path: the file itself, a checkpoint folder, or the latest of a folder of checkpoints."""
-    if os.path.isfile(path):
-        if path.suffix != ".safetensors":
-            raise ValueError(f"{path} is not a .safetensors file. Convert it first; pickled weights are never loaded.")
-        return path
-    if os.path.isfile(path / LORA_FILE):
-        return path / LORA_FILE
-    found = os.path.isdir(path) and (find_checkpoints(path) or find_checkpoints(path / "checkpoints"))
-    if not found:
-        raise FileNotFoundError(f"no LoRA at {path}. Give a .safetensors file, a checkpoint_<n> folder or a folder of them.")
-    return found[-1] / LORA_FILE
-
-
-def begin(config: ConfigDict) -> None:
-    """Check the whole configuration, and print the plan if that is all that is asked for (--dry_run); else take the lock for
-    run_process.sh, print the experiment's folder and the names of all its stages, and log the plan in one line."""
-    from b2diffurl import dry_run, forecast
-
-    plan = make_plan(config)
-    load_prompts(config.eval.prompt_file)
-    if flags.FLAGS.dry_run:
-        print(dry_run.describe(config, plan))
-        return
-    if owner := lock.owner():
-        lock.take(plan.stage.root, owner)
-    print(plan.stage.root)
-    print(" ".join(f"stage{index}" for index in range(config.stage_cnt)))
-    logger.info(forecast.plan_line(config, plan.stage.root))
-
-
-if __name__ == "__main__":
-    flags.DEFINE_boolean("dry_run", False, "Print the plan (stages, images, updates, disk, time) and do nothing.")
-    run_script("process", begin)

@@ -20,9 +20,9 @@ from torch import Tensor
 from b2diffurl import files
 from b2diffurl.card import Exported, write_card
 from b2diffurl.checkpoint import read_state, require_whole
-from b2diffurl.experiment import find_experiment, resolve_checkpoint
 from b2diffurl.models import base_fingerprint
-from b2diffurl.runtime import die, remedy
+from b2diffurl.names import find_experiment, resolve_checkpoint
+from b2diffurl.script import die, remedy
 from b2diffurl.stage import LORA_FILE
 
 RECORD = "export.json"

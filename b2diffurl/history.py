@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from b2diffurl import files
+from b2diffurl.logs import logger
 from b2diffurl.metrics import read_events
-from b2diffurl.runtime import logger
 from b2diffurl.stage import Stage, finished_stages
 
 SETS = {"test": "Held-out prompts", "train": "Training prompts"}  # those that an experiment has of its own

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from b2diffurl import files
-from b2diffurl.runtime import logger
+from b2diffurl.logs import logger
 
 HEARTBEAT_SEC, SILENCE_SEC = 20, 180  # marked so often; taken for dead after so long
 OWNER = "B2DIFFURL_RUN"  # in the environment of a script of run_process.sh: that one's process; 0 where it has not the lock

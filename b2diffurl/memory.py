@@ -14,7 +14,7 @@ import torch
 from ml_collections import ConfigDict
 
 from b2diffurl import files
-from b2diffurl.runtime import logger
+from b2diffurl.logs import logger
 
 T = TypeVar("T")
 

@@ -1,7 +1,9 @@
-"""Metrics as JSON lines: one event, one object."""
+"""Metrics as JSON lines: one event, one object; and how long things take."""
 
 import json
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +35,11 @@ def read_events(path: Path, event: str | None = None) -> list[dict]:
         if not all(isinstance(row, dict) and "event" in row for row in rows):
             raise ValueError("a line is no event")
     return [row for row in rows if event in (None, row["event"])]
+
+
+@contextmanager
+def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Adds what the block takes to `seconds`."""
+    started = time.perf_counter()
+    yield
+    seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - started

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from b2diffurl import files
 from b2diffurl.checkpoint import read_state, require_whole
+from b2diffurl.logs import logger
 from b2diffurl.models import Model, load_model
-from b2diffurl.runtime import logger
 from b2diffurl.trajectory import Conditions
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

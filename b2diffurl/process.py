@@ -8,10 +8,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from b2diffurl import evaluate, policy, report
-from b2diffurl.experiment import alone_in, check, make_plan
+from b2diffurl.checks import check
+from b2diffurl.experiment import alone_in, make_plan
 from b2diffurl.results import headline
-from b2diffurl.runtime import run_script
 from b2diffurl.sample import sample_stage
+from b2diffurl.script import run_script
 from b2diffurl.select import select_stage
 from b2diffurl.tracking import track
 from b2diffurl.train import train_stage

@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from b2diffurl import files
-from b2diffurl.experiment import describe_reward, find_experiment, flatten
+from b2diffurl.checks import flatten
+from b2diffurl.experiment import describe_reward
 from b2diffurl.history import (
     Row,
     evaluation_rows,
@@ -33,6 +34,8 @@ from b2diffurl.history import (
     stage_rows,
     warned_rows,
 )
+from b2diffurl.logs import logger
+from b2diffurl.names import find_experiment
 from b2diffurl.pictures import (
     STYLE,
     Pair,
@@ -51,7 +54,7 @@ from b2diffurl.pictures import (
     tree_figure,
 )
 from b2diffurl.results import describe_sampler, with_error
-from b2diffurl.runtime import die, logger, remedy
+from b2diffurl.script import die, remedy
 from b2diffurl.stage import Stage, finished_stages
 from b2diffurl.tree import load_tree
 

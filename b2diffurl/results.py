@@ -14,9 +14,9 @@ from torch import Tensor
 
 from b2diffurl import files, lock
 from b2diffurl.diversity import inception_score, mean_pairwise_distance, vendi_score
+from b2diffurl.logs import logger
 from b2diffurl.rewards import reward_weights
 from b2diffurl.rewards.mixture import Scales, combine
-from b2diffurl.runtime import logger
 
 DETAILS = ("values", "diversity", "shown_prompts", "images_sha256")  # what eval.jsonl leaves to result.json
 

@@ -17,19 +17,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from b2diffurl import files
+from b2diffurl.background import Behind
 from b2diffurl.branching import branch_sample
+from b2diffurl.checks import check_installed
 from b2diffurl.ddim import Sampler, require_stochastic, with_prefix
-from b2diffurl.experiment import Plan, check_installed, make_plan, record_experiment
+from b2diffurl.device import make_accelerator
+from b2diffurl.experiment import Plan, make_plan, record_experiment
 from b2diffurl.features import check_features
 from b2diffurl.forecast import first_batch_text, num_evaluations, num_images
 from b2diffurl.generate import SamplerSettings, deployed_sampler, make_scheduler
+from b2diffurl.logs import logger, progress_bar
 from b2diffurl.memory import BatchSizes, peak_memory, sampling_sizes
-from b2diffurl.metrics import Metrics
+from b2diffurl.metrics import Metrics, timed
 from b2diffurl.models import Model
 from b2diffurl.policy import compiling, decode, load_policy, predictor, warn_of_cut_prompts
 from b2diffurl.prompts import batch_prompts, load_prompts, named_prompts
 from b2diffurl.rewards import check_rewards, reward_weights
-from b2diffurl.runtime import Behind, logger, make_accelerator, progress_bar, timed
 from b2diffurl.seeding import generator, noise_source
 from b2diffurl.stage import Stage, finished_stages, listed, not_finite
 from b2diffurl.trajectory import Conditions, batch_damage, save_batch

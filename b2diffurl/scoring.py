@@ -15,11 +15,12 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from b2diffurl import files
+from b2diffurl.background import ahead
+from b2diffurl.logs import logger, progress_bar
 from b2diffurl.memory import BatchSizes
 from b2diffurl.rewards import Parts, Reward, by_name, join, load_reward, noting, require_finite, reward_weights, score
 from b2diffurl.rewards.file import read_scores
 from b2diffurl.rewards.mixture import Scales, combine, measure_scales, recorded_scales
-from b2diffurl.runtime import ahead, logger, progress_bar
 from b2diffurl.stage import Stage, not_finite
 
 

@@ -9,12 +9,13 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from b2diffurl import files
+from b2diffurl.device import make_accelerator
 from b2diffurl.experiment import make_plan
+from b2diffurl.logs import logger
 from b2diffurl.memory import peak_memory
-from b2diffurl.metrics import Metrics
+from b2diffurl.metrics import Metrics, timed
 from b2diffurl.rewards import check_rewards, reward_weights
 from b2diffurl.rewards.file import write_template
-from b2diffurl.runtime import logger, make_accelerator, timed
 from b2diffurl.scoring import Scores, score_stage
 from b2diffurl.selection import Selected, advantages, normalise, select_all, select_pairs
 from b2diffurl.stage import Stage, delete_batches, finished_stages, listed, not_finite

@@ -32,8 +32,8 @@ from ml_collections import ConfigDict
 
 from b2diffurl import files
 from b2diffurl.history import evaluation_rows, set_name, stage_rows
+from b2diffurl.logs import logger
 from b2diffurl.metrics import read_events
-from b2diffurl.runtime import logger
 from b2diffurl.stage import Stage, finished_stages
 
 PROJECT = "b2diffurl"  # wandb's, where WANDB_PROJECT does not name one

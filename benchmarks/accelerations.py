@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 
 from b2diffurl import files
-from b2diffurl.runtime import set_up_logging
+from b2diffurl.logs import set_up_logging
 from b2diffurl.stage import Stage, versions
 from benchmarks.page import percent, table
 from benchmarks.study import Scale, Variant, configure, finished_run, perform_all, root

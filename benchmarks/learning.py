@@ -29,11 +29,11 @@ from b2diffurl.evaluate import evaluate
 from b2diffurl.experiment import make_plan
 from b2diffurl.generate import SamplerSettings, training_sampler
 from b2diffurl.history import evaluation_rows
+from b2diffurl.logs import set_up_logging
 from b2diffurl.metrics import read_events
 from b2diffurl.models import base_fingerprint
 from b2diffurl.prompts import batch_prompts, named_prompts
 from b2diffurl.results import add_differences, mean_and_error, paired_difference
-from b2diffurl.runtime import set_up_logging
 from b2diffurl.stage import LORA_FILE, Stage
 from config.stage_process import get_config
 

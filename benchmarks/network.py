@@ -8,9 +8,9 @@ import torch
 from accelerate import Accelerator
 from ml_collections import ConfigDict
 
+from b2diffurl.device import make_accelerator
 from b2diffurl.models import Model
 from b2diffurl.policy import load_policy
-from b2diffurl.runtime import make_accelerator
 
 REPEATS = 5
 KINDS = {

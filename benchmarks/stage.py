@@ -33,7 +33,8 @@ from ml_collections import ConfigDict, config_flags
 from torch import Tensor, nn
 
 from b2diffurl import files
-from b2diffurl.runtime import choose_device, set_up_logging
+from b2diffurl.device import choose_device
+from b2diffurl.logs import set_up_logging
 from b2diffurl.stage import Stage, hardware, versions
 from benchmarks.network import measure_network
 from benchmarks.peers import DTYPES, SAMPLE_BATCH, Job

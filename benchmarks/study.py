@@ -28,9 +28,9 @@ from ml_collections import ConfigDict
 from b2diffurl import files
 from b2diffurl.evaluate import evaluate
 from b2diffurl.generate import training_sampler
+from b2diffurl.logs import set_up_logging
 from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.results import add_differences
-from b2diffurl.runtime import set_up_logging
 from b2diffurl.sample import sample_stage
 from b2diffurl.select import select_stage
 from b2diffurl.stage import Stage, versions

@@ -395,18 +395,19 @@ def draw_diversity(runs: Runs) -> plt.Figure:
 def draw_controls(runs: Runs, against: dict[str, str]) -> plt.Figure:
     """Paired differences in final accuracy, one row a comparison."""
     figure, panel = plt.subplots(figsize=(9.5, 1.5 + 0.34 * len(against)), constrained_layout=True)
+    shown = {}  # prompt sets, each by one of its marks
     for row, (name, other) in enumerate(reversed(against.items())):
         for (prompts, words), offset, colour in zip(SETS.items(), (0.14, -0.14), ("#1f6feb", "#c2410c"), strict=True):
             found = compare(runs, against, name, other, "final", prompts, "accuracy")
             if not found:
                 continue
             bar = [[100 * (found.mean - found.low)], [100 * (found.high - found.mean)]]
-            panel.errorbar(100 * found.mean, row + offset, xerr=bar, fmt="o", ms=4, color=colour, capsize=2, lw=1.4,
-                           label=f"{words} prompts" if row == 0 else None)  # fmt: skip
+            mark = panel.errorbar(100 * found.mean, row + offset, xerr=bar, fmt="o", ms=4, color=colour, capsize=2, lw=1.4)
+            shown[f"{words} prompts"] = mark
     panel.axvline(0, color="#3d3d3d", lw=1)
     panel.set_yticks(range(len(against)), [f"{name} − {other}" for name, other in reversed(against.items())])
     panel.grid(axis="y", visible=False)
     panel.set(xlabel="difference in final accuracy, points [95 %]", title="Paired differences after equal reward queries")
-    if against:
-        panel.legend(frameon=False, fontsize=9, loc="best")
+    if shown:
+        panel.legend(shown.values(), shown.keys(), frameon=False, fontsize=9, loc="best")
     return figure

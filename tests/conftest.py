@@ -57,6 +57,7 @@ TINY = {
     "sample.num_batches_per_epoch": 3,
     "reward.batch_size": 4,
     "eval.num_images": 6,
+    "eval.deployed.num_steps": 6,
     "eval.batch_size": 4,
     "train.num_epochs": 2,
     "train.save_interval": 1,
@@ -249,11 +250,11 @@ def run_script(folder: Path, verb: str, overrides: dict, *more: str, preset: str
 
 def parse_command(folder: Path, argv: list[str]) -> Ended:
     """Parse the flags of a command line `run_<verb>.py …` and print the resulting configuration as JSON."""
-    from b2diffurl import runtime
+    from b2diffurl import script
 
     def parse() -> None:
         runpy.run_path(str(ROOT / argv[0]), run_name="flags_only")
-        runtime.run_script("parse", lambda config: print(json.dumps(config.to_dict())))
+        script.run_script("parse", lambda config: print(json.dumps(config.to_dict())))
 
     return call(folder, argv, parse)
 

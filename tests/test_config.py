@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, get_config, parse_command, run_script
 
-from b2diffurl.experiment import check, flatten, schedule
+from b2diffurl.checks import check, flatten
+from b2diffurl.experiment import schedule
 from b2diffurl.objectives import OBJECTIVES
 
 PRESETS = ("shapes", "sd14", "sd14_10gb", "b2", "bs", "bpt", "ddpo")
@@ -125,7 +126,7 @@ def test_every_key_has_a_comment_and_is_read():
     for path in [*(ROOT / "b2diffurl").rglob("*.py"), *ROOT.glob("run_*.py")]:
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("check") and path.name == "experiment.py":
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("check") and path.name == "checks.py":
                 node.body = []
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute):
@@ -220,7 +221,7 @@ VARIABLES = {
 
 
 OTHERS = ("Preset", "Resident", "NumProcesses", "NumMachines", "MachineRank", "MainProcessIp", "MainProcessPort", "Launcher")
-PLAN = r"folder\nstage0 stage1\nPLAN\n"  # what a stub for `python -m b2diffurl.experiment` says
+PLAN = r"folder\nstage0 stage1\nPLAN\n"  # what a stub for `python -m b2diffurl.begin` says
 
 
 def called(tmp_path: Path, variables: dict[str, str], *arguments: str, plan: str = PLAN) -> tuple[list[list[str]], str]:
@@ -313,7 +314,7 @@ def test_run_process_hands_a_signal_on(tmp_path):
 def test_a_dry_run_calls_nothing_else(tmp_path, flag):
     """However it is written, it goes to the first process, whose words are handed on, and there is no second one."""
     calls, stdout = called(tmp_path, {}, "--config.train.step_weight=none", flag, plan=r"experiment a\npreset b\n")
-    assert [call[:2] for call in calls] == [["-m", "b2diffurl.experiment"]]
+    assert [call[:2] for call in calls] == [["-m", "b2diffurl.begin"]]
     assert calls[0][-2:] == ["--config.train.step_weight=none", flag]
     assert stdout == "experiment a\npreset b\n"
 

@@ -19,8 +19,8 @@ from test_bad_input import assert_refused, refuse
 from b2diffurl import export, files, report
 from b2diffurl.checkpoint import OPTIMIZER_FILE, STATE_FILE
 from b2diffurl.evaluate import evaluate, training_sampler
-from b2diffurl.experiment import resolve_checkpoint
 from b2diffurl.metrics import read_events
+from b2diffurl.names import resolve_checkpoint
 from b2diffurl.stage import LORA_FILE, Stage
 from b2diffurl.trajectory import batch_damage
 

@@ -12,14 +12,16 @@ from conftest import PROMPTS, experiment, make_config, run_script, run_stage, sn
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from b2diffurl.checks import check, flatten
+from b2diffurl.device import make_accelerator
 from b2diffurl.evaluate import evaluate, prompt_images
-from b2diffurl.experiment import VOLATILE, check, checkpoint_name, flatten, resolve_checkpoint, take_recorded
+from b2diffurl.experiment import VOLATILE, take_recorded
 from b2diffurl.files import read_json, read_json_lines, write_record
 from b2diffurl.generate import SamplerSettings, deployed_sampler, sample_images, scheduler_class
 from b2diffurl.history import evaluation_rows
+from b2diffurl.names import checkpoint_name, resolve_checkpoint
 from b2diffurl.policy import load_policy
 from b2diffurl.results import describe, describe_sampler, name_best, summarise_diversity, with_error
-from b2diffurl.runtime import make_accelerator
 from b2diffurl.seeding import generator
 from b2diffurl.stage import LORA_FILE, Stage, finished_stages
 
@@ -389,7 +391,6 @@ def test_a_checkpoint_that_draws_the_base_s_images_is_refused(workplace, overrid
 
 def test_a_prompt_is_drawn_by_base_and_checkpoint(workplace, overrides):
     """One PNG of two rows on the same noise, which differ; the same bytes each time; base against itself is alike."""
-    overrides = overrides | {"eval.deployed.num_steps": 5}
     ended = run_script(workplace, "eval", overrides, "--prompt=a red circle", "--sampler=training")
     assert ended.code == 0, ended.stderr
     picture = workplace / json.loads(ended.stdout.splitlines()[-1])["picture"]
@@ -470,10 +471,10 @@ def test_samplers_are_checked_by_name():
 
 def test_only_schedulers_that_have_an_eta_are_said_to(config):
     """DDIM is; Euler's ancestral one is stochastic without."""
-    assert describe_sampler(row_of(deployed_sampler(config))) == "deployed sampler: DDIM, 50 steps, eta 0, guidance 5"
+    assert describe_sampler(row_of(deployed_sampler(config))) == "deployed sampler: DDIM, 6 steps, eta 0, guidance 5"
     config.eval.deployed.scheduler = "EulerAncestralDiscrete"
     said = describe_sampler(row_of(deployed_sampler(config)))
-    assert said == "deployed sampler: EulerAncestralDiscrete, 50 steps, guidance 5"
+    assert said == "deployed sampler: EulerAncestralDiscrete, 6 steps, guidance 5"
 
 
 def row_of(settings: SamplerSettings) -> dict:

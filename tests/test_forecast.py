@@ -43,8 +43,8 @@ PHASES = ("sample", "select", "train")
 
 
 def begin(folder: Path, overrides: dict, *more: str, preset: str = "sd14") -> Ended:
-    """`python -m b2diffurl.experiment`, in `folder`."""
-    path = str(ROOT / "b2diffurl" / "experiment.py")
+    """`python -m b2diffurl.begin`, in `folder`."""
+    path = str(ROOT / "b2diffurl" / "begin.py")
     argv = [path, *command_line("sample", overrides, *more, preset=preset)[1:]]
     return call(folder, argv, lambda: runpy.run_path(path, run_name="__main__"))
 
@@ -424,7 +424,7 @@ import copy, json, sys
 sys.path[:0] = [{tests!r}, {root!r}]
 from pathlib import Path
 from conftest import make_config, run_verb
-from b2diffurl.runtime import set_up_logging
+from b2diffurl.logs import set_up_logging
 
 set_up_logging(Path("log/tiny.log"))
 for verb in ("sample", "select", "train"):
@@ -486,7 +486,7 @@ def test_no_bars_in_a_pipe(overrides, tmp_path):
 
 def test_the_plan_needs_no_rank_but_the_first(overrides, tmp_path, monkeypatch):
     """Further processes show no bar."""
-    from b2diffurl.runtime import shows_progress
+    from b2diffurl.logs import shows_progress
 
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert shows_progress()

@@ -16,8 +16,9 @@ from b2diffurl.policy import predictor
 from b2diffurl.seeding import generator
 from b2diffurl.selection import advantages, normalise, select_all, select_pairs
 from b2diffurl.stage import Stage
-from b2diffurl.train import Trainer, make_units
+from b2diffurl.train import make_units
 from b2diffurl.trajectory import Trajectories
+from b2diffurl.update import Trainer
 
 PROMPTS = ["-2", "0", "1"]  # the means of their data
 TARGET = 1.0  # how far above its prompt's mean an image is best

@@ -23,17 +23,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from b2diffurl import files, policy, sample, scoring
+from b2diffurl.background import Behind, ahead
 from b2diffurl.branching import branch_sample
 from b2diffurl.ddim import with_prefix
+from b2diffurl.device import choose_device
 from b2diffurl.experiment import make_plan
 from b2diffurl.memory import BatchSizes
 from b2diffurl.models.stable_diffusion import StableDiffusion
 from b2diffurl.process import run_stages
-from b2diffurl.runtime import Behind, ahead, choose_device
 from b2diffurl.selection import Selected
 from b2diffurl.stage import LORA_FILE, Stage
-from b2diffurl.train import Trainer, choose_steps
+from b2diffurl.train import choose_steps
 from b2diffurl.trajectory import SelectedTrajectories, save_batch, save_selected
+from b2diffurl.update import Trainer
 
 CPU = torch.device("cpu")
 NO_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB."

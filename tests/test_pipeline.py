@@ -35,9 +35,9 @@ from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPTokenizer
 
 from b2diffurl.branching import denoise
+from b2diffurl.device import make_accelerator
 from b2diffurl.files import read_json_lines
 from b2diffurl.policy import decode, load_policy, predictor
-from b2diffurl.runtime import make_accelerator
 from b2diffurl.stage import LORA_FILE, Stage
 
 # First update: how far a log-ratio may be from 0 when sampling and training batch their rows differently (contract 1).
@@ -479,7 +479,7 @@ def test_the_shell_script_runs_it_all(finished, overrides, tmp_path, count):
 
 RANK_WRITES_ITS_NORMS = """
 import json, os, runpy, sys
-from b2diffurl.train import Trainer
+from b2diffurl.update import Trainer
 
 update, norms = Trainer.update, []
 

@@ -45,19 +45,21 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from b2diffurl import dry_run, evaluate, policy, runtime
-from b2diffurl import experiment as experiments
+from b2diffurl import begin as beginning
+from b2diffurl import dry_run, evaluate, policy, script
+from b2diffurl.checks import flatten
+from b2diffurl.experiment import make_plan
 from b2diffurl.files import sha256
 from b2diffurl.ranges import FREE, OPTIONAL, RANGES, parse
 from b2diffurl.stage import LORA_FILE, Stage
 
 PRESETS = ("shapes", "sd14", "sd14_10gb", "b2", "bs", "bpt", "ddpo")
-DEFAULTS = {key: value for preset in PRESETS for key, value in experiments.flatten(get_config(preset).to_dict()).items()}
+DEFAULTS = {key: value for preset in PRESETS for key, value in flatten(get_config(preset).to_dict()).items()}
 SAYS_WHAT_IS_ALLOWED = re.compile(
     r"must|Mend it|[Ww]rite|known|allowed|names|needs?\b|[Gg]ive|Take|Use|Delete|Run|Set|Convert|holds|lacks|"
     r"pip install|be cast"
 )
-ERRORS = (ValueError, OSError, FloatingPointError, ImportError, SafetensorError)  # those that runtime.run_script knows
+ERRORS = (ValueError, OSError, FloatingPointError, ImportError, SafetensorError)  # those that script.run_script knows
 RAN, REFUSED_IT = "run to the end", "refused"
 JPEG, OTHER_JPEG = "jpeg_incompressibility", "jpeg_compressibility"
 
@@ -136,7 +138,7 @@ def by_command(work: Path, verb: str, settings: dict) -> str:
 
         def plan() -> None:
             flags.DEFINE_boolean("dry_run", True, "")
-            runtime.run_script("process", experiments.begin)
+            script.run_script("process", beginning.begin)
 
         ended = call(work, command_line("plan", settings), plan)
     else:
@@ -160,7 +162,7 @@ def by_call(work: Path, verb: str, settings: dict) -> str:
     try:
         with contextlib.chdir(work):
             if verb == "plan":
-                dry_run.describe(config, experiments.make_plan(config))
+                dry_run.describe(config, make_plan(config))
             elif verb == "eval":
                 samplers = evaluate.named_samplers(config, ["training", "deployed"])
                 evaluate.evaluate(config, ["base"], ["test"], samplers)

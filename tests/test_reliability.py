@@ -17,7 +17,7 @@ import children
 import pytest
 from conftest import ROOT, assert_same, command_line, experiment, run_script, run_stage, snapshot
 
-from b2diffurl import lock, runtime
+from b2diffurl import lock, script
 from b2diffurl.stage import Stage
 
 # ---- one run at a time ----
@@ -93,7 +93,7 @@ def test_a_run_that_was_taken_for_dead_stops(tmp_path, other_run, monkeypatch):
     """Another one has the lock when it wakes: it neither marks nor deletes that, and ends."""
     monkeypatch.setattr(lock, "HEARTBEAT_SEC", 0.05)
     path = tmp_path / "run.lock"
-    with pytest.raises(KeyboardInterrupt), runtime.stopping_in_order(), lock.holding(tmp_path):
+    with pytest.raises(KeyboardInterrupt), script.stopping_in_order(), lock.holding(tmp_path):
         marked = path.stat().st_mtime_ns
         time.sleep(0.3)
         assert path.stat().st_mtime_ns > marked
@@ -185,9 +185,9 @@ def test_a_signal_ends_a_script_in_order(overrides, tmp_path, number):
 def test_what_does_not_listen_ends_all_the_same(monkeypatch):
     """A script that is deep in a library, where Python's handlers do not run, ends after the time of grace."""
     ended, done = [], threading.Event()
-    monkeypatch.setattr(runtime, "GRACE_SEC", 0.2)
-    monkeypatch.setattr(runtime.os, "_exit", lambda code: (ended.append(code), done.set()))
-    with pytest.raises(KeyboardInterrupt), runtime.stopping_in_order():
+    monkeypatch.setattr(script, "GRACE_SEC", 0.2)
+    monkeypatch.setattr(script.os, "_exit", lambda code: (ended.append(code), done.set()))
+    with pytest.raises(KeyboardInterrupt), script.stopping_in_order():
         threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
         hashlib.pbkdf2_hmac("sha256", b"", b"", 4_000_000)  # seconds in C
     assert done.wait(1)

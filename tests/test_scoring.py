@@ -30,7 +30,8 @@ from test_bad_input import assert_refused, refuse
 from transformers import PreTrainedModel
 
 from b2diffurl import files
-from b2diffurl.experiment import check, make_plan, record_experiment
+from b2diffurl.checks import check
+from b2diffurl.experiment import make_plan, record_experiment
 from b2diffurl.rewards import http, join, load_reward
 from b2diffurl.scoring import score_images
 from b2diffurl.stage import Stage

@@ -20,7 +20,7 @@ from test_damage import judge
 from test_foreign_weights import original_layout
 
 from b2diffurl import export, files
-from b2diffurl.experiment import check
+from b2diffurl.checks import check
 from b2diffurl.features import load_features
 from b2diffurl.models import load_model
 from b2diffurl.rewards import http, load_reward
@@ -387,15 +387,15 @@ def test_a_plan_tells_no_secret(secrets, overrides, tmp_path):
     """--dry_run prints neither, and writes nothing."""
     from absl import flags
 
-    from b2diffurl import experiment as planning
+    from b2diffurl.begin import begin
 
     def main() -> None:
         flags.DEFINE_boolean("dry_run", False, "")
-        from b2diffurl.runtime import run_script as run
+        from b2diffurl.script import run_script as run
 
-        run("process", planning.begin)
+        run("process", begin)
 
-    argv = ["experiment", f"--config={ROOT}/config/stage_process.py:sd14", "--dry_run"]
+    argv = ["begin", f"--config={ROOT}/config/stage_process.py:sd14", "--dry_run"]
     argv += [f"--config.{key}={value}" for key, value in overrides.items()]
     ended = call(tmp_path, argv, main)
     assert ended.code == 0, ended.stderr

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, experiment, make_config
 from scipy.stats import ttest_rel
 
-from b2diffurl.experiment import check, flatten
+from b2diffurl.checks import check, flatten
 from benchmarks.study import FULL, QUICK, VARIANTS, configure, cost, root, runs
 from benchmarks.study_report import SETS, write_report
 from benchmarks.study_statistics import (

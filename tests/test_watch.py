@@ -30,7 +30,7 @@ from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.ranges import RANGES
 from b2diffurl.report import warned_kinds, write_report
 from b2diffurl.stage import LORA_FILE, Stage
-from b2diffurl.train import Trainer
+from b2diffurl.update import Trainer
 from b2diffurl.watch import MIN_UPDATES, WINDOW, UpdateWatch, stage_warnings
 
 REWARD = "rewards_of_test_watch"
@@ -232,7 +232,7 @@ ONE_RANK_OVERFLOWS = """
 import os, runpy, sys, torch
 from dataclasses import replace
 from b2diffurl.objectives import OBJECTIVES
-from b2diffurl.train import Trainer
+from b2diffurl.update import Trainer
 
 sound, update, running = OBJECTIVES["ddpo"], Trainer.update, []
 
