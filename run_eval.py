@@ -24,18 +24,20 @@ flags.DEFINE_string("prompt", None, "Draw this prompt by the base and the last c
 def main(config):
     from b2diffurl import evaluate, report
     from b2diffurl.experiment import take_recorded
+    from b2diffurl.judging import judge, judge_due
     from b2diffurl.lock import within_run
-    from b2diffurl.process import judge, judge_due
+    from b2diffurl.names import experiment_folder
     from b2diffurl.results import headline, name_best
 
     given = flags.FLAGS
     set_here = [name for name in given if name.startswith("config.") and given[name].present]
     take_recorded(config, [name.removeprefix("config.") for name in set_here])
-    with within_run(evaluate.experiment_folder(config)):
+    root = experiment_folder(config)
+    with within_run(root):
         if given.prompt is not None:
             samplers, sampler = evaluate.named_samplers(config, given.sampler), given.sampler[-1]
             images = evaluate.prompt_images(config, given.checkpoint[-1], given.prompt, samplers[sampler])
-            picture = report.draw_prompt(evaluate.experiment_folder(config), given.prompt, images, sampler)
+            picture = report.draw_prompt(root, given.prompt, images, sampler)
             print(json.dumps({"prompt": given.prompt, "picture": str(picture)}), flush=True)
         elif given.due:
             judge_due(config)

@@ -1,4 +1,4 @@
-"""Work in a thread beside what goes on meanwhile: disk and PNG encoding need no processor of their own for long."""
+"""Work in a thread beside the main one."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -9,7 +9,7 @@ T, R = TypeVar("T"), TypeVar("R")
 
 
 class Behind:
-    """Does one job at a time in a thread, beside what goes on meanwhile; at most one waits, so memory does not grow."""
+    """Does jobs that come after the main work, one at a time; the next one waits for it, so that memory does not grow."""
 
     def __init__(self) -> None:
         self.pool, self.job = ThreadPoolExecutor(1), None

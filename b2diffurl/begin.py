@@ -1,4 +1,4 @@
-"""What run_process.sh asks first: is the configuration one that works, where does the run go, which stages has it?"""
+"""What run_process.sh runs first: check everything, take the lock, name folder and stages; or print the plan."""
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ def begin(config: ConfigDict) -> None:
     """Check the whole configuration, and print the plan if that is all that is asked for (--dry_run); else take the lock for
     run_process.sh, print the experiment's folder and the names of all its stages, and log the plan in one line."""
     plan = make_plan(config)
-    load_prompts(config.eval.prompt_file)
+    load_prompts(config.eval.prompt_file)  # refused now rather than when the run is judged
     if flags.FLAGS.dry_run:
         print(dry_run.describe(config, plan))
         return

@@ -13,10 +13,10 @@ from typing import Any
 
 from b2diffurl import files
 from b2diffurl.checkpoint import read_state
-from b2diffurl.checks import flatten
 from b2diffurl.experiment import ADDED
 from b2diffurl.history import SETS, Row, evaluation_rows, every_evaluation, set_title, stage_rows
 from b2diffurl.names import checkpoint_name, relative_to
+from b2diffurl.ranges import flatten
 from b2diffurl.results import describe_sampler, with_error
 from b2diffurl.rewards import reward_weights
 from b2diffurl.stage import LORA_FILE, Stage, finished_stages
@@ -102,7 +102,7 @@ def write_card(folder: Path, exported: Exported) -> None:
         e=exported,
         base=public(exported.base),
         base_on_hub=bool(base),
-        reward=describe_reward(config["reward"]),
+        reward=reward_with_models(config["reward"]),
         prompt=shown[0]["text"] if shown else (drawn_prompts(exported) or ["a photo"])[0],
         use=usage(exported),
         grids=copy_grids(folder / "images", exported),
@@ -226,7 +226,7 @@ def usage(exported: Exported) -> dict[str, Any]:
     }
 
 
-def describe_reward(settings: Mapping) -> str:
+def reward_with_models(settings: Mapping) -> str:
     """Names, weights and models: `clip` (`laion/…`)."""
     parts = []
     for name, weight in reward_weights(settings).items():
@@ -256,7 +256,7 @@ def training(exported: Exported) -> dict[str, str]:
     found = {
         "checkpoint": f"{exported.checkpoint}, of stage0 to stage{settings['stage_cnt'] - 1}",
         "budget": f"{queries:,} images scored, {updates:,} updates (stages: {len(rows)})",
-        "reward": describe_reward(config["reward"]),
+        "reward": reward_with_models(config["reward"]),
         "prompts": f"{len(drawn_prompts(exported)):,} drawn from `{prompt_file(exported, 'train')}`",
         "schedule": f"{settings['curriculum']}: the last {span(steps)} of {num_steps} steps are trained",
         "sampling": f"{settings['sampling']}, {settings['split_time']} images a group; DDIM, η {settings['sample.eta']:g}, "

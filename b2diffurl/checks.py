@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from b2diffurl.ddim import STEP_WEIGHTS
 from b2diffurl.objectives import OBJECTIVES
-from b2diffurl.ranges import check_values, shown
+from b2diffurl.ranges import check_values, flatten, shown
 
 CURRICULA = ("progressive", "fixed", "reversed", "random")
 SAMPLINGS = ("branch", "independent")
@@ -119,10 +119,3 @@ def check_installed(train: ConfigDict) -> None:
 def check_choice(name: str, value: str, choices: Any) -> None:
     if value not in choices:
         raise ValueError(f"{name} is {shown(value)}; known: {', '.join(repr(choice) for choice in choices)}")
-
-
-def flatten(nested: Mapping, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in nested.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat

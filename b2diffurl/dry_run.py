@@ -13,21 +13,10 @@ from ml_collections import ConfigDict
 from safetensors import safe_open
 
 from b2diffurl import files
+from b2diffurl.amounts import at_most, most_selected, most_updates, num_evaluations, num_groups, num_images, planned_steps
 from b2diffurl.device import choose_device
 from b2diffurl.experiment import Plan, describe_reward
-from b2diffurl.forecast import (
-    at_most,
-    judging_left,
-    most_selected,
-    most_updates,
-    num_done,
-    num_evaluations,
-    num_groups,
-    num_images,
-    number,
-    planned_steps,
-    time_text,
-)
+from b2diffurl.forecast import judging_left, num_done, number, time_text
 from b2diffurl.prompts import load_prompts
 from b2diffurl.stage import PHASES, Stage, finished_stages
 

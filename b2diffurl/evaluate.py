@@ -5,7 +5,6 @@ N images, one prompt each: the file's prompts in turn; E features an image
 
 import hashlib
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from b2diffurl.features import Features, check_features, features_identity, load
 from b2diffurl.generate import SAMPLERS, SamplerSettings, sample_images, training_sampler
 from b2diffurl.logs import logger, progress
 from b2diffurl.models import Model, base_fingerprint
-from b2diffurl.names import checkpoint_name, relative_to, resolve_checkpoint
+from b2diffurl.names import checkpoint_name, experiment_folder, relative_to, resolve_checkpoint, stage_of
 from b2diffurl.policy import check_base, load_policy, warn_of_cut_prompts
 from b2diffurl.prompts import batch_prompts, named_prompts
 from b2diffurl.results import add_differences, describe, record, summarise, summarise_diversity
@@ -141,10 +140,6 @@ def evaluate_due(config: ConfigDict) -> list[dict[str, Any]]:
     return evaluate(config, ["base", config.run_name], ["test"], {"training": training_sampler(config)})
 
 
-def experiment_folder(config: ConfigDict) -> Path:
-    return Path(config.save_path) / config.exp_name
-
-
 def named_samplers(config: ConfigDict, names: Sequence[str]) -> dict[str, SamplerSettings]:
     """The samplers of those names; a ValueError lists what there is."""
     for name in names:
@@ -162,11 +157,6 @@ def every_checkpoint(config: ConfigDict) -> list[str]:
     """The base and each trained stage."""
     stages = finished_stages(experiment_folder(config), "train")
     return ["base", *(f"stage{stage.index}" for stage in stages)]
-
-
-def stage_of(checkpoint: str) -> int | None:
-    match = re.fullmatch(r"stage(\d+)(/checkpoint_\d+)?", checkpoint)
-    return int(match[1]) if match else None
 
 
 def require_different(lora: Path, *, same: bool) -> None:

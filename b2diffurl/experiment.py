@@ -16,11 +16,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from b2diffurl import files, lock
-from b2diffurl.checks import CURRICULA, check, flatten
+from b2diffurl.checks import CURRICULA, check
 from b2diffurl.logs import logger
-from b2diffurl.names import find_lora, relative_to
+from b2diffurl.names import experiment_folder, find_lora, relative_to
 from b2diffurl.prompts import named_prompts
-from b2diffurl.ranges import shown
+from b2diffurl.ranges import flatten, shown
 from b2diffurl.seeding import stable_seed
 from b2diffurl.stage import LORA_FILE, Stage
 
@@ -105,7 +105,7 @@ def stage_index(run_name: str) -> int:
 def make_plan(config: ConfigDict) -> Plan:
     """Check the configuration and the experiment's folder; raises ValueError or FileNotFoundError, writes nothing."""
     check(config)
-    stage = Stage(Path(config["save_path"]) / config["exp_name"], stage_index(config["run_name"]))
+    stage = Stage(experiment_folder(config), stage_index(config["run_name"]))
     prompts = tuple(prompt for _, prompt in named_prompts(config, "train"))
     prompts_sha256 = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     record = json.loads(json.dumps({"config": config.to_dict(), "prompts_sha256": prompts_sha256}))
@@ -164,7 +164,7 @@ def recorded_settings(recorded: Mapping) -> dict[str, Any]:
 def take_recorded(config: ConfigDict, given: Collection[str]) -> None:
     """Set the experiment's own settings, which are all but the volatile ones, as its config.json has them; keys that are
     `given`, and those that mean nothing beside them, stay."""
-    path = Path(config["save_path"]) / config["exp_name"] / "config.json"
+    path = experiment_folder(config) / "config.json"
     if not path.is_file():
         return
     recorded = files.read_json(path)

@@ -82,7 +82,7 @@ def export(
         raise ValueError("the base model is not trained here. Export last, stage<i>, or the path of a LoRA.")
     require_whole(lora)
     state = read_lora(lora)
-    check_base(lora, pretrained, required=form == "pipeline" or bool(base))
+    require_base(lora, pretrained, required=form == "pipeline" or bool(base))
     out = (out or root / "export" / form).expanduser()
     check_replaceable(out)
     place = out.resolve()
@@ -125,7 +125,7 @@ def rank_of(state: Mapping[str, Tensor]) -> int:
     return next(len(value) for key, value in state.items() if ".lora_A." in key)
 
 
-def check_base(lora: Path, pretrained: Mapping, *, required: bool) -> None:
+def require_base(lora: Path, pretrained: Mapping, *, required: bool) -> None:
     """Refuse a base model other than the LoRA's. One that is not `required` is looked at only where it is a local path."""
     trained_on = (read_state(lora) or {}).get("base_model_sha256")
     if not required and not (trained_on and Path(pretrained["model"]).expanduser().exists()):

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -64,6 +65,11 @@ def require_writable(folder: Path) -> None:
         there = there.parent
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "nothing can be written here", str(there))
+
+
+def finite(value: float) -> float | None:
+    """A number as JSON can hold it: None for what is not finite."""
+    return value if math.isfinite(value) else None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,10 +1,9 @@
-"""What a run asks for: network evaluations, updates, minutes; and how far it is.
+"""How long a run takes, and how far it is.
 
-Amounts follow from the configuration. Seconds are measured: in the experiment's latest stages, and before one is finished in
-the first sampling batch. Waiting for people (reward `file`) is not among them.
+Amounts follow from the configuration (amounts.py). Seconds are measured: in the experiment's latest stages, and before one
+is finished in the first sampling batch. Waiting for people (reward `file`) is not among them.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from datetime import datetime
@@ -14,7 +13,17 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from b2diffurl.experiment import describe_reward, scheduled_steps
+from b2diffurl.amounts import (
+    at_most,
+    most_selected,
+    most_updates,
+    num_chosen_steps,
+    num_evaluations,
+    num_images,
+    planned_steps,
+    stage_steps,
+)
+from b2diffurl.experiment import describe_reward
 from b2diffurl.history import stage_list, warned_rows
 from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.stage import PHASES, Stage, finished_stages
@@ -22,52 +31,6 @@ from b2diffurl.stage import PHASES, Stage, finished_stages
 NUM_LATEST = 5  # finished stages by which time is told, so that a faster or slower machine soon shows
 LONGEST_IMPORT_SEC = 30  # of Python's packages; what took longer was a pause
 FINISHED_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
-
-
-# ---- amounts ----
-
-
-def num_groups(config: ConfigDict) -> int:
-    """Of a stage."""
-    return config.sample.num_batches_per_epoch * config.sample.batch_size
-
-
-def num_images(config: ConfigDict) -> int:
-    """Of a stage."""
-    return num_groups(config) * config.split_time
-
-
-def num_evaluations(config: ConfigDict, num_trained_steps: int) -> int:
-    """(Guided) evaluations of the network for a stage's images; branches share those of their prefix."""
-    prefixes = num_groups(config) if config.sampling == "branch" else num_images(config)
-    return prefixes * (config.sample.num_steps - num_trained_steps) + num_images(config) * num_trained_steps
-
-
-def most_selected(config: ConfigDict) -> int:
-    """The most trajectories a stage can train on."""
-    return num_images(config) if config.eval.selection == "all" else 2 * num_groups(config)
-
-
-def most_updates(config: ConfigDict) -> int:
-    """The most updates a stage can make: what it makes where all images are selected."""
-    siblings = 2 if OBJECTIVES[config.train.objective].paired else 1  # in a term of the loss
-    in_one = max(1, config.train.batch_size * config.train.gradient_accumulation_steps // siblings)
-    return config.train.num_epochs * math.ceil(most_selected(config) // siblings / in_one)
-
-
-def num_chosen_steps(config: ConfigDict, num_trained_steps: int) -> int:
-    """Of a trajectory's S steps, how many an update takes."""
-    return max(1, round(config.train.timestep_fraction * num_trained_steps))
-
-
-def planned_steps(config: ConfigDict, root: Path) -> list[int]:
-    """S of each stage of the experiment in folder `root`: what it was sampled with, or will be."""
-    return [stage_steps(config, Stage(root, index)) for index in range(config.stage_cnt)]
-
-
-def stage_steps(config: ConfigDict, stage: Stage) -> int:
-    sampled = stage.finished("sample")
-    return stage.manifest("sample")["num_trained_steps"] if sampled else scheduled_steps(config, stage.index)
 
 
 # ---- time ----
@@ -251,10 +214,6 @@ def warned_text(root: Path) -> list[str]:
 
 def num_done(config: ConfigDict, root: Path) -> int:
     return sum(stage.index < config.stage_cnt for stage in finished_stages(root, "train"))
-
-
-def at_most(config: ConfigDict) -> str:
-    return "" if config.eval.selection == "all" else "at most "
 
 
 def duration(seconds: float) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from b2diffurl import files
 from b2diffurl.logs import logger
 from b2diffurl.metrics import read_events
-from b2diffurl.stage import Stage, finished_stages
+from b2diffurl.stage import PHASES, Stage, finished_stages
 
 SETS = {"test": "Held-out prompts", "train": "Training prompts"}  # those that an experiment has of its own
 Row = dict[str, Any]
@@ -34,7 +34,7 @@ def stage_rows(root: Path) -> list[Row]:
             row |= {key: value for key, value in event.items() if key not in ("event", "load", "score", "write")}
         if stage.finished("train"):
             row |= training_figures(stage)
-        for phase in ("sample", "select", "train"):
+        for phase in PHASES:
             if stage.finished(phase):
                 seconds = stage.manifest(phase)["seconds"]
                 row |= {f"seconds/{phase}/{part}": value for part, value in seconds.items() if part != "share"}

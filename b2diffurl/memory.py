@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from b2diffurl import files
 from b2diffurl.logs import logger
+from b2diffurl.names import experiment_folder
 
 T = TypeVar("T")
 
@@ -87,7 +88,7 @@ def sampling_sizes(config: ConfigDict, device: torch.device, num_rows: int, *, a
         "sample.decode_batch_size": config.sample.decode_batch_size,
     }
     given = [config.pretrained.resolution, config.compile]
-    return BatchSizes(Path(config.save_path) / config.exp_name, device, sizes, alone=alone, given=given)
+    return BatchSizes(experiment_folder(config), device, sizes, alone=alone, given=given)
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

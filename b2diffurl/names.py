@@ -4,6 +4,8 @@ import os
 import re
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from b2diffurl.stage import LORA_FILE, find_checkpoints, finished_stages
 
 EXPERIMENTS = Path("model/lora")  # where an experiment is looked for by its name alone
@@ -74,3 +76,14 @@ def relative_to(root: Path, path: Path) -> str:
     """`path` from `root` on if it lies in it, else as it is."""
     inside = path.resolve().is_relative_to(root.resolve())
     return str(path.resolve().relative_to(root.resolve()) if inside else path)
+
+
+def experiment_folder(config: ConfigDict) -> Path:
+    """Where a configuration's experiment lies."""
+    return Path(config.save_path) / config.exp_name
+
+
+def stage_of(checkpoint: str) -> int | None:
+    """The i of a checkpoint that is called `stage<i>` or `stage<i>/checkpoint_<n>` in results."""
+    match = re.fullmatch(r"stage(\d+)(/checkpoint_\d+)?", checkpoint)
+    return int(match[1]) if match else None

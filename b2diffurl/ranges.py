@@ -106,3 +106,11 @@ def shown(value: Any) -> str:
     """A value as Python writes it, in one line, its beginning if it is long."""
     text = repr(value).replace("\n", " ")
     return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def flatten(nested: Mapping, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their keys, such as `train.learning_rate`."""
+    flat = {}
+    for key, value in nested.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

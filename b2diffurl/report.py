@@ -22,7 +22,6 @@ from PIL import Image
 from torch import Tensor
 
 from b2diffurl import files
-from b2diffurl.checks import flatten
 from b2diffurl.experiment import describe_reward
 from b2diffurl.history import (
     Row,
@@ -53,9 +52,10 @@ from b2diffurl.pictures import (
     to_svg,
     tree_figure,
 )
+from b2diffurl.ranges import flatten
 from b2diffurl.results import describe_sampler, with_error
 from b2diffurl.script import die, remedy
-from b2diffurl.stage import Stage, finished_stages
+from b2diffurl.stage import PHASES, Stage, finished_stages
 from b2diffurl.tree import load_tree
 
 PRESETS = Path(__file__).parents[1] / "config" / "stage_process.py"
@@ -300,7 +300,7 @@ def facts(root: Path, stages: Sequence[Row]) -> dict[str, Any]:
     """What the run was: settings that differ from the preset, software, hardware, time and disk."""
     config = flatten(files.read_json(root / "config.json")["config"])
     newest = Stage(root, stages[-1]["stage"])
-    manifests = [stage.manifest(phase) for phase in ("sample", "select", "train") for stage in finished_stages(root, phase)]
+    manifests = [stage.manifest(phase) for phase in PHASES for stage in finished_stages(root, phase)]
     seconds = {key: [row[key] for row in stages if key in row] for key in stages[-1] if key.startswith("seconds/")}
     sampling = [stage.manifest("sample") for stage in finished_stages(root, "sample")]
     images = sum(manifest["num_images"] * manifest["seconds"].get("share", 1) for manifest in sampling)

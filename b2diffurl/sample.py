@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from b2diffurl import files
+from b2diffurl.amounts import num_evaluations, num_images
 from b2diffurl.background import Behind
 from b2diffurl.branching import branch_sample
 from b2diffurl.checks import check_installed
@@ -24,7 +24,7 @@ from b2diffurl.ddim import Sampler, require_stochastic, with_prefix
 from b2diffurl.device import make_accelerator
 from b2diffurl.experiment import Plan, make_plan, record_experiment
 from b2diffurl.features import check_features
-from b2diffurl.forecast import first_batch_text, num_evaluations, num_images
+from b2diffurl.forecast import first_batch_text
 from b2diffurl.generate import SamplerSettings, deployed_sampler, make_scheduler
 from b2diffurl.logs import logger, progress_bar
 from b2diffurl.memory import BatchSizes, peak_memory, sampling_sizes
@@ -35,7 +35,7 @@ from b2diffurl.prompts import batch_prompts, load_prompts, named_prompts
 from b2diffurl.rewards import check_rewards, reward_weights
 from b2diffurl.seeding import generator, noise_source
 from b2diffurl.stage import Stage, finished_stages, listed, not_finite
-from b2diffurl.trajectory import Conditions, batch_damage, save_batch
+from b2diffurl.trajectory import Conditions, batch_damage, read_batch_prompts, save_batch
 from b2diffurl.tree import decode_tree, save_tree, watching
 
 
@@ -321,11 +321,3 @@ def finish(config: ConfigDict, plan: Plan, facts: dict, seconds: dict, *, num_sa
     stage.write_manifest("sample", facts | {"seconds": seconds}, [*written, stage.metrics("sample")])
     done = "stage%d sample: done in %.1f s, %d images, %.1f images/s"
     logger.info(done, stage.index, seconds["sample"], len(prompts), rate)
-
-
-def read_batch_prompts(path: Path) -> tuple[list[int], list[str]]:
-    """Row of each group's prompt among the batch's distinct prompts, and those."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor("prompt_ids").tolist(), files.read_metadata(path)["prompts"]

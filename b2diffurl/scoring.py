@@ -4,7 +4,6 @@ N images
 """
 
 import json
-import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -176,14 +175,10 @@ def as_part(values: list) -> Tensor | list[str]:
 def write_scores(stage: Stage, prompts: list[str], scores: Scores) -> None:
     rows = []
     for n, (prompt, reward) in enumerate(zip(prompts, scores.rewards.tolist(), strict=True)):
-        row = {"id": n, "prompt": prompt, "reward": finite(reward), "parts": nth(scores.parts, n)}
+        row = {"id": n, "prompt": prompt, "reward": files.finite(reward), "parts": nth(scores.parts, n)}
         rows.append(row | ({"watch": nth(scores.watch, n)} if scores.watch else {}))
     files.write_json_lines(stage.scores, rows)
 
 
 def nth(parts: Parts, n: int) -> dict[str, float | str | None]:
-    return {key: finite(value[n].item()) if isinstance(value, Tensor) else value[n] for key, value in parts.items()}
-
-
-def finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return {key: files.finite(value[n].item()) if isinstance(value, Tensor) else value[n] for key, value in parts.items()}

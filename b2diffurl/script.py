@@ -19,7 +19,7 @@ from b2diffurl.logs import logger, set_up_logging
 from b2diffurl.ranges import check_log
 
 CONFIG_FILE = "config/stage_process.py"
-QUICK_START = 50_000  # objects between two garbage collections: importing torch, diffusers and transformers makes millions
+GC_THRESHOLD = 50_000  # objects between two garbage collections: importing torch, diffusers and transformers makes millions
 FLAGS = flags.FLAGS
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")  # of errors where another one failed
@@ -39,7 +39,7 @@ def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
         set_up_logging(log_file)
     except OSError as error:
         die(f"{verb}: the log cannot be written: {error}", hint=f"{remedy(error, '--config.log_path')}.")
-    gc.set_threshold(QUICK_START)
+    gc.set_threshold(GC_THRESHOLD)
     look = f"; the traceback is in {log_file}" if log_file else ""
     try:
         with stopping_in_order():
@@ -79,30 +79,33 @@ def stopping_in_order() -> Iterator[None]:
     whole or not there at any moment.
     """
     ended = threading.Event()
-    heard, hears = os.pipe()
-    os.set_blocking(hears, False)
+    stops = (signal.SIGTERM, signal.SIGINT)
+    read_end, write_end = os.pipe()  # Python writes into it the number of every signal that has a handler
+    os.set_blocking(write_end, False)
 
     def stop(number: int, _frame: object) -> None:
-        for each in (signal.SIGTERM, signal.SIGINT):  # the first one counts
+        for each in stops:  # the first one counts
             signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt(number)
 
     def insist() -> None:
-        if (number := os.read(heard, 1)) and not ended.wait(GRACE_SEC):
-            name = signal.Signals(number[0]).name
+        while (heard := os.read(read_end, 1)) and heard[0] not in stops:
+            pass
+        if heard and not ended.wait(GRACE_SEC):
+            name = signal.Signals(heard[0]).name
             logger.warning("stopped by %s, without waiting any longer; run the same command again to go on", name)
-            os._exit(128 + number[0])
-        os.close(heard)
+            os._exit(128 + heard[0])
+        os.close(read_end)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    wakeup = signal.set_wakeup_fd(hears)
+    before = {number: signal.signal(number, stop) for number in stops}
+    wakeup = signal.set_wakeup_fd(write_end)
     threading.Thread(target=insist, daemon=True).start()
     try:
         yield
     finally:
         ended.set()
         signal.set_wakeup_fd(wakeup)
-        os.close(hears)
+        os.close(write_end)
         for number, handler in before.items():
             signal.signal(number, handler)
 

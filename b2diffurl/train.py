@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from b2diffurl import files
+from b2diffurl.amounts import num_chosen_steps
 from b2diffurl.background import ahead
 from b2diffurl.checkpoint import read_state, save_checkpoint, whole_checkpoints
 from b2diffurl.device import make_accelerator
@@ -61,7 +62,7 @@ def train_stage(config: ConfigDict) -> None:
     selection = files.read_json(stage.selection)
     selected = [Selected(row["group"], row["branch"], row["score"]) for row in selection]
     log = UpdateLog(stage, config.train.eps, source if interrupted else None, done, writes=accelerator.is_main_process)
-    trainer.num_updates = log.num_updates
+    trainer.num_updates = log.num_kept
     units = make_units(selected, paired=trainer.objective.paired)
     trajectories = SelectedTrajectories(stage, selected, config.sample.batch_size)
     advantages = torch.tensor([row["advantage"] for row in selection])
@@ -69,12 +70,13 @@ def train_stage(config: ConfigDict) -> None:
         if wanted and len(units):
             trainer.warm_up(trajectories, units[:1])
     loaded = time.perf_counter()
+    num_steps = num_chosen_steps(config, plan.num_trained_steps)
     if len(units):
         logger.info(
             "stage%d train: training on %d trajectories, %d of their %d steps, from %s",
-            stage.index, units.numel(), trainer.num_chosen_steps, plan.num_trained_steps, plan.start,
+            stage.index, units.numel(), num_steps, plan.num_trained_steps, plan.start,
         )  # fmt: skip
-        num_transitions = (config.train.num_epochs - done) * units.numel() * trainer.num_chosen_steps
+        num_transitions = (config.train.num_epochs - done) * units.numel() * num_steps
         with progress_bar(num_transitions, f"stage{stage.index} train", "transitions") as trainer.bar:
             train_epochs(config, trainer, log, trajectories, advantages, units, done)
     else:
@@ -110,13 +112,13 @@ class UpdateLog:
         """Begins with the `done` epochs of an `interrupted` training, named by its last checkpoint's LoRA; what came after
         them is dropped."""
         self.stage, self.watch = stage, UpdateWatch(updates_before(stage, WINDOW), clip_range=clip_range)
-        path, kept, self.num_updates = stage.metrics("train"), [], 0
+        path, kept, self.num_kept = stage.metrics("train"), [], 0
         with suppress(ValueError, KeyError, TypeError):  # damaged: said below
             kept = [event for event in read_events(path) if event["epoch"] <= done] if interrupted else []
             for event in kept:
                 self.watch.see(event)
-                self.num_updates += 1
-        if interrupted and self.num_updates != read_state(interrupted)["num_updates"]:
+                self.num_kept += 1
+        if interrupted and self.num_kept != read_state(interrupted)["num_updates"]:
             raise ValueError(
                 f"{path} is damaged: it lacks updates of {interrupted.parent.name}. "
                 f"Delete {interrupted.parents[1]} and run the same command again."
@@ -150,6 +152,7 @@ def train_epochs(
     In memory are an update's trajectories, and the next one's, which are read meanwhile.
     """
     seed, index, num_trained_steps = config.seed, trainer.stage.index, len(trainer.step_weight)
+    num_steps = num_chosen_steps(config, num_trained_steps)
     size = max(1, config.train.batch_size * config.train.gradient_accumulation_steps // units[0].numel())
     deals = [
         (epoch, number, units[rows])
@@ -157,7 +160,7 @@ def train_epochs(
         for number, rows in enumerate(update_rows(len(units), size, generator(seed, index, "train", epoch)))
     ]
     for (epoch, number, dealt), trajectories in ahead(lambda deal: stored.read(deal[2].flatten().tolist()), deals):
-        steps = choose_steps(num_trained_steps, trainer.num_chosen_steps, generator(seed, index, "steps", epoch, number))
+        steps = choose_steps(num_trained_steps, num_steps, generator(seed, index, "steps", epoch, number))
         first = trainer.num_updates == 0
         local = torch.arange(dealt.numel()).view(dealt.shape)
         report = trainer.update(trajectories.to(trainer.accelerator.device), advantages[dealt.flatten()], local, steps)
@@ -204,11 +207,13 @@ def finish(config: ConfigDict, trainer: Trainer, log: UpdateLog, sampled: dict, 
     stage = trainer.stage
     updates = read_events(stage.metrics("train"), "update")
     last = stage.checkpoints()[-1]
+    num_trained_steps = len(trainer.step_weight)
+    num_trajectories = sum(update["num_trajectories"] for update in updates)
     facts = {
         "seed": config.seed,
-        "num_trained_steps": len(trainer.step_weight),
+        "num_trained_steps": num_trained_steps,
         "num_updates": len(updates),
-        "num_transitions": sum(update["num_trajectories"] for update in updates) * trainer.num_chosen_steps,
+        "num_transitions": num_trajectories * num_chosen_steps(config, num_trained_steps),
         "max_abs_log_ratio_first_update": updates[0]["max_abs_log_ratio"] if updates else None,
         "policy": sampled["policy"],
         "device": str(trainer.accelerator.device),

@@ -162,3 +162,9 @@ class SelectedTrajectories:
 
 def names_under(prefix: str, file: safe_open) -> list[str]:
     return [name.removeprefix(prefix) for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+
+
+def read_batch_prompts(path: Path) -> tuple[list[int], list[str]]:
+    """Row of each group's prompt among the batch's distinct prompts, and those."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor("prompt_ids").tolist(), files.read_metadata(path)["prompts"]

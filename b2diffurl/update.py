@@ -17,10 +17,10 @@ from ml_collections import ConfigDict
 from torch import Tensor
 from tqdm import tqdm
 
+from b2diffurl import files
 from b2diffurl.checkpoint import load_optimizer, read_state
 from b2diffurl.ddim import Sampler, log_prob, require_stochastic, step_weights, transition, transition_kl
 from b2diffurl.experiment import Plan
-from b2diffurl.forecast import num_chosen_steps
 from b2diffurl.logs import logger
 from b2diffurl.memory import BatchSizes
 from b2diffurl.models import Model
@@ -45,7 +45,6 @@ class Trainer:
     unconditional_gradient: bool
     sizes: BatchSizes  # train.micro_batch_size: transitions the network sees at once
     max_grad_norm: float
-    num_chosen_steps: int  # of the S steps, how many an update takes
     constant_shape: bool = False  # micro-batches have the same shape in all updates, filled up
     num_updates: int = 0
     bar: tqdm = field(default_factory=partial(tqdm, disable=True))  # counts transitions, of all processes
@@ -279,7 +278,6 @@ def make_trainer(config: ConfigDict, plan: Plan, accelerator: Accelerator, model
             given=[config.pretrained.resolution, config.compile, config.train.gradient_checkpointing],
         ),
         max_grad_norm=config.train.max_grad_norm,
-        num_chosen_steps=num_chosen_steps(config, plan.num_trained_steps),
         constant_shape=config.compile,
     )
 
@@ -339,11 +337,11 @@ def summarise(per_step: list[dict[str, Tensor]], norm: Tensor, timesteps: list[i
     *rows, (total, *_) = torch.cat([table, norm.float().expand(1, len(figures))]).tolist()
     columns = dict(zip(names, rows, strict=True))
     special = [name for name in names if name not in ("loss", "log_ratio", "clipped", "largest", "grad_norm")]
-    norms = {"grad_norm_per_step": [finite(value) for value in columns["grad_norm"]]} if "grad_norm" in columns else {}
+    norms = {"grad_norm_per_step": [files.finite(value) for value in columns["grad_norm"]]} if "grad_norm" in columns else {}
     return {key: mean(columns[key]) for key in special} | {
         **{f"{key}_per_step": columns[key] for key in special},
         "loss": mean(columns["loss"]),
-        "grad_norm": finite(total),
+        "grad_norm": files.finite(total),
         "clip_fraction": mean(columns["clipped"]),
         "max_abs_log_ratio": max(columns["largest"]),
         "timesteps": timesteps,
@@ -355,8 +353,3 @@ def summarise(per_step: list[dict[str, Tensor]], norm: Tensor, timesteps: list[i
 
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def finite(value: float) -> float | None:
-    """JSON has no infinity; fp16's scaler meets some."""
-    return value if math.isfinite(value) else None

@@ -32,6 +32,7 @@ from b2diffurl.history import evaluation_rows
 from b2diffurl.logs import set_up_logging
 from b2diffurl.metrics import read_events
 from b2diffurl.models import base_fingerprint
+from b2diffurl.names import experiment_folder
 from b2diffurl.prompts import batch_prompts, named_prompts
 from b2diffurl.results import add_differences, mean_and_error, paired_difference
 from b2diffurl.stage import LORA_FILE, Stage
@@ -80,17 +81,14 @@ def judged(name: str, threads: int = 0) -> ConfigDict:
     return config
 
 
-def folder(config: ConfigDict) -> Path:
-    return Path(config.save_path) / config.exp_name
-
-
 def require_finished(config: ConfigDict) -> None:
     """Refuse a run that is not whole, or was made with other settings than today's."""
     make_plan(config)
-    recorded = files.read_json(folder(config) / "config.json")["config"]["stage_cnt"]
-    finished = all(Stage(folder(config), index).finished("train") for index in range(config.stage_cnt))
+    root = experiment_folder(config)
+    recorded = files.read_json(root / "config.json")["config"]["stage_cnt"]
+    finished = all(Stage(root, index).finished("train") for index in range(config.stage_cnt))
     if not finished or recorded != config.stage_cnt:
-        raise ValueError(f"{folder(config)} is not a whole run of {config.stage_cnt} stages; finish it, or delete it")
+        raise ValueError(f"{root} is not a whole run of {config.stage_cnt} stages; finish it, or delete it")
 
 
 # --- the parts ------------------------------------------------------------------------------------
@@ -112,7 +110,7 @@ def run(seeds: Sequence[int], _threads: int) -> None:
 
 def run_process(name: str) -> None:
     config = configure(name)
-    root = folder(config)
+    root = experiment_folder(config)
     if evaluation_rows(root, stage=config.stage_cnt - 1, sampler="deployed"):  # the last thing that run_process.sh does
         require_finished(config)
         return
@@ -244,11 +242,11 @@ def deployed_values(name: str, prompts: str, guidance: float) -> dict[str, list[
     from b2diffurl.shapes.sampling import load_pipeline, sample
 
     config = judged(name)
-    lora = None if name == BASE else Stage(folder(config), config.stage_cnt - 1).checkpoints()[-1]
+    lora = None if name == BASE else Stage(experiment_folder(config), config.stage_cnt - 1).checkpoints()[-1]
     some = [prompt for _, prompt in named_prompts(config, prompts)]
     decisive = [base_fingerprint(config.pretrained), files.sha256(lora / LORA_FILE) if lora else "", some]
     decisive += [guidance, DEPLOYED_STEPS, DEPLOYED_IMAGES, EVAL_SEED]
-    file = folder(config) / "eval" / f"deployed_{prompts}_{files.digest(decisive)}.json"
+    file = experiment_folder(config) / "eval" / f"deployed_{prompts}_{files.digest(decisive)}.json"
     if not file.is_file():
         pipeline = load_pipeline(config.pretrained.model)
         if lora:
@@ -295,12 +293,12 @@ def num_updates(name: str) -> int:
 
 def stages(name: str) -> list[Stage]:
     config = configure(name)
-    return [Stage(folder(config), index) for index in range(config.stage_cnt)]
+    return [Stage(experiment_folder(config), index) for index in range(config.stage_cnt)]
 
 
 def seconds_of(name: str) -> float | None:
     """How long `bash run_process.sh` took; None where it was interrupted."""
-    file = folder(configure(name)) / "seconds.json"
+    file = experiment_folder(configure(name)) / "seconds.json"
     return files.read_json(file) if file.is_file() else None
 
 

@@ -29,6 +29,7 @@ from b2diffurl import files
 from b2diffurl.evaluate import evaluate
 from b2diffurl.generate import training_sampler
 from b2diffurl.logs import set_up_logging
+from b2diffurl.names import experiment_folder
 from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.results import add_differences
 from b2diffurl.sample import sample_stage
@@ -133,10 +134,6 @@ def configure(scale: Scale, variant: Variant | None, seed: int = 1) -> ConfigDic
     return config
 
 
-def root(config: ConfigDict) -> Path:
-    return Path(config.save_path) / config.exp_name
-
-
 # --- runs -----------------------------------------------------------------------------------------
 
 
@@ -187,19 +184,19 @@ def perform(scale: Scale, variant: Variant, seed: int) -> None:
     """One run from its first stage to its curve; every part of it is skipped if it is done."""
     config = configure(scale, variant, seed)
     set_up_logging(Path(config.log_path) / f"{config.exp_name}.log", console_too=False)
-    begun = root(config) / "config.json"
+    begun = experiment_folder(config) / "config.json"
     if begun.is_file() and files.read_json(begun)["config"]["stage_cnt"] != config.stage_cnt:
-        raise ValueError(f"{root(config)} was begun with another number of stages; delete it")
+        raise ValueError(f"{experiment_folder(config)} was begun with another number of stages; delete it")
     for index in range(config.stage_cnt):
         config.run_name = f"stage{index}"
         for phase in (sample_stage, select_stage, train_stage):
             phase(config)
-    files.write_json(root(config) / "study.json", describe_run(scale, variant, seed))
+    files.write_json(experiment_folder(config) / "study.json", describe_run(scale, variant, seed))
 
 
 def finished_run(scale: Scale, variant: Variant, seed: int) -> dict[str, Any] | None:
     """What a finished run left, if it was made with today's settings."""
-    path = root(configure(scale, variant, seed)) / "study.json"
+    path = experiment_folder(configure(scale, variant, seed)) / "study.json"
     found = files.read_json(path) if path.is_file() else None
     return found if found and found["config"] == described_config(scale, variant, seed) else None
 
@@ -234,9 +231,9 @@ def describe_run(scale: Scale, variant: Variant, seed: int) -> dict[str, Any]:
         "objective": config.train.objective,
         "seed": seed,
         "settings": variant.settings,
-        "device": Stage(root(config), 0).manifest("sample")["device"],
+        "device": Stage(experiment_folder(config), 0).manifest("sample")["device"],
         "curve": curve,
-        "stages": [stage_facts(Stage(root(config), index)) for index in range(config.stage_cnt)],
+        "stages": [stage_facts(Stage(experiment_folder(config), index)) for index in range(config.stage_cnt)],
         "versions": versions(),
         "date": str(date.today()),
         "config": described_config(scale, variant, seed),
@@ -260,7 +257,7 @@ def cost(config: ConfigDict, num_stages: int) -> dict[str, float]:
     """
     total = dict.fromkeys(COSTS, 0.0)
     passes = 2 + OBJECTIVES[config.train.objective].needs_reference
-    for stage in (Stage(root(config), index) for index in range(num_stages)):
+    for stage in (Stage(experiment_folder(config), index) for index in range(num_stages)):
         sampled, selected, trained = (stage.manifest(phase) for phase in ("sample", "select", "train"))
         total["queries"] += sampled["num_images"]
         total["evaluations"] += sampled["num_evaluations"] + passes * trained["num_transitions"]

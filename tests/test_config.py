@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, get_config, parse_command, run_script
 
-from b2diffurl.checks import check, flatten
+from b2diffurl.checks import check
 from b2diffurl.experiment import schedule
 from b2diffurl.objectives import OBJECTIVES
+from b2diffurl.ranges import flatten
 
 PRESETS = ("shapes", "sd14", "sd14_10gb", "b2", "bs", "bpt", "ddpo")
 ARMS = {  # of the study: what each changes of b2, beside its name

@@ -12,7 +12,7 @@ from conftest import PROMPTS, experiment, make_config, run_script, run_stage, sn
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from b2diffurl.checks import check, flatten
+from b2diffurl.checks import check
 from b2diffurl.device import make_accelerator
 from b2diffurl.evaluate import evaluate, prompt_images
 from b2diffurl.experiment import VOLATILE, take_recorded
@@ -21,6 +21,7 @@ from b2diffurl.generate import SamplerSettings, deployed_sampler, sample_images,
 from b2diffurl.history import evaluation_rows
 from b2diffurl.names import checkpoint_name, resolve_checkpoint
 from b2diffurl.policy import load_policy
+from b2diffurl.ranges import flatten
 from b2diffurl.results import describe, describe_sampler, name_best, summarise_diversity, with_error
 from b2diffurl.seeding import generator
 from b2diffurl.stage import LORA_FILE, Stage, finished_stages
@@ -260,7 +261,7 @@ def test_a_reward_that_is_given_stands_alone(workplace, overrides):
 def test_both_samplers_are_reported_by_default(workplace, overrides):
     """Held-out prompts, base and newest checkpoint, training's sampler and the deployed one: four rows of eval.jsonl, those
     of one sampler on the same noise, and the two samplers' images differ."""
-    ended = run_script(workplace, "eval", overrides | {"eval.deployed.num_steps": 5})
+    ended = run_script(workplace, "eval", overrides)
     assert ended.code == 0, ended.stderr
     rows = read_json_lines(experiment(workplace) / "eval.jsonl")
     assert [(row["checkpoint"], row["sampler"]) for row in rows] == [
@@ -271,7 +272,7 @@ def test_both_samplers_are_reported_by_default(workplace, overrides):
     ]
     assert [(row["scheduler"], row["num_steps"], row["eta"]) for row in rows[:2]] == [
         ("", 4, 1.0),
-        ("DDIMScheduler", 5, 0.0),
+        ("DDIMScheduler", 6, 0.0),
     ]
     assert rows[0]["reward"] != rows[1]["reward"]
     for base, tuned in zip(rows[:2], rows[2:], strict=True):

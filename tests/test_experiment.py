@@ -11,10 +11,10 @@ import torch
 from conftest import PROMPTS, experiment, make_config, snapshot
 
 from b2diffurl import files
-from b2diffurl.checks import flatten
 from b2diffurl.experiment import make_plan, schedule
 from b2diffurl.names import find_lora
 from b2diffurl.prompts import batch_prompts
+from b2diffurl.ranges import flatten
 from b2diffurl.seeding import generator, stable_seed
 from b2diffurl.stage import LORA_FILE
 

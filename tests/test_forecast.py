@@ -32,7 +32,7 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
-from b2diffurl import dry_run, forecast
+from b2diffurl import amounts, dry_run, forecast
 from b2diffurl.files import read_metadata
 from b2diffurl.forecast import Pace, Work
 from b2diffurl.history import stage_rows
@@ -82,8 +82,8 @@ def write_stage(root: Path, index: int, finished: tuple[str, ...] = PHASES, **fa
 def test_amounts(overrides, more, evaluations, selected, updates):
     """By hand: 3 batches of 2 groups of 3, S = 2 of 4 steps, updates of 4 trajectories in 2 epochs."""
     config = make_config(overrides | more)
-    assert (forecast.num_groups(config), forecast.num_images(config)) == (6, 18)
-    found = (forecast.num_evaluations(config, 2), forecast.most_selected(config), forecast.most_updates(config))
+    assert (amounts.num_groups(config), amounts.num_images(config)) == (6, 18)
+    found = (amounts.num_evaluations(config, 2), amounts.most_selected(config), amounts.most_updates(config))
     assert found == (evaluations, selected, updates)
 
 
@@ -91,19 +91,19 @@ def test_amounts_are_those_of_a_run(stage_with, overrides):
     """Where all images are selected, the manifests have exactly the evaluations and updates that are foretold."""
     settings = {"eval.selection": "all", "train.gradient_accumulation_steps": 4}
     stage, config = Stage(experiment(stage_with(**settings)), 0), make_config(overrides | settings)
-    assert stage.manifest("sample")["num_evaluations"] == forecast.num_evaluations(config, 2)
-    assert stage.manifest("train")["num_updates"] == forecast.most_updates(config) == 2 * 3
+    assert stage.manifest("sample")["num_evaluations"] == amounts.num_evaluations(config, 2)
+    assert stage.manifest("train")["num_updates"] == amounts.most_updates(config) == 2 * 3
 
 
 def test_planned_steps(tmp_path):
     """The schedule's, which is the reference's; a stage that is sampled keeps its own, and split_step is for the others."""
     config = get_config("sd14")
-    steps = forecast.planned_steps(config, tmp_path)
+    steps = amounts.planned_steps(config, tmp_path)
     assert [steps.count(S) for S in range(14, 21)] == [15, 14, 14, 15, 14, 14, 14]
     write_stage(tmp_path, 1, ("sample",))
-    assert forecast.planned_steps(config, tmp_path) == [14, 2, *steps[2:]]
+    assert amounts.planned_steps(config, tmp_path) == [14, 2, *steps[2:]]
     config.split_step = 17
-    assert forecast.planned_steps(config, tmp_path) == [17, 2] + [17] * 98
+    assert amounts.planned_steps(config, tmp_path) == [17, 2] + [17] * 98
 
 
 # ---- time ----

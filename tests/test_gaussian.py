@@ -62,7 +62,6 @@ def make_trainer(world: GaussianWorld, objective: str, num_trained_steps: int, *
         unconditional_gradient=True,
         sizes=BatchSizes(Path("nowhere"), torch.device("cpu"), {"train.micro_batch_size": 100_000}),
         max_grad_norm=1.0,
-        num_chosen_steps=num_trained_steps,
     )
 
 

@@ -14,12 +14,12 @@ from conftest import ROOT, get_config
 
 from b2diffurl.experiment import make_plan, record_experiment
 from b2diffurl.generate import training_sampler
+from b2diffurl.names import experiment_folder
 from benchmarks import learning
 from benchmarks.learning import (
     SETS,
     configure,
     failures,
-    folder,
     judged,
     mean_gain,
     meaningless,
@@ -116,7 +116,7 @@ def test_runs_of_other_settings_or_unfinished_are_refused(tmp_path, monkeypatch)
     record_experiment(make_plan(config), 1)
     with pytest.raises(ValueError, match=r"learning_seed7 is not a whole run of 8 stages"):
         judged("seed7")
-    (folder(config) / "config.json").unlink()
+    (experiment_folder(config) / "config.json").unlink()
     config.train.learning_rate = 0.5
     record_experiment(make_plan(config), 1)
     with pytest.raises(ValueError, match=r"train.learning_rate is 0.002, was 0.5"):

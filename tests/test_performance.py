@@ -506,7 +506,7 @@ NOT_IN_TRAINING = [
     ("verb", "unwanted"),
     [
         pytest.param("sample", ["wandb", "matplotlib", "tensorboard"], marks=pytest.mark.long),
-        ("select", ["diffusers", "peft", "wandb", "matplotlib", "tensorboard", "b2diffurl.train"]),
+        ("select", ["diffusers", "peft", "wandb", "matplotlib", "tensorboard", "b2diffurl.train", "b2diffurl.update"]),
         pytest.param("train", [*NOT_IN_TRAINING, "wandb", "matplotlib", "tensorboard"], marks=pytest.mark.long),
     ],
 )

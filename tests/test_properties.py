@@ -47,10 +47,9 @@ from safetensors.torch import load_file
 
 from b2diffurl import begin as beginning
 from b2diffurl import dry_run, evaluate, policy, script
-from b2diffurl.checks import flatten
 from b2diffurl.experiment import make_plan
 from b2diffurl.files import sha256
-from b2diffurl.ranges import FREE, OPTIONAL, RANGES, parse
+from b2diffurl.ranges import FREE, OPTIONAL, RANGES, flatten, parse
 from b2diffurl.stage import LORA_FILE, Stage
 
 PRESETS = ("shapes", "sd14", "sd14_10gb", "b2", "bs", "bpt", "ddpo")

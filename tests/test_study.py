@@ -14,8 +14,10 @@ import pytest
 from conftest import ROOT, experiment, make_config
 from scipy.stats import ttest_rel
 
-from b2diffurl.checks import check, flatten
-from benchmarks.study import FULL, QUICK, VARIANTS, configure, cost, root, runs
+from b2diffurl.checks import check
+from b2diffurl.names import experiment_folder
+from b2diffurl.ranges import flatten
+from benchmarks.study import FULL, QUICK, VARIANTS, configure, cost, runs
 from benchmarks.study_report import SETS, write_report
 from benchmarks.study_statistics import (
     at_equal_cost,
@@ -94,7 +96,7 @@ def test_every_run_of_the_study_is_accepted():
         configs = [configure(scale, *one) for one in runs(scale)]
         for config in configs:
             check(config)
-        assert len({root(config) for config in configs}) == len(configs)
+        assert len({experiment_folder(config) for config in configs}) == len(configs)
     seeds = {name: {seed for one, seed in runs(FULL) if one.name == name} for name in VARIANTS}
     assert all(len(seeds[arm]) >= 5 for arm in ("ddpo", "bpt", "bs", "b2"))
     assert all(len(seeds[name]) >= 2 for name in VARIANTS)
@@ -158,6 +160,7 @@ def draw_page(made_up: list[dict], folder: Path) -> str:
     return (folder / "results.md").read_text()
 
 
+@pytest.mark.filterwarnings("error::UserWarning")  # such as that of a legend without marks
 @pytest.mark.parametrize(
     "made",
     [[("b2", 1)], [("ddpo", 1), ("bpt", 2)], [("ddpo", 1), ("ddpo", 2), ("b2", 2)]],

@@ -22,8 +22,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
-from b2diffurl.checks import flatten
 from b2diffurl.models.stable_diffusion import StableDiffusion
+from b2diffurl.ranges import flatten
 from b2diffurl.seeding import generator
 from b2diffurl.stage import LORA_FILE, Stage
 
