@@ -14,7 +14,7 @@ from benchmarks.page import percent, table
 
 VERBS = ("sample", "select", "train")
 SHAPES = {"ours": "ours", "peers": "peers", "fused": "peers + SDPA"}
-START_UP, WHOLE = "start-up and load", "whole stage"
+START_UP, WHOLE = "start-up, loading and end", "whole stage"
 Run = dict[str, Any]
 
 PAGE = """By `{command}`, {by}, {precision}. {work}

@@ -1,5 +1,5 @@
-"""Every setting of the pipeline. Presets: config/stage_process.py:shapes (default) and config/stage_process.py:sd14; and
-those of the study's four arms, b2, bs, bpt and ddpo.
+"""Every setting of the pipeline. Presets: config/stage_process.py:shapes (default), :sd14 and, for a small card, :sd14_10gb;
+and those of the study's four arms, b2, bs, bpt and ddpo.
 
 Override any key on the command line: --config.train.learning_rate=1e-4. Names are those of the paper's repository.
 """

@@ -199,7 +199,7 @@ MACHINE = {"matmul_tflops": 2.0, "evaluation_flops": 1e11, "transition_flops": 2
 def test_phases_add_up_to_the_wall_clock():
     """Decoding and writing are taken out of sampling, reading out of training, and what is left is start-up."""
     assert stage_report.phases(run_of(40)) == {
-        "start-up and load": 12,
+        "start-up, loading and end": 12,
         "sampling": 16,
         "decoding": 3,
         "scoring": 5,
@@ -222,7 +222,7 @@ def test_fewer_images_of_the_peers_are_scaled_up_and_their_start_is_not():
     """A quarter of the images and a half of the transitions."""
     few = run_of(10) | {"num_transitions": 40}
     scaled = stage_report.scaled(few, run_of(40))
-    assert scaled["start-up and load"] == 12
+    assert scaled["start-up, loading and end"] == 12
     assert scaled["sampling"] == 64
     assert scaled["training"] == 20
     assert scaled["whole stage"] == 12 + 64 + 12 + 20 + 2 + 20 + 10
@@ -240,7 +240,7 @@ def test_page_has_ratios_and_the_share_of_attention():
     facts = dict.fromkeys(("command", "date", "hardware", "versions", "threads", "precision"), "so")
     page = stage_report.markdown(facts | {"runs": runs, "machine": MACHINE})
     rows = {line.split(" | ")[0]: line.strip("| ").split(" | ")[1:] for line in page.splitlines() if line.startswith("|")}
-    assert rows["| start-up and load"] == ["12.0", "12.0", "12.0", "1.00×", "1.00×"]
+    assert rows["| start-up, loading and end"] == ["12.0", "12.0", "12.0", "1.00×", "1.00×"]
     assert rows["| sampling"] == ["16.0", "48.0", "32.0", "3.00×", "1.50×"]
     assert rows["| **whole stage**"] == ["**49.0**", "**123**", "**86.0**", "**2.51×**", "**1.43×**"]
     assert "saves 50.0 % of the difference" in page
