@@ -36,7 +36,7 @@ from b2diffurl import files
 from b2diffurl.device import choose_device
 from b2diffurl.logs import set_up_logging
 from b2diffurl.stage import Stage, hardware, versions
-from benchmarks.network import measure_network
+from benchmarks.network import COMPILED, measure_network
 from benchmarks.peers import DTYPES, SAMPLE_BATCH, Job
 from benchmarks.stage_report import VERBS, Run, in_turn, markdown, network_markdown, startup_markdown
 
@@ -83,6 +83,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="as few images as will do")
     parser.add_argument("--startup", action="store_true")
     parser.add_argument("--network", action="store_true")
+    parser.add_argument("--compiled", nargs="*", choices=COMPILED, default=["no", "blocks"], help="of --network, in turn")
     parser.add_argument("--write", action="store_true", help="keep the figures in docs/results")
     given = parser.parse_args(arguments)
     given.command = shlex.join(["python", "-m", "benchmarks.stage", *(sys.argv[1:] if arguments is None else arguments)])
@@ -354,7 +355,7 @@ def network(given: argparse.Namespace, settings: list[str], folder: Path) -> dic
         "versions": versions(),
     }
     machine = elsewhere(measure_machine, config.to_dict(), precision, threads, device)
-    rows = elsewhere(measure_network, config)
+    rows = elsewhere(measure_network, config, given.compiled)
     return described(given, facts) | {"machine": machine, "rows": rows}
 
 

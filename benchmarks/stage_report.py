@@ -182,7 +182,7 @@ def network_markdown(facts: dict[str, Any]) -> str:
         rate = flops[row["kind"]] * row["at_once"] / row["seconds"] / 1e12
         peak = number(row["peak_bytes"] / 2**30) if "peak_bytes" in row else ""
         cells.append([
-            f"{row['kind']}s", f"{row['at_once']}", "yes" if row["compiled"] else "no", number(1000 * row["seconds"]),
+            f"{row['kind']}s", f"{row['at_once']}", row["compiled"], number(1000 * row["seconds"]),
             f"{number(rate)} ({percent(rate / machine['matmul_tflops'])})", peak, number(row["first_seconds"]),
         ])  # fmt: skip
     header = ["", "at once", "compiled", "ms", "TFLOP/s (of matmul peak)", "peak GPU memory, GiB", "first call, s"]

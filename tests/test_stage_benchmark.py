@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from b2diffurl import files
+from b2diffurl.models import stable_diffusion
 from b2diffurl.models.stable_diffusion import StableDiffusion
 from b2diffurl.seeding import generator
 from b2diffurl.stage import LORA_FILE, Stage
@@ -359,22 +360,25 @@ def test_the_benchmark_runs_end_to_end(quick, capsys, monkeypatch, tmp_path):
 
 def test_the_network_alone(overrides, monkeypatch):
     """A row for each kind and number, first not compiled; a transition's is forward and backward."""
-    monkeypatch.setattr(network, "KINDS", {"evaluation": (1, 2), "transition": (2,)})
+    monkeypatch.setattr(network, "PLAIN_KINDS", {"evaluation": (1, 2), "transition": (2,)})
+    monkeypatch.setattr(network, "COMPILED_KINDS", {"evaluation": (1,), "transition": (2,)})
+    monkeypatch.setattr(stable_diffusion, "COMPILED", stable_diffusion.COMPILED)  # what it was before it is measured
     compiled = []
-    monkeypatch.setattr(StableDiffusion, "compile", lambda self: compiled.append(self))
-    rows = network.measure_network(make_config(overrides))
-    assert [(row["kind"], row["at_once"], row["compiled"]) for row in rows] == [
-        (kind, size, compiled)
-        for compiled in (False, True)
-        for kind, size in (("evaluation", 1), ("evaluation", 2), ("transition", 2))
+    monkeypatch.setattr(StableDiffusion, "compile", lambda self: compiled.append(stable_diffusion.COMPILED))
+    rows = network.measure_network(make_config(overrides), ["no", "whole", "transformers"])
+    assert [(row["compiled"], row["kind"], row["at_once"]) for row in rows] == [
+        ("no", "evaluation", 1),
+        ("no", "evaluation", 2),
+        ("no", "transition", 2),
+        *((way, *kind) for way in ("whole", "transformers") for kind in (("evaluation", 1), ("transition", 2))),
     ]
-    assert len(compiled) == 1
+    assert compiled == [network.COMPILED["whole"], network.COMPILED["transformers"]]
     assert rows[2]["seconds"] > rows[1]["seconds"] > 0
     machine = {"matmul_tflops": 1.0, "evaluation_flops": 10**9, "transition_flops": 3 * 10**9}
     facts = {"command": "COMMAND", "date": "", "hardware": "", "versions": "", "precision": "float32", "machine": machine}
     page = stage_report.network_markdown(facts | {"rows": [row | {"seconds": 0.5} for row in rows]})
     assert "| evaluations | 2 | no | 500 | 0.00400 (0.4 %) |" in page
-    assert "| transitions | 2 | yes | 500 | 0.0120 (1.2 %) |" in page
+    assert "| transitions | 2 | whole | 500 | 0.0120 (1.2 %) |" in page
 
 
 @pytest.mark.slow
