@@ -9,7 +9,7 @@ T, R = TypeVar("T"), TypeVar("R")
 
 
 class Behind:
-    """Does jobs that come after the main work, one at a time; the next one waits for it, so that memory does not grow."""
+    """Does one job at a time in a thread; `do` waits for the one before, so that memory does not grow."""
 
     def __init__(self) -> None:
         self.pool, self.job = ThreadPoolExecutor(1), None

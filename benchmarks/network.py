@@ -1,7 +1,7 @@
 """What a guided evaluation and a trained transition cost the network alone, by how many it sees at once, compiled or not."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,23 +25,20 @@ PLAIN_KINDS = {"evaluation": (8, 40), "transition": (8, 16, 32)}  # images at on
 COMPILED_KINDS = {"evaluation": (40,), "transition": (16,)}  # one of each, for compiling it takes half a minute or more
 
 
-def measure_network(config: ConfigDict, compiled: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each way to compile, kind and number: `seconds` of one pass, the median of five after the first, whose
+def measure_network(config: ConfigDict, way: str) -> list[dict[str, Any]]:
+    """Of one way to compile a row for each kind and number: `seconds` of one pass, the median of five after the first, whose
     `first_seconds` have compiling or reading back in them, and `peak_bytes` of a GPU; none for what its memory does not
     hold. To be called in a process of its own, for it changes what compiling means in it."""
-    rows = []
-    for way in compiled:
-        accelerator = make_accelerator(config, config.num_threads)  # anew, for it holds on to what it has prepared
-        with config.unlocked():
-            config.compile = way != "no"
-        stable_diffusion.COMPILED = COMPILED[way]
-        torch._dynamo.reset()
-        model = load_policy(config, accelerator, None)
-        model.network = accelerator.prepare_model(model.network)
-        for kind, sizes in (COMPILED_KINDS if config.compile else PLAIN_KINDS).items():
-            for size in sizes:
-                if row := measure(model, accelerator, kind, size, config.sample.guidance_scale):
-                    rows.append({"kind": kind, "at_once": size, "compiled": way} | row)
+    accelerator, rows = make_accelerator(config, config.num_threads), []
+    with config.unlocked():
+        config.compile = way != "no"
+    stable_diffusion.COMPILED = COMPILED[way]
+    model = load_policy(config, accelerator, None)
+    model.network = accelerator.prepare_model(model.network)
+    for kind, sizes in (COMPILED_KINDS if config.compile else PLAIN_KINDS).items():
+        for size in sizes:
+            if row := measure(model, accelerator, kind, size, config.sample.guidance_scale):
+                rows.append({"kind": kind, "at_once": size, "compiled": way} | row)
     return rows
 
 

@@ -3,7 +3,8 @@
     python -m benchmarks.stage --repeats 3                      # the embedded model, its default stage
     python -m benchmarks.stage --model sd14 --peer-images 80    # Stable Diffusion v1.4's architecture, random weights
     python -m benchmarks.stage --startup                        # each script from command to first useful work
-    python -m benchmarks.stage --network                        # the network alone, by images at once, compiled or not
+    python -m benchmarks.stage --network                        # the network alone, by images at once, compiled or not,
+                                                                # with --compiled no blocks transformers whole in what parts
 
 A stage is three fresh processes in either shape, and the shapes take turns. `--write` keeps the figures in
 docs/results/performance.json.
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 
 from b2diffurl import files
 from b2diffurl.device import choose_device
-from b2diffurl.logs import set_up_logging
+from b2diffurl.logs import logger, set_up_logging
 from b2diffurl.stage import Stage, hardware, versions
 from benchmarks.network import COMPILED, measure_network
 from benchmarks.peers import DTYPES, SAMPLE_BATCH, Job
@@ -95,7 +96,7 @@ def kind_of(given: argparse.Namespace) -> tuple[Callable, Callable[[dict], str],
     if given.startup:
         return startup, startup_markdown, "startup"
     if given.network:
-        return network, network_markdown, "network of {model} on {device}"
+        return network, network_markdown, f"network ({', '.join(given.compiled)}) of {{model}} on {{device}}"
     return benchmark, markdown, "{model} on {device}"
 
 
@@ -343,7 +344,7 @@ def matmul_tflops(device: str, dtype: torch.dtype) -> float:
 
 
 def network(given: argparse.Namespace, settings: list[str], folder: Path) -> dict[str, Any]:
-    """The network alone; one process measures everything, for what it costs to begin is not asked."""
+    """The network alone, each way to compile it in a process of its own; rows are logged as they come."""
     config = resolve(settings)
     cuda, precision = choose_device(config)
     device, threads = "cuda" if cuda else "cpu", given.threads or torch.get_num_threads()
@@ -355,7 +356,10 @@ def network(given: argparse.Namespace, settings: list[str], folder: Path) -> dic
         "versions": versions(),
     }
     machine = elsewhere(measure_machine, config.to_dict(), precision, threads, device)
-    rows = elsewhere(measure_network, config, given.compiled)
+    rows = []
+    for way in given.compiled:
+        rows += elsewhere(measure_network, config, way)
+        logger.info("network, compiled: %s: %s", way, [row for row in rows if row["compiled"] == way])
     return described(given, facts) | {"machine": machine, "rows": rows}
 
 

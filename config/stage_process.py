@@ -181,7 +181,7 @@ def sd14_10gb(config: ConfigDict) -> None:
 
 
 def shapes(config: ConfigDict) -> None:
-    """The embedded model on two CPU cores: 8 stages of 3,200 images, 25,600 in all, in 17 to 35 minutes.
+    """The embedded model on two CPU cores: 8 stages of 3,200 images, 25,600 in all, in 16 to 35 minutes.
 
     Accuracy on training prompts from 55 to 91 %, on held-out prompts from 52 to 84 % (means of three seeds).
     """

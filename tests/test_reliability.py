@@ -197,9 +197,9 @@ def test_what_does_not_listen_ends_all_the_same(monkeypatch):
 
 def test_other_signals_end_nothing(monkeypatch):
     """One that a library listens to, such as SIGCHLD of a DataLoader's workers, is none to stop; SIGTERM after it is."""
-    ended, heard = [], []
+    ended, heard, done = [], [], threading.Event()
     monkeypatch.setattr(script, "GRACE_SEC", 0.1)
-    monkeypatch.setattr(script.os, "_exit", ended.append)
+    monkeypatch.setattr(script.os, "_exit", lambda code: (ended.append(code), done.set()))
     before = signal.signal(signal.SIGUSR1, lambda number, _frame: heard.append(number))
     try:
         with script.stopping_in_order():
@@ -209,7 +209,8 @@ def test_other_signals_end_nothing(monkeypatch):
         with pytest.raises(KeyboardInterrupt), script.stopping_in_order():
             os.kill(os.getpid(), signal.SIGUSR1)
             threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
-            hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000_000)  # in C, longer than the time of grace
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 4_000_000)  # seconds in C
+        assert done.wait(1)
         assert ended == [128 + signal.SIGTERM]
     finally:
         signal.signal(signal.SIGUSR1, before)

@@ -359,13 +359,13 @@ def test_the_benchmark_runs_end_to_end(quick, capsys, monkeypatch, tmp_path):
 
 
 def test_the_network_alone(overrides, monkeypatch):
-    """A row for each kind and number, first not compiled; a transition's is forward and backward."""
+    """A row for each kind and number; a transition's is forward and backward."""
     monkeypatch.setattr(network, "PLAIN_KINDS", {"evaluation": (1, 2), "transition": (2,)})
     monkeypatch.setattr(network, "COMPILED_KINDS", {"evaluation": (1,), "transition": (2,)})
     monkeypatch.setattr(stable_diffusion, "COMPILED", stable_diffusion.COMPILED)  # what it was before it is measured
     compiled = []
     monkeypatch.setattr(StableDiffusion, "compile", lambda self: compiled.append(stable_diffusion.COMPILED))
-    rows = network.measure_network(make_config(overrides), ["no", "whole", "transformers"])
+    rows = [row for way in ("no", "whole", "transformers") for row in network.measure_network(make_config(overrides), way)]
     assert [(row["compiled"], row["kind"], row["at_once"]) for row in rows] == [
         ("no", "evaluation", 1),
         ("no", "evaluation", 2),
@@ -379,6 +379,18 @@ def test_the_network_alone(overrides, monkeypatch):
     page = stage_report.network_markdown(facts | {"rows": [row | {"seconds": 0.5} for row in rows]})
     assert "| evaluations | 2 | no | 500 | 0.00400 (0.4 %) |" in page
     assert "| transitions | 2 | whole | 500 | 0.0120 (1.2 %) |" in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["blocks", "transformers", "whole"])
+def test_the_network_is_compiled_in_every_way(overrides, monkeypatch, way):
+    """For real, on the tiny model."""
+    monkeypatch.setattr(network, "COMPILED_KINDS", {"evaluation": (1,), "transition": (1,)})
+    monkeypatch.setattr(stable_diffusion, "COMPILED", stable_diffusion.COMPILED)  # what it was before it is measured
+    torch._dynamo.reset()
+    rows = network.measure_network(make_config(overrides), way)
+    assert [row["kind"] for row in rows] == ["evaluation", "transition"]
+    assert all(row["first_seconds"] > 3 * row["seconds"] for row in rows)  # compiling, or reading back
 
 
 @pytest.mark.slow
