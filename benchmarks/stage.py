@@ -11,7 +11,6 @@ docs/results/performance.json.
 """
 
 import argparse
-import logging
 import os
 import shlex
 import shutil
@@ -48,12 +47,11 @@ QUICK = {
     "shapes": {"sample.batch_size": 4, "sample.num_batches_per_epoch": 1, "sample.num_steps": 3, "split_time": 3},
     "sd14": {"sample.batch_size": 1, "sample.num_batches_per_epoch": 1, "sample.num_steps": 3, "split_time": 2},
 }
+QUICK["sd14_10gb"] = QUICK["sd14"]
 QUICK = {model: settings | {"split_step_left": 2, "split_step_right": 3} for model, settings in QUICK.items()}
 FIRST_WORK = {"sample": "stage0 sample: S ", "select": "stage0 select: scoring ", "train": "stage0 train: training on "}
 STARTUP_REPEATS = 5
 MATMUL_SIZE, MATMUL_REPEATS = {"cuda": 8192, "cpu": 2048}, {"cuda": 50, "cpu": 3}
-
-log = logging.getLogger("b2diffurl")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -118,7 +116,7 @@ def settings_of(given: argparse.Namespace, folder: Path) -> list[str]:
         settings["sample.num_batches_per_epoch"] = given.batches
     settings |= QUICK[given.model] if given.quick else {}
     settings |= dict(one.split("=", 1) for one in given.overrides)
-    if given.model == "sd14":
+    if given.model != "shapes":
         from benchmarks.sd14 import build, build_clip
 
         for key, (name, builder) in {"pretrained.model": ("sd14", build), "reward.clip.model": ("clip", build_clip)}.items():
@@ -162,7 +160,7 @@ def benchmark(given: argparse.Namespace, settings: list[str], folder: Path) -> d
     config = resolve(settings)
     runs: dict[str, list[Run]] = {}
     for shape in in_turn(["ours", "peers", "fused"] if given.peers else ["ours"], given.repeats):
-        log.info("a stage: %s", shape)
+        logger.info("a stage: %s", shape)
         if shape == "ours":
             run, facts = run_ours(settings, config, folder / "ours")
             job = make_job(config, facts, given.peer_images)
