@@ -163,7 +163,12 @@ def draw_page(made_up: list[dict], folder: Path) -> str:
 @pytest.mark.filterwarnings("error::UserWarning")  # such as that of a legend without marks
 @pytest.mark.parametrize(
     "made",
-    [[("b2", 1)], [("ddpo", 1), ("bpt", 2)], [("ddpo", 1), ("ddpo", 2), ("b2", 2)]],
+    [
+        [("b2", 1)],
+        [("ddpo", 1), ("bpt", 2)],
+        [("ddpo", 1), ("ddpo", 2), ("b2", 2)],
+        [(name, seed) for name in ("ddpo", "b2") for seed in (1, 2, 3)],
+    ],
 )
 def test_a_page_of_few_runs(tmp_path, made):
     """Whatever is finished first, the page can be drawn, and claims nothing that has no spread to go by."""
