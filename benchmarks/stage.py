@@ -342,7 +342,7 @@ def matmul_tflops(device: str, dtype: torch.dtype) -> float:
 
 
 def network(given: argparse.Namespace, settings: list[str], folder: Path) -> dict[str, Any]:
-    """The network alone, each way to compile it in a process of its own; rows are logged as they come."""
+    """The network alone, each way to compile it in a process of its own, whose rows are logged when it ends."""
     config = resolve(settings)
     cuda, precision = choose_device(config)
     device, threads = "cuda" if cuda else "cpu", given.threads or torch.get_num_threads()
