@@ -1,0 +1,51 @@
+"""An experiment that an earlier version began goes on: its records, checkpoint, scores and evaluations are read as they are."""
+
+import json
+import zipfile
+
+import pytest
+import tiny
+from conftest import ROOT, run_script, snapshot
+from recorded.make import PROMPTS, SETTINGS
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """A folder in which the recorded experiment was gone on with to its end; and its files before that."""
+    folder = tmp_path_factory.mktemp("begun")
+    tiny.exact_stable_diffusion(folder / "base")
+    (folder / "prompts.txt").write_text(PROMPTS)
+    root = folder / "model" / "lora" / "begun"
+    with zipfile.ZipFile(ROOT / "tests" / "recorded" / "begun.zip") as archive:
+        archive.extractall(root)
+    before = snapshot(root)
+    places = {"pretrained.model": "base", "prompt_file": "prompts.txt", "eval.prompt_file": "prompts.txt"}
+    said = ""
+    for script, *more in (("sample",), ("select",), ("train",), ("eval", "--due")):
+        ended = run_script(folder, script, SETTINGS | places | {"run_name": "stage1"}, *more)
+        assert ended.code == 0, ended.stderr
+        said += ended.stdout
+    return root, before, said
+
+
+def test_the_second_stage_follows_the_recorded_first_one(resumed):
+    root, before, said = resumed
+    assert "from stage0/checkpoint_1" in said
+    manifest = json.loads((root / "stage1" / "select.json").read_text())
+    assert manifest["num_history"] == 12  # all of stage 0's images
+    assert json.loads((root / "stage1" / "train.json").read_text())["num_updates"] > 0
+
+
+def test_what_was_recorded_is_left_as_it_was(resumed):
+    root, before, _ = resumed
+    now = snapshot(root)
+    changed = [name for name in before if now[name] != before[name]]
+    assert changed == ["eval.jsonl"]  # which gets the rows of stage 1
+    assert set(before["eval.jsonl"].splitlines()) <= set(now["eval.jsonl"].splitlines())
+
+
+def test_the_recorded_evaluation_of_the_base_is_read_back(resumed):
+    """It is known by a checksum of all that decides it, which must not change with the code that computes it."""
+    root, _, said = resumed
+    assert "eval base on test prompts, training sampler: 4 images" not in said
+    assert len(list((root / "eval").glob("base_test_*"))) == 1
