@@ -4,7 +4,7 @@ import json
 
 from absl import flags
 
-from b2diffurl.script import run_script
+from b2diffurl.configuration.command_line import run_script
 
 flags.DEFINE_list(
     "checkpoint",
@@ -22,12 +22,13 @@ flags.DEFINE_string("prompt", None, "Draw this prompt by the base and the last c
 
 
 def main(config):
-    from b2diffurl import evaluate, report
-    from b2diffurl.experiment import take_recorded
-    from b2diffurl.judging import judge, judge_due
-    from b2diffurl.lock import within_run
-    from b2diffurl.names import experiment_folder
-    from b2diffurl.results import headline, name_best
+    from b2diffurl.configuration.plan import take_recorded
+    from b2diffurl.evaluation import measure
+    from b2diffurl.evaluation.statistics import headline, name_best
+    from b2diffurl.experiment.folder import experiment_folder
+    from b2diffurl.experiment.lock import within_run
+    from b2diffurl.phases.evaluate import judge, judge_due
+    from b2diffurl.reporting import page
 
     given = flags.FLAGS
     set_here = [name for name in given if name.startswith("config.") and given[name].present]
@@ -35,14 +36,14 @@ def main(config):
     root = experiment_folder(config)
     with within_run(root):
         if given.prompt is not None:
-            samplers, sampler = evaluate.named_samplers(config, given.sampler), given.sampler[-1]
-            images = evaluate.prompt_images(config, given.checkpoint[-1], given.prompt, samplers[sampler])
-            picture = report.draw_prompt(root, given.prompt, images, sampler)
+            samplers, sampler = measure.named_samplers(config, given.sampler), given.sampler[-1]
+            images = measure.prompt_images(config, given.checkpoint[-1], given.prompt, samplers[sampler])
+            picture = page.draw_prompt(root, given.prompt, images, sampler)
             print(json.dumps({"prompt": given.prompt, "picture": str(picture)}), flush=True)
         elif given.due:
             judge_due(config)
         else:
-            checkpoints = evaluate.every_checkpoint(config) if given.all or given.best else given.checkpoint
+            checkpoints = measure.every_checkpoint(config) if given.all or given.best else given.checkpoint
             results = judge(config, checkpoints, given.prompts, given.sampler)
             found = name_best(results, given.sampler[0]) if given.best else results[-1]
             print(json.dumps(headline(found)), flush=True)

@@ -130,7 +130,7 @@ trap 'stop 143' TERM
 trap 'stop 130' INT
 trap 'stop 129' HUP
 
-B2DIFFURL_RUN=$$                   # whose turn it is: the scripts work for this process; see b2diffurl/lock.py
+B2DIFFURL_RUN=$$                   # whose turn it is: the scripts work for this process; see b2diffurl/experiment/lock.py
 if [ "$MachineRank" -gt 0 ]; then B2DIFFURL_RUN=0; fi
 export B2DIFFURL_RUN
 PlanFile=$(mktemp)
@@ -140,7 +140,7 @@ leave() {
     if grep -qs "\[\[$$," "$Folder/run.lock"; then rm -f "$Folder/run.lock"; rmdir "$Folder" 2> /dev/null || true; fi
 }
 trap leave EXIT
-run python -m b2diffurl.begin "${Flags[@]}" > "$PlanFile"    # checks the whole configuration
+run python -m b2diffurl.start "${Flags[@]}" > "$PlanFile"    # checks the whole configuration
 Plan=$(< "$PlanFile")
 Folder=$(sed -n 1p <<< "$Plan")
 Stages=$(sed -n 2p <<< "$Plan")    # stage0 stage1 …
@@ -150,7 +150,7 @@ if [[ "$Stages" != stage0* ]]; then
 fi
 sed 1,2d <<< "$Plan"               # the plan in a line
 if [ "$Resident" = 1 ]; then
-    run python -m b2diffurl.process "${Flags[@]}"
+    run python -m b2diffurl.resident "${Flags[@]}"
     exit 0
 fi
 for Stage in $Stages; do

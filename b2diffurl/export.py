@@ -17,13 +17,13 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from b2diffurl import files
-from b2diffurl.card import Exported, write_card
-from b2diffurl.checkpoint import read_state, require_whole
+from b2diffurl.configuration.command_line import die, remedy
+from b2diffurl.experiment.checkpoints import read_state, require_whole
+from b2diffurl.experiment.folder import find_experiment, resolve_checkpoint
+from b2diffurl.experiment.stage import LORA_FILE
 from b2diffurl.models import base_fingerprint
-from b2diffurl.names import find_experiment, resolve_checkpoint
-from b2diffurl.script import die, remedy
-from b2diffurl.stage import LORA_FILE
+from b2diffurl.reporting.model_card import Exported, write_card
+from b2diffurl.runtime import files
 
 RECORD = "export.json"
 FORMATS = ("diffusers", "kohya", "pipeline")
@@ -179,8 +179,8 @@ def write_pipeline(folder: Path, lora: Path, pretrained: Mapping, *, rank: int) 
     import torch
     import transformers
 
-    from b2diffurl.models.hub import locate
     from b2diffurl.models.stable_diffusion import StableDiffusion, file_patterns
+    from b2diffurl.runtime.hub import locate
 
     for library in (diffusers, transformers):
         if not sys.stderr.isatty():

@@ -13,10 +13,10 @@ from datetime import date
 from pathlib import Path
 from statistics import fmean, median, stdev
 
-from b2diffurl import files
-from b2diffurl.logs import set_up_logging
-from b2diffurl.names import experiment_folder
-from b2diffurl.stage import Stage, versions
+from b2diffurl.experiment.folder import experiment_folder
+from b2diffurl.experiment.stage import Stage, versions
+from b2diffurl.runtime import files
+from b2diffurl.runtime.logs import set_up_logging
 from benchmarks.page import percent, table
 from benchmarks.study import Scale, Variant, configure, finished_run, perform_all
 from benchmarks.study_statistics import interval

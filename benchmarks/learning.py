@@ -24,18 +24,18 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from b2diffurl import files
-from b2diffurl.evaluate import evaluate
-from b2diffurl.experiment import make_plan
-from b2diffurl.generate import SamplerSettings, training_sampler
-from b2diffurl.history import evaluation_rows
-from b2diffurl.logs import set_up_logging
-from b2diffurl.metrics import read_events
+from b2diffurl.configuration.plan import make_plan
+from b2diffurl.configuration.prompts import batch_prompts, named_prompts
+from b2diffurl.evaluation.generate import SamplerSettings, training_sampler
+from b2diffurl.evaluation.measure import evaluate
+from b2diffurl.evaluation.statistics import add_differences, mean_and_error, paired_difference
+from b2diffurl.experiment.folder import experiment_folder
+from b2diffurl.experiment.metrics import read_events
+from b2diffurl.experiment.stage import LORA_FILE, Stage
+from b2diffurl.experiment.stage_table import evaluation_rows
 from b2diffurl.models import base_fingerprint
-from b2diffurl.names import experiment_folder
-from b2diffurl.prompts import batch_prompts, named_prompts
-from b2diffurl.results import add_differences, mean_and_error, paired_difference
-from b2diffurl.stage import LORA_FILE, Stage
+from b2diffurl.runtime import files
+from b2diffurl.runtime.logs import set_up_logging
 from config.stage_process import get_config
 
 SEEDS = (1, 2, 3)

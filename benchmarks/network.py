@@ -10,9 +10,9 @@ from diffusers import Transformer2DModel, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from ml_collections import ConfigDict
 
-from b2diffurl.device import make_accelerator
 from b2diffurl.models import Model, stable_diffusion
-from b2diffurl.policy import load_policy
+from b2diffurl.models.policy import load_policy
+from b2diffurl.runtime.device import make_accelerator
 
 REPEATS = 5
 COMPILED = {  # the modules that are compiled, each by itself

@@ -34,14 +34,14 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from b2diffurl import files
-from b2diffurl.branching import Noise, Predict
-from b2diffurl.ddim import Sampler, log_prob, make_sampler, step_weights, transition
+from b2diffurl.algorithm.branching import Noise, Predict
+from b2diffurl.algorithm.ddim import Sampler, log_prob, make_sampler, step_weights, transition
+from b2diffurl.algorithm.seeding import generator, stable_seed
+from b2diffurl.algorithm.selection import advantages, normalise, select_all, select_pairs
+from b2diffurl.experiment.stage import LORA_FILE
 from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.rewards import load_reward, score
-from b2diffurl.seeding import generator, stable_seed
-from b2diffurl.selection import advantages, normalise, select_all, select_pairs
-from b2diffurl.stage import LORA_FILE
+from b2diffurl.runtime import files
 
 SAMPLE_BATCH, SCORE_BATCH, TRAIN_BATCH = 8, 8, 2  # prompts, images, trajectories
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

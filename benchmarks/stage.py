@@ -32,10 +32,10 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from torch import Tensor, nn
 
-from b2diffurl import files
-from b2diffurl.device import choose_device
-from b2diffurl.logs import logger, set_up_logging
-from b2diffurl.stage import Stage, hardware, versions
+from b2diffurl.experiment.stage import Stage, hardware, versions
+from b2diffurl.runtime import files
+from b2diffurl.runtime.device import choose_device
+from b2diffurl.runtime.logs import logger, set_up_logging
 from benchmarks.network import COMPILED, measure_network
 from benchmarks.peers import DTYPES, SAMPLE_BATCH, Job
 from benchmarks.stage_report import VERBS, Run, in_turn, markdown, network_markdown, startup_markdown

@@ -25,17 +25,17 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from b2diffurl import files
-from b2diffurl.evaluate import evaluate
-from b2diffurl.generate import training_sampler
-from b2diffurl.logs import set_up_logging
-from b2diffurl.names import experiment_folder
+from b2diffurl.evaluation.generate import training_sampler
+from b2diffurl.evaluation.measure import evaluate
+from b2diffurl.evaluation.statistics import add_differences
+from b2diffurl.experiment.folder import experiment_folder
+from b2diffurl.experiment.stage import Stage, versions
 from b2diffurl.objectives import OBJECTIVES
-from b2diffurl.results import add_differences
-from b2diffurl.sample import sample_stage
-from b2diffurl.select import select_stage
-from b2diffurl.stage import Stage, versions
-from b2diffurl.train import train_stage
+from b2diffurl.phases.sample import sample_stage
+from b2diffurl.phases.select import select_stage
+from b2diffurl.phases.train import train_stage
+from b2diffurl.runtime import files
+from b2diffurl.runtime.logs import set_up_logging
 from config.stage_process import get_config
 
 SETS = ("train", "test")

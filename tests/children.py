@@ -108,7 +108,7 @@ def _provoke(fault: Fault) -> None:
 
         torch.optim.AdamW.step = stopped
     elif fault.moment == "appended":
-        from b2diffurl.metrics import Metrics
+        from b2diffurl.experiment.metrics import Metrics
 
         log = Metrics.log
 

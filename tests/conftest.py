@@ -31,10 +31,10 @@ import transformers  # noqa: E402
 from absl.flags import FLAGS  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
-from b2diffurl.files import SEAL  # noqa: E402
-from b2diffurl.selection import Selected  # noqa: E402
-from b2diffurl.stage import Stage  # noqa: E402
-from b2diffurl.trajectory import SelectedTrajectories, Trajectories, save_selected  # noqa: E402
+from b2diffurl.algorithm.selection import Selected  # noqa: E402
+from b2diffurl.experiment.stage import Stage  # noqa: E402
+from b2diffurl.experiment.trajectories import SelectedTrajectories, Trajectories, save_selected  # noqa: E402
+from b2diffurl.runtime.files import SEAL  # noqa: E402
 
 torch.set_num_threads(1)
 for library in (diffusers, transformers):
@@ -171,9 +171,9 @@ def read_selected(stage: Stage, selected: list[Selected], batch_size: int) -> Tr
 
 def run_verb(folder: Path, config: ConfigDict, verb: str) -> None:
     """Call one verb with `folder` as the current directory."""
-    from b2diffurl.sample import sample_stage
-    from b2diffurl.select import select_stage
-    from b2diffurl.train import train_stage
+    from b2diffurl.phases.sample import sample_stage
+    from b2diffurl.phases.select import select_stage
+    from b2diffurl.phases.train import train_stage
 
     with contextlib.chdir(folder):
         {"sample": sample_stage, "select": select_stage, "train": train_stage}[verb](copy.deepcopy(config))
@@ -238,23 +238,23 @@ def flags(overrides: dict) -> list[str]:
     return [f"--config.{key}={value}" for key, value in overrides.items()]
 
 
-def command_line(verb: str, overrides: dict, *more: str, preset: str = "sd14") -> list[str]:
+def script_arguments(verb: str, overrides: dict, *more: str, preset: str = "sd14") -> list[str]:
     return [f"run_{verb}.py", f"--config={ROOT}/config/stage_process.py:{preset}", *flags(overrides), *more]
 
 
 def run_script(folder: Path, verb: str, overrides: dict, *more: str, preset: str = "sd14") -> Ended:
     """run_<verb>.py from its first line to its exit code, in this process, with flags and in `folder`."""
-    argv = command_line(verb, overrides, *more, preset=preset)
+    argv = script_arguments(verb, overrides, *more, preset=preset)
     return call(folder, argv, lambda: runpy.run_path(str(ROOT / argv[0]), run_name="__main__"))
 
 
 def parse_command(folder: Path, argv: list[str]) -> Ended:
     """Parse the flags of a command line `run_<verb>.py …` and print the resulting configuration as JSON."""
-    from b2diffurl import script
+    from b2diffurl.configuration import command_line
 
     def parse() -> None:
         runpy.run_path(str(ROOT / argv[0]), run_name="flags_only")
-        script.run_script("parse", lambda config: print(json.dumps(config.to_dict())))
+        command_line.run_script("parse", lambda config: print(json.dumps(config.to_dict())))
 
     return call(folder, argv, parse)
 

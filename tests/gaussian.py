@@ -11,8 +11,8 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from b2diffurl.ddim import Sampler, make_sampler
-from b2diffurl.trajectory import Conditions
+from b2diffurl.algorithm.ddim import Sampler, make_sampler
+from b2diffurl.experiment.trajectories import Conditions
 
 SPREAD = 0.5  # s, standard deviation of the data
 

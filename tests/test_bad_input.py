@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import tiny
-from conftest import ROOT, VERBS, Ended, command_line, experiment, flags, run_script, run_stage, snapshot
+from conftest import ROOT, VERBS, Ended, experiment, flags, run_script, run_stage, script_arguments, snapshot
 from safetensors.torch import load_file, save_file
 
-from b2diffurl.stage import LORA_FILE, Stage
+from b2diffurl.experiment.stage import LORA_FILE, Stage
 
 LIMIT_SEC = 10
 
@@ -43,7 +43,7 @@ def refuse(folder: Path, verb: str, overrides: dict, *said: str, arguments: tupl
 
 def run_process(folder: Path, overrides: dict, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     """run_sample.py as a process of its own."""
-    argv = command_line("sample", overrides)
+    argv = script_arguments("sample", overrides)
     return subprocess.run(
         [sys.executable, ROOT / argv[0], *argv[1:]], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )

@@ -1,4 +1,4 @@
-"""An experiment that an earlier version began goes on: its records, checkpoint, scores and evaluations are read as they are."""
+"""An experiment that an earlier version began goes on: its records, checkpoint, scores and evaluations are read."""
 
 import json
 import zipfile
@@ -29,7 +29,7 @@ def resumed(tmp_path_factory):
 
 
 def test_the_second_stage_follows_the_recorded_first_one(resumed):
-    root, before, said = resumed
+    root, _, said = resumed
     assert "from stage0/checkpoint_1" in said
     manifest = json.loads((root / "stage1" / "select.json").read_text())
     assert manifest["num_history"] == 12  # all of stage 0's images

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from b2diffurl.branching import branch_sample, denoise
-from b2diffurl.ddim import Sampler, log_prob, make_sampler, transition
+from b2diffurl.algorithm.branching import branch_sample, denoise
+from b2diffurl.algorithm.ddim import Sampler, log_prob, make_sampler, transition
 
 T, G, K, SHAPE = 6, 3, 4, (2, 3, 3)
 TIMESTEPS = torch.tensor([900, 700, 450, 300, 120, 20])

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, get_config, parse_command, run_script
 
-from b2diffurl.checks import check
-from b2diffurl.experiment import schedule
+from b2diffurl.configuration.limits import flatten
+from b2diffurl.configuration.plan import schedule
+from b2diffurl.configuration.rules import check
 from b2diffurl.objectives import OBJECTIVES
-from b2diffurl.ranges import flatten
 
 PRESETS = ("shapes", "sd14", "sd14_10gb", "b2", "bs", "bpt", "ddpo")
 ARMS = {  # of the study: what each changes of b2, beside its name
@@ -222,7 +222,7 @@ VARIABLES = {
 
 
 OTHERS = ("Preset", "Resident", "NumProcesses", "NumMachines", "MachineRank", "MainProcessIp", "MainProcessPort", "Launcher")
-PLAN = r"folder\nstage0 stage1\nPLAN\n"  # what a stub for `python -m b2diffurl.begin` says
+PLAN = r"folder\nstage0 stage1\nPLAN\n"  # what a stub for `python -m b2diffurl.start` says
 
 
 def called(tmp_path: Path, variables: dict[str, str], *arguments: str, plan: str = PLAN) -> tuple[list[list[str]], str]:
@@ -315,7 +315,7 @@ def test_run_process_hands_a_signal_on(tmp_path):
 def test_a_dry_run_calls_nothing_else(tmp_path, flag):
     """However it is written, it goes to the first process, whose words are handed on, and there is no second one."""
     calls, stdout = called(tmp_path, {}, "--config.train.step_weight=none", flag, plan=r"experiment a\npreset b\n")
-    assert [call[:2] for call in calls] == [["-m", "b2diffurl.begin"]]
+    assert [call[:2] for call in calls] == [["-m", "b2diffurl.start"]]
     assert calls[0][-2:] == ["--config.train.step_weight=none", flag]
     assert stdout == "experiment a\npreset b\n"
 

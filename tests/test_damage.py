@@ -16,13 +16,15 @@ import pytest
 from conftest import VERBS, Ended, assert_same, call, experiment, make_config, run_script, run_stage, snapshot
 from test_bad_input import assert_refused, refuse
 
-from b2diffurl import export, files, report
-from b2diffurl.checkpoint import OPTIMIZER_FILE, STATE_FILE
-from b2diffurl.evaluate import evaluate, training_sampler
-from b2diffurl.metrics import read_events
-from b2diffurl.names import resolve_checkpoint
-from b2diffurl.stage import LORA_FILE, Stage
-from b2diffurl.trajectory import batch_damage
+from b2diffurl import export, report
+from b2diffurl.evaluation.measure import evaluate, training_sampler
+from b2diffurl.experiment.checkpoints import OPTIMIZER_FILE, STATE_FILE
+from b2diffurl.experiment.folder import resolve_checkpoint
+from b2diffurl.experiment.metrics import read_events
+from b2diffurl.experiment.stage import LORA_FILE, Stage
+from b2diffurl.experiment.trajectories import batch_damage
+from b2diffurl.reporting import page
+from b2diffurl.runtime import files
 
 JUDGE = ("--checkpoint=base,last", "--sampler=training")
 
@@ -249,7 +251,7 @@ def test_a_report_shows_no_damaged_tree(work):
         whole = path.read_bytes()
         path.write_bytes(damage(whole))
         with pytest.raises(ValueError, match=rf"{re.escape(name)} (is damaged|is not what the sample phase wrote)"):
-            report.draw_trees(root)
+            page.draw_trees(root)
         path.write_bytes(whole)
 
 

@@ -7,7 +7,7 @@ import tiny
 import torch
 from diffusers import DDIMScheduler
 
-from b2diffurl.ddim import (
+from b2diffurl.algorithm.ddim import (
     PREDICTION_TYPES,
     Sampler,
     leverage,

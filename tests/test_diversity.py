@@ -6,7 +6,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from b2diffurl.diversity import inception_score, mean_pairwise_distance, vendi_score
+from b2diffurl.evaluation.diversity import inception_score, mean_pairwise_distance, vendi_score
 
 
 def test_by_hand():

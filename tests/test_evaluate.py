@@ -12,19 +12,19 @@ from conftest import PROMPTS, experiment, make_config, run_script, run_stage, sn
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from b2diffurl.checks import check
-from b2diffurl.device import make_accelerator
-from b2diffurl.evaluate import evaluate, prompt_images
-from b2diffurl.experiment import VOLATILE, take_recorded
-from b2diffurl.files import read_json, read_json_lines, write_record
-from b2diffurl.generate import SamplerSettings, deployed_sampler, sample_images, scheduler_class
-from b2diffurl.history import evaluation_rows
-from b2diffurl.names import checkpoint_name, resolve_checkpoint
-from b2diffurl.policy import load_policy
-from b2diffurl.ranges import flatten
-from b2diffurl.results import describe, describe_sampler, name_best, summarise_diversity, with_error
-from b2diffurl.seeding import generator
-from b2diffurl.stage import LORA_FILE, Stage, finished_stages
+from b2diffurl.algorithm.seeding import generator
+from b2diffurl.configuration.limits import flatten
+from b2diffurl.configuration.plan import VOLATILE, take_recorded
+from b2diffurl.configuration.rules import check
+from b2diffurl.evaluation.generate import SamplerSettings, deployed_sampler, sample_images, scheduler_class
+from b2diffurl.evaluation.measure import evaluate, prompt_images
+from b2diffurl.evaluation.statistics import describe, describe_sampler, name_best, summarise_diversity, with_error
+from b2diffurl.experiment.folder import checkpoint_name, resolve_checkpoint
+from b2diffurl.experiment.stage import LORA_FILE, Stage, finished_stages
+from b2diffurl.experiment.stage_table import evaluation_rows
+from b2diffurl.models.policy import load_policy
+from b2diffurl.runtime.device import make_accelerator
+from b2diffurl.runtime.files import read_json, read_json_lines, write_record
 
 SAMPLERS = {"training": SamplerSettings(num_steps=4, eta=1.0, guidance_scale=5.0)}
 

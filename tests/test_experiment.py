@@ -10,13 +10,13 @@ import pytest
 import torch
 from conftest import PROMPTS, experiment, make_config, snapshot
 
-from b2diffurl import files
-from b2diffurl.experiment import make_plan, schedule
-from b2diffurl.names import find_lora
-from b2diffurl.prompts import batch_prompts
-from b2diffurl.ranges import flatten
-from b2diffurl.seeding import generator, stable_seed
-from b2diffurl.stage import LORA_FILE
+from b2diffurl.algorithm.seeding import generator, stable_seed
+from b2diffurl.configuration.limits import flatten
+from b2diffurl.configuration.plan import make_plan, schedule
+from b2diffurl.configuration.prompts import batch_prompts
+from b2diffurl.experiment.folder import find_lora
+from b2diffurl.experiment.stage import LORA_FILE
+from b2diffurl.runtime import files
 
 
 def plan(folder: Path, overrides: dict, **more):

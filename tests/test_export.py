@@ -22,9 +22,9 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from huggingface_hub import ModelCardData
 from test_foreign_weights import random_lora, save, save_kohya
 
-from b2diffurl import files
+from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.export import export, main, write_kohya
-from b2diffurl.stage import LORA_FILE, Stage
+from b2diffurl.runtime import files
 
 
 def run(folder: Path, *options: str) -> Ended:
@@ -269,7 +269,7 @@ def read_card(out: Path) -> tuple[dict, str]:
 
 
 def add_evaluations(root: Path) -> None:
-    """Rows of eval.jsonl, and folders of pictures, as `b2diffurl.evaluate` leaves them, for the base and the last stage."""
+    """Rows of eval.jsonl, and folders of pictures, as judging leaves them, for the base and the last stage."""
     common = {"scheduler": "", "num_steps": 4, "eta": 1.0, "guidance_scale": 5.0, "n_images": 8, "n_prompts": 3}
     lora = f"stage1/checkpoints/{Stage(root, 1).checkpoints()[-1].name}/{LORA_FILE}"
     rows = []

@@ -20,7 +20,6 @@ from conftest import (
     Ended,
     assert_same,
     call,
-    command_line,
     experiment,
     flags,
     get_config,
@@ -28,24 +27,26 @@ from conftest import (
     run_script,
     run_stage,
     run_verb,
+    script_arguments,
     snapshot,
 )
 from safetensors.torch import load_file
 
-from b2diffurl import amounts, dry_run, forecast
-from b2diffurl.files import read_metadata
-from b2diffurl.forecast import Pace, Work
-from b2diffurl.history import stage_rows
-from b2diffurl.report import facts
-from b2diffurl.stage import LORA_FILE, Stage, finished_stages
+from b2diffurl.configuration import budget
+from b2diffurl.experiment.stage import LORA_FILE, Stage, finished_stages
+from b2diffurl.experiment.stage_table import stage_rows
+from b2diffurl.reporting import dry_run, forecast
+from b2diffurl.reporting.forecast import Pace, Work
+from b2diffurl.reporting.page import facts
+from b2diffurl.runtime.files import read_metadata
 
 PHASES = ("sample", "select", "train")
 
 
 def begin(folder: Path, overrides: dict, *more: str, preset: str = "sd14") -> Ended:
-    """`python -m b2diffurl.begin`, in `folder`."""
-    path = str(ROOT / "b2diffurl" / "begin.py")
-    argv = [path, *command_line("sample", overrides, *more, preset=preset)[1:]]
+    """`python -m b2diffurl.start`, in `folder`."""
+    path = str(ROOT / "b2diffurl" / "start.py")
+    argv = [path, *script_arguments("sample", overrides, *more, preset=preset)[1:]]
     return call(folder, argv, lambda: runpy.run_path(path, run_name="__main__"))
 
 
@@ -82,8 +83,8 @@ def write_stage(root: Path, index: int, finished: tuple[str, ...] = PHASES, **fa
 def test_amounts(overrides, more, evaluations, selected, updates):
     """By hand: 3 batches of 2 groups of 3, S = 2 of 4 steps, updates of 4 trajectories in 2 epochs."""
     config = make_config(overrides | more)
-    assert (amounts.num_groups(config), amounts.num_images(config)) == (6, 18)
-    found = (amounts.num_evaluations(config, 2), amounts.most_selected(config), amounts.most_updates(config))
+    assert (budget.num_groups(config), budget.num_images(config)) == (6, 18)
+    found = (budget.num_evaluations(config, 2), budget.most_selected(config), budget.most_updates(config))
     assert found == (evaluations, selected, updates)
 
 
@@ -91,19 +92,19 @@ def test_amounts_are_those_of_a_run(stage_with, overrides):
     """Where all images are selected, the manifests have exactly the evaluations and updates that are foretold."""
     settings = {"eval.selection": "all", "train.gradient_accumulation_steps": 4}
     stage, config = Stage(experiment(stage_with(**settings)), 0), make_config(overrides | settings)
-    assert stage.manifest("sample")["num_evaluations"] == amounts.num_evaluations(config, 2)
-    assert stage.manifest("train")["num_updates"] == amounts.most_updates(config) == 2 * 3
+    assert stage.manifest("sample")["num_evaluations"] == budget.num_evaluations(config, 2)
+    assert stage.manifest("train")["num_updates"] == budget.most_updates(config) == 2 * 3
 
 
 def test_planned_steps(tmp_path):
     """The schedule's, which is the reference's; a stage that is sampled keeps its own, and split_step is for the others."""
     config = get_config("sd14")
-    steps = amounts.planned_steps(config, tmp_path)
+    steps = budget.planned_steps(config, tmp_path)
     assert [steps.count(S) for S in range(14, 21)] == [15, 14, 14, 15, 14, 14, 14]
     write_stage(tmp_path, 1, ("sample",))
-    assert amounts.planned_steps(config, tmp_path) == [14, 2, *steps[2:]]
+    assert budget.planned_steps(config, tmp_path) == [14, 2, *steps[2:]]
     config.split_step = 17
-    assert amounts.planned_steps(config, tmp_path) == [17, 2] + [17] * 98
+    assert budget.planned_steps(config, tmp_path) == [17, 2] + [17] * 98
 
 
 # ---- time ----
@@ -348,7 +349,7 @@ def test_the_shell_script_only_plans(overrides, tmp_path):
     assert ended.returncode == 0
     assert ended.stdout.startswith("experiment   tiny in ")
     imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
-    assert "b2diffurl.dry_run" in imported
+    assert "b2diffurl.reporting.dry_run" in imported
     assert not imported & {"diffusers", "transformers", "accelerate", "peft"}
     assert list(tmp_path.iterdir()) == []
 
@@ -397,7 +398,7 @@ def test_stdout_may_be_the_log_itself(workplace, overrides):
     log.parent.mkdir(exist_ok=True)
     with log.open("w") as stream:
         for changed in ({}, {"seed": 1}, {}):
-            argv = command_line("select", overrides | changed | {"run_name": "stage0"})
+            argv = script_arguments("select", overrides | changed | {"run_name": "stage0"})
             command = [sys.executable, ROOT / argv[0], *argv[1:]]
             subprocess.run(command, cwd=workplace, stdout=stream, stderr=subprocess.DEVNULL, timeout=300, check=False)
     lines = log.read_text().splitlines()
@@ -424,7 +425,7 @@ import copy, json, sys
 sys.path[:0] = [{tests!r}, {root!r}]
 from pathlib import Path
 from conftest import make_config, run_verb
-from b2diffurl.logs import set_up_logging
+from b2diffurl.runtime.logs import set_up_logging
 
 set_up_logging(Path("log/tiny.log"))
 for verb in ("sample", "select", "train"):
@@ -486,7 +487,7 @@ def test_no_bars_in_a_pipe(overrides, tmp_path):
 
 def test_the_plan_needs_no_rank_but_the_first(overrides, tmp_path, monkeypatch):
     """Further processes show no bar."""
-    from b2diffurl.logs import shows_progress
+    from b2diffurl.runtime.logs import shows_progress
 
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert shows_progress()

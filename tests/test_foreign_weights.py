@@ -12,9 +12,9 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
-from b2diffurl import files
 from b2diffurl.models import Model, load_model
 from b2diffurl.models.stable_diffusion import LORA_TARGETS
+from b2diffurl.runtime import files
 
 RANK = 4
 PRETRAINED = {"family": "stable_diffusion", "revision": "main", "variant": "", "config": "", "resolution": 0}

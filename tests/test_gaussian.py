@@ -8,17 +8,17 @@ from accelerate import Accelerator
 from gaussian import SPREAD, GaussianWorld
 from torch import Tensor
 
-from b2diffurl.branching import branch_sample, denoise
-from b2diffurl.ddim import step_weights, transition
-from b2diffurl.memory import BatchSizes
+from b2diffurl.algorithm.branching import branch_sample, denoise
+from b2diffurl.algorithm.ddim import step_weights, transition
+from b2diffurl.algorithm.seeding import generator
+from b2diffurl.algorithm.selection import advantages, normalise, select_all, select_pairs
+from b2diffurl.experiment.stage import Stage
+from b2diffurl.experiment.trajectories import Trajectories
+from b2diffurl.models.policy import predictor
 from b2diffurl.objectives import OBJECTIVES
-from b2diffurl.policy import predictor
-from b2diffurl.seeding import generator
-from b2diffurl.selection import advantages, normalise, select_all, select_pairs
-from b2diffurl.stage import Stage
-from b2diffurl.train import make_units
-from b2diffurl.trajectory import Trajectories
-from b2diffurl.update import Trainer
+from b2diffurl.phases.train import make_units
+from b2diffurl.phases.trainer import Trainer
+from b2diffurl.runtime.batch_sizes import BatchSizes
 
 PROMPTS = ["-2", "0", "1"]  # the means of their data
 TARGET = 1.0  # how far above its prompt's mean an image is best

@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import ROOT, get_config
 
-from b2diffurl.experiment import make_plan, record_experiment
-from b2diffurl.generate import training_sampler
-from b2diffurl.names import experiment_folder
+from b2diffurl.configuration.plan import make_plan, record_experiment
+from b2diffurl.evaluation.generate import training_sampler
+from b2diffurl.experiment.folder import experiment_folder
 from benchmarks import learning
 from benchmarks.learning import (
     SETS,

@@ -22,20 +22,22 @@ from gaussian import GaussianWorld
 from safetensors.torch import load_file
 from torch import Tensor
 
-from b2diffurl import files, policy, sample, scoring
-from b2diffurl.background import Behind, ahead
-from b2diffurl.branching import branch_sample
-from b2diffurl.ddim import with_prefix
-from b2diffurl.device import choose_device
-from b2diffurl.experiment import make_plan
-from b2diffurl.memory import BatchSizes
+from b2diffurl.algorithm.branching import branch_sample
+from b2diffurl.algorithm.ddim import with_prefix
+from b2diffurl.algorithm.selection import Selected
+from b2diffurl.configuration.plan import make_plan
+from b2diffurl.experiment.stage import LORA_FILE, Stage
+from b2diffurl.experiment.trajectories import SelectedTrajectories, save_batch, save_selected
+from b2diffurl.models import policy
 from b2diffurl.models.stable_diffusion import StableDiffusion
-from b2diffurl.process import run_stages
-from b2diffurl.selection import Selected
-from b2diffurl.stage import LORA_FILE, Stage
-from b2diffurl.train import choose_steps
-from b2diffurl.trajectory import SelectedTrajectories, save_batch, save_selected
-from b2diffurl.update import Trainer
+from b2diffurl.phases import sample, scoring
+from b2diffurl.phases.train import choose_steps
+from b2diffurl.phases.trainer import Trainer
+from b2diffurl.resident import run_stages
+from b2diffurl.runtime import files
+from b2diffurl.runtime.batch_sizes import BatchSizes
+from b2diffurl.runtime.device import choose_device
+from b2diffurl.runtime.threads import Behind, ahead
 
 CPU = torch.device("cpu")
 NO_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB."
@@ -506,7 +508,18 @@ NOT_IN_TRAINING = [
     ("verb", "unwanted"),
     [
         pytest.param("sample", ["wandb", "matplotlib", "tensorboard"], marks=pytest.mark.long),
-        ("select", ["diffusers", "peft", "wandb", "matplotlib", "tensorboard", "b2diffurl.train", "b2diffurl.update"]),
+        (
+            "select",
+            [
+                "diffusers",
+                "peft",
+                "wandb",
+                "matplotlib",
+                "tensorboard",
+                "b2diffurl.phases.train",
+                "b2diffurl.phases.trainer",
+            ],
+        ),
         pytest.param("train", [*NOT_IN_TRAINING, "wandb", "matplotlib", "tensorboard"], marks=pytest.mark.long),
     ],
 )

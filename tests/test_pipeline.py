@@ -20,12 +20,12 @@ from conftest import (
     ROOT,
     VERBS,
     assert_same,
-    command_line,
     experiment,
     flags,
     make_config,
     run_script,
     run_stage,
+    script_arguments,
     snapshot,
 )
 from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -34,11 +34,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPTokenizer
 
-from b2diffurl.branching import denoise
-from b2diffurl.device import make_accelerator
-from b2diffurl.files import read_json_lines
-from b2diffurl.policy import decode, load_policy, predictor
-from b2diffurl.stage import LORA_FILE, Stage
+from b2diffurl.algorithm.branching import denoise
+from b2diffurl.experiment.stage import LORA_FILE, Stage
+from b2diffurl.models.policy import decode, load_policy, predictor
+from b2diffurl.runtime.device import make_accelerator
+from b2diffurl.runtime.files import read_json_lines
 
 # First update: how far a log-ratio may be from 0 when sampling and training batch their rows differently (contract 1).
 LOG_RATIO_BOUND = 1e-5
@@ -361,7 +361,7 @@ def test_killed_again_and_again(finished, overrides, tmp_path):
     """Scripts killed before a rename, started again and killed at a later one, until they end: the same bits as never
     killed."""
     for verb, first in [("sample", 8), ("select", 1), ("train", 1)]:
-        command = command_line(verb, overrides)
+        command = script_arguments(verb, overrides)
         codes = [children.run(tmp_path, command, Fault("whole", turn=turn)) for turn in range(first, first + 15, 5)]
         assert codes[0] == -9
         assert codes == sorted(codes)
@@ -479,7 +479,7 @@ def test_the_shell_script_runs_it_all(finished, overrides, tmp_path, count):
 
 RANK_WRITES_ITS_NORMS = """
 import json, os, runpy, sys
-from b2diffurl.update import Trainer
+from b2diffurl.phases.trainer import Trainer
 
 update, norms = Trainer.update, []
 
@@ -505,14 +505,14 @@ def test_several_processes_do_the_work_of_one(overrides, stage_with, tmp_path, c
     spy = tmp_path / "spy.py"
     spy.write_text(RANK_WRITES_ITS_NORMS)
     for verb in ("sample", "select"):
-        run_ranks(tmp_path, command_line(verb, settings | {"num_processes": count}), count)
+        run_ranks(tmp_path, script_arguments(verb, settings | {"num_processes": count}), count)
     found, expected = stages(tmp_path)[0], stages(one)[0]
     for name in ("samples", "images", "selected"):
         assert snapshot(found.folder / name) == snapshot(expected.folder / name)
     for name in ("prompts.json", "scores.jsonl", "selection.json", "tree.png"):
         assert (found.folder / name).read_bytes() == (expected.folder / name).read_bytes()
     assert [found.manifest(verb)["num_processes"] for verb in ("sample", "select")] == [count, count]
-    verb, *words = command_line("train", settings)
+    verb, *words = script_arguments("train", settings)
     run_ranks(tmp_path, [str(spy), str(ROOT / verb), *words], count)
     norms = [json.loads((tmp_path / f"norms{rank}.json").read_text()) for rank in range(count)]
     assert norms == [norms[0]] * count
@@ -547,7 +547,7 @@ def test_several_gpus_do_the_work_of_one(overrides, tmp_path):
         folder = tmp_path / f"{count}"
         folder.mkdir()
         for verb in VERBS:
-            script, *words = command_line(verb, settings | {"num_processes": count})
+            script, *words = script_arguments(verb, settings | {"num_processes": count})
             run_ranks(folder, [str(spy), str(ROOT / script), *words] if verb == "train" else [script, *words], count)
         norms[count] = [json.loads((folder / f"norms{rank}.json").read_text()) for rank in range(count)]
         found[count] = stages(folder)[0]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import experiment, run_script, run_stage
 
-from b2diffurl.prompts import batch_prompts, load_prompts, named_prompts, place_prompts
+from b2diffurl.configuration.prompts import batch_prompts, load_prompts, named_prompts, place_prompts
 
 FOLDER = Path(__file__).parent.parent / "config" / "prompt"
 ANIMALS = """

@@ -31,7 +31,6 @@ from conftest import (
     TINY,
     VERBS,
     call,
-    command_line,
     comparable,
     experiment,
     get_config,
@@ -39,18 +38,22 @@ from conftest import (
     run_script,
     run_stage,
     run_verb,
+    script_arguments,
 )
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from b2diffurl import begin as beginning
-from b2diffurl import dry_run, evaluate, policy, script
-from b2diffurl.experiment import make_plan
-from b2diffurl.files import sha256
-from b2diffurl.ranges import FREE, OPTIONAL, RANGES, flatten, parse
-from b2diffurl.stage import LORA_FILE, Stage
+from b2diffurl import start as beginning
+from b2diffurl.configuration import command_line
+from b2diffurl.configuration.limits import FREE, OPTIONAL, RANGES, flatten, parse
+from b2diffurl.configuration.plan import make_plan
+from b2diffurl.evaluation import measure
+from b2diffurl.experiment.stage import LORA_FILE, Stage
+from b2diffurl.models import policy
+from b2diffurl.reporting import dry_run
+from b2diffurl.runtime.files import sha256
 
 PRESETS = ("shapes", "sd14", "sd14_10gb", "b2", "bs", "bpt", "ddpo")
 DEFAULTS = {key: value for preset in PRESETS for key, value in flatten(get_config(preset).to_dict()).items()}
@@ -58,7 +61,7 @@ SAYS_WHAT_IS_ALLOWED = re.compile(
     r"must|Mend it|[Ww]rite|known|allowed|names|needs?\b|[Gg]ive|Take|Use|Delete|Run|Set|Convert|holds|lacks|"
     r"pip install|be cast"
 )
-ERRORS = (ValueError, OSError, FloatingPointError, ImportError, SafetensorError)  # those that script.run_script knows
+ERRORS = (ValueError, OSError, FloatingPointError, ImportError, SafetensorError)  # those that command_line.run_script knows
 RAN, REFUSED_IT = "run to the end", "refused"
 JPEG, OTHER_JPEG = "jpeg_incompressibility", "jpeg_compressibility"
 
@@ -137,9 +140,9 @@ def by_command(work: Path, verb: str, settings: dict) -> str:
 
         def plan() -> None:
             flags.DEFINE_boolean("dry_run", True, "")
-            script.run_script("process", beginning.begin)
+            command_line.run_script("process", beginning.begin)
 
-        ended = call(work, command_line("plan", settings), plan)
+        ended = call(work, script_arguments("plan", settings), plan)
     else:
         ended = run_script(work, verb, settings)
     assert "Traceback" not in ended.stdout + ended.stderr, ended.stderr
@@ -163,8 +166,8 @@ def by_call(work: Path, verb: str, settings: dict) -> str:
             if verb == "plan":
                 dry_run.describe(config, make_plan(config))
             elif verb == "eval":
-                samplers = evaluate.named_samplers(config, ["training", "deployed"])
-                evaluate.evaluate(config, ["base"], ["test"], samplers)
+                samplers = measure.named_samplers(config, ["training", "deployed"])
+                measure.evaluate(config, ["base"], ["test"], samplers)
             else:
                 run_verb(work, config, verb)
     except ERRORS as error:

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import children
 import pytest
-from conftest import ROOT, assert_same, command_line, experiment, run_script, run_stage, snapshot
+from conftest import ROOT, assert_same, experiment, run_script, run_stage, script_arguments, snapshot
 
-from b2diffurl import lock, script
-from b2diffurl.stage import Stage
+from b2diffurl.configuration import command_line
+from b2diffurl.experiment import lock
+from b2diffurl.experiment.stage import Stage
 
 # ---- one run at a time ----
 
@@ -93,7 +94,7 @@ def test_a_run_that_was_taken_for_dead_stops(tmp_path, other_run, monkeypatch):
     """Another one has the lock when it wakes: it neither marks nor deletes that, and ends."""
     monkeypatch.setattr(lock, "HEARTBEAT_SEC", 0.05)
     path = tmp_path / "run.lock"
-    with pytest.raises(KeyboardInterrupt), script.stopping_in_order(), lock.holding(tmp_path):
+    with pytest.raises(KeyboardInterrupt), command_line.stopping_in_order(), lock.holding(tmp_path):
         marked = path.stat().st_mtime_ns
         time.sleep(0.3)
         assert path.stat().st_mtime_ns > marked
@@ -138,7 +139,7 @@ def test_a_script_leaves_the_lock_to_run_process(workplace, overrides, other_run
 
 def test_only_one_of_many_gets_the_lock(tmp_path):
     """Processes that ask at the same moment."""
-    code = "import os, sys; from pathlib import Path; from b2diffurl import lock; "
+    code = "import os, sys; from pathlib import Path; from b2diffurl.experiment import lock; "
     code += "lock.take(Path(sys.argv[1]), os.getpid()); print('mine', flush=True); sys.stdin.read()"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     askers = [
@@ -162,7 +163,7 @@ def test_only_one_of_many_gets_the_lock(tmp_path):
 def test_a_signal_ends_a_script_in_order(overrides, tmp_path, number):
     """Its exit code tells the signal, its log how to go on; no lock is left, and the same command ends in the same bits."""
     settings = overrides | {"sample.num_batches_per_epoch": 8}
-    child = children.start(tmp_path, command_line("sample", settings))
+    child = children.start(tmp_path, script_arguments("sample", settings))
     log = tmp_path / "log" / "tiny.log"
     while not log.is_file() or "first batch" not in log.read_text():
         assert child.is_alive()
@@ -173,7 +174,7 @@ def test_a_signal_ends_a_script_in_order(overrides, tmp_path, number):
     assert f"sample: stopped by {number.name}; run the same command again" in log.read_text()
     assert not (experiment(tmp_path) / "run.lock").exists()
     assert not Stage(experiment(tmp_path), 0).finished("sample")
-    assert children.run(tmp_path, command_line("sample", settings)) == 0
+    assert children.run(tmp_path, script_arguments("sample", settings)) == 0
     whole = tmp_path / "whole"
     whole.mkdir()
     run_stage(whole, settings, verbs=["sample"])
@@ -185,9 +186,9 @@ def test_a_signal_ends_a_script_in_order(overrides, tmp_path, number):
 def test_what_does_not_listen_ends_all_the_same(monkeypatch):
     """A script that is deep in a library, where Python's handlers do not run, ends after the time of grace."""
     ended, done = [], threading.Event()
-    monkeypatch.setattr(script, "GRACE_SEC", 0.2)
-    monkeypatch.setattr(script.os, "_exit", lambda code: (ended.append(code), done.set()))
-    with pytest.raises(KeyboardInterrupt), script.stopping_in_order():
+    monkeypatch.setattr(command_line, "GRACE_SEC", 0.2)
+    monkeypatch.setattr(command_line.os, "_exit", lambda code: (ended.append(code), done.set()))
+    with pytest.raises(KeyboardInterrupt), command_line.stopping_in_order():
         threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
         hashlib.pbkdf2_hmac("sha256", b"", b"", 4_000_000)  # seconds in C
     assert done.wait(1)
@@ -198,15 +199,15 @@ def test_what_does_not_listen_ends_all_the_same(monkeypatch):
 def test_other_signals_end_nothing(monkeypatch):
     """One that a library listens to, such as SIGCHLD of a DataLoader's workers, is none to stop; SIGTERM after it is."""
     ended, heard, done = [], [], threading.Event()
-    monkeypatch.setattr(script, "GRACE_SEC", 0.1)
-    monkeypatch.setattr(script.os, "_exit", lambda code: (ended.append(code), done.set()))
+    monkeypatch.setattr(command_line, "GRACE_SEC", 0.1)
+    monkeypatch.setattr(command_line.os, "_exit", lambda code: (ended.append(code), done.set()))
     before = signal.signal(signal.SIGUSR1, lambda number, _frame: heard.append(number))
     try:
-        with script.stopping_in_order():
+        with command_line.stopping_in_order():
             os.kill(os.getpid(), signal.SIGUSR1)
             time.sleep(0.5)
         assert (heard, ended) == ([signal.SIGUSR1], [])
-        with pytest.raises(KeyboardInterrupt), script.stopping_in_order():
+        with pytest.raises(KeyboardInterrupt), command_line.stopping_in_order():
             os.kill(os.getpid(), signal.SIGUSR1)
             threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
             hashlib.pbkdf2_hmac("sha256", b"", b"", 4_000_000)  # seconds in C
@@ -238,7 +239,7 @@ def test_a_process_that_fails_ends_all_and_the_next_run_goes_on(overrides, tmp_p
         folder.mkdir()
         run_stage(folder, settings, verbs=["sample"])
     run_stage(one, settings, verbs=["select"])
-    argv = command_line("select", settings | {"num_processes": 2})
+    argv = script_arguments("select", settings | {"num_processes": 2})
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / argv[0])]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     failed = subprocess.run([*launch, *argv[1:]], cwd=two, env=environment, capture_output=True, text=True, timeout=100)

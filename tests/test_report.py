@@ -16,16 +16,17 @@ from conftest import ROOT, call, experiment, run_script, snapshot
 from matplotlib.figure import Figure
 from PIL import Image
 
-from b2diffurl import report
-from b2diffurl.files import read_image, read_json, read_json_lines, write_json, write_json_lines
-from b2diffurl.history import per_step_rows, stage_rows
-from b2diffurl.metrics import read_events
-from b2diffurl.pictures import Pair, curve_panels, heat_map, panel_figure, panels_figure, short
-from b2diffurl.report import change, disk_usage, figure_table, main, read_pairs, refresh, write_report
-from b2diffurl.results import with_error
-from b2diffurl.stage import Stage
-from b2diffurl.tree import Tree, decode_tree, load_tree, save_tree, spread, watching
-from b2diffurl.watch import ADVICE, warn
+from b2diffurl.evaluation.statistics import with_error
+from b2diffurl.experiment.branch_picture import Tree, decode_tree, load_tree, save_tree, spread, watching
+from b2diffurl.experiment.metrics import read_events
+from b2diffurl.experiment.stage import Stage
+from b2diffurl.experiment.stage_table import per_step_rows, stage_rows
+from b2diffurl.phases.health import ADVICE, warn
+from b2diffurl.report import main
+from b2diffurl.reporting import page
+from b2diffurl.reporting.page import change, disk_usage, figure_table, read_pairs, refresh, write_report
+from b2diffurl.reporting.plots import Pair, curve_panels, heat_map, panel_figure, panels_figure, short
+from b2diffurl.runtime.files import read_image, read_json, read_json_lines, write_json, write_json_lines
 
 JUDGED = {"eval.judge": "shapes", "eval.diversity": ("clip", "layout")}
 
@@ -47,9 +48,9 @@ def root(reported, tmp_path) -> Path:
 
 def test_the_page_is_self_contained_and_the_same_each_time(root):
     """Nothing is loaded from anywhere, every picture has its PNG, and writing it again changes no byte of anything."""
-    page = (root / "report.html").read_text()
-    assert "<h2>Warnings" not in page
-    sources = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?([^"\'\s>)]+)', page)
+    html = (root / "report.html").read_text()
+    assert "<h2>Warnings" not in html
+    sources = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?([^"\'\s>)]+)', html)
     assert sources
     assert [source[:40] for source in sources if not source.startswith(("data:", "#"))] == []
     names = {path.name for path in (root / "report").iterdir()}
@@ -84,7 +85,7 @@ def test_stage_rows_are_what_the_files_say(root):
 def test_the_table_has_base_newest_stage_and_paired_difference(root):
     """Held-out prompts first; of the stages the newest; the numbers are eval.jsonl's."""
     rows = read_json_lines(root / "eval.jsonl")
-    table = figure_table(report.evaluation_rows(root))
+    table = figure_table(page.evaluation_rows(root))
     assert table[0]["prompts"] == "Held-out prompts"
     assert {row["checkpoint"] for row in table} == {"stage1"}
     reward = next(row for row in table if row["figure"] == "reward" and row["prompts"] == "Training prompts")
@@ -116,7 +117,7 @@ def test_figures_are_written_with_as_many_digits_as_their_error_allows(key, valu
 
 def test_pairs_are_of_the_same_noise_and_losses_come_by_the_judge_first(root, tmp_path):
     """Each pair's images, rewards and verdicts are those of its two evaluations; from right to wrong is the worst."""
-    base, _, tuned = report.evaluation_rows(root, prompts="test")
+    base, _, tuned = page.evaluation_rows(root, prompts="test")
     pairs = read_pairs(root, base, tuned)
     assert len(pairs) == 6
     for n, pair in enumerate(pairs):
@@ -139,9 +140,9 @@ def test_pairs_are_of_the_same_noise_and_losses_come_by_the_judge_first(root, tm
 
 def test_the_page_shows_the_experiment_s_own_images(root):
     """The first held-out images of base and newest stage, byte for byte, in order, then those of other galleries."""
-    page = (root / "report.html").read_text()
-    embedded = [base64.b64decode(data) for data in re.findall(r'<img src="data:image/png;base64,([^"]+)"', page)]
-    base, _, tuned = report.evaluation_rows(root, prompts="test")
+    html = (root / "report.html").read_text()
+    embedded = [base64.b64decode(data) for data in re.findall(r'<img src="data:image/png;base64,([^"]+)"', html)]
+    base, _, tuned = page.evaluation_rows(root, prompts="test")
     expected = [(root / row["folder"] / f"{n:05d}.png").read_bytes() for n in range(6) for row in (base, tuned)]
     assert embedded[: len(expected)] == expected
 
@@ -149,7 +150,7 @@ def test_the_page_shows_the_experiment_s_own_images(root):
 def test_large_images_are_scaled_down_for_the_page(tmp_path):
     path = tmp_path / "large.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (512, 512, 3), dtype=np.uint8)).save(path)
-    found = report.embed(path)
+    found = page.embed(path)
     assert found["src"].startswith("data:image/webp;base64,")
     assert len(found["src"]) < path.stat().st_size / 2
     assert not found["small"]
@@ -165,7 +166,7 @@ def drawn(panels: list, title: str):
 def test_curves_are_drawn_of_the_rows(root):
     """Everything at the images scored by then, the spread one deviation to both sides, evaluations with their errors,
     seconds stacked to their sum."""
-    rows, judged = stage_rows(root), report.evaluation_rows(root)
+    rows, judged = stage_rows(root), page.evaluation_rows(root)
     panels = curve_panels(rows, judged)
     (line,) = drawn(panels, "Reward of the stage's images, ± one sd").lines
     assert line.get_xydata().tolist() == [[row["queries"], row["reward_mean"]] for row in rows]
@@ -302,11 +303,11 @@ def test_marks_are_the_selection(root):
         {"id": 1, "group": 0, "branch": 0, "score": -0.6},
     ]
     write_json(stage.selection, [*rows, {"id": 9, "group": 3, "branch": 1, "score": 9.0}])
-    assert report.marks(stage) == {2: "winner", 0: "loser"}
+    assert page.marks(stage) == {2: "winner", 0: "loser"}
     record = read_json(root / "config.json")
     record["config"]["eval"]["selection"] = "all"
     write_json(root / "config.json", record)
-    assert report.marks(stage) == {}
+    assert page.marks(stage) == {}
     assert "all of them are trained on" in write_report(root).read_text()
 
 
@@ -319,9 +320,9 @@ def test_a_report_of_an_experiment_that_nobody_judged(root):
         shutil.rmtree(root / path)
     for path in (root / "eval.jsonl", *root.glob("stage*/tree.*")):
         path.unlink()
-    page = write_report(root).read_text()
-    assert "Nothing has been judged yet" in page
-    assert "<h2>Branches</h2>" not in page
+    html = write_report(root).read_text()
+    assert "Nothing has been judged yet" in html
+    assert "<h2>Branches</h2>" not in html
     assert {path.name for path in (root / "report").iterdir()} == {
         *("curves.png", "log_ratio_per_step.png", "clip_fraction_per_step.png"),
     }
@@ -356,9 +357,9 @@ def test_rewards_may_be_unknown(root):
     for row in rows:
         row |= dict.fromkeys(("reward", "reward_se", "reward_gain", "reward_gain_se"))
     write_json_lines(root / "eval.jsonl", rows)
-    page = write_report(root).read_text()
-    assert "Judged: accuracy" in page
-    assert "Judged: reward" not in page
+    html = write_report(root).read_text()
+    assert "Judged: accuracy" in html
+    assert "Judged: reward" not in html
 
 
 def test_other_prompt_files_are_kept_apart(reported, overrides, tmp_path):
@@ -374,10 +375,10 @@ def test_other_prompt_files_are_kept_apart(reported, overrides, tmp_path):
     assert (experiment(work) / "report" / "before_after_test.png").read_bytes() == before
     names = {re.sub("test_[0-9a-f]{6}", "other", path.name) for path in (experiment(work) / "report").iterdir()}
     assert "before_after_other.png" in names
-    page = (experiment(work) / "report.html").read_text()
-    assert "<h2>test.json: the first 6</h2>" in page
-    assert "<script>" not in page
-    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp;" in page
+    html = (experiment(work) / "report.html").read_text()
+    assert "<h2>test.json: the first 6</h2>" in html
+    assert "<script>" not in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp;" in html
     ended = run_script(work, "eval", overrides, r"--prompt=price $\foo$", "--sampler=training")
     assert ended.code == 0, ended.stderr
 
@@ -387,21 +388,21 @@ def test_what_was_watched_when_judged_is_on_the_page(reported, overrides, tmp_pa
     watching = overrides | {"reward.watch": ("jpeg_compressibility",)}
     ended = run_script(work, "eval", watching, "--all", "--prompts=train", "--sampler=training")
     assert ended.code == 0, ended.stderr
-    table = figure_table(report.evaluation_rows(experiment(work)))
+    table = figure_table(page.evaluation_rows(experiment(work)))
     assert "jpeg_compressibility" in {row["figure"] for row in table}
     assert "Judged: jpeg_compressibility" in (experiment(work) / "report.html").read_text()
 
 
 def test_losses_are_losses_and_gains_are_gains(root):
     """Where no image is worse there is no picture of losses."""
-    for row in report.evaluation_rows(root, prompts="test"):
+    for row in page.evaluation_rows(root, prompts="test"):
         path = root / row["folder"] / "result.json"
         result = read_json(path)
         result["values"]["reward"] = [float(n if row["checkpoint"] == "base" else n + 0.5) for n in range(6)]
         write_json(path, result)
-    page = write_report(root).read_text()
-    assert "Held-out prompts: the largest gains of 6 images" in page
-    assert "Held-out prompts: the largest losses" not in page
+    html = write_report(root).read_text()
+    assert "Held-out prompts: the largest gains of 6 images" in html
+    assert "Held-out prompts: the largest losses" not in html
     assert not (root / "report" / "losses_test.png").exists()
 
 
@@ -421,7 +422,7 @@ def test_watched_rewards_have_their_curve(root):
 def test_a_mistake_in_the_report_stops_nothing(root, caplog, monkeypatch):
     """One warning that names the command, and no exception."""
     (Stage(root, 1).scores).write_text("{")
-    monkeypatch.setattr(report.logger, "propagate", True)
+    monkeypatch.setattr(page.logger, "propagate", True)
     refresh(root)
     assert "python -m b2diffurl.report" in caplog.text
     assert "is damaged" in caplog.text
@@ -437,12 +438,12 @@ def test_nothing_is_reported_before_anything_is_scored(tmp_path):
 
 def test_settings_that_differ_from_the_preset(root):
     """The tiny experiment is sd14 with other settings: each of them with the preset's value, and nothing else."""
-    found = {key: (here, preset) for key, here, preset in report.facts(root, stage_rows(root))["differences"]}
+    found = {key: (here, preset) for key, here, preset in page.facts(root, stage_rows(root))["differences"]}
     assert found["split_time"] == (3, 5)
     assert found["train.learning_rate"] == (1e-2, 1e-4)
     assert "sample.eta" not in found
     assert "run_name" not in found
-    assert report.preset_differences({"preset": "gone"}) == report.preset_differences({}) == []
+    assert page.preset_differences({"preset": "gone"}) == page.preset_differences({}) == []
 
 
 def test_disk_is_counted_by_kind_without_the_report(root):
@@ -455,9 +456,9 @@ def test_disk_is_counted_by_kind_without_the_report(root):
 
 
 def test_facts_are_on_the_page(root):
-    page = (root / "report.html").read_text()
+    html = (root / "report.html").read_text()
     for text in ("torch", torch.__version__, "images sampled a second", "cpu_cores", "sample: load"):
-        assert text in page
+        assert text in html
 
 
 # ---- by hand ----
@@ -556,6 +557,6 @@ def emulate(driver, what: str, settings: dict) -> None:
 
 def test_reading_a_report_s_files_needs_no_model():
     """The report of a long run is written in seconds: neither diffusers nor transformers is imported."""
-    code = "import sys, b2diffurl.report; print(sorted({'diffusers', 'transformers', 'wandb'} & set(sys.modules)))"
+    code = "import sys, b2diffurl.reporting.page; print(sorted({'diffusers', 'transformers', 'wandb'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(found.stdout.replace("'", '"')) == []

@@ -28,10 +28,10 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from b2diffurl.files import sha256
-from b2diffurl.models.hub import checksum
 from b2diffurl.rewards import Reward, check_rewards, load_reward, resolve_dtype, reward_identity, score
 from b2diffurl.rewards.bertscore import TextScorer
+from b2diffurl.runtime.files import sha256
+from b2diffurl.runtime.hub import checksum
 from b2diffurl.shapes.scene import RELATIONS, describe, random_scene, render, swap_colours
 
 CPU = torch.device("cpu")

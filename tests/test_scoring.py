@@ -29,12 +29,12 @@ from PIL import Image
 from test_bad_input import assert_refused, refuse
 from transformers import PreTrainedModel
 
-from b2diffurl import files
-from b2diffurl.checks import check
-from b2diffurl.experiment import make_plan, record_experiment
+from b2diffurl.configuration.plan import make_plan, record_experiment
+from b2diffurl.configuration.rules import check
+from b2diffurl.experiment.stage import Stage
+from b2diffurl.phases.scoring import score_images
 from b2diffurl.rewards import http, join, load_reward
-from b2diffurl.scoring import score_images
-from b2diffurl.stage import Stage
+from b2diffurl.runtime import files
 
 CPU = torch.device("cpu")
 NUM_IMAGES, BATCH = 18, 4  # of the tiny experiment's stage, and of its scorer

@@ -19,12 +19,13 @@ from test_bad_input import assert_refused, refuse
 from test_damage import judge
 from test_foreign_weights import original_layout
 
-from b2diffurl import export, files
-from b2diffurl.checks import check
-from b2diffurl.features import load_features
+from b2diffurl import export
+from b2diffurl.configuration.rules import check
+from b2diffurl.evaluation.features import load_features
+from b2diffurl.experiment.stage import LORA_FILE
 from b2diffurl.models import load_model
 from b2diffurl.rewards import http, load_reward
-from b2diffurl.stage import LORA_FILE
+from b2diffurl.runtime import files
 
 CPU = torch.device("cpu")
 
@@ -387,11 +388,11 @@ def test_a_plan_tells_no_secret(secrets, overrides, tmp_path):
     """--dry_run prints neither, and writes nothing."""
     from absl import flags
 
-    from b2diffurl.begin import begin
+    from b2diffurl.start import begin
 
     def main() -> None:
         flags.DEFINE_boolean("dry_run", False, "")
-        from b2diffurl.script import run_script as run
+        from b2diffurl.configuration.command_line import run_script as run
 
         run("process", begin)
 

@@ -12,11 +12,11 @@ from conftest import experiment, make_config
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from b2diffurl import files
+from b2diffurl.algorithm.seeding import generator
+from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.models import stable_diffusion
 from b2diffurl.models.stable_diffusion import StableDiffusion
-from b2diffurl.seeding import generator
-from b2diffurl.stage import LORA_FILE, Stage
+from b2diffurl.runtime import files
 from benchmarks import network, peers, stage, stage_report
 
 SHAPE, T, K, BATCH = (4, 8, 8), 4, 3, 2  # of the tiny experiment; BATCH: groups in a batch of ours

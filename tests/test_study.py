@@ -14,9 +14,9 @@ import pytest
 from conftest import ROOT, experiment, make_config
 from scipy.stats import ttest_rel
 
-from b2diffurl.checks import check
-from b2diffurl.names import experiment_folder
-from b2diffurl.ranges import flatten
+from b2diffurl.configuration.limits import flatten
+from b2diffurl.configuration.rules import check
+from b2diffurl.experiment.folder import experiment_folder
 from benchmarks.study import FULL, QUICK, VARIANTS, configure, cost, runs
 from benchmarks.study_report import SETS, write_report
 from benchmarks.study_statistics import (

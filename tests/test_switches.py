@@ -22,10 +22,10 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
+from b2diffurl.algorithm.seeding import generator
+from b2diffurl.configuration.limits import flatten
+from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.models.stable_diffusion import StableDiffusion
-from b2diffurl.ranges import flatten
-from b2diffurl.seeding import generator
-from b2diffurl.stage import LORA_FILE, Stage
 
 INDEPENDENT = {"sampling": "independent"}
 PLAIN_DDPO = INDEPENDENT | {"curriculum": "fixed", "split_step_left": 4, "split_step_right": 4, "eval.selection": "all"}

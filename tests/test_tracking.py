@@ -20,9 +20,9 @@ from ml_collections import ConfigDict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
-from b2diffurl import files
-from b2diffurl.evaluate import evaluate, training_sampler
-from b2diffurl.tracking import track
+from b2diffurl.evaluation.measure import evaluate, training_sampler
+from b2diffurl.reporting.trackers import track
+from b2diffurl.runtime import files
 
 PER_STAGE = 18  # images of the tiny experiment
 TRAIN = {"loss", "grad_norm", "clip_fraction", "max_abs_log_ratio", "epoch", "num_trajectories"}
@@ -353,7 +353,7 @@ def test_only_the_main_process_tracks_and_only_what_is_trained(place, overrides,
 SCRIPT = """
 import runpy, sys
 from pathlib import Path
-from b2diffurl.tracking import track
+from b2diffurl.reporting.trackers import track
 config = runpy.run_path(sys.argv[1])["get_config"]("sd14").unlock()
 root = Path("model/lora/tiny")
 config.exp_name = "tiny"

@@ -20,18 +20,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from b2diffurl.checkpoint import load_optimizer, save_checkpoint
-from b2diffurl.ddim import step_weights
-from b2diffurl.device import make_accelerator
-from b2diffurl.experiment import make_plan
+from b2diffurl.algorithm.ddim import step_weights
+from b2diffurl.algorithm.selection import Selected
+from b2diffurl.configuration.plan import make_plan
+from b2diffurl.experiment.checkpoints import load_optimizer, save_checkpoint
+from b2diffurl.experiment.stage import LORA_FILE, Stage
+from b2diffurl.experiment.trajectories import Trajectories
 from b2diffurl.models import load_model
+from b2diffurl.models.policy import load_policy
 from b2diffurl.objectives import Objective
-from b2diffurl.policy import load_policy
-from b2diffurl.selection import Selected
-from b2diffurl.stage import LORA_FILE, Stage
-from b2diffurl.train import update_rows
-from b2diffurl.trajectory import Trajectories
-from b2diffurl.update import Trainer, make_trainer, micro_batches
+from b2diffurl.phases.train import update_rows
+from b2diffurl.phases.trainer import Trainer, make_trainer, micro_batches
+from b2diffurl.runtime.device import make_accelerator
 
 CLIP_RANGE = 1e-3  # of the gradient tests: small enough for the off-policy ratios below to be clipped in part
 DPOK = {"train.objective": "dpok", "train.kl_weight": 2.0}  # large enough for both terms to count

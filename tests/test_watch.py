@@ -22,16 +22,18 @@ from conftest import ROOT, assert_same, experiment, flags, make_config, run_scri
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from b2diffurl import files, forecast, watch
-from b2diffurl.history import stage_list, updates_before
-from b2diffurl.metrics import read_events
+from b2diffurl.configuration.limits import RANGES
+from b2diffurl.experiment.metrics import read_events
+from b2diffurl.experiment.stage import LORA_FILE, Stage
+from b2diffurl.experiment.stage_table import stage_list, updates_before
 from b2diffurl.models.stable_diffusion import StableDiffusion
 from b2diffurl.objectives import OBJECTIVES
-from b2diffurl.ranges import RANGES
-from b2diffurl.report import warned_kinds, write_report
-from b2diffurl.stage import LORA_FILE, Stage
-from b2diffurl.update import Trainer
-from b2diffurl.watch import MIN_UPDATES, WINDOW, UpdateWatch, stage_warnings
+from b2diffurl.phases import health
+from b2diffurl.phases.health import MIN_UPDATES, WINDOW, UpdateWatch, stage_warnings
+from b2diffurl.phases.trainer import Trainer
+from b2diffurl.reporting import forecast
+from b2diffurl.reporting.page import warned_kinds, write_report
+from b2diffurl.runtime import files
 
 REWARD = "rewards_of_test_watch"
 
@@ -232,7 +234,7 @@ ONE_RANK_OVERFLOWS = """
 import os, runpy, sys, torch
 from dataclasses import replace
 from b2diffurl.objectives import OBJECTIVES
-from b2diffurl.update import Trainer
+from b2diffurl.phases.trainer import Trainer
 
 sound, update, running = OBJECTIVES["ddpo"], Trainer.update, []
 
@@ -336,7 +338,7 @@ def test_a_leap_in_training_warns(workplace, overrides, harm, monkeypatch):
     of both, once each in the log, and in its manifest; and so if it was interrupted after that. Usual is what the updates of
     the stage before were, here 4 of them."""
     assert [stage_of(workplace, index).manifest("train")["warnings"] for index in (0, 1)] == [[], []]
-    monkeypatch.setattr(watch, "MIN_UPDATES", 3)
+    monkeypatch.setattr(health, "MIN_UPDATES", 3)
     stage, step, settings = stage_of(workplace, 1), AcceleratedOptimizer.step, overrides | {"run_name": "stage1"}
     stage.manifest_path("train").unlink()
     shutil.rmtree(stage.folder / "checkpoints")

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from b2diffurl.ddim import Sampler
-from b2diffurl.trajectory import Conditions
+from b2diffurl.algorithm.ddim import Sampler
+from b2diffurl.experiment.trajectories import Conditions
 
 
 class Model(Protocol):

@@ -20,11 +20,11 @@ from peft import LoraConfig
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from b2diffurl import files
-from b2diffurl.ddim import Sampler, make_sampler
-from b2diffurl.models.hub import checksum, locate
-from b2diffurl.seeding import stable_seed
-from b2diffurl.trajectory import Conditions
+from b2diffurl.algorithm.ddim import Sampler, make_sampler
+from b2diffurl.algorithm.seeding import stable_seed
+from b2diffurl.experiment.trajectories import Conditions
+from b2diffurl.runtime import files
+from b2diffurl.runtime.hub import checksum, locate
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # of the UNet's attention
 COMPILED = (ResnetBlock2D, BasicTransformerBlock)  # blocks of the UNet that are compiled, each by itself

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from b2diffurl.models.hub import checksum
-from b2diffurl.stage import listed
+from b2diffurl.experiment.stage import listed
+from b2diffurl.runtime.hub import checksum
 
 Parts = dict[str, Tensor | list[str]]
 Reward = Callable[[Tensor, Sequence[str]], Tensor | tuple[Tensor, Parts]]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from b2diffurl import files
-from b2diffurl.models.hub import locate, model_files
 from b2diffurl.rewards import Reward
 from b2diffurl.rewards.clip import Clip
+from b2diffurl.runtime import files
+from b2diffurl.runtime.hub import locate, model_files
 
 
 def check(name: str, settings: Mapping, prompts: Sequence[str]) -> list[Path]:

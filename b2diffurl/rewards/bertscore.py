@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from b2diffurl.models.hub import load_whole, model_files, model_folder
 from b2diffurl.rewards import Parts, Reward
+from b2diffurl.runtime.hub import load_whole, model_files, model_folder
 
 MAX_TOKENS = 128  # of prompt or caption in the scorer; longer ones are cut
 TEXT_BATCH_SIZE = 32

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
 
-from b2diffurl.models.hub import load_whole, model_files, model_folder
 from b2diffurl.rewards import Reward
+from b2diffurl.runtime.hub import load_whole, model_files, model_folder
 
 TEXT_BATCH_SIZE = 32  # constant, so that a prompt's embedding does not depend on which others there are
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from b2diffurl import files
+from b2diffurl.experiment.stage import Stage
 from b2diffurl.rewards import Reward
-from b2diffurl.stage import Stage
+from b2diffurl.runtime import files
 
 
 def check(name: str, settings: Mapping, prompts: Sequence[str]) -> list[Path]:

@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from b2diffurl.logs import logger
 from b2diffurl.rewards import Reward
+from b2diffurl.runtime.logs import logger
 
 FIRST_WAIT_SEC = 0.5  # before the first repetition; each further wait is twice as long
 AUTHORIZATION = "REWARD_HTTP_AUTHORIZATION"

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from b2diffurl.models.hub import locate
 from b2diffurl.rewards import Reward
+from b2diffurl.runtime.hub import locate
 
 
 @dataclass(frozen=True)

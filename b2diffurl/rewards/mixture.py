@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from b2diffurl.stage import finished_stages
+from b2diffurl.experiment.stage import finished_stages
 
 Scales = dict[str, list[float]]  # mean and deviation of each reward
 

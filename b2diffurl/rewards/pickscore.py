@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from b2diffurl.models.hub import model_files
 from b2diffurl.rewards import Reward
 from b2diffurl.rewards.clip import Clip
+from b2diffurl.runtime.hub import model_files
 
 
 def check(name: str, settings: Mapping, prompts: Sequence[str]) -> list[Path]:

@@ -21,7 +21,7 @@ import pytest
 from children import ROOT, Fault, run, start
 from conftest import assert_same, flags
 
-from b2diffurl.files import read_json_lines
+from b2diffurl.runtime.files import read_json_lines
 
 pytestmark = pytest.mark.faults
 
@@ -33,7 +33,7 @@ SETTINGS = {
 }  # fmt: skip
 IMAGES = 12  # of a stage
 ARGUMENTS = ["--config=config/stage_process.py:shapes", *flags(SETTINGS)]
-PROCESS = ["b2diffurl/process.py", *ARGUMENTS]  # the whole run in one process
+PROCESS = ["b2diffurl/resident.py", *ARGUMENTS]  # the whole run in one process
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)  # that a random moment meets
 RANDOM_KILLS, SHELL_KILLS = 40, 8
 

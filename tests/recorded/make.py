@@ -1,7 +1,7 @@
 """Record begun.zip, an experiment with one finished stage: python tests/recorded/make.py FOLDER
 
 begun.zip was recorded on 2026-11-28 by commit b3ab02d, the last one before the package was divided into sub-packages. A
-test goes on with it by today's code, so it must not be recorded again. Pictures and the report are left out of it, to keep it small.
+test goes on with it by today's code, so it must not be recorded again. It has no pictures and no report, to be small.
 """
 
 import shutil

@@ -1,0 +1,1 @@
+"""The mathematics of the method: torch alone, nothing of the package above it."""

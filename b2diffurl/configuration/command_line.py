@@ -1,0 +1,143 @@
+"""What every script needs around its one verb: flags, signals, errors a user can read."""
+
+import errno
+import gc
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from safetensors import SafetensorError
+
+from b2diffurl.configuration.limits import check_log
+from b2diffurl.runtime.logs import logger, set_up_logging
+
+CONFIG_FILE = "config/stage_process.py"
+GC_THRESHOLD = 50_000  # objects between two garbage collections: importing torch, diffusers and transformers makes millions
+FLAGS = flags.FLAGS
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")  # of errors where another one failed
+GRACE_SEC = 10  # from a signal to stop to the end, however busy
+
+
+def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
+    """Parse the flags and call `main(config)`. A mistake of the user's ends in two lines and exit code 2."""
+    config = parse_flags()
+    try:
+        check_log(config.exp_name, config.log_path)
+    except ValueError as error:
+        die(f"{verb}: {error}", hint="Mend it and run the same command again.")
+    dry = "dry_run" in FLAGS and FLAGS.dry_run
+    log_file = None if dry else Path(config.log_path) / f"{config.exp_name}.log"
+    try:
+        set_up_logging(log_file)
+    except OSError as error:
+        die(f"{verb}: the log cannot be written: {error}", hint=f"{remedy(error, '--config.log_path')}.")
+    gc.set_threshold(GC_THRESHOLD)
+    look = f"; the traceback is in {log_file}" if log_file else ""
+    try:
+        with stopping_in_order():
+            main(config)
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if stop.args else signal.SIGINT
+        logger.warning("%s: stopped by %s; run the same command again to go on", verb, signal.Signals(number).name)
+        sys.exit(128 + number)
+    except (ValueError, OSError, FloatingPointError, ImportError, SafetensorError) as error:
+        logger.debug("%s failed", verb, exc_info=True)
+        said = "; ".join([str(error), *getattr(error, "__notes__", ())])
+        die(f"{verb}: {said}", hint=f"{remedy(error, '--config.save_path')}{look}.")
+    except (RuntimeError, MemoryError) as error:
+        logger.debug("%s failed", verb, exc_info=True)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(text in str(error) for text in LOST):
+            die(
+                f"{verb}: another process of this run has ended",
+                hint=f"Its error stands in {log_file}: process <number>.",
+            )
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            die(f"{verb}: torch.compile failed: {error}", hint=f"Go on without it by --config.compile=False{look}.")
+        from b2diffurl.runtime.batch_sizes import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        sizes = ("sample.micro_batch_size", "sample.decode_batch_size", "train.micro_batch_size", "reward.batch_size")
+        knobs = f"{', '.join(sizes)} or, where it is judged, eval.batch_size"
+        more = "take train.gradient_checkpointing=True or a smaller pretrained.resolution"
+        die(f"{verb}: {error}", hint=f"Lower {knobs}, or {more}, and run the command again: it goes on where it stopped.")
+
+
+@contextmanager
+def stopping_in_order() -> Iterator[None]:
+    """SIGTERM, which preemption sends, and SIGINT end what goes on inside by a KeyboardInterrupt with their number.
+
+    What has not come to an end GRACE_SEC later, say because it waits for another process, ends all the same: files are
+    whole or not there at any moment.
+    """
+    ended = threading.Event()
+    stops = (signal.SIGTERM, signal.SIGINT)
+    read_end, write_end = os.pipe()  # Python writes into it the number of every signal that has a handler
+    os.set_blocking(write_end, False)
+
+    def stop(number: int, _frame: object) -> None:
+        for each in stops:  # the first one counts
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt(number)
+
+    def insist() -> None:
+        while (heard := os.read(read_end, 1)) and heard[0] not in stops:
+            pass
+        if heard and not ended.wait(GRACE_SEC):
+            name = signal.Signals(heard[0]).name
+            logger.warning("stopped by %s, without waiting any longer; run the same command again to go on", name)
+            os._exit(128 + heard[0])
+        os.close(read_end)
+
+    before = {number: signal.signal(number, stop) for number in stops}
+    wakeup = signal.set_wakeup_fd(write_end)
+    threading.Thread(target=insist, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        signal.set_wakeup_fd(wakeup)
+        os.close(write_end)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def parse_flags() -> ConfigDict:
+    """The configuration with its overrides, locked."""
+    what = "Configuration, CONFIG.py:PRESET; any key by --config.KEY."
+    try:
+        config_flags.DEFINE_config_file("config", CONFIG_FILE, what)
+        rest = FLAGS(sys.argv)
+        config = FLAGS.config.lock()
+    except (AttributeError, KeyError) as error:
+        die(f"unknown key {error} on the command line", hint=f"Every key stands with a comment in {CONFIG_FILE}.")
+    except Exception as error:  # absl, ml_collections and the config file each raise their own kinds
+        reason = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
+        die(reason[-1], hint=f"Every key stands with a comment in {CONFIG_FILE}.")
+    if len(rest) > 1:
+        die(f"unexpected argument {rest[1]!r}", hint="Options look like --config.train.learning_rate=1e-4.")
+    return config
+
+
+def remedy(error: BaseException, key: str = "") -> str:
+    """What to do about an error; `key` is the option that says where files are written, if there is one."""
+    match getattr(error, "errno", None):
+        case errno.ENOSPC | errno.EDQUOT:
+            return "Make room on that disk and run the same command again: it goes on where it stopped"
+        case errno.EROFS | errno.EACCES | errno.EPERM:
+            other = f", or give another by {key}," if key else ""
+            return f"Make that place writable{other} and run the same command again"
+    return "Mend it and run the same command again"
+
+
+def die(message: str, *, hint: str) -> None:
+    print(f"error: {' '.join(message.split())}\n       {hint}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,1 @@
+"""Measuring a checkpoint: images, rewards, diversity, statistics."""

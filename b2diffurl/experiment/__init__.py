@@ -1,0 +1,1 @@
+"""What is on disk: an experiment's folder, its stages and their files."""

@@ -1,0 +1,45 @@
+"""Metrics as JSON lines: one event, one object; and how long things take."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from b2diffurl.runtime import files
+
+
+class Metrics:
+    """Appends events to one phase's file. `keep` holds the events of an interrupted run that still count."""
+
+    def __init__(self, path: Path, *, keep: list[dict] | None = None):
+        self.path = path
+        files.write_json_lines(path, keep or [])
+
+    def log(self, event: str, **values: Any) -> None:
+        with files.naming(self.path), self.path.open("a") as file:
+            file.write(json.dumps({"event": event} | values, allow_nan=False) + "\n")
+
+
+def read_events(path: Path, event: str | None = None) -> list[dict]:
+    """The events of a file, of one kind if given; a last line that was cut off by a crash is left out. A ValueError names a
+    file that is damaged otherwise."""
+    if not path.is_file():
+        return []
+    with files.damage_named(path):
+        *whole, last = path.read_bytes().split(b"\n")  # a line that was written whole ends, so that `last` is empty
+        rows = [json.loads(line) for line in whole]
+        with suppress(ValueError):
+            rows += [json.loads(last)]
+        if not all(isinstance(row, dict) and "event" in row for row in rows):
+            raise ValueError("a line is no event")
+    return [row for row in rows if event in (None, row["event"])]
+
+
+@contextmanager
+def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Adds what the block takes to `seconds`."""
+    started = time.perf_counter()
+    yield
+    seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - started

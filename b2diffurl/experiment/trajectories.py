@@ -1,0 +1,170 @@
+"""Trajectories on disk: one safetensors file a sampling batch, each state stored once; and the selected ones among them.
+
+G groups a batch, K branches, S trained steps, P distinct prompts, N selected trajectories
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from b2diffurl.algorithm.selection import Selected
+from b2diffurl.experiment.stage import Stage
+from b2diffurl.runtime import files
+
+Conditions = dict[str, Tensor]  # what the network is conditioned on, by name: each [N, ...]
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Trajectories with the text conditions they were sampled under."""
+
+    ids: Tensor  # [N] each one's image
+    latents: Tensor  # [N,S+1,C,H,W] float32: x_t from the first trained step to the image
+    log_probs: Tensor  # [N,S] float32
+    prompt_ids: Tensor  # [N] row of each trajectory in `conditions`
+    conditions: Conditions  # each [P, ...]
+    unconditional: Conditions  # each [1, ...]
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def to(self, device: torch.device) -> "Trajectories":
+        def moved(value: Tensor) -> Tensor:
+            return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+
+        conditions, unconditional = (
+            {name: moved(value) for name, value in some.items()} for some in (self.conditions, self.unconditional)
+        )
+        states = (moved(value) for value in (self.latents, self.log_probs, self.prompt_ids))
+        return Trajectories(self.ids, *states, conditions, unconditional)
+
+
+def save_batch(
+    path: Path,
+    latents: Tensor,  # [G,K,S+1,C,H,W]
+    log_probs: Tensor,  # [G,K,S]
+    timesteps: Tensor,  # [S]
+    prompts: Sequence[str],  # [G]
+    conditions: Conditions,  # each [P, ...], in the order of dict.fromkeys(prompts)
+    unconditional: Conditions,  # each [1, ...]
+    metadata: dict,
+    beside: Sequence[Path] = (),
+) -> None:
+    """Write one sampling batch; `metadata` says what it was sampled with, and `beside` are the files that belong to it."""
+    distinct = list(dict.fromkeys(prompts))
+    tensors = {
+        "latents": latents,
+        "log_probs": log_probs,
+        "timesteps": timesteps,
+        "prompt_ids": torch.tensor([distinct.index(prompt) for prompt in prompts]),
+    }
+    tensors |= {f"condition.{name}": value for name, value in conditions.items()}
+    tensors |= {f"unconditional.{name}": value for name, value in unconditional.items()}
+    metadata = metadata | {"prompts": distinct}
+    metadata["files"] = {str(other.relative_to(path.parents[1])): files.sha256(other) for other in beside}
+    files.write_tensors(path, tensors, metadata | {"sha256": files.tensors_sha256(tensors, metadata)})
+
+
+def batch_damage(path: Path) -> str:
+    """What is wrong with a sampling batch, or a file that belongs to it; "" if nothing is."""
+    try:
+        metadata, tensors = files.read_metadata(path), files.read_tensors(path)
+    except ValueError as error:
+        return str(error)
+    if "sha256" not in metadata:
+        return f"{path} has no checksum; an earlier version wrote it"
+    if metadata.pop("sha256") != files.tensors_sha256(tensors, metadata):
+        return f"{path} is not what was written (checksum)"
+    for name, expected in metadata["files"].items():
+        other = path.parents[1] / name
+        if not other.is_file():
+            return f"{other} is missing"
+        if files.sha256(other) != expected:
+            return f"{other} is not what was written (checksum)"
+    return ""
+
+
+def save_selected(stage: Stage, selected: Sequence[Selected], batch_size: int) -> list[Path]:
+    """Copy the selected trajectories out of the stage's batches of `batch_size` groups, a file a batch that has any.
+
+    Row n of a file is the batch's n-th selected one; what was not selected can go. Returns the files.
+    """
+    written = []
+    for batch, members in groupby(selected, key=lambda one: one.group // batch_size):
+        source, chosen = stage.batch(batch), list(members)
+        prompts = files.read_metadata(source)["prompts"]
+        with safe_open(source, framework="pt") as file:
+            latents, log_probs = file.get_slice("latents"), file.get_slice("log_probs")
+            places = [(one.group % batch_size, one.branch) for one in chosen]
+            prompt_ids = file.get_tensor("prompt_ids")[[g for g, _ in places]]
+            used, prompt_ids = prompt_ids.unique(return_inverse=True)
+            num_branches = latents.get_shape()[1]
+            tensors = {
+                "ids": torch.tensor([one.group * num_branches + one.branch for one in chosen]),
+                "latents": torch.stack([latents[g, k] for g, k in places]),
+                "log_probs": torch.stack([log_probs[g, k] for g, k in places]),
+                "prompt_ids": prompt_ids,
+            }
+            for name in names_under("condition.", file):
+                tensors[f"condition.{name}"] = file.get_tensor(f"condition.{name}")[used]
+            for name in names_under("unconditional.", file):
+                tensors[f"unconditional.{name}"] = file.get_tensor(f"unconditional.{name}")
+        written.append(stage.selected_batch(batch))
+        files.write_tensors(written[-1], tensors, {"prompts": [prompts[n] for n in used]})
+    return written
+
+
+class SelectedTrajectories:
+    """A stage's selected trajectories on disk, of which `read` holds only those that an update asks for."""
+
+    def __init__(self, stage: Stage, selected: Sequence[Selected], batch_size: int):
+        self.places: list[tuple[Path, int]] = []  # of each selected trajectory: its file, and the row in it
+        for batch, members in groupby(selected, key=lambda one: one.group // batch_size):
+            self.places += [(stage.selected_batch(batch), row) for row, _ in enumerate(members)]
+
+    def read(self, which: Sequence[int]) -> Trajectories:
+        """The trajectories of those numbers among the selected, in that order; conditions once a prompt."""
+        found: dict[int, tuple[Tensor, Tensor, Tensor, str]] = {}
+        embedded: dict[str, Conditions] = {}
+        unconditional: Conditions = {}
+        for path, members in groupby(sorted(set(which)), key=lambda n: self.places[n][0]):
+            prompts = files.read_metadata(path)["prompts"]
+            with safe_open(path, framework="pt") as file:
+                ids, prompt_ids = file.get_tensor("ids"), file.get_tensor("prompt_ids")
+                latents, log_probs = file.get_slice("latents"), file.get_slice("log_probs")
+                conditions = {name: file.get_tensor(f"condition.{name}") for name in names_under("condition.", file)}
+                unconditional = {
+                    name: file.get_tensor(f"unconditional.{name}") for name in names_under("unconditional.", file)
+                }
+                for n in members:
+                    row = self.places[n][1]
+                    prompt = prompts[prompt_ids[row]]
+                    found[n] = (ids[row], latents[row], log_probs[row], prompt)
+                    embedded.setdefault(prompt, {name: value[prompt_ids[row]] for name, value in conditions.items()})
+        rows = {prompt: row for row, prompt in enumerate(embedded)}
+        ids, latents, log_probs, prompts = zip(*(found[n] for n in which), strict=True)
+        return Trajectories(
+            ids=torch.stack(ids),
+            latents=torch.stack(latents),
+            log_probs=torch.stack(log_probs),
+            prompt_ids=torch.tensor([rows[prompt] for prompt in prompts]),
+            conditions={
+                name: torch.stack([each[name] for each in embedded.values()]) for name in next(iter(embedded.values()))
+            },
+            unconditional=unconditional,
+        )
+
+
+def names_under(prefix: str, file: safe_open) -> list[str]:
+    return [name.removeprefix(prefix) for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+
+
+def read_batch_prompts(path: Path) -> tuple[list[int], list[str]]:
+    """Row of each group's prompt among the batch's distinct prompts, and those."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor("prompt_ids").tolist(), files.read_metadata(path)["prompts"]

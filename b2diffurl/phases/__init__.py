@@ -1,0 +1,1 @@
+"""The verbs, one a script, and what they share."""

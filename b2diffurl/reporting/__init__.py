@@ -1,0 +1,1 @@
+"""Showing a run: page, plots, model card, trackers, forecasts."""

@@ -1,0 +1,342 @@
+"""The page of an experiment: what its training did, in one file that any browser shows, and its pictures as PNG.
+
+Written from the experiment's files alone; the same files give the same page.
+"""
+
+import base64
+import io
+import re
+import runpy
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+from PIL import Image
+from torch import Tensor
+
+from b2diffurl.configuration.limits import flatten
+from b2diffurl.configuration.plan import describe_reward
+from b2diffurl.evaluation.statistics import describe_sampler, with_error
+from b2diffurl.experiment.branch_picture import load_tree
+from b2diffurl.experiment.stage import PHASES, Stage, finished_stages
+from b2diffurl.experiment.stage_table import (
+    Row,
+    evaluation_rows,
+    per_step_rows,
+    set_name,
+    set_title,
+    stage_list,
+    stage_rows,
+    warned_rows,
+)
+from b2diffurl.reporting.plots import (
+    STYLE,
+    Pair,
+    curve_panels,
+    describe_figure,
+    figures_of,
+    heat_map,
+    pairs_figure,
+    panel_figure,
+    panels_figure,
+    prompt_figure,
+    save_png,
+    short,
+    shorten,
+    to_svg,
+    tree_figure,
+)
+from b2diffurl.runtime import files
+from b2diffurl.runtime.logs import logger
+
+PRESETS = Path(__file__).parents[2] / "config" / "stage_process.py"
+NUM_PAIRS = 12  # images of a prompt set that are shown: the first, none is chosen
+NUM_WARNINGS = 3  # of a kind that are shown
+NUM_EXTREMES = 6  # largest losses, and gains
+EMBEDDED_PX = 256  # larger images are scaled down for the page
+
+
+def refresh(root: Path) -> None:
+    """Write the report of an experiment that has something to report; a mistake in it is logged and stops nothing."""
+    if not finished_stages(root, "select"):
+        return
+    try:
+        logger.info("report: %s", write_report(root))
+    except Exception as error:
+        logger.debug("report failed", exc_info=True)
+        logger.warning("report: %s: %s; python -m b2diffurl.report %s tries again", type(error).__name__, error, root)
+
+
+def write_report(root: Path) -> Path:
+    """Write <root>/report.html and <root>/report/*.png from the experiment's files; returns the page's path."""
+    stages, evaluations = stage_rows(root), evaluation_rows(root)
+    if not stages:
+        raise ValueError(f"{root} has no stage that has been scored, so there is nothing to report yet")
+    config = files.read_json(root / "config.json")["config"]
+    shutil.rmtree(root / "report", ignore_errors=True)  # pictures that there would be none of now
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "findfont", UserWarning)
+        page = {
+            "name": root.name,
+            "stages": stages,
+            "config": config,
+            "reward": describe_reward(config["reward"]),
+            "warned": warned_kinds(warned_rows(root)),
+            "figures": figure_table(evaluations),
+            "galleries": galleries(root, evaluations),
+            "curves": draw_curves(root, stages, evaluations),
+            "heat_maps": draw_heat_maps(root),
+            "trees": draw_trees(root),
+            "facts": facts(root, stages),
+        }
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("b2diffurl.reporting"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    html = environment.get_template("report.html").render(page)
+    files.write_bytes(root / "report.html", html.encode())
+    return root / "report.html"
+
+
+# ---- warnings ----
+
+
+def warned_kinds(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Of each kind of warning the stages, what the first ones said and what to try."""
+    found = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        same = [row for row in rows if row["kind"] == kind]
+        stages = [row["stage"] for row in same]
+        more = stage_list(stages[NUM_WARNINGS:]) if stages[NUM_WARNINGS:] else ""
+        shown = {"kind": kind, "stages": stage_list(stages), "first": same[:NUM_WARNINGS], "more": more}
+        found.append(shown | {"advice": same[0]["advice"]})
+    return found
+
+
+# ---- figures ----
+
+
+def figure_table(evaluations: Sequence[Row]) -> list[dict[str, Any]]:
+    """For each prompt set and sampler the base, the newest checkpoint, and the paired difference of every figure."""
+    found = []
+    for place, (prompts, sampler) in enumerate(judged_sets(evaluations)):
+        rows = [row for row in evaluations if (row["prompts"], row["sampler"]) == (prompts, sampler)]
+        base, tuned = base_and_tuned(rows)
+        for key in figures_of([row for row in (base, tuned) if row]):
+            found.append(
+                {
+                    "place": place,
+                    "prompts": set_title(prompts),
+                    "sampler": describe_sampler(tuned or base),
+                    "figure": ("diversity: " if key.startswith("diversity/") else "") + describe_figure(key),
+                    "base": with_error(base or {}, key),
+                    "tuned": with_error(tuned or {}, key),
+                    "checkpoint": tuned["checkpoint"] if tuned else "",
+                    "gain": with_error(tuned or {}, f"{key}_gain", signed=True),
+                }
+            )
+    return found
+
+
+def judged_sets(evaluations: Sequence[Row]) -> list[tuple[str, str]]:
+    """(prompts, sampler) of all evaluations, held-out prompts first."""
+    order = {"test": 0, "train": 1}
+    found = dict.fromkeys((row["prompts"], row["sampler"]) for row in evaluations)
+    return sorted(found, key=lambda key: (order.get(key[0], 2), key[0], key[1] != "training"))
+
+
+def base_and_tuned(rows: Sequence[Row]) -> tuple[Row | None, Row | None]:
+    """Of rows of one prompt set and sampler those of the base and of the newest stage."""
+    base = next((row for row in rows if row["checkpoint"] == "base"), None)
+    tuned = [row for row in rows if row["stage"] is not None]
+    return base, tuned[-1] if tuned else None
+
+
+# ---- pictures ----
+
+
+def draw_curves(root: Path, stages: list[Row], evaluations: list[Row]) -> list[str]:
+    panels = curve_panels(stages, evaluations)
+    save_png(panels_figure(panels), root / "report" / "curves.png")
+    return [to_svg(panel_figure(panel), f"curve{n}") for n, panel in enumerate(panels)]
+
+
+def draw_heat_maps(root: Path) -> list[str]:
+    titles = {"log_ratio": "Mean |log-ratio|", "clip_fraction": "Clip fraction"}
+    drawn = []
+    for key, title in titles.items():
+        found = per_step_rows(root, f"{key}_per_step")
+        if found:
+            figure = heat_map(f"{title} by timestep", found, log=key == "log_ratio")
+            save_png(figure, root / "report" / f"{key}_per_step.png")
+            drawn.append(to_svg(figure, key))
+    return drawn
+
+
+def draw_trees(root: Path) -> list[str]:
+    """The first group of an early stage and of a late one, if possible of stages in which it has a winner and a loser."""
+    stages = [stage for stage in finished_stages(root, "select") if load_tree(stage)]
+    telling = [stage for stage in stages if len(set(marks(stage).values())) == 2] or stages
+    drawn = []
+    for name, stage in zip(("branches", "branches_last"), dict.fromkeys((*telling[:1], *telling[-1:])), strict=False):
+        tree, scores = load_tree(stage), files.read_json_lines(stage.scores)
+        trained = stage.manifest("sample")["num_trained_steps"]
+        what = f"{len(tree.branches)} branches, the last {trained} steps apart"
+        title = f"Stage {stage.index}: “{shorten(tree.prompt, 60)}”, {what}"
+        notes = [f"reward {short(row['reward'])}" for row in scores[: len(tree.branches)]]
+        figure = tree_figure(tree, title, notes, marks(stage))
+        save_png(figure, root / "report" / f"{name}.png")
+        drawn.append(to_svg(figure, name))
+    return drawn
+
+
+def marks(stage: Stage) -> dict[int, str]:
+    """What the first group's branches were kept as: winner or loser. Where all are kept none is either."""
+    if files.read_json(stage.root / "config.json")["config"]["eval"].get("selection") == "all":
+        return {}
+    rows = [row for row in files.read_json(stage.selection) if row["group"] == 0]
+    return {row["branch"]: "winner" if row["score"] > 0 else "loser" for row in rows}
+
+
+def galleries(root: Path, evaluations: Sequence[Row]) -> list[dict[str, Any]]:
+    """Base and tuned images on the same noise: the first of each prompt set, and the largest losses and gains."""
+    found = []
+    for prompts, sampler in judged_sets(evaluations):
+        rows = [row for row in evaluations if (row["prompts"], row["sampler"]) == (prompts, sampler)]
+        base, tuned = base_and_tuned(rows)
+        if base is None or tuned is None or sampler != "training":
+            continue
+        pairs, name, title = read_pairs(root, base, tuned), set_name(prompts), set_title(prompts)
+        found.append(
+            gallery(
+                root, f"before_after_{name}", f"{title}: the first {len(pairs[:NUM_PAIRS])}", base, tuned, pairs[:NUM_PAIRS]
+            )
+        )
+        changed = sorted((pair for pair in pairs if change(pair) is not None), key=change)
+        worse = [pair for pair in changed if change(pair) < (0, 0)]
+        better = [pair for pair in reversed(changed) if change(pair) > (0, 0)]
+        for kind, some in (("losses", worse[:NUM_EXTREMES]), ("gains", better[:NUM_EXTREMES])):
+            if some:
+                what = f"{title}: the largest {kind} of {len(pairs)} images"
+                found.append(gallery(root, f"{kind}_{name}", what, base, tuned, some))
+    return found
+
+
+def read_pairs(root: Path, base: Row, tuned: Row) -> list[Pair]:
+    one, other = (files.read_json(root / row["folder"] / "result.json") for row in (base, tuned))
+    rewards = list(zip(*(found["values"].get("reward", [None] * found["n_images"]) for found in (one, other)), strict=True))
+    verdicts = [found["values"].get("accuracy") for found in (one, other)]
+    return [
+        Pair(
+            prompt,
+            tuple(root / row["folder"] / f"{n:05d}.png" for row in (base, tuned)),
+            rewards[n],
+            None if None in verdicts else tuple(verdict[n] > 0.5 for verdict in verdicts),
+        )
+        for n, prompt in enumerate(one["shown_prompts"])
+    ]
+
+
+def change(pair: Pair) -> tuple[int, float] | None:
+    """How much better the tuned image is: first by the judge, then by reward; None where neither says."""
+    verdict = 0 if pair.right is None else pair.right[1] - pair.right[0]
+    if None in pair.rewards:
+        return None if pair.right is None else (verdict, 0.0)
+    return verdict, pair.rewards[1] - pair.rewards[0]
+
+
+def gallery(root: Path, name: str, title: str, base: Row, tuned: Row, pairs: Sequence[Pair]) -> dict[str, Any]:
+    labels = [
+        label if row["accuracy"] is None else f"{label}\n{row['accuracy']:.1%}"
+        for label, row in (("base", base), ("tuned", tuned))
+    ]
+    save_png(pairs_figure(title, labels, pairs), root / "report" / f"{name}.png")
+    shown = []
+    for pair in pairs:
+        sides = zip(("base", "tuned"), pair.images, pair.rewards, pair.right or (None, None), strict=True)
+        images = [
+            {"label": label, "reward": "" if reward is None else short(reward), "right": right} | embed(path)
+            for label, path, reward, right in sides
+        ]
+        shown.append({"prompt": pair.prompt, "images": images})
+    facts = {"checkpoint": tuned["checkpoint"], "sampler": describe_sampler(tuned), "judged": pairs[0].right is not None}
+    return {"title": title, "pairs": shown} | facts
+
+
+def embed(path: Path) -> dict[str, Any]:
+    """An image for the page, as `src`: as it is, or if it is large scaled down; `small` if it has few pixels."""
+    data, kind = path.read_bytes(), "png"
+    picture = Image.open(io.BytesIO(data))
+    if max(picture.size) > EMBEDDED_PX:
+        picture.thumbnail((EMBEDDED_PX, EMBEDDED_PX), Image.Resampling.LANCZOS)
+        buffer, kind = io.BytesIO(), "webp"
+        picture.convert("RGB").save(buffer, format=kind, quality=85)
+        data = buffer.getvalue()
+    src = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return {"src": src, "small": max(picture.size) < EMBEDDED_PX // 2}
+
+
+def draw_prompt(root: Path, prompt: str, images: Mapping[str, Tensor], sampler: str) -> Path:
+    """One PNG of a prompt's images by checkpoint, a row each; its path tells prompt, checkpoint and sampler."""
+    words, which = (re.sub(r"[^a-zA-Z0-9]+", "_", text).strip("_") for text in (prompt, list(images)[-1]))
+    path = root / "prompts" / f"{words[:60]}_{which[-40:]}_{sampler}_{files.digest([prompt, *images])[:6]}.png"
+    with matplotlib.rc_context(STYLE):
+        save_png(prompt_figure(prompt, list(images), [some.numpy() for some in images.values()]), path)
+    return path
+
+
+# ---- facts ----
+
+
+def facts(root: Path, stages: Sequence[Row]) -> dict[str, Any]:
+    """What the run was: settings that differ from the preset, software, hardware, time and disk."""
+    config = flatten(files.read_json(root / "config.json")["config"])
+    newest = Stage(root, stages[-1]["stage"])
+    manifests = [stage.manifest(phase) for phase in PHASES for stage in finished_stages(root, phase)]
+    seconds = {key: [row[key] for row in stages if key in row] for key in stages[-1] if key.startswith("seconds/")}
+    sampling = [stage.manifest("sample") for stage in finished_stages(root, "sample")]
+    images = sum(manifest["num_images"] * manifest["seconds"].get("share", 1) for manifest in sampling)
+    sampling_sec = sum(manifest["seconds"]["sample"] for manifest in sampling)
+    sampled = newest.manifest("sample")
+    return {
+        "differences": preset_differences(config),
+        "preset": config.get("preset", ""),
+        "versions": sampled["versions"],
+        "hardware": sampled.get("hardware", {})
+        | {key: sampled[key] for key in ("device", "mixed_precision", "num_threads")},
+        "seconds": {key.removeprefix("seconds/").replace("/", ": "): sum(some) / len(some) for key, some in seconds.items()},
+        "images_per_second": images / sampling_sec if images else None,
+        "disk": disk_usage(root),
+        "finished": max(manifest["finished"] for manifest in manifests),
+    }
+
+
+def preset_differences(config: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, value, preset's value) of each setting that differs from the run's preset as the config file has it now."""
+    try:
+        preset = flatten(runpy.run_path(str(PRESETS))["get_config"](config["preset"]).to_dict())
+    except (KeyError, OSError, ValueError):
+        return []
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in preset.items()}
+    skipped = ("run_name", "split_step", "resume_from")
+    keys = [key for key in plain if key in config and config[key] != plain[key] and key not in skipped]
+    return [(key, config[key], plain[key]) for key in keys]
+
+
+def disk_usage(root: Path) -> dict[str, int]:
+    """Bytes below each kind of folder of the experiment, this report left out."""
+    sizes: dict[str, int] = {}
+    for path in root.rglob("*"):
+        parts = path.relative_to(root).parts
+        if path.is_file() and not path.name.endswith(files.TEMPORARY) and parts[0] not in ("report", "report.html"):
+            inside = len(parts) > 2 and parts[0].startswith("stage")
+            kind = parts[1] if inside else parts[0] if len(parts) > 1 else "other files"
+            kind = "other files" if kind.startswith("stage") else kind
+            sizes[kind] = sizes.get(kind, 0) + path.stat().st_size
+    return dict(sorted(sizes.items()))

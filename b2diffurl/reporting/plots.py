@@ -1,0 +1,412 @@
+"""Pictures of an experiment, by matplotlib: each a figure that is saved as PNG, and as SVG for the page."""
+
+import io
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle, pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+from b2diffurl.experiment.branch_picture import Tree
+from b2diffurl.experiment.stage_table import SETS, Row, set_title
+from b2diffurl.runtime import files
+
+INK, FAINT, GRID = "#1b1d20", "#6a6f77", "#dfe2e6"  # the page puts its own colours in their place
+BLUE, ORANGE, GREEN, PURPLE, RED = "#3b7dd8", "#e07b39", "#2f9e5f", "#a05cc0", "#d0453f"
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED)
+STYLE: dict[str, Any] = {
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": FAINT,
+    "axes.edgecolor": FAINT,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "grid.color": GRID,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 3.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "svg.fonttype": "none",
+    "figure.dpi": 100,
+}
+PANEL_INCHES = (4.0, 2.9)
+PANEL_AXES = (0.17, 0.27, 0.8, 0.63)  # left, bottom, width, height in a panel; a legend may stand below
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One small plot: its title and what draws it."""
+
+    title: str
+    draw: Callable[[Axes], None]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt's image by the base and by the tuned model, on the same noise."""
+
+    prompt: str
+    images: tuple[Path, Path]
+    rewards: tuple[float | None, float | None]
+    right: tuple[bool, bool] | None  # what the judge says, where there is one
+
+
+# ---- curves over reward queries ----
+
+
+def curve_panels(stages: Sequence[Row], evaluations: Sequence[Row]) -> list[Panel]:
+    """What a run did: what was found in a stage, and of its checkpoint, stands at the images scored by then."""
+    after = [row["queries"] for row in stages]
+    trained = [row for row in stages if "num_updates" in row]
+    panels = [Panel("Reward of the stage's images, ± one sd", lambda axes: draw_spread(axes, after, stages, "reward"))]
+    watched = [key.removesuffix("_mean") for key in stages[-1] if key.startswith("watch/") and key.count("/") == 1]
+    panels += [
+        Panel(
+            f"{ending(name.removeprefix('watch/'), 28)}, watched",
+            lambda axes, name=name: draw_series(axes, after, stages, f"{name}_mean"),
+        )
+        for name in watched
+    ]
+    panels += [
+        Panel(f"Judged: {ending(describe_figure(key), 31)}", lambda axes, key=key: draw_judged(axes, evaluations, key))
+        for key in figures_of(evaluations)
+    ]
+    x = [row["queries"] for row in trained]
+    return [
+        *panels,
+        Panel("Trained steps S", lambda axes: draw_series(axes, after, stages, "num_trained_steps", steps=True)),
+        Panel("Kept images a stage", lambda axes: draw_kept(axes, after, stages)),
+        Panel("Updates a stage", lambda axes: draw_series(axes, x, trained, "num_updates", steps=True)),
+        Panel("Clip fraction, mean over updates", lambda axes: draw_share(axes, x, trained, "clip_fraction")),
+        Panel("Max |log-ratio| at the first update", lambda axes: draw_first_ratio(axes, x, trained)),
+        Panel("Gradient norm, mean over updates", lambda axes: draw_series(axes, x, trained, "grad_norm")),
+        Panel("Seconds a stage", lambda axes: draw_seconds(axes, after, stages)),
+    ]
+
+
+def figures_of(evaluations: Sequence[Row]) -> list[str]:
+    """The figures that some of the evaluations have: accuracy, reward, other rewards, diversities; not their parts."""
+    keys = dict.fromkeys(key.removesuffix("_se") for row in evaluations for key in row if key.endswith("_se"))
+    found = [key for key in keys if not key.endswith("_gain") and ("/" not in key or key.startswith("diversity/"))]
+    found = [key for key in found if any(row.get(key) is not None for row in evaluations)]
+    return sorted(found, key=lambda key: (key != "accuracy", key != "reward", key.startswith("diversity/")))
+
+
+def describe_figure(key: str) -> str:
+    """In a few words; diversity is that of images of one prompt."""
+    if not key.startswith("diversity/"):
+        return key
+    features, _, which = key.removeprefix("diversity/").partition("_")
+    if features == "inception":
+        return "Inception Score"
+    return {"vendi": f"Vendi score ({features})", "right": f"{features} distance of right images"}.get(
+        which, f"{features} distance"
+    )
+
+
+def draw_series(axes: Axes, x: Sequence[float], rows: Sequence[Row], key: str, *, steps: bool = False) -> None:
+    points = [(at, row[key]) for at, row in zip(x, rows, strict=True) if row.get(key) is not None]
+    axes.plot(
+        *zip(*points, strict=True) if points else ((), ()), "o-", color=BLUE, drawstyle="steps-mid" if steps else "default"
+    )
+    if steps:
+        axes.yaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
+        axes.set_ylim(0, 1.15 * max((value for _, value in points), default=0) or 1)
+
+
+def draw_share(axes: Axes, x: Sequence[float], rows: Sequence[Row], key: str) -> None:
+    draw_series(axes, x, rows, key)
+    axes.set_ylim(bottom=0)
+
+
+def draw_spread(axes: Axes, x: Sequence[float], rows: Sequence[Row], name: str) -> None:
+    mean, spread = (np.array([row[f"{name}_{key}"] for row in rows]) for key in ("mean", "std"))
+    axes.fill_between(x, mean - spread, mean + spread, color=BLUE, alpha=0.18, linewidth=0)
+    axes.plot(x, mean, "o-", color=BLUE)
+
+
+def draw_judged(axes: Axes, evaluations: Sequence[Row], key: str) -> None:
+    """Mean and standard error by prompt set and sampler, a line where there are several checkpoints."""
+    others = sorted({row["prompts"] for row in evaluations} - set(SETS))
+    for colour, prompts in zip(cycle(COLOURS), [*SETS, *others], strict=False):
+        for sampler, line in (("training", "-"), ("deployed", ":")):
+            rows = [row for row in evaluations if (row["prompts"], row["sampler"]) == (prompts, sampler)]
+            rows = [row for row in rows if row["queries"] is not None and row.get(key) is not None]
+            if rows:
+                label = SETS[prompts].removesuffix(" prompts").lower() if prompts in SETS else set_title(prompts)
+                label = ending(label, 15)
+                label += ", deployed" if sampler == "deployed" else ""
+                values, errors = [row[key] for row in rows], [row[f"{key}_se"] or 0.0 for row in rows]
+                axes.errorbar(
+                    [row["queries"] for row in rows], values, errors, color=colour, linestyle=line, marker="o", label=label
+                )
+    if key == "accuracy":
+        axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.41, -0.17), ncols=2)  # the middle of the panel
+
+
+def draw_kept(axes: Axes, x: Sequence[float], rows: Sequence[Row]) -> None:
+    best, worst = ([row[key] for row in rows] for key in ("num_best", "num_worst"))
+    axes.plot(x, best, "o-", color=GREEN, label="good")
+    axes.plot(x, worst, "o-", color=RED, label="bad")
+    axes.plot(x, [row["num_groups"] for row in rows], linestyle="--", color=FAINT, linewidth=1, label="groups")
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="best", ncols=3)
+
+
+def draw_first_ratio(axes: Axes, x: Sequence[float], rows: Sequence[Row]) -> None:
+    draw_series(axes, x, rows, "max_abs_log_ratio_first")
+    if any(row["max_abs_log_ratio_first"] for row in rows):
+        axes.set_yscale("symlog", linthresh=1e-7)
+    else:
+        axes.set_ylim(-0.1, 1)
+        axes.set_yticks([0], ["0"])
+        axes.annotate("exactly 0 in every stage", (0.5, 0.5), xycoords="axes fraction", ha="center", color=FAINT)
+
+
+def draw_seconds(axes: Axes, x: Sequence[float], rows: Sequence[Row]) -> None:
+    """Stacked by phase; loading is everything before the first useful work."""
+    parts = {"sample": "sample/sample", "score": "select/score", "train": "train/train"}
+    seconds = {name: [row.get(f"seconds/{key}", 0.0) for row in rows] for name, key in parts.items()}
+    loading = [
+        key for key in sorted({key for row in rows for key in row}) if key.startswith("seconds/") and key.endswith("/load")
+    ]
+    seconds["load"] = [sum(row.get(key, 0.0) for key in loading) for row in rows]
+    width = (x[0] if len(x) == 1 else min(np.diff(x))) * 0.7
+    below = np.zeros(len(rows))
+    for (name, values), colour in zip(seconds.items(), COLOURS, strict=False):
+        axes.bar(x, values, width, bottom=below, label=name, color=colour)
+        below = below + values
+    axes.margins(y=0.25)
+    axes.legend(loc="upper left", ncols=4, columnspacing=1.0, handlelength=1.0)
+
+
+def panel_figure(panel: Panel) -> Figure:
+    figure = Figure(figsize=PANEL_INCHES)
+    fill_panel(figure.add_axes(PANEL_AXES), panel)
+    return figure
+
+
+def panels_figure(panels: Sequence[Panel]) -> Figure:
+    """All panels in one figure, three in a row."""
+    width, height = PANEL_INCHES
+    rows = -(-len(panels) // 3)
+    figure = Figure(figsize=(3 * width, rows * height))
+    left, bottom, wide, high = PANEL_AXES
+    for n, panel in enumerate(panels):
+        across, up = n % 3, rows - 1 - n // 3
+        fill_panel(figure.add_axes(((across + left) / 3, (up + bottom) / rows, wide / 3, high / rows)), panel)
+    return figure
+
+
+def fill_panel(axes: Axes, panel: Panel) -> None:
+    panel.draw(axes)
+    axes.set_title(panel.title)
+    axes.set_xlabel("reward queries", labelpad=2)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(6))
+
+
+# ---- by timestep ----
+
+
+def heat_map(title: str, found: Mapping[int, Mapping[int, float]], *, log: bool) -> Figure:
+    """A value for each stage (across) and timestep (down, from noise to image); steps that were not trained stay empty.
+
+    A logarithm has no 0, which has the colour of the smallest value.
+    """
+    stages, timesteps = sorted(found), sorted({t for values in found.values() for t in values}, reverse=True)
+    grid = np.array([[found[stage].get(t, np.nan) for stage in stages] for t in timesteps], dtype=float)
+    positive = grid[np.isfinite(grid) & (grid > 0)]
+    if log and positive.size:
+        norm = LogNorm(positive.min(), max(positive.max(), positive.min() * 1.01))
+        grid = np.where(grid <= 0, positive.min(), grid)
+    else:
+        norm = Normalize(0, positive.max() if positive.size else 1)
+    figure = Figure(figsize=(5.6, 3.2))
+    axes = figure.add_axes((0.11, 0.14, 0.76, 0.76))
+    axes.grid(visible=False)
+    mesh = axes.pcolormesh(
+        np.arange(len(stages) + 1) - 0.5, np.arange(len(timesteps) + 1) - 0.5, grid, cmap="viridis", norm=norm
+    )
+    axes.invert_yaxis()
+    axes.set_yticks(range(len(timesteps)), [str(t) for t in timesteps])
+    axes.set_xticks(thin(range(len(stages))), [str(stages[n]) for n in thin(range(len(stages)))])
+    axes.set(xlabel="stage", ylabel="timestep t", title=title)
+    figure.colorbar(mesh, cax=figure.add_axes((0.89, 0.14, 0.025, 0.76))).outline.set_visible(False)
+    return figure
+
+
+def thin(values: Sequence[int]) -> list[int]:
+    """At most ten of them."""
+    return list(values)[:: -(-len(values) // 10)]
+
+
+# ---- the branch picture ----
+
+
+def tree_figure(tree: Tree, title: str, notes: Sequence[str], marks: Mapping[int, str]) -> Figure:
+    """A group as a tree: the shared prefix, then its K branches to their images.
+
+    `notes` stand beside the images, `marks` frame those of some branches: winner (green) or loser (red).
+    """
+    shared, apart = sorted(tree.shared), sorted(tree.branches[0])
+    branches, gap = len(tree.branches), 0.35
+    columns = {step: n * (1 + gap) for n, step in enumerate(shared)}
+    columns |= {step: (len(shared) + n) * (1 + gap) + 0.5 for n, step in enumerate(apart)}
+    width, height = columns[apart[-1]] + 2.5, branches * 1.12 + 1.0
+    figure = Figure(figsize=(width * 0.92, height * 0.92))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(-0.25, width - 0.25), ylim=(branches * 1.12 + 0.1, -0.9), aspect="equal")
+    axes.set_axis_off()
+    middle = (branches - 1) / 2 * 1.12
+    frames = {"winner": GREEN, "loser": RED}
+    for before, after in pairwise(shared):
+        axes.plot([columns[before] + 1, columns[after]], [middle + 0.5] * 2, color=FAINT, linewidth=1.4, zorder=0)
+    for branch, states in enumerate(tree.branches):
+        top = branch * 1.12
+        colour = frames.get(marks.get(branch, ""), FAINT)
+        start, end = columns[shared[-1]] + 1, columns[apart[0]]
+        t = np.linspace(0, 1, 40)
+        bend = (3 - 2 * t) * t**2
+        axes.plot(start + (end - start) * t, middle + 0.5 + (top - middle) * bend, color=colour, linewidth=1.4, zorder=0)
+        for before, after in pairwise(apart):
+            axes.plot([columns[before] + 1, columns[after]], [top + 0.5] * 2, color=colour, linewidth=1.4, zorder=0)
+        for step in apart:
+            place(
+                axes,
+                states[step],
+                columns[step],
+                top,
+                colour if step == apart[-1] else GRID,
+                2.6 if step == apart[-1] else 0.8,
+            )
+        text = notes[branch] + (f"\n{marks[branch]}" if branch in marks else "")
+        axes.text(
+            columns[apart[-1]] + 1.15,
+            top + 0.5,
+            text,
+            va="center",
+            color=colour if branch in marks else INK,
+            linespacing=1.5,
+        )
+    for step in shared:
+        place(axes, tree.shared[step], columns[step], middle, GRID, 0.8)
+    for step in (*shared, *apart):
+        name = {0: "noise", tree.num_steps: "image"}.get(step, f"{step} of {tree.num_steps} steps")
+        axes.text(
+            columns[step] + 0.5,
+            -0.08 if step in apart else middle - 0.08,
+            name,
+            ha="center",
+            va="bottom",
+            color=FAINT,
+            fontsize=8,
+        )
+    axes.text(-0.1, -0.72, title, fontsize=11, fontweight="bold", va="center", parse_math=False)
+    return figure
+
+
+def place(axes: Axes, image: np.ndarray, left: float, top: float, frame: str, linewidth: float) -> None:
+    """An image [h,w,3] in the middle of the square of side 1 at (left, top)."""
+    smooth = "nearest" if image.shape[1] < 128 else "antialiased"
+    high, wide = (side / max(image.shape[:2]) for side in image.shape[:2])
+    left, top = left + (1 - wide) / 2, top + (1 - high) / 2
+    axes.imshow(image, extent=(left, left + wide, top + high, top), interpolation=smooth, zorder=1)
+    axes.add_patch(Rectangle((left, top), wide, high, fill=False, edgecolor=frame, linewidth=linewidth, zorder=2))
+
+
+# ---- before and after ----
+
+
+def pairs_figure(title: str, labels: Sequence[str], pairs: Sequence[Pair]) -> Figure:
+    """Two rows of images, the base's above the tuned one's, with rewards under them and frames by the judge."""
+    columns = len(pairs)
+    figure = Figure(figsize=(1.18 * columns + 1.0, 3.75))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(-0.85, columns * 1.18 + 0.02), ylim=(3.2, -0.42), aspect="equal")
+    axes.set_axis_off()
+    axes.text(-0.8, -0.25, title, fontsize=11, fontweight="bold", va="center", parse_math=False)
+    for row, label in enumerate(labels):
+        axes.text(-0.8, row * 1.28 + 0.5, label, va="center", linespacing=1.5)
+        for column, pair in enumerate(pairs):
+            left, top = column * 1.18, row * 1.28
+            frame = GRID if pair.right is None else GREEN if pair.right[row] else RED
+            place(axes, np.asarray(Image.open(pair.images[row]).convert("RGB")), left, top, frame, 2)
+            if pair.rewards[row] is not None:
+                axes.text(left + 0.5, top + 1.04, short(pair.rewards[row]), ha="center", va="top", fontsize=8, color=FAINT)
+    for column, pair in enumerate(pairs):
+        text = textwrap.fill(pair.prompt, 20, max_lines=4)
+        axes.text(column * 1.18 + 0.5, 2.5, text, ha="center", va="top", fontsize=7.5, linespacing=1.25, parse_math=False)
+    return figure
+
+
+def prompt_figure(prompt: str, labels: Sequence[str], rows: Sequence[np.ndarray]) -> Figure:
+    """Images [N,H,W,3] of one prompt, a row for each label, each column on the same noise."""
+    columns = len(rows[0])
+    figure = Figure(figsize=(1.6 * columns + 0.9, 1.6 * len(rows) + 0.7))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(-0.6, columns * 1.08), ylim=(len(rows) * 1.08, -0.42), aspect="equal")
+    axes.set_axis_off()
+    axes.text(-0.55, -0.22, shorten(prompt, 14 * columns), fontsize=11, fontweight="bold", va="center", parse_math=False)
+    for row, (label, images) in enumerate(zip(labels, rows, strict=True)):
+        axes.text(-0.55, row * 1.08 + 0.5, label, va="center")
+        for column, image in enumerate(images):
+            place(axes, image, column * 1.08, row * 1.08, GRID, 0.8)
+    return figure
+
+
+def shorten(prompt: str, length: int) -> str:
+    return prompt if len(prompt) <= length else prompt[: length - 1] + "…"
+
+
+def ending(name: str, length: int) -> str:
+    """Of a long name its end, which tells those of one package or folder apart."""
+    return name if len(name) <= length else "…" + name[1 - length :]
+
+
+def short(reward: float) -> str:
+    return f"{reward:.3f}" if abs(reward) < 10 else f"{reward:.1f}"
+
+
+# ---- saving ----
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    options = {"metadata": {"Software": None}, "pil_kwargs": {"compress_level": 3}}
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, facecolor="white", **options)
+    files.write_bytes(path, buffer.getvalue(), durable=False)
+
+
+def to_svg(figure: Figure, name: str) -> str:
+    """The figure as an element for the page: its ink and grid are the page's, its size the column's. The same each time."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for colour, variable in ((INK, "--ink"), (FAINT, "--faint"), (GRID, "--grid")):
+        svg = svg.replace(colour, f"var({variable})")
+    return svg.replace("<svg", '<svg role="img"', 1)

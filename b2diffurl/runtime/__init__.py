@@ -1,0 +1,1 @@
+"""The machine: files, logs, device, hub, memory, threads."""
