@@ -4,11 +4,13 @@ from b2diffurl.configuration.command_line import run_script
 
 
 def main(config):
-    from b2diffurl.configuration.plan import alone_in
+    from b2diffurl.configuration.plan import make_plan
+    from b2diffurl.experiment import lock
     from b2diffurl.phases.select import select_stage
 
-    with alone_in(config):
-        select_stage(config)
+    plan = make_plan(config)
+    with lock.holding(plan.stage.root):
+        select_stage(plan)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ import os
 from ml_collections import ConfigDict
 
 from b2diffurl.configuration.command_line import run_script
-from b2diffurl.configuration.plan import alone_in, make_plan
+from b2diffurl.configuration.plan import make_plan
 from b2diffurl.evaluation.statistics import headline
+from b2diffurl.experiment import lock
 from b2diffurl.models import policy
 from b2diffurl.phases.evaluate import judge, judge_due
 from b2diffurl.phases.sample import sample_stage
@@ -20,14 +21,15 @@ def run_stages(config: ConfigDict) -> None:
     if max(config.num_processes, int(os.environ.get("WORLD_SIZE", 1))) > 1:
         raise ValueError("Resident=1 is for one process. Without it each script is started on its own.")
     policy.keep_models()
-    with alone_in(config):
+    with lock.holding(make_plan(config).stage.root):
         for index in range(config.stage_cnt):
             config.run_name = f"stage{index}"
-            sample_stage(config)
-            select_stage(config)
-            if not make_plan(config).stage.finished("select"):
+            plan = make_plan(config)
+            sample_stage(plan)
+            select_stage(plan)
+            if not plan.stage.finished("select"):
                 return  # reward `file`: scores are being made elsewhere
-            train_stage(config)
+            train_stage(plan)
             judge_due(config)
         judge(config, ["base", "last"], ["train", "test"], ["training"])
         results = judge(config, ["base", "last"], ["test"], ["deployed"])

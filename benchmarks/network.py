@@ -10,6 +10,7 @@ from diffusers import Transformer2DModel, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from ml_collections import ConfigDict
 
+from b2diffurl.configuration.settings import read_settings
 from b2diffurl.models import Model, stable_diffusion
 from b2diffurl.models.policy import load_policy
 from b2diffurl.runtime.device import make_accelerator
@@ -29,7 +30,7 @@ def measure_network(config: ConfigDict, way: str) -> list[dict[str, Any]]:
     """Of one way to compile a row for each kind and number: `seconds` of one pass, the median of five after the first, whose
     `first_seconds` have compiling or reading back in them, and `peak_bytes` of a GPU; none for what its memory does not
     hold. To be called in a process of its own, for it changes what compiling means in it."""
-    accelerator, rows = make_accelerator(config, config.num_threads), []
+    accelerator, rows = make_accelerator(read_settings(config).compute), []
     with config.unlocked():
         config.compile = way != "no"
     stable_diffusion.COMPILED = COMPILED[way]

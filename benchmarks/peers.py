@@ -38,6 +38,7 @@ from b2diffurl.algorithm.branching import Noise, Predict
 from b2diffurl.algorithm.ddim import Sampler, log_prob, make_sampler, step_weights, transition
 from b2diffurl.algorithm.seeding import generator, stable_seed
 from b2diffurl.algorithm.selection import advantages, normalise, select_all, select_pairs
+from b2diffurl.configuration.settings import read_training
 from b2diffurl.experiment.stage import LORA_FILE
 from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.rewards import load_reward, score
@@ -81,7 +82,7 @@ class Job:
         sample, train = self.config["sample"], self.config["train"]
         whole = sample.get("prefix_eta", -1) < 0 and train.get("timestep_fraction", 1) == 1
         whole = whole and train.get("unconditional_gradient", True)
-        plain = self.config["sampling"] == "branch" and not OBJECTIVES[train["objective"]].needs_reference
+        plain = self.config["sampling"] == "branch" and not OBJECTIVES[train["objective"]].needs_base
         if not whole or not plain or self.mixed_precision not in DTYPES:
             raise ValueError(
                 "the peers' shape is of sampling=branch, objective ddpo or reinforce, mixed_precision no or bf16, and no "
@@ -426,14 +427,13 @@ def step_loss(
     """The loss [2] of two trajectories at step `i` of the T."""
     x_t, x_prev = batch["latents"][:, i], batch["next_latents"][:, i]
     mu, sigma = transition(sampler, i, x_t, policy(x_t, batch["timesteps"][0, i], batch["prompt_embeds"], unconditional))
-    objective = OBJECTIVES[train["objective"]]
+    objective = read_training(train).objective
     found = {
         "log_prob": log_prob(x_prev, mu, sigma),
         "old_log_prob": batch["log_probs"][:, i],
         "advantage": batch["advantage"],
     }
-    options = {keyword: train[key] for keyword, key in objective.options.items()}
-    loss, _ = objective.loss(*(found[name] for name in objective.tensors), **options)
+    loss, _ = objective(*(found[name] for name in objective.terms))
     return loss
 
 

@@ -32,6 +32,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from torch import Tensor, nn
 
+from b2diffurl.configuration.settings import read_settings
 from b2diffurl.experiment.stage import Stage, hardware, versions
 from b2diffurl.runtime import files
 from b2diffurl.runtime.device import choose_device
@@ -344,7 +345,7 @@ def matmul_tflops(device: str, dtype: torch.dtype) -> float:
 def network(given: argparse.Namespace, settings: list[str], folder: Path) -> dict[str, Any]:
     """The network alone, each way to compile it in a process of its own, whose rows are logged when it ends."""
     config = resolve(settings)
-    cuda, precision = choose_device(config)
+    cuda, precision = choose_device(read_settings(config).compute)
     device, threads = "cuda" if cuda else "cpu", given.threads or torch.get_num_threads()
     facts = {
         "device": device,

@@ -25,6 +25,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from b2diffurl.configuration.plan import make_plan
 from b2diffurl.evaluation.generate import training_sampler
 from b2diffurl.evaluation.measure import evaluate
 from b2diffurl.evaluation.statistics import add_differences
@@ -190,7 +191,7 @@ def perform(scale: Scale, variant: Variant, seed: int) -> None:
     for index in range(config.stage_cnt):
         config.run_name = f"stage{index}"
         for phase in (sample_stage, select_stage, train_stage):
-            phase(config)
+            phase(make_plan(config))
     files.write_json(experiment_folder(config) / "study.json", describe_run(scale, variant, seed))
 
 
@@ -256,7 +257,7 @@ def cost(config: ConfigDict, num_stages: int) -> dict[str, float]:
     scoring and training by the clock, without loading, and without what a killed stage had done before.
     """
     total = dict.fromkeys(COSTS, 0.0)
-    passes = 2 + OBJECTIVES[config.train.objective].needs_reference
+    passes = 2 + OBJECTIVES[config.train.objective].needs_base
     for stage in (Stage(experiment_folder(config), index) for index in range(num_stages)):
         sampled, selected, trained = (stage.manifest(phase) for phase in ("sample", "select", "train"))
         total["queries"] += sampled["num_images"]

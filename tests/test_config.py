@@ -15,9 +15,10 @@ import pytest
 from conftest import ROOT, get_config, parse_command, run_script
 
 from b2diffurl.configuration.limits import flatten
-from b2diffurl.configuration.plan import schedule
 from b2diffurl.configuration.rules import check
+from b2diffurl.configuration.settings import read_settings
 from b2diffurl.objectives import OBJECTIVES
+from b2diffurl.objectives.options import limits
 
 PRESETS = ("shapes", "sd14", "sd14_10gb", "b2", "bs", "bpt", "ddpo")
 ARMS = {  # of the study: what each changes of b2, beside its name
@@ -98,8 +99,8 @@ def test_an_arm_of_the_study_is_what_its_name_says_and_nothing_else(arm):
     expected = flatten(b2.to_dict()) | {"exp_name": arm, "preset": arm} | ARMS[arm]
     num_steps = b2.sample.num_steps
     assert flatten(config.to_dict()) == {key: num_steps if value == "T" else value for key, value in expected.items()}
-    bounds, stages = (config.split_step_left, config.split_step_right), range(config.stage_cnt)
-    steps = {schedule(config.curriculum, *bounds, config.stage_cnt, stage, seed=config.seed) for stage in stages}
+    schedule = read_settings(config).schedule
+    steps = {schedule.num_trained_steps(stage) for stage in range(config.stage_cnt)}
     growing = {*range(b2.split_step_left, num_steps + 1)}
     assert steps == {"b2": growing, "bpt": growing, "bs": {b2.split_step_left}, "ddpo": {num_steps}}[arm]
     assert len(growing) > 1
@@ -123,11 +124,11 @@ def test_every_key_has_a_comment_and_is_read():
     """Each key stands on a line of its own with a comment, and some code outside the mere checking of values reads it, or an
     objective takes it as an option."""
     source = (ROOT / "config" / "stage_process.py").read_text()
-    read = {key for objective in OBJECTIVES.values() for key in objective.options.values()}
+    read = {key.removeprefix("train.") for key, _ in limits([objective.options for objective in OBJECTIVES.values()])}
     for path in [*(ROOT / "b2diffurl").rglob("*.py"), *ROOT.glob("run_*.py")]:
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("check") and path.name == "checks.py":
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("check") and path.name == "rules.py":
                 node.body = []
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute):

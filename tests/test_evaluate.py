@@ -16,6 +16,7 @@ from b2diffurl.algorithm.seeding import generator
 from b2diffurl.configuration.limits import flatten
 from b2diffurl.configuration.plan import VOLATILE, take_recorded
 from b2diffurl.configuration.rules import check
+from b2diffurl.configuration.settings import read_settings
 from b2diffurl.evaluation.generate import SamplerSettings, deployed_sampler, sample_images, scheduler_class
 from b2diffurl.evaluation.measure import evaluate, prompt_images
 from b2diffurl.evaluation.statistics import describe, describe_sampler, name_best, summarise_diversity, with_error
@@ -422,7 +423,7 @@ def test_any_scheduler_draws_what_the_stock_pipeline_draws(config, models, name)
     from diffusers import StableDiffusionPipeline
 
     settings = SamplerSettings(num_steps=6, eta=0.0, guidance_scale=5.0, scheduler=scheduler_class(name).__name__)
-    model = load_policy(config, make_accelerator(config, 1), None)
+    model = load_policy(config, make_accelerator(read_settings(config).compute), None)
     ours = sample_images(config, model, PROMPTS, settings, 0)
     pipeline = StableDiffusionPipeline.from_pretrained(models / "sd", safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)

@@ -12,8 +12,9 @@ from conftest import PROMPTS, experiment, make_config, snapshot
 
 from b2diffurl.algorithm.seeding import generator, stable_seed
 from b2diffurl.configuration.limits import flatten
-from b2diffurl.configuration.plan import make_plan, schedule
+from b2diffurl.configuration.plan import make_plan
 from b2diffurl.configuration.prompts import batch_prompts
+from b2diffurl.configuration.settings import Schedule
 from b2diffurl.experiment.folder import find_lora
 from b2diffurl.experiment.stage import LORA_FILE
 from b2diffurl.runtime import files
@@ -29,7 +30,8 @@ def plan(folder: Path, overrides: dict, **more):
 
 def steps_of(curriculum: str, left: int, right: int, num_stages: int, seed: int = 0) -> list[int]:
     """S of every stage."""
-    return [schedule(curriculum, left, right, num_stages, stage, seed=seed) for stage in range(num_stages)]
+    schedule = Schedule(num_stages, curriculum, left, right, given=0, seed=seed)
+    return [schedule.num_trained_steps(stage) for stage in range(num_stages)]
 
 
 def test_reference_schedule():
@@ -70,14 +72,16 @@ def test_random_steps_are_uniform_and_follow_from_the_seed():
 @pytest.mark.parametrize(("curriculum", "last"), [("progressive", 9), ("reversed", 4), ("fixed", 4)])
 def test_stages_beyond_the_last_stay_within_the_bounds(curriculum, last):
     """Stage 6 of 6 and stage 1,000 train as many steps as stage 5, R or L; at random any in L..R."""
-    assert [schedule(curriculum, 4, 9, 6, stage, seed=0) for stage in (5, 6, 1000)] == [last] * 3
-    assert {schedule("random", 4, 9, 6, stage, seed=0) for stage in range(6, 100)} == set(range(4, 10))
+    schedule = Schedule(6, curriculum, 4, 9, given=0, seed=0)
+    assert [schedule.num_trained_steps(stage) for stage in (5, 6, 1000)] == [last] * 3
+    schedule = Schedule(6, "random", 4, 9, given=0, seed=0)
+    assert {schedule.num_trained_steps(stage) for stage in range(6, 100)} == set(range(4, 10))
 
 
 def test_unknown_curriculum_lists_the_choices():
     """A ValueError names all four."""
     with pytest.raises(ValueError, match=r"'forward'.*progressive, fixed, reversed, random"):
-        schedule("forward", 1, 2, 3, 0, seed=0)
+        Schedule(3, "forward", 1, 2, given=0, seed=0).num_trained_steps(0)
 
 
 @pytest.mark.parametrize(("curriculum", "steps"), [("progressive", [2, 3]), ("fixed", [2, 2]), ("reversed", [3, 2])])
@@ -95,14 +99,14 @@ def test_random_steps_follow_from_the_experiment_s_seed(tmp_path, overrides):
     """The plan of stage 0 takes what the schedule has for its seed; some seeds have L, others R."""
     overrides = overrides | {"curriculum": "random"}
     planned = [plan(tmp_path, overrides, seed=seed).num_trained_steps for seed in range(12)]
-    assert planned == [schedule("random", 2, 3, 2, 0, seed=seed) for seed in range(12)]
+    assert planned == [Schedule(2, "random", 2, 3, given=0, seed=seed).num_trained_steps(0) for seed in range(12)]
     assert set(planned) == {2, 3}
 
 
 def test_a_sampled_stage_keeps_its_steps(finished, overrides):
     """More stages stretch the schedule, but a stage already sampled is trained on the steps it was sampled with; asking
     for others is an error."""
-    assert schedule("progressive", 2, 3, 20, 1, seed=300) == 2
+    assert Schedule(20, "progressive", 2, 3, given=0, seed=300).num_trained_steps(1) == 2
     assert plan(finished, overrides, run_name="stage1", stage_cnt=20).num_trained_steps == 3
     with pytest.raises(ValueError, match="split_step 3, not 2"):
         plan(finished, overrides, run_name="stage1", split_step=2)
@@ -277,8 +281,8 @@ def test_other_prompts_under_the_same_name_are_another_experiment(finished, over
 
 def test_threads_are_reused_as_recorded(finished, overrides):
     """num_threads 0 takes the number the experiment was begun with; another number, if given, wins."""
-    assert plan(finished, overrides, num_threads=0).num_threads == 1
-    assert plan(finished, overrides, num_threads=2).num_threads == 2
+    assert plan(finished, overrides, num_threads=0).settings.compute.num_threads == 1
+    assert plan(finished, overrides, num_threads=2).settings.compute.num_threads == 2
 
 
 def test_planning_writes_nothing(finished, overrides, tmp_path):

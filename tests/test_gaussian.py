@@ -1,5 +1,6 @@
 """The objectives learn, through the library's own sampling, selection and updates, in a world whose answers are known."""
 
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from b2diffurl.algorithm.selection import advantages, normalise, select_all, sel
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.experiment.trajectories import Trajectories
 from b2diffurl.models.policy import predictor
-from b2diffurl.objectives import OBJECTIVES
+from b2diffurl.objectives import OBJECTIVES, Objective
 from b2diffurl.phases.train import make_units
 from b2diffurl.phases.trainer import Trainer
 from b2diffurl.runtime.batch_sizes import BatchSizes
@@ -45,6 +46,11 @@ def expected_reward(world: GaussianWorld, num_steps: int = NUM_STEPS) -> Tensor:
     return reward_of(denoise(predict, sampler, noise, torch.zeros, range(num_steps)), PROMPTS).mean()
 
 
+def with_options(name: str, values: dict[str, float]) -> Objective:
+    found = OBJECTIVES[name]
+    return replace(found, options=found.options(**{one.name: values[one.name] for one in fields(found.options)}))
+
+
 def make_trainer(world: GaussianWorld, objective: str, num_trained_steps: int, **options: float) -> Trainer:
     accelerator, sampler = Accelerator(cpu=True), world.sampler(NUM_STEPS)
     optimizer = torch.optim.AdamW(world.trainable().values(), lr=0.05)
@@ -56,8 +62,7 @@ def make_trainer(world: GaussianWorld, objective: str, num_trained_steps: int, *
         optimizer=optimizer,
         sampler=sampler,
         step_weight=step_weights(sampler, num_trained_steps, "none"),
-        objective=OBJECTIVES[objective],
-        options={key: value for key, value in (OPTIONS | options).items() if key in OBJECTIVES[objective].options},
+        objective=with_options(objective, OPTIONS | options),
         guidance_scale=1.0,
         unconditional_gradient=True,
         sizes=BatchSizes(Path("nowhere"), torch.device("cpu"), {"train.micro_batch_size": 100_000}),

@@ -1,6 +1,7 @@
 """The objectives against their formulas worked by hand, in their limiting cases, and against each other."""
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ OPTIONS = {  # of the tests that want some
 def at(name: str, options: dict[str, float], **tensors: float | list) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Loss, its gradient by each tensor that has one, and metrics; in float64."""
     values = {key: torch.tensor(value, dtype=torch.float64, requires_grad=True) for key, value in tensors.items()}
-    loss, metrics = OBJECTIVES[name].loss(*(values[key] for key in OBJECTIVES[name].tensors), **options)
+    loss, metrics = OBJECTIVES[name].loss(*(values[key] for key in OBJECTIVES[name].terms), **options)
     loss.sum().backward()
     return loss.detach(), {key: value.grad for key, value in values.items() if value.grad is not None}, metrics
 
@@ -35,7 +36,7 @@ def random_tensors(name: str, num: int = 6) -> list[Tensor]:
     """An objective's tensors for `num` units, small enough that some are clipped and some are not."""
     generator = torch.Generator().manual_seed(0)
     shape = (2, num) if OBJECTIVES[name].paired else (num,)
-    return [0.1 * torch.randn(shape, generator=generator) for _ in OBJECTIVES[name].tensors]
+    return [0.1 * torch.randn(shape, generator=generator) for _ in OBJECTIVES[name].terms]
 
 
 # ---- by hand ----
@@ -96,7 +97,7 @@ def test_preferences_by_hand(beta, better, worse, margin, loss, gradient, satura
     """d3po: -log sigmoid(beta (better - worse)) of the two log-ratios to the base; its derivatives by both log-probs."""
     base, old = [[-1.3], [-0.8]], [[-1.0], [-1.0]]
     log_prob = [[-1.3 + better], [-0.8 + worse]]
-    found, gradients, metrics = at("d3po", {"beta": beta}, log_prob=log_prob, old_log_prob=old, ref_log_prob=base)
+    found, gradients, metrics = at("d3po", {"beta": beta}, log_prob=log_prob, old_log_prob=old, base_log_prob=base)
     assert found.tolist() == pytest.approx([loss], abs=1e-6)
     assert gradients["log_prob"].flatten().tolist() == pytest.approx([-gradient, gradient], abs=1e-6)
     assert metrics["margin"].tolist() == pytest.approx([margin])
@@ -146,7 +147,7 @@ def test_a_small_beta_is_half_the_plain_preference_gradient():
     log_prob, old, base = torch.randn(3, 2, 50, generator=torch.Generator().manual_seed(0)).tolist()
     limit = torch.tensor([[-0.5], [0.5]], dtype=torch.float64).expand(2, 50)
     for beta in (1e-3, 1e-6):
-        loss, gradients, _ = at("d3po", {"beta": beta}, log_prob=log_prob, old_log_prob=old, ref_log_prob=base)
+        loss, gradients, _ = at("d3po", {"beta": beta}, log_prob=log_prob, old_log_prob=old, base_log_prob=base)
         assert (gradients["log_prob"] / beta - limit).abs().max() < 2 * beta
         assert (loss - math.log(2)).abs().max() < 5 * beta
 
@@ -154,7 +155,7 @@ def test_a_small_beta_is_half_the_plain_preference_gradient():
 def test_a_large_margin_pushes_no_more_and_a_wrong_one_no_harder():
     """A preference that is won by far has neither loss nor gradient; of one that is lost by far the gradient is beta, and
     the loss beta times the distance: no overflow on either side."""
-    tensors = {"old_log_prob": [[0.0], [0.0]], "ref_log_prob": [[0.0], [0.0]]}
+    tensors = {"old_log_prob": [[0.0], [0.0]], "base_log_prob": [[0.0], [0.0]]}
     loss, gradients, metrics = at("d3po", {"beta": 2.0}, log_prob=[[1000.0], [-1000.0]], **tensors)
     assert (loss.item(), metrics["clipped"].item()) == (0.0, 1.0)
     assert not gradients["log_prob"].any()
@@ -170,8 +171,8 @@ def test_the_objectives_named_here_are_all():
     """The registry's names and options; which need the base policy, which pairs, and which a single pass."""
     assert OBJECTIVES.keys() == OPTIONS.keys()
     for name, objective in OBJECTIVES.items():
-        assert objective.options.keys() == OPTIONS[name].keys()
-        assert objective.needs_reference == (name in ("dpok", "d3po"))
+        assert [one.name for one in fields(objective.options)] == list(OPTIONS[name])
+        assert objective.needs_base == (name in ("dpok", "d3po"))
         assert (objective.paired, objective.single_pass) == (name == "d3po", name == "reinforce")
 
 

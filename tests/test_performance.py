@@ -26,6 +26,7 @@ from b2diffurl.algorithm.branching import branch_sample
 from b2diffurl.algorithm.ddim import with_prefix
 from b2diffurl.algorithm.selection import Selected
 from b2diffurl.configuration.plan import make_plan
+from b2diffurl.configuration.settings import read_settings
 from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.experiment.trajectories import SelectedTrajectories, save_batch, save_selected
 from b2diffurl.models import policy
@@ -466,7 +467,7 @@ def test_a_precision_that_the_device_lacks(overrides, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "GTX 1080")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     with pytest.raises(ValueError, match=r"bf16, which GTX 1080 lacks\. Use fp16, or no"):
-        choose_device(make_config(overrides | {"mixed_precision": "bf16"}))
+        choose_device(read_settings(make_config(overrides | {"mixed_precision": "bf16"})).compute)
 
 
 # ---- threads beside the network ----

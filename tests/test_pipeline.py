@@ -35,6 +35,7 @@ from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPTokenizer
 
 from b2diffurl.algorithm.branching import denoise
+from b2diffurl.configuration.settings import read_settings
 from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.models.policy import decode, load_policy, predictor
 from b2diffurl.runtime.device import make_accelerator
@@ -413,7 +414,7 @@ def test_lora_in_stock_diffusers_gives_the_same_image(models, overrides, tmp_pat
     run_stage(tmp_path, settings)
     lora = stages(tmp_path)[0].checkpoints()[-1]
     config = make_config(settings)
-    model = load_policy(config, make_accelerator(config, 1), lora / LORA_FILE)
+    model = load_policy(config, make_accelerator(read_settings(config).compute), lora / LORA_FILE)
     x_T = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     sampler = model.sampler(10, 0.0)
     predict = predictor(model, sampler.timesteps, model.encode(PROMPTS), model.encode([""]), guidance_scale=5.0)

@@ -23,12 +23,14 @@ from torch.distributions import Normal, kl_divergence
 from b2diffurl.algorithm.ddim import step_weights
 from b2diffurl.algorithm.selection import Selected
 from b2diffurl.configuration.plan import make_plan
+from b2diffurl.configuration.settings import read_settings
 from b2diffurl.experiment.checkpoints import load_optimizer, save_checkpoint
 from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.experiment.trajectories import Trajectories
 from b2diffurl.models import load_model
 from b2diffurl.models.policy import load_policy
 from b2diffurl.objectives import Objective
+from b2diffurl.objectives.options import NoOptions
 from b2diffurl.phases.train import update_rows
 from b2diffurl.phases.trainer import Trainer, make_trainer, micro_batches
 from b2diffurl.runtime.device import make_accelerator
@@ -49,7 +51,7 @@ def bench(finished, overrides):
         with contextlib.chdir(finished):
             plan = make_plan(make_config(overrides, run_name=run_name))
             config = make_config(overrides, run_name=run_name, **({"train.eps": CLIP_RANGE} | settings))
-            accelerator = make_accelerator(config, 1)
+            accelerator = make_accelerator(read_settings(config).compute)
             source = None if fresh else plan.stage.checkpoints()[-1] / LORA_FILE
             model = load_policy(config, accelerator, source, decoder=False)
             return make_trainer(config, plan, accelerator, model, source)
@@ -329,21 +331,24 @@ def test_an_update_is_clipped_adamw(bench, batch):
 def test_a_fresh_lora_is_the_base_policy(bench, finished):
     """Where the adapter is 0, and in the batch shape of sampling, the base policy's log-probs are to the bit those of the
     policy and those that sampling recorded, and the KL is exactly 0; a trained adapter is another policy."""
-    names = ("log_prob", "old_log_prob", "ref_log_prob", "kl")
+
+    def everything(log_prob, old_log_prob, base_log_prob, kl):
+        found = {"log_prob": log_prob, "old_log_prob": old_log_prob, "base_log_prob": base_log_prob, "kl": kl}
+        return log_prob, found
+
     siblings = [Selected(group, branch, 0.0) for group in range(2) for branch in range(3)]
     trajectories = read_selected(Stage(experiment(finished), 0), siblings, 2)
     for fresh in (True, False):
         trainer = bench(fresh=fresh)
         trainer.step_weight = torch.ones(2)
-        trainer.objective = Objective(lambda *tensors: (tensors[0], dict(zip(names, tensors, strict=True))), names)
-        trainer.options = {}
+        trainer.objective = Objective(everything, NoOptions())
         for step in range(2):
             _, stacked = trainer.step_loss(trajectories, torch.ones(6), torch.arange(6), torch.tensor([step]))
             found = {key: value[0] for key, value in stacked.items()}
-            assert torch.equal(found["ref_log_prob"], found["old_log_prob"])
-            assert torch.equal(found["log_prob"], found["ref_log_prob"]) == fresh
+            assert torch.equal(found["base_log_prob"], found["old_log_prob"])
+            assert torch.equal(found["log_prob"], found["base_log_prob"]) == fresh
             assert torch.equal(found["kl"], torch.zeros(6)) == fresh
-            assert not found["ref_log_prob"].requires_grad
+            assert not found["base_log_prob"].requires_grad
 
 
 def test_the_base_policy_leaves_no_trace(bench, batch, base_unet):

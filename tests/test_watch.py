@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +187,7 @@ def harm(monkeypatch) -> Callable[[Callable], None]:
         return update(self, *given)
 
     def begin(how: Callable) -> None:
+        @wraps(sound.loss)
         def loss(*tensors, **options):
             return how(running[0].num_updates, *sound.loss(*tensors, **options))
 
@@ -233,6 +235,7 @@ def test_what_overflows_in_training_is_kept_and_mended(workplace, finished, over
 ONE_RANK_OVERFLOWS = """
 import os, runpy, sys, torch
 from dataclasses import replace
+from functools import wraps
 from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.phases.trainer import Trainer
 
@@ -242,6 +245,7 @@ def noted(self, *given):
     running[:] = [self]
     return update(self, *given)
 
+@wraps(sound.loss)
 def loss(*tensors, **options):
     found, metrics = sound.loss(*tensors, **options)
     return found * (torch.inf if (os.environ["RANK"], running[0].num_updates) == ("1", 1) else 1.0), metrics

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from b2diffurl.configuration.plan import scheduled_steps
+from b2diffurl.configuration.settings import read_settings
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.objectives import OBJECTIVES
 
@@ -54,4 +54,8 @@ def planned_steps(config: ConfigDict, root: Path) -> list[int]:
 
 def stage_steps(config: ConfigDict, stage: Stage) -> int:
     sampled = stage.finished("sample")
-    return stage.manifest("sample")["num_trained_steps"] if sampled else scheduled_steps(config, stage.index)
+    return (
+        stage.manifest("sample")["num_trained_steps"]
+        if sampled
+        else read_settings(config).schedule.num_trained_steps(stage.index)
+    )

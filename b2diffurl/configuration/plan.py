@@ -8,18 +8,16 @@ import json
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from b2diffurl.algorithm.seeding import stable_seed
 from b2diffurl.configuration.limits import flatten, shown
 from b2diffurl.configuration.prompts import named_prompts
-from b2diffurl.configuration.rules import CURRICULA, check
-from b2diffurl.experiment import lock
+from b2diffurl.configuration.rules import check
+from b2diffurl.configuration.settings import Schedule, Settings, read_settings
 from b2diffurl.experiment.folder import experiment_folder, find_lora, relative_to
 from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.runtime import files
@@ -59,12 +57,13 @@ BESIDE = {
 class Plan:
     """What one call works on, in the library's own words."""
 
+    config: ConfigDict  # going away: whatever reads it should read `settings`
+    settings: Settings
     stage: Stage
     num_trained_steps: int  # S
     resume_from: Path | None  # the LoRA file the stage starts from; None: a fresh one
     prompts: tuple[str, ...]  # what is trained on
     record: dict[str, Any]  # the experiment, as config.json holds it
-    num_threads: int  # 0: torch's default
     changes: tuple[str, ...] = ()  # what, allowed, differs from config.json, in words
 
     @property
@@ -73,26 +72,6 @@ class Plan:
         if self.resume_from is None:
             return "a fresh LoRA"
         return relative_to(self.stage.root, self.resume_from.parent).replace("/checkpoints/", "/")
-
-
-def schedule(curriculum: str, left: int, right: int, num_stages: int, index: int, *, seed: int) -> int:
-    """S of stage `index`, in left..right.
-
-    `progressive` is backward progressive training, S = left + floor(index (right - left + 1) / num_stages) (arXiv
-    2503.11240, section 4.1), `reversed` the same from right down to left, `fixed` always left, and `random` uniform, from
-    the hash of (seed, stage).
-    """
-    grown = min(index * (right - left + 1) // num_stages, right - left)  # the index may lie beyond num_stages
-    match curriculum:
-        case "progressive":
-            return left + grown
-        case "reversed":
-            return right - grown
-        case "fixed":
-            return left
-        case "random":
-            return left + stable_seed(seed, index, "curriculum") % (right - left + 1)
-    raise ValueError(f"unknown curriculum {curriculum!r}; known: {', '.join(CURRICULA)}")
 
 
 def stage_index(run_name: str) -> int:
@@ -110,20 +89,16 @@ def make_plan(config: ConfigDict) -> Plan:
     prompts = tuple(prompt for _, prompt in named_prompts(config, "train"))
     prompts_sha256 = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     record = json.loads(json.dumps({"config": config.to_dict(), "prompts_sha256": prompts_sha256}))
-    num_threads, changes = config["num_threads"], ()
+    settings, changes = read_settings(config), ()
     if (stage.root / "config.json").is_file():
         recorded = files.read_json(stage.root / "config.json")
         changes = differences(recorded, record)
         if changes:
             refuse_change(config, stage, changes)
-        num_threads = num_threads or recorded["num_threads"]
-    num_trained_steps = trained_steps(config, stage)
-    return Plan(stage, num_trained_steps, resume_source(config, stage), prompts, record, num_threads, changes)
-
-
-def alone_in(config: ConfigDict) -> AbstractContextManager[None]:
-    """Keep other runs out of the experiment meanwhile, which is checked first; see lock.py."""
-    return lock.holding(make_plan(config).stage.root)
+        threads = settings.compute.num_threads or recorded["num_threads"]
+        settings = replace(settings, compute=replace(settings.compute, num_threads=threads))
+    num_trained_steps = trained_steps(settings.schedule, stage)
+    return Plan(config, settings, stage, num_trained_steps, resume_source(config, stage), prompts, record, changes)
 
 
 def differences(recorded: dict, wanted: dict) -> tuple[str, ...]:
@@ -189,12 +164,6 @@ def unused_settings(flat: Mapping[str, Any], rewards: Sequence[str]) -> list[str
     return [key for key in flat if re.match(r"reward\.\w+\.", key) and key.split(".")[1] not in rewards]
 
 
-def describe_reward(settings: Mapping) -> str:
-    """What is rewarded, in a few words: `clip`, or of a mixture `1 clip + 0.1 aesthetic`."""
-    weights = settings.get("weights")
-    return " + ".join(f"{weight:g} {name}" for name, weight in weights.items()) if weights else settings["name"]
-
-
 def record_experiment(plan: Plan, num_threads: int) -> None:
     """Write config.json the first time an experiment is run, or when it goes on otherwise, with what was different."""
     path = plan.stage.root / "config.json"
@@ -208,19 +177,13 @@ def record_experiment(plan: Plan, num_threads: int) -> None:
         files.write_record(path, plan.record | earlier)
 
 
-def scheduled_steps(config: ConfigDict, index: int) -> int:
-    """S of stage `index` by the configuration: split_step if given, else the schedule."""
-    left, right, num_stages = config["split_step_left"], config["split_step_right"], config["stage_cnt"]
-    return config["split_step"] or schedule(config["curriculum"], left, right, num_stages, index, seed=config["seed"])
-
-
-def trained_steps(config: ConfigDict, stage: Stage) -> int:
+def trained_steps(schedule: Schedule, stage: Stage) -> int:
     """S of this stage: what it was sampled with, else what is scheduled."""
-    wanted = scheduled_steps(config, stage.index)
+    wanted = schedule.num_trained_steps(stage.index)
     if not stage.finished("sample"):
         return wanted
     recorded = stage.manifest("sample")["num_trained_steps"]
-    if config["split_step"] and recorded != wanted:
+    if schedule.given and recorded != wanted:
         raise ValueError(f"{stage.folder} was sampled with split_step {recorded}, not {wanted}. Use another exp_name.")
     return recorded
 

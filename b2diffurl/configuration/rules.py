@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 
 from b2diffurl.algorithm.ddim import STEP_WEIGHTS
 from b2diffurl.configuration.limits import check_values, flatten, shown
+from b2diffurl.configuration.settings import CURRICULA
 from b2diffurl.objectives import OBJECTIVES
 
-CURRICULA = ("progressive", "fixed", "reversed", "random")
 SAMPLINGS = ("branch", "independent")
 SELECTIONS = ("pairs", "all")
 ADVANTAGES = ("prompt", "group")

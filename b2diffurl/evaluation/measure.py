@@ -6,7 +6,7 @@ N images, one prompt each: the file's prompts in turn; E features an image
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from accelerate import Accelerator
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from b2diffurl.configuration.plan import describe_reward, stage_index
+from b2diffurl.configuration.plan import stage_index
 from b2diffurl.configuration.prompts import batch_prompts, named_prompts
 from b2diffurl.configuration.rules import check, check_choice
+from b2diffurl.configuration.settings import describe_reward, read_settings
 from b2diffurl.evaluation.features import Features, check_features, features_identity, load_features
 from b2diffurl.evaluation.generate import SAMPLERS, SamplerSettings, sample_images, training_sampler
 from b2diffurl.evaluation.statistics import add_differences, describe, record, summarise, summarise_diversity
@@ -86,7 +87,7 @@ def evaluate(
     threads = config.num_threads or (begun["num_threads"] if begun else 0)
     if begun:
         warn_of_other_settings(config, begun["config"])
-    accelerator = make_accelerator(config, threads, shared=False)
+    accelerator = make_accelerator(replace(read_settings(config).compute, num_threads=threads), shared=False)
     common = conditions(config, scorers, scales, accelerator, fingerprint)
     results = []
     instruments = None
@@ -268,7 +269,7 @@ def prompt_images(config: ConfigDict, checkpoint: str, prompt: str, settings: Sa
         raise ValueError("--prompt is empty; give it the text to draw")
     root = experiment_folder(config)
     lora = resolve_checkpoint(root, checkpoint)
-    model = load_judged(config, make_accelerator(config, config.num_threads, shared=False), lora)
+    model = load_judged(config, make_accelerator(read_settings(config).compute, shared=False), lora)
     warn_of_cut_prompts(model, [("--prompt", prompt)])
     asked = [prompt] * NUM_DRAWN
     if lora is None:

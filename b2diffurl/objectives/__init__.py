@@ -1,41 +1,59 @@
-"""Objectives: pure functions of tensors, one number a transition (or, for d3po, a pair of transitions).
+"""Objectives: what one update minimises. Each is a pure function of tensors, in a module of its own beside its options.
 
-An objective takes the tensors that `tensors` names, in that order, and its options by keyword, and returns (loss [N],
-metrics), the metrics a dict of detached tensors whose last dimension is N. Means, step weights and accumulation are the
-trainer's business. Log-probabilities are means over D latent dimensions.
+The positional parameters of a loss are the terms that it asks for; terms.py says which there are and computes them. Its
+keyword parameters are the fields of its options. It returns (loss [N], metrics): one number for each transition, or for each
+pair of transitions, and a dict of detached tensors whose last dimension is N. The trainer takes means, weighs steps and adds
+up. Log-probabilities are means over the D latent dimensions.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from b2diffurl.objectives.d3po import d3po
-from b2diffurl.objectives.ddpo import ddpo
-from b2diffurl.objectives.dpok import dpok
+from torch import Tensor
+
+from b2diffurl.objectives import options
+from b2diffurl.objectives.d3po import D3poOptions, d3po
+from b2diffurl.objectives.ddpo import DdpoOptions, ddpo
+from b2diffurl.objectives.dpok import DpokOptions, dpok
 from b2diffurl.objectives.reinforce import reinforce
 
-REFERENCE_TENSORS = ("ref_log_prob", "kl")  # these need the frozen base policy
+BASE_TERMS = ("base_log_prob", "kl")  # these need the frozen base policy
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What the trainer has to know of an objective."""
+    """A loss, and what the trainer has to know of it."""
 
-    loss: Callable
-    tensors: tuple[str, ...]  # among log_prob, old_log_prob, advantage, ref_log_prob, kl
-    options: dict[str, str] = field(default_factory=dict)  # keyword -> key of config.train
-    paired: bool = False  # tensors are [2,N]: a group's best sibling and its worst
+    loss: Callable[..., tuple[Tensor, dict[str, Tensor]]]
+    options: Any = options.NoOptions  # a dataclass; with its values once a configuration has been read
+    paired: bool = False  # terms are [2,N]: a group's best sibling and its worst
     single_pass: bool = False  # sound for one pass over the selection only
 
     @property
-    def needs_reference(self) -> bool:
-        return any(name in REFERENCE_TENSORS for name in self.tensors)
+    def terms(self) -> tuple[str, ...]:
+        """The names of the terms that the loss asks for, in its order."""
+        parameters = inspect.signature(self.loss).parameters.values()
+        return tuple(one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD)
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the frozen base policy has to be evaluated, too."""
+        return any(name in BASE_TERMS for name in self.terms)
+
+    def read_options(self, train: Mapping[str, Any]) -> Any:
+        """The options in the section `train` of a configuration."""
+        return options.read(self.options, train)
+
+    def __call__(self, *terms: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its metrics, by the options at hand."""
+        return self.loss(*terms, **asdict(self.options))
 
 
 OBJECTIVES = {
-    "ddpo": Objective(ddpo, ("log_prob", "old_log_prob", "advantage"), {"clip_range": "eps"}),
-    "reinforce": Objective(reinforce, ("log_prob", "old_log_prob", "advantage"), single_pass=True),
-    "dpok": Objective(
-        dpok, ("log_prob", "old_log_prob", "advantage", "kl"), {"clip_range": "eps", "kl_weight": "kl_weight"}
-    ),
-    "d3po": Objective(d3po, ("log_prob", "old_log_prob", "ref_log_prob"), {"beta": "dpo_beta"}, paired=True),
+    "ddpo": Objective(ddpo, DdpoOptions),
+    "reinforce": Objective(reinforce, single_pass=True),
+    "dpok": Objective(dpok, DpokOptions),
+    "d3po": Objective(d3po, D3poOptions, paired=True),
 }

@@ -1,7 +1,18 @@
 """DDPO-IS: clipped importance-sampled policy gradient (Black et al. 2023, arXiv 2305.13301, section 4.3)."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from b2diffurl.objectives.options import option
+
+
+@dataclass(frozen=True)
+class DdpoOptions:
+    """Options of `ddpo`."""
+
+    clip_range: float = option("eps", "[0, 1e6]")  # c: the ratio of mean likelihoods is clipped to 1 - c .. 1 + c
 
 
 def ddpo(

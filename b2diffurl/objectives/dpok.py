@@ -1,8 +1,18 @@
 """DPOK: policy gradient with a KL penalty to the frozen base policy (Fan et al. 2023, arXiv 2305.16381, section 4.2)."""
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from b2diffurl.objectives.ddpo import ddpo
+from b2diffurl.objectives.ddpo import DdpoOptions, ddpo
+from b2diffurl.objectives.options import option
+
+
+@dataclass(frozen=True)
+class DpokOptions(DdpoOptions):
+    """Options of `dpok`."""
+
+    kl_weight: float = option("kl_weight", "[0, 1e6]")  # advantages that a nat of KL to the base policy costs
 
 
 def dpok(

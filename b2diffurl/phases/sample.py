@@ -19,7 +19,7 @@ from b2diffurl.algorithm.branching import branch_sample
 from b2diffurl.algorithm.ddim import Sampler, require_stochastic, with_prefix
 from b2diffurl.algorithm.seeding import generator, noise_source
 from b2diffurl.configuration.budget import num_evaluations, num_images
-from b2diffurl.configuration.plan import Plan, make_plan, record_experiment
+from b2diffurl.configuration.plan import Plan, record_experiment
 from b2diffurl.configuration.prompts import batch_prompts, load_prompts, named_prompts
 from b2diffurl.configuration.rules import check_installed
 from b2diffurl.evaluation.features import check_features
@@ -39,9 +39,9 @@ from b2diffurl.runtime.logs import logger, progress_bar
 from b2diffurl.runtime.threads import Behind
 
 
-def sample_stage(config: ConfigDict) -> None:
+def sample_stage(plan: Plan) -> None:
     """Sample every batch of the stage that is not on disk yet; processes share them, and none depends on which has it."""
-    plan = make_plan(config)
+    config = plan.config
     deployed = check_what_follows(config, plan)
     stage = plan.stage
     if stage.finished("sample"):
@@ -51,7 +51,7 @@ def sample_stage(config: ConfigDict) -> None:
         return
     files.require_writable(stage.folder)
     started = time.perf_counter()
-    accelerator = make_accelerator(config, plan.num_threads)
+    accelerator = make_accelerator(plan.settings.compute)
     model = load_policy(config, accelerator, plan.resume_from)
     model.network = accelerator.prepare_model(model.network, evaluation_mode=True)
     sampler = stage_sampler(config, plan, model)

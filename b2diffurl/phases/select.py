@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from b2diffurl.algorithm.selection import Selected, advantages, normalise, select_all, select_pairs
-from b2diffurl.configuration.plan import make_plan
+from b2diffurl.configuration.plan import Plan
 from b2diffurl.experiment.metrics import Metrics, timed
 from b2diffurl.experiment.stage import Stage, delete_batches, finished_stages, listed, not_finite
 from b2diffurl.experiment.trajectories import save_selected
@@ -25,12 +25,12 @@ from b2diffurl.runtime.logs import logger
 ROUNDING = 1e-6  # of a reward: a scorer's models move equal images by as much from one place in a batch to another
 
 
-def select_stage(config: ConfigDict) -> None:
+def select_stage(plan: Plan) -> None:
     """Write scores.jsonl, selection.json and the manifest of the select phase.
 
     Where scores are made elsewhere (reward `file`) and are not there yet, say so and return with the phase unfinished.
     """
-    plan = make_plan(config)
+    config = plan.config
     weights, watched = reward_weights(config.reward), config.reward.watch
     check_rewards([*weights, *watched], config.reward)
     stage = plan.stage
@@ -40,7 +40,7 @@ def select_stage(config: ConfigDict) -> None:
         return
     files.require_writable(stage.folder)
     sampled = stage.manifest("sample")
-    accelerator = make_accelerator(config, plan.num_threads)
+    accelerator = make_accelerator(plan.settings.compute)
     history = []
     if accelerator.is_main_process:
         files.remove_temporaries(stage.folder)

@@ -16,7 +16,7 @@ from torch import Tensor
 from b2diffurl.algorithm.seeding import generator
 from b2diffurl.algorithm.selection import Selected, contrast_pairs
 from b2diffurl.configuration.budget import num_chosen_steps
-from b2diffurl.configuration.plan import Plan, make_plan
+from b2diffurl.configuration.plan import Plan
 from b2diffurl.experiment.checkpoints import read_state, save_checkpoint, whole_checkpoints
 from b2diffurl.experiment.metrics import Metrics, read_events
 from b2diffurl.experiment.stage import LORA_FILE, Stage, delete_batches
@@ -34,9 +34,9 @@ from b2diffurl.runtime.logs import logger, progress_bar
 from b2diffurl.runtime.threads import ahead
 
 
-def train_stage(config: ConfigDict) -> None:
+def train_stage(plan: Plan) -> None:
     """Train over the stage's selection, from its last checkpoint if it was interrupted."""
-    plan = make_plan(config)
+    config = plan.config
     stage = plan.stage
     if stage.finished("train"):
         logger.info("stage%d train: already finished", stage.index)
@@ -48,7 +48,7 @@ def train_stage(config: ConfigDict) -> None:
     stage.verify("select")
     if stage.manifest("select")["num_selected"] and not stage.selected.is_dir():
         raise ValueError(f"{stage.selected} is missing. Delete {stage.manifest_path('select')} and run run_select.py again.")
-    accelerator = make_accelerator(config, plan.num_threads)
+    accelerator = make_accelerator(plan.settings.compute)
     require_same_precision(stage, sampled["mixed_precision"], accelerator.mixed_precision)
     interrupted = whole_checkpoints(stage.checkpoints())
     source = interrupted[-1] / LORA_FILE if interrupted else plan.resume_from

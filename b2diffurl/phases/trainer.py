@@ -19,11 +19,12 @@ from tqdm import tqdm
 
 from b2diffurl.algorithm.ddim import Sampler, log_prob, require_stochastic, step_weights, transition, transition_kl
 from b2diffurl.configuration.plan import Plan
+from b2diffurl.configuration.settings import read_training
 from b2diffurl.experiment.checkpoints import load_optimizer, read_state
 from b2diffurl.experiment.stage import Stage, listed, not_finite
 from b2diffurl.experiment.trajectories import SelectedTrajectories, Trajectories
 from b2diffurl.models import Model
-from b2diffurl.objectives import OBJECTIVES, Objective
+from b2diffurl.objectives import Objective
 from b2diffurl.runtime import files
 from b2diffurl.runtime.batch_sizes import BatchSizes
 from b2diffurl.runtime.logs import logger
@@ -40,7 +41,6 @@ class Trainer:
     sampler: Sampler
     step_weight: Tensor  # [S], mean 1
     objective: Objective
-    options: dict[str, float]  # of the objective
     guidance_scale: float
     unconditional_gradient: bool
     sizes: BatchSizes  # train.micro_batch_size: transitions the network sees at once
@@ -171,20 +171,20 @@ class Trainer:
 
         tensors = {"old_log_prob": trajectories.log_probs[rows, step], "advantage": advantages[rows]}
         mu_ref = None
-        if self.objective.needs_reference:
+        if self.objective.needs_base:
             with torch.no_grad(), self.model.base_policy():
                 mu_ref, sigma = policy()
-            tensors["ref_log_prob"] = log_prob(x_prev, mu_ref, sigma)
+            tensors["base_log_prob"] = log_prob(x_prev, mu_ref, sigma)
         mu, sigma = policy()
         tensors["log_prob"] = log_prob(x_prev, mu, sigma)
-        if "kl" in self.objective.tensors:
+        if "kl" in self.objective.terms:
             tensors["kl"] = transition_kl(mu, mu_ref, sigma)
         shape = units.movedim(0, -1).shape  # [M] or [2,M]
         found = []
         for part in range(len(steps)):
             own = slice(part * num_rows, (part + 1) * num_rows)
-            arguments = (tensors[name][own].view(shape) for name in self.objective.tensors)
-            found.append(self.objective.loss(*arguments, **self.options))
+            arguments = (tensors[name][own].view(shape) for name in self.objective.terms)
+            found.append(self.objective(*arguments))
         losses, metrics = zip(*found, strict=True)
         return torch.stack(losses), {key: torch.stack([each[key] for each in metrics]) for key in metrics[0]}
 
@@ -246,7 +246,7 @@ class Trainer:
 
 def make_trainer(config: ConfigDict, plan: Plan, accelerator: Accelerator, model: Model, source: Path | None) -> Trainer:
     """Optimizer (with the state saved beside `source`), prepared network, sampler and objective."""
-    objective = OBJECTIVES[config.train.objective]
+    objective = read_training(config.train).objective
     sampler = model.sampler(config.sample.num_steps, config.sample.eta)
     require_stochastic(sampler, plan.num_trained_steps)
     if config.train.gradient_checkpointing:
@@ -267,7 +267,6 @@ def make_trainer(config: ConfigDict, plan: Plan, accelerator: Accelerator, model
         sampler=sampler,
         step_weight=step_weights(sampler, plan.num_trained_steps, config.train.step_weight),
         objective=objective,
-        options={keyword: config.train[key] for keyword, key in objective.options.items()},
         guidance_scale=config.sample.guidance_scale,
         unconditional_gradient=config.train.unconditional_gradient,
         sizes=BatchSizes(

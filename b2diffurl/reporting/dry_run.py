@@ -21,8 +21,9 @@ from b2diffurl.configuration.budget import (
     num_images,
     planned_steps,
 )
-from b2diffurl.configuration.plan import Plan, describe_reward
+from b2diffurl.configuration.plan import Plan
 from b2diffurl.configuration.prompts import load_prompts
+from b2diffurl.configuration.settings import describe_reward, read_settings
 from b2diffurl.experiment.stage import PHASES, Stage, finished_stages
 from b2diffurl.reporting.forecast import judging_left, num_done, number, time_text
 from b2diffurl.runtime import files
@@ -45,7 +46,7 @@ def describe(config: ConfigDict, plan: Plan) -> str:
     """The plan, for people."""
     root = plan.stage.root
     steps = planned_steps(config, root)
-    device, precision = device_text(config, plan.num_threads)
+    device, precision = device_text(config, plan.settings.compute.num_threads)
     watched = f"; watched: {', '.join(config.reward.watch)}" if config.reward.watch else ""
     trained = repr(config.prompt) if config.prompt else config.prompt_file
     held_out = len(load_prompts(config.eval.prompt_file))
@@ -74,7 +75,7 @@ def describe(config: ConfigDict, plan: Plan) -> str:
 
 def device_text(config: ConfigDict, num_threads: int) -> tuple[str, str]:
     """Where a run takes place, and in which precision the network's weights are."""
-    cuda, precision = choose_device(config)
+    cuda, precision = choose_device(read_settings(config).compute)
     names = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
     threads = f"CPU, threads: {num_threads or torch.get_num_threads()}"
     return torch.cuda.get_device_name(config.dev_id) if cuda else threads, names[precision]

@@ -23,7 +23,7 @@ from b2diffurl.configuration.budget import (
     planned_steps,
     stage_steps,
 )
-from b2diffurl.configuration.plan import describe_reward
+from b2diffurl.configuration.settings import describe_reward
 from b2diffurl.experiment.stage import PHASES, Stage, finished_stages
 from b2diffurl.experiment.stage_table import stage_list, warned_rows
 from b2diffurl.objectives import OBJECTIVES
@@ -98,7 +98,7 @@ def finished_at(manifest: dict[str, Any]) -> float:
 def passes(config: ConfigDict) -> int:
     """What a trained transition costs in evaluations: forward, and as much backward through weights that are frozen; and
     forward through the base policy for an objective that asks it."""
-    return 2 + OBJECTIVES[config.train.objective].needs_reference
+    return 2 + OBJECTIVES[config.train.objective].needs_base
 
 
 def first_pace(config: ConfigDict, num_trained_steps: int, batch: float, load: float) -> Pace:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from b2diffurl.configuration.limits import flatten
-from b2diffurl.configuration.plan import describe_reward
+from b2diffurl.configuration.settings import describe_reward
 from b2diffurl.evaluation.statistics import describe_sampler, with_error
 from b2diffurl.experiment.branch_picture import load_tree
 from b2diffurl.experiment.stage import PHASES, Stage, finished_stages

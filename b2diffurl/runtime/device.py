@@ -2,44 +2,58 @@
 
 import os
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from ml_collections import ConfigDict
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def make_accelerator(config: ConfigDict, num_threads: int, *, shared: bool = True) -> "Accelerator":
-    """An Accelerator on the chosen CUDA device if there is one, else on the CPU; `num_threads` 0 keeps torch's default. What
-    is not `shared` is one process's work, however many a run has."""
+@dataclass(frozen=True)
+class Compute:
+    """Where and how a network is to run."""
+
+    dev_id: int  # CUDA device
+    mixed_precision: str  # auto | no | fp16 | bf16
+    allow_tf32: bool
+    compile: bool  # by torch.compile
+    num_threads: int  # of the CPU; 0: torch's default
+    num_processes: int  # that a run must have; 0: any number
+
+
+def make_accelerator(compute: Compute, *, shared: bool = True) -> "Accelerator":
+    """An Accelerator on the chosen CUDA device if there is one, else on the CPU.
+
+    `shared` False is for work of one process, however many the run has.
+    """
     from accelerate import Accelerator
     from transformers.utils import logging as transformers_logging
 
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    if num_threads:
-        torch.set_num_threads(num_threads)
-    cuda, precision = choose_device(config)
+    if compute.num_threads:
+        torch.set_num_threads(compute.num_threads)
+    cuda, precision = choose_device(compute)
     if cuda and "LOCAL_RANK" not in os.environ:
-        torch.cuda.set_device(config.dev_id)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+        torch.cuda.set_device(compute.dev_id)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = compute.allow_tf32
     accelerator = Accelerator(cpu=not cuda, mixed_precision=precision)
-    if shared and config.num_processes and accelerator.num_processes != config.num_processes:
+    if shared and compute.num_processes and accelerator.num_processes != compute.num_processes:
         raise ValueError(
-            f"num_processes is {config.num_processes}, but this is one of {accelerator.num_processes}. Start it by torchrun "
-            "--nproc_per_node, as run_process.sh does with NumProcesses."
+            f"num_processes is {compute.num_processes}, but this is one of {accelerator.num_processes}. Start it by "
+            "torchrun --nproc_per_node, as run_process.sh does with NumProcesses."
         )
     return accelerator
 
 
-def choose_device(config: ConfigDict) -> tuple[bool, str]:
+def choose_device(compute: Compute) -> tuple[bool, str]:
     """Whether CUDA is used, and the precision (no, fp16, bf16); a ValueError for what this machine has not got."""
     cuda = torch.cuda.is_available()
-    if cuda and "LOCAL_RANK" not in os.environ and not 0 <= config.dev_id < torch.cuda.device_count():
-        raise ValueError(f"dev_id is {config.dev_id}; this machine has CUDA devices 0..{torch.cuda.device_count() - 1}")
-    precision = resolve_precision(config.mixed_precision, cuda=cuda)
+    if cuda and "LOCAL_RANK" not in os.environ and not 0 <= compute.dev_id < torch.cuda.device_count():
+        raise ValueError(f"dev_id is {compute.dev_id}; this machine has CUDA devices 0..{torch.cuda.device_count() - 1}")
+    precision = resolve_precision(compute.mixed_precision, cuda=cuda)
     if precision == "fp16" and not cuda:
         raise ValueError("mixed_precision is fp16, which needs CUDA. On the CPU use no, or bf16.")
     if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):

@@ -1,0 +1,353 @@
+"""A configuration as values: one frozen dataclass for each concern, in the library's own words.
+
+`read_settings` is the only place that knows both vocabularies. The keys of the configuration keep the names of the paper's
+repository (`split_time`, `train.eps`, `eval.pos_threshold`); the fields here have the field's standard names (num_branches,
+clip_range, pos_threshold). Nothing below the phases sees a configuration.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from b2diffurl.algorithm.seeding import stable_seed
+from b2diffurl.objectives import OBJECTIVES, Objective
+from b2diffurl.runtime.device import Compute
+
+CURRICULA = ("progressive", "fixed", "reversed", "random")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which base model, and the rank of the LoRA on it."""
+
+    family: str  # a name in b2diffurl.models.FAMILIES
+    name: str  # hub id, directory, or a single .safetensors file
+    revision: str
+    variant: str
+    config: str  # for a single file: a model of its family, whose component configs are taken
+    resolution: int  # pixels; 0: the model's own
+    lora_rank: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many of the last steps each stage trains (arXiv 2503.11240, section 4.1)."""
+
+    num_stages: int  # M
+    curriculum: str  # one of CURRICULA
+    left: int  # L, trained steps of the first stage
+    right: int  # R, trained steps of the last stage
+    given: int  # S of this call whatever the stage; 0: by the curriculum
+    seed: int  # of the experiment
+
+    def num_trained_steps(self, index: int) -> int:
+        """S of stage `index`, in left..right.
+
+        `progressive` is backward progressive training, S = left + floor(index (right - left + 1) / num_stages). `reversed`
+        goes the same way from right down to left. `fixed` is always left. `random` is uniform, by the hash of (seed, stage).
+        """
+        if self.given:
+            return self.given
+        grown = index * (self.right - self.left + 1) // self.num_stages
+        grown = min(grown, self.right - self.left)  # the index may lie beyond num_stages
+        match self.curriculum:
+            case "progressive":
+                return self.left + grown
+            case "reversed":
+                return self.right - grown
+            case "fixed":
+                return self.left
+            case "random":
+                return self.left + stable_seed(self.seed, index, "curriculum") % (self.right - self.left + 1)
+        raise ValueError(f"unknown curriculum {self.curriculum!r}; known: {', '.join(CURRICULA)}")
+
+
+@dataclass(frozen=True)
+class PromptSources:
+    """Where prompts come from."""
+
+    train_file: str
+    one_prompt: str  # trained on instead of a file; "": none
+    held_out_file: str
+    at_random: bool  # else in turn through the file
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a stage's images are sampled. A batch has num_groups * num_branches of them."""
+
+    num_groups: int  # G, of a batch
+    num_batches: int  # of a stage, over all processes
+    num_branches: int  # K, siblings in a group
+    shared_prefix: bool  # siblings are branches of one prefix; else each has its own noise from the start
+    num_steps: int  # T
+    eta: float  # DDIM's
+    prefix_eta: float  # the same for the steps before the trained ones; below 0: as eta
+    guidance_scale: float
+    micro_batch_size: int  # images the network sees at once; 0: the whole batch
+    decode_batch_size: int  # latents decoded at once
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What is rewarded, and what is only watched."""
+
+    weights: Mapping[str, float]  # of the rewards that are trained on, by name; one of weight 1 where there is no mixture
+    mixed: bool  # whether the weights were given as a mixture
+    standardise: bool  # a mixture's parts in units of their deviation in the first stage
+    watched: tuple[str, ...]  # scored and logged, never trained on
+    dtype: str  # of scorers' models: auto | float32 | float16 | bfloat16
+    batch_size: int  # images scored at once
+    num_workers: int  # threads that read images ahead of the scorer
+    own: Mapping[str, Mapping[str, Any]]  # each reward's own settings, by its name
+
+    @property
+    def description(self) -> str:
+        """What is rewarded, in a few words: `clip`, or of a mixture `1 clip + 0.1 aesthetic`."""
+        return describe_mixture(self.weights) if self.mixed else next(iter(self.weights))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """From rewards to what is trained on (arXiv 2503.11240, section 4.2)."""
+
+    which: str  # pairs: a group's best and worst, by the thresholds | all
+    baseline: str  # what a score is relative to: prompt | group
+    pos_threshold: float
+    neg_threshold: float
+    num_history_stages: int  # earlier stages whose rewards join a prompt's mean and deviation
+    max_advantage: float  # advantages are clamped to +- this
+    positive_weight: float  # of advantages above 0
+    negative_weight: float  # of the others
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """As `selection.select_pairs` takes them."""
+        return {"pos_threshold": self.pos_threshold, "neg_threshold": self.neg_threshold}
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW's settings."""
+
+    learning_rate: float
+    betas: tuple[float, float]
+    weight_decay: float
+    epsilon: float
+    use_8bit: bool  # AdamW of bitsandbytes
+    max_grad_norm: float
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the LoRA is updated."""
+
+    objective: Objective  # with its options
+    optimizer: Optimizer
+    num_epochs: int  # passes over a stage's selection
+    num_trajectories: int  # of one update
+    timestep_fraction: float  # of a trajectory's S steps, how many an update takes
+    step_weight: str  # none | leverage | sigma
+    unconditional_gradient: bool  # whether guidance's unconditional half has a gradient
+    save_interval: int  # epochs from one checkpoint to the next
+    micro_batch_size: int  # transitions the network sees at once
+    gradient_checkpointing: bool
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How images to judge are made."""
+
+    num_steps: int
+    eta: float | None  # None: the scheduler has none
+    guidance_scale: float
+    scheduler: str = ""  # a class of diffusers; "": the transitions that are trained
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How checkpoints are judged."""
+
+    judge: str  # a reward never trained on, whose mean is the accuracy; "": none
+    diversity: tuple[str, ...]  # names in b2diffurl.evaluation.features
+    inception_model: str
+    num_images: int  # of a prompt set
+    batch_size: int
+    seed: int  # of the evaluation noise
+    every: int  # stages from one evaluation on held-out prompts to the next; 0: none
+    deployed: SamplerSettings  # as given: its scheduler's name may lack `Scheduler`, its guidance_scale 0 is training's
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where an experiment lies, what stays of it, and who watches."""
+
+    name: str  # of the experiment
+    save_path: str
+    log_path: str
+    preset: str
+    keep_samples: bool
+    keep_images: int  # of a stage; below 0: all
+    trackers: tuple[str, ...]
+    wandb_mode: str
+
+    @property
+    def root(self) -> Path:
+        """The experiment's folder."""
+        return Path(self.save_path) / self.name
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A whole configuration."""
+
+    compute: Compute
+    model: ModelSettings
+    schedule: Schedule
+    prompts: PromptSources
+    sampling: Sampling
+    rewards: Rewards
+    selection: Selection
+    training: Training
+    judging: Judging
+    output: Output
+
+
+def read_settings(config: Mapping[str, Any]) -> Settings:
+    """The values of a configuration that `rules.check` lets pass."""
+    sample, reward, evaluation, train = config["sample"], config["reward"], config["eval"], config["train"]
+    return Settings(
+        compute=Compute(
+            dev_id=config["dev_id"],
+            mixed_precision=config["mixed_precision"],
+            allow_tf32=config["allow_tf32"],
+            compile=config["compile"],
+            num_threads=config["num_threads"],
+            num_processes=config["num_processes"],
+        ),
+        model=read_model(config["pretrained"], train["lora_rank"]),
+        schedule=Schedule(
+            num_stages=config["stage_cnt"],
+            curriculum=config["curriculum"],
+            left=config["split_step_left"],
+            right=config["split_step_right"],
+            given=config["split_step"],
+            seed=config["seed"],
+        ),
+        prompts=PromptSources(
+            train_file=config["prompt_file"],
+            one_prompt=config["prompt"],
+            held_out_file=evaluation["prompt_file"],
+            at_random=bool(config["prompt_random_choose"]),
+        ),
+        sampling=Sampling(
+            num_groups=sample["batch_size"],
+            num_batches=sample["num_batches_per_epoch"],
+            num_branches=config["split_time"],
+            shared_prefix=config["sampling"] == "branch",
+            num_steps=sample["num_steps"],
+            eta=sample["eta"],
+            prefix_eta=sample["prefix_eta"],
+            guidance_scale=sample["guidance_scale"],
+            micro_batch_size=sample["micro_batch_size"],
+            decode_batch_size=sample["decode_batch_size"],
+        ),
+        rewards=read_rewards(reward),
+        selection=Selection(
+            which=evaluation["selection"],
+            baseline=evaluation["advantage"],
+            pos_threshold=evaluation["pos_threshold"],
+            neg_threshold=evaluation["neg_threshold"],
+            num_history_stages=evaluation["history_cnt"],
+            max_advantage=train["adv_clip_max"],
+            positive_weight=train["beta1"],
+            negative_weight=train["beta2"],
+        ),
+        training=read_training(train),
+        judging=Judging(
+            judge=evaluation["judge"],
+            diversity=tuple(evaluation["diversity"]),
+            inception_model=evaluation["inception"]["model"],
+            num_images=evaluation["num_images"],
+            batch_size=evaluation["batch_size"],
+            seed=evaluation["seed"],
+            every=evaluation["every"],
+            deployed=SamplerSettings(
+                num_steps=evaluation["deployed"]["num_steps"],
+                eta=evaluation["deployed"]["eta"],
+                guidance_scale=evaluation["deployed"]["guidance_scale"],
+                scheduler=evaluation["deployed"]["scheduler"],
+            ),
+        ),
+        output=Output(
+            name=config["exp_name"],
+            save_path=config["save_path"],
+            log_path=config["log_path"],
+            preset=config["preset"],
+            keep_samples=config["keep"]["samples"],
+            keep_images=config["keep"]["images"],
+            trackers=tuple(config["track_with"]),
+            wandb_mode=config["wandb_mode"],
+        ),
+    )
+
+
+def read_model(pretrained: Mapping[str, Any], lora_rank: int) -> ModelSettings:
+    """The section `pretrained` of a configuration."""
+    return ModelSettings(
+        family=pretrained["family"],
+        name=pretrained["model"],
+        revision=pretrained["revision"],
+        variant=pretrained["variant"],
+        config=pretrained["config"],
+        resolution=pretrained["resolution"],
+        lora_rank=lora_rank,
+    )
+
+
+def read_rewards(reward: Mapping[str, Any]) -> Rewards:
+    """The section `reward` of a configuration."""
+    return Rewards(
+        weights=dict(reward["weights"] or {reward["name"]: 1.0}),
+        mixed=bool(reward["weights"]),
+        standardise=reward["standardise"],
+        watched=tuple(reward["watch"]),
+        dtype=reward["dtype"],
+        batch_size=reward["batch_size"],
+        num_workers=reward["num_workers"],
+        own={name: dict(section) for name, section in reward.items() if isinstance(section, Mapping) and name != "weights"},
+    )
+
+
+def read_training(train: Mapping[str, Any]) -> Training:
+    """The section `train` of a configuration."""
+    objective = OBJECTIVES[train["objective"]]
+    return Training(
+        objective=replace(objective, options=objective.read_options(train)),
+        optimizer=Optimizer(
+            learning_rate=train["learning_rate"],
+            betas=(train["adam_beta1"], train["adam_beta2"]),
+            weight_decay=train["adam_weight_decay"],
+            epsilon=train["adam_epsilon"],
+            use_8bit=train["use_8bit_adam"],
+            max_grad_norm=train["max_grad_norm"],
+        ),
+        num_epochs=train["num_epochs"],
+        num_trajectories=train["batch_size"] * train["gradient_accumulation_steps"],
+        timestep_fraction=train["timestep_fraction"],
+        step_weight=train["step_weight"],
+        unconditional_gradient=train["unconditional_gradient"],
+        save_interval=train["save_interval"],
+        micro_batch_size=train["micro_batch_size"],
+        gradient_checkpointing=train["gradient_checkpointing"],
+    )
+
+
+def describe_reward(reward: Mapping[str, Any]) -> str:
+    """The same from the section `reward` of a recorded configuration, which may be that of an earlier version."""
+    return describe_mixture(reward["weights"]) if reward.get("weights") else reward["name"]
+
+
+def describe_mixture(weights: Mapping[str, float]) -> str:
+    return " + ".join(f"{weight:g} {name}" for name, weight in weights.items())
