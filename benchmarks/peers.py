@@ -38,7 +38,7 @@ from b2diffurl.algorithm.branching import Noise, Predict
 from b2diffurl.algorithm.ddim import Sampler, log_prob, make_sampler, step_weights, transition
 from b2diffurl.algorithm.seeding import generator, stable_seed
 from b2diffurl.algorithm.selection import advantages, normalise, select_all, select_pairs
-from b2diffurl.configuration.settings import read_training
+from b2diffurl.configuration.settings import read_rewards, read_training
 from b2diffurl.experiment.stage import LORA_FILE
 from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.rewards import load_reward, score
@@ -312,7 +312,7 @@ def select(folder: Path, job: Job) -> dict[str, Any]:
     """Score the images and write selected.pkl; returns facts for select.json."""
     clock, settings = Clock(job.device), job.config["reward"]
     with clock("load"):
-        reward = load_reward(settings["name"], settings, job.device)
+        reward = load_reward(settings["name"], read_rewards(settings), job.device)
     with clock("read"):
         samples = read_pickle(folder / SAMPLES)
     num_images = len(job.prompts) * job.config["split_time"]

@@ -31,8 +31,9 @@ from transformers import PreTrainedModel
 
 from b2diffurl.configuration.plan import make_plan, record_experiment
 from b2diffurl.configuration.rules import check
+from b2diffurl.configuration.settings import read_settings
 from b2diffurl.experiment.stage import Stage
-from b2diffurl.phases.scoring import score_images
+from b2diffurl.phases.scoring import Batches, score_images
 from b2diffurl.rewards import http, join, load_reward
 from b2diffurl.runtime import files
 
@@ -304,7 +305,7 @@ def test_the_reference_server_is_one(sampled, overrides):
     )
     config.reward.http.timeout_sec = 30.0
     try:
-        reward = load_reward("http", config.reward, CPU)
+        reward = load_reward("http", read_settings(config).rewards, CPU)
         images = torch.from_numpy(np.stack(pixels(sampled)))
         found = reward(images, ["a blue square"] * NUM_IMAGES)
         assert found.tolist() == pytest.approx([redness(image) for image in pixels(sampled)], rel=1e-6)
@@ -830,11 +831,12 @@ def test_an_image_that_cannot_be_read(begin, sampled, tmp_path, content):
 def scored(begin, overrides) -> Callable:
     """scored(batch_size, num_workers) -> JPEG sizes of the sampled stage's images."""
     folder, settings = begin({})
-    reward, stage = load_reward("jpeg_incompressibility", make_config(settings).reward, CPU), stage_of(folder)
+    rewards = read_settings(make_config(settings)).rewards
+    reward, stage = load_reward("jpeg_incompressibility", rewards, CPU), stage_of(folder)
 
     def run(batch_size: int, num_workers: int, reward=reward) -> list[float]:
         prompts = json.loads(stage.prompts.read_text())
-        return join(score_images("jpeg", reward, stage, prompts, batch_size, num_workers, slice(None)))[0].tolist()
+        return join(score_images("jpeg", reward, Batches(stage, prompts, batch_size), num_workers=num_workers))[0].tolist()
 
     run.stage = stage
     return run

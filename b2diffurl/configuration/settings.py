@@ -316,7 +316,8 @@ def read_rewards(reward: Mapping[str, Any]) -> Rewards:
         dtype=reward["dtype"],
         batch_size=reward["batch_size"],
         num_workers=reward["num_workers"],
-        own={name: dict(section) for name, section in reward.items() if isinstance(section, Mapping) and name != "weights"},
+        # A ConfigDict is no Mapping, but has keys as one.
+        own={name: dict(section) for name, section in reward.items() if hasattr(section, "keys") and name != "weights"},
     )
 
 

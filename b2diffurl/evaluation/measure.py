@@ -37,7 +37,6 @@ from b2diffurl.rewards import (
     noting,
     require_finite,
     reward_identity,
-    reward_weights,
     score,
 )
 from b2diffurl.rewards.mixture import Scales, recorded_scales
@@ -69,7 +68,7 @@ def evaluate(
     """
     check(config)
     root = experiment_folder(config)
-    scorers = named_scorers(config)
+    scorers, chosen = named_scorers(config), read_settings(config)
     scales = recorded_scales(root) if config.reward.standardise else None
     if config.reward.standardise and not scales:
         raise ValueError(f"reward.standardise takes its scale from the first stage; {root} has none selected with it")
@@ -77,9 +76,9 @@ def evaluate(
     placed = {name: named_prompts(config, name) for name in prompt_sets}
     prompts = {name: [prompt for _, prompt in some] for name, some in placed.items()}
     everything = [prompt for some_prompts in prompts.values() for prompt in some_prompts]
-    check_rewards(scorers, config.reward, everything)
+    check_rewards(scorers, chosen.rewards, everything)
     for name in config.eval.diversity:
-        check_features(name, config, everything)
+        check_features(name, chosen.judging, chosen.rewards, everything)
     fingerprint = base_fingerprint(config.pretrained)
     for lora in filter(None, loras):
         check_base(lora, config.pretrained, fingerprint)
@@ -87,7 +86,7 @@ def evaluate(
     threads = config.num_threads or (begun["num_threads"] if begun else 0)
     if begun:
         warn_of_other_settings(config, begun["config"])
-    accelerator = make_accelerator(replace(read_settings(config).compute, num_threads=threads), shared=False)
+    accelerator = make_accelerator(replace(chosen.compute, num_threads=threads), shared=False)
     common = conditions(config, scorers, scales, accelerator, fingerprint)
     results = []
     instruments = None
@@ -175,7 +174,8 @@ def named_scorers(config: ConfigDict) -> list[str]:
 
     `file` is not among them: it has no scores for new images.
     """
-    named = (*reward_weights(config.reward), *config.reward.watch, config.eval.judge)
+    rewards = read_settings(config).rewards
+    named = (*rewards.weights, *rewards.watched, config.eval.judge)
     return [name for name in dict.fromkeys(named) if name not in ("", "file")]
 
 
@@ -186,17 +186,12 @@ def conditions(
 
     Left out are the number of threads, which moves results by rounding, and this package's own code.
     """
+    rewards, judging = read_settings(config).rewards, read_settings(config).judging
     return [
         RESULT_FORMAT,
-        [reward_identity(name, config.reward) for name in scorers],
-        [features_identity(name, config) for name in config.eval.diversity],
-        [
-            reward_weights(config.reward),
-            bool(config.reward.weights),
-            scales,
-            config.reward.dtype,
-            sorted(config.reward.watch),
-        ],
+        [reward_identity(name, rewards) for name in scorers],
+        [features_identity(name, judging, rewards) for name in judging.diversity],
+        [rewards.weights, rewards.mixed, scales, rewards.dtype, sorted(rewards.watched)],
         {key: config.eval[key] for key in ("judge", "diversity", "num_images", "batch_size", "seed")},
         [accelerator.device.type, accelerator.mixed_precision, config.allow_tf32],
         fingerprint,
@@ -212,9 +207,10 @@ def result_folder(root: Path, checkpoint: str, lora: Path | None, name: str, und
 
 
 def load_instruments(config: ConfigDict, scorers: list[str], accelerator: Accelerator) -> Instruments:
-    rewards = {key: load_reward(key, config.reward, accelerator.device) for key in scorers}
-    features = {key: load_features(key, config, accelerator.device, rewards) for key in config.eval.diversity}
-    return Instruments(rewards, features)
+    judging, rewards, device = read_settings(config).judging, read_settings(config).rewards, accelerator.device
+    loaded = {key: load_reward(key, rewards, device) for key in scorers}
+    features = {key: load_features(key, judging, rewards, device, loaded) for key in judging.diversity}
+    return Instruments(loaded, features)
 
 
 def load_judged(config: ConfigDict, accelerator: Accelerator, lora: Path | None) -> Model:

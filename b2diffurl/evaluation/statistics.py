@@ -12,9 +12,9 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
+from b2diffurl.configuration.settings import read_rewards
 from b2diffurl.evaluation.diversity import inception_score, mean_pairwise_distance, vendi_score
 from b2diffurl.experiment import lock
-from b2diffurl.rewards import reward_weights
 from b2diffurl.rewards.mixture import Scales, combine
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import logger
@@ -30,7 +30,7 @@ def summarise(
     `reward` is the trained one, `accuracy` the judge's; those of a mixture and watched ones stand under their names, parts
     of any under `<name>/<part>`.
     """
-    weights, judge = reward_weights(config.reward), config.eval.judge
+    weights, judge = read_rewards(config.reward).weights, config.eval.judge
     kept: dict[str, Tensor] = {}
     if "file" not in weights:
         kept["reward"] = combine(values, weights, scales)

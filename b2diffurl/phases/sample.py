@@ -31,7 +31,7 @@ from b2diffurl.experiment.trajectories import Conditions, batch_damage, read_bat
 from b2diffurl.models import Model
 from b2diffurl.models.policy import compiling, decode, load_policy, predictor, warn_of_cut_prompts
 from b2diffurl.reporting.forecast import first_batch_text
-from b2diffurl.rewards import check_rewards, reward_weights
+from b2diffurl.rewards import check_rewards
 from b2diffurl.runtime import files
 from b2diffurl.runtime.batch_sizes import BatchSizes, peak_memory, sampling_sizes
 from b2diffurl.runtime.device import make_accelerator
@@ -94,12 +94,13 @@ def sample_stage(plan: Plan) -> None:
 
 def check_what_follows(config: ConfigDict, plan: Plan) -> SamplerSettings:
     """Refuse now what selecting, training or judging would refuse later; returns the sampler that judging deploys."""
+    rewards, judging = plan.settings.rewards, plan.settings.judging
     check_installed(config.train)
-    check_rewards([*reward_weights(config.reward), *config.reward.watch], config.reward, plan.prompts)
-    if config.eval.judge:
-        check_rewards([config.eval.judge], config.reward, [*plan.prompts, *load_prompts(config.eval.prompt_file)])
-    for name in config.eval.diversity:
-        check_features(name, config, plan.prompts)
+    check_rewards([*rewards.weights, *rewards.watched], rewards, plan.prompts)
+    if judging.judge:
+        check_rewards([judging.judge], rewards, [*plan.prompts, *load_prompts(config.eval.prompt_file)])
+    for name in judging.diversity:
+        check_features(name, judging, rewards, plan.prompts)
     return deployed_sampler(config)
 
 

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from b2diffurl.algorithm.selection import Selected, advantages, normalise, select_all, select_pairs
 from b2diffurl.configuration.plan import Plan
+from b2diffurl.configuration.settings import read_settings
 from b2diffurl.experiment.metrics import Metrics, timed
 from b2diffurl.experiment.stage import Stage, delete_batches, finished_stages, listed, not_finite
 from b2diffurl.experiment.trajectories import save_selected
 from b2diffurl.phases.health import in_words, stage_warnings
 from b2diffurl.phases.scoring import Scores, score_stage
-from b2diffurl.rewards import check_rewards, reward_weights
+from b2diffurl.rewards import check_rewards
 from b2diffurl.rewards.file import write_template
 from b2diffurl.runtime import files
 from b2diffurl.runtime.batch_sizes import peak_memory
@@ -30,9 +31,8 @@ def select_stage(plan: Plan) -> None:
 
     Where scores are made elsewhere (reward `file`) and are not there yet, say so and return with the phase unfinished.
     """
-    config = plan.config
-    weights, watched = reward_weights(config.reward), config.reward.watch
-    check_rewards([*weights, *watched], config.reward)
+    config, rewards = plan.config, plan.settings.rewards
+    check_rewards([*rewards.weights, *rewards.watched], rewards)
     stage = plan.stage
     if stage.finished("select"):
         logger.info("stage%d select: already finished", stage.index)
@@ -48,10 +48,10 @@ def select_stage(plan: Plan) -> None:
         history = score_history(stage, config.eval.history_cnt)  # before the work that a damaged one would make vain
     accelerator.wait_for_everyone()
     prompts = files.read_json(stage.prompts)
-    if "file" in (*weights, *watched) and not stage.given_scores.is_file():
+    if "file" in (*rewards.weights, *rewards.watched) and not stage.given_scores.is_file():
         if accelerator.is_main_process:
             ask_for_scores(stage, prompts)
-    elif scores := score_stage(config, stage, prompts, accelerator):
+    elif scores := score_stage(rewards, stage, prompts, accelerator):
         finish(config, stage, prompts, scores, history, sampled, accelerator)
     accelerator.wait_for_everyone()  # until the phase is finished for all
     accelerator.end_training()
@@ -67,7 +67,7 @@ def finish(
     accelerator: Accelerator,
 ) -> None:
     """Select, copy what is selected, and write the manifest, last."""
-    weights, watched = reward_weights(config.reward), config.reward.watch
+    weights, watched = read_settings(config).rewards.weights, read_settings(config).rewards.watched
     chosen = choose(config, scores.rewards, prompts, history)
     weighted = advantages(
         torch.tensor([one.score for one in chosen]),

@@ -18,7 +18,6 @@ from b2diffurl.experiment.checkpoints import read_state
 from b2diffurl.experiment.folder import checkpoint_name, relative_to
 from b2diffurl.experiment.stage import LORA_FILE, Stage, finished_stages
 from b2diffurl.experiment.stage_table import SETS, Row, evaluation_rows, every_evaluation, set_title, stage_rows
-from b2diffurl.rewards import reward_weights
 from b2diffurl.runtime import files
 
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
@@ -107,7 +106,7 @@ def write_card(folder: Path, exported: Exported) -> None:
         use=usage(exported),
         grids=copy_grids(folder / "images", exported),
         judged=[table(row, before) for row, before in judged],
-        judge=config["eval"]["judge"] if config["eval"]["judge"] not in reward_weights(config["reward"]) else "",
+        judge=config["eval"]["judge"] if config["eval"]["judge"] not in weights(config["reward"]) else "",
         training=training(exported) if exported.stage else {},
         prompts=drawn_prompts(exported)[:NUM_PROMPTS],
     )
@@ -229,12 +228,17 @@ def usage(exported: Exported) -> dict[str, Any]:
 def reward_with_models(settings: Mapping) -> str:
     """Names, weights and models: `clip` (`laion/…`)."""
     parts = []
-    for name, weight in reward_weights(settings).items():
+    for name, weight in weights(settings).items():
         own = settings.get(name) or {}
         named = [public(own[key]) for key in MODEL_KEYS if own.get(key)]
         models = f" ({', '.join(f'`{model}`' for model in named)})" if named else ""
         parts.append(f"`{name}`{models}" if weight == 1 else f"{weight:g} × `{name}`{models}")
     return " + ".join(parts)
+
+
+def weights(settings: Mapping) -> dict[str, float]:
+    """The rewards that were trained on, with their weights, from the section `reward` of a recorded configuration."""
+    return dict(settings.get("weights") or {settings["name"]: 1.0})
 
 
 def drawn_prompts(exported: Exported) -> list[str]:
