@@ -26,6 +26,7 @@ from torch import Tensor
 
 from b2diffurl.configuration.plan import make_plan
 from b2diffurl.configuration.prompts import batch_prompts, named_prompts
+from b2diffurl.configuration.settings import read_settings
 from b2diffurl.evaluation.generate import SamplerSettings, training_sampler
 from b2diffurl.evaluation.measure import evaluate
 from b2diffurl.evaluation.statistics import add_differences, mean_and_error, paired_difference
@@ -244,7 +245,7 @@ def deployed_values(name: str, prompts: str, guidance: float) -> dict[str, list[
     config = judged(name)
     lora = None if name == BASE else Stage(experiment_folder(config), config.stage_cnt - 1).checkpoints()[-1]
     some = [prompt for _, prompt in named_prompts(config, prompts)]
-    decisive = [base_fingerprint(config.pretrained), files.sha256(lora / LORA_FILE) if lora else "", some]
+    decisive = [base_fingerprint(read_settings(config).model), files.sha256(lora / LORA_FILE) if lora else "", some]
     decisive += [guidance, DEPLOYED_STEPS, DEPLOYED_IMAGES, EVAL_SEED]
     file = experiment_folder(config) / "eval" / f"deployed_{prompts}_{files.digest(decisive)}.json"
     if not file.is_file():

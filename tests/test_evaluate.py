@@ -23,10 +23,12 @@ from b2diffurl.evaluation.statistics import describe, describe_sampler, name_bes
 from b2diffurl.experiment.folder import checkpoint_name, resolve_checkpoint
 from b2diffurl.experiment.stage import LORA_FILE, Stage, finished_stages
 from b2diffurl.experiment.stage_table import evaluation_rows
+from b2diffurl.models import stable_diffusion
 from b2diffurl.models.policy import load_policy
 from b2diffurl.runtime.device import make_accelerator
 from b2diffurl.runtime.files import read_json, read_json_lines, write_record
 
+KNOWN = stable_diffusion.schedulers()
 SAMPLERS = {"training": SamplerSettings(num_steps=4, eta=1.0, guidance_scale=5.0)}
 
 
@@ -422,12 +424,14 @@ def test_any_scheduler_draws_what_the_stock_pipeline_draws(config, models, name)
     """Stable Diffusion's own pipeline with that scheduler, from the same latents and later noise: the same image."""
     from diffusers import StableDiffusionPipeline
 
-    settings = SamplerSettings(num_steps=6, eta=0.0, guidance_scale=5.0, scheduler=scheduler_class(name).__name__)
-    model = load_policy(config, make_accelerator(read_settings(config).compute), None)
+    settings = SamplerSettings(num_steps=6, eta=0.0, guidance_scale=5.0, scheduler=scheduler_class(name, KNOWN).__name__)
+    model = load_policy(
+        read_settings(config).model, make_accelerator(read_settings(config).compute), None, seed=0, compile=False
+    )
     ours = sample_images(config, model, PROMPTS, settings, 0)
     pipeline = StableDiffusionPipeline.from_pretrained(models / "sd", safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = scheduler_class(name).from_config(pipeline.scheduler.config)
+    pipeline.scheduler = scheduler_class(name, KNOWN).from_config(pipeline.scheduler.config)
     rng = generator(0, "eval", 0)
     latents = torch.randn(len(PROMPTS), *model.latent_shape, generator=rng)
     stock = pipeline(
@@ -468,7 +472,7 @@ def test_inception_score_of_a_classifier(overrides, tmp_path):
 def test_samplers_are_checked_by_name():
     for name in ("Magic", "EDMEuler", "DPMSolverSDE"):
         with pytest.raises(ValueError, match=rf"unknown eval.deployed.scheduler '{name}'; known: .*DDIMScheduler, .*UniPC"):
-            scheduler_class(name)
+            scheduler_class(name, KNOWN)
 
 
 def test_only_schedulers_that_have_an_eta_are_said_to(config):

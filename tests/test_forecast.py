@@ -33,8 +33,10 @@ from conftest import (
 from safetensors.torch import load_file
 
 from b2diffurl.configuration import budget
+from b2diffurl.configuration.settings import read_settings
 from b2diffurl.experiment.stage import LORA_FILE, Stage, finished_stages
 from b2diffurl.experiment.stage_table import stage_rows
+from b2diffurl.models import Sizes, stable_diffusion
 from b2diffurl.reporting import dry_run, forecast
 from b2diffurl.reporting.forecast import Pace, Work
 from b2diffurl.reporting.page import facts
@@ -226,7 +228,7 @@ def test_durations_and_sizes():
 def test_sizes_of_files(finished, overrides):
     """Against the finished experiment's: trajectories but for their headers, checkpoints to the number, images."""
     config = make_config(overrides)
-    base = dry_run.find_base(config.pretrained)
+    base = stable_diffusion.sizes(read_settings(config).model)
     assert (base.latent_shape, base.image_px, base.embedding) == ((4, 8, 8), 64, 77 * 16)
     for stage in finished_stages(experiment(finished), "train"):
         num_steps = stage.manifest("sample")["num_trained_steps"]
@@ -246,7 +248,7 @@ def test_sizes_of_files(finished, overrides):
 def test_what_is_on_disk_in_all(overrides, tmp_path):
     """By hand: the trajectories of the larger stage or of both, a copy of two siblings in three, two checkpoints a stage,
     images of which 4 or all are kept, and those that are judged."""
-    base = dry_run.Base((4, 8, 8), 64, 77 * 16, 100_000)
+    base = Sizes((4, 8, 8), 64, 77 * 16, 100_000)
     rare = {"eval.every": 0, "keep.images": 4, "keep.samples": False}
     text = dry_run.disk_text(make_config(overrides | rare), tmp_path, base, [10_000_000, 30_000_000])
     image, checkpoint = 3 * 64 * 64, 4 * 100_000 * 12
@@ -264,19 +266,23 @@ def test_the_base_model_is_looked_for_only_here(models, overrides, tmp_path, mon
     """In the hub's cache by its id; elsewhere it is unknown, and so is one without weights. Nothing is asked for."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("network"))
-    config = make_config(overrides | {"pretrained.model": "somebody/model"})
-    assert dry_run.find_base(config.pretrained) is None
+
+    def sizes(**pretrained) -> Sizes | None:
+        settings = overrides | {f"pretrained.{key}": value for key, value in pretrained.items()}
+        return stable_diffusion.sizes(read_settings(make_config(settings)).model)
+
+    assert sizes(model="somebody/model") is None
     root = tmp_path / "hub" / "models--somebody--model"
     shutil.copytree(models / "sd", root / "snapshots" / "abc")
     (root / "refs").mkdir()
     (root / "refs" / "main").write_text("abc")
-    assert dry_run.find_base(config.pretrained) == dry_run.find_base(make_config(overrides).pretrained)
-    assert dry_run.find_base(make_config(overrides | {"pretrained.model": "./no/model"}).pretrained) is None
-    config.pretrained.resolution = 128
-    assert dry_run.find_base(config.pretrained).latent_shape == (4, 16, 16)
+    assert sizes(model="somebody/model") == sizes()
+    assert sizes() is not None
+    assert sizes(model="./no/model") is None
+    assert sizes(model="somebody/model", resolution=128).latent_shape == (4, 16, 16)
     for path in (root / "snapshots").rglob("unet/*.safetensors"):
         path.unlink()
-    assert dry_run.find_base(config.pretrained) is None
+    assert sizes(model="somebody/model") is None
 
 
 # ---- the dry run ----

@@ -29,7 +29,7 @@ from b2diffurl.configuration.plan import make_plan
 from b2diffurl.configuration.settings import read_settings
 from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.experiment.trajectories import SelectedTrajectories, save_batch, save_selected
-from b2diffurl.models import policy
+from b2diffurl.models import policy, stable_diffusion
 from b2diffurl.models.stable_diffusion import StableDiffusion
 from b2diffurl.phases import sample, scoring
 from b2diffurl.phases.train import choose_steps
@@ -408,7 +408,7 @@ def test_chosen_steps_are_every_one_as_likely():
 def test_no_gradient_through_the_unconditional_half(models):
     """The same output within rounding; its derivative is that of the text half alone, times the scale."""
     config = make_config({"pretrained.model": str(models / "sd")})
-    model = StableDiffusion(config.pretrained, device=CPU, dtype=torch.float32, lora_rank=4, seed=0, decoder=True)
+    model = stable_diffusion.load(read_settings(config).model, device=CPU, dtype=torch.float32, seed=0, decoder=True)
     torch.manual_seed(0)
     for parameter in model.trainable().values():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -434,7 +434,7 @@ def gradient_of_inner(model: StableDiffusion, output: Tensor, weight: Tensor) ->
 def test_a_deterministic_prefix(models):
     """sigma is stock DDIM's at eta 0 before the window, which is 0, and at eta 1 in it."""
     config = make_config({"pretrained.model": str(models / "sd")})
-    model = StableDiffusion(config.pretrained, device=CPU, dtype=torch.float32, lora_rank=4, seed=0, decoder=False)
+    model = stable_diffusion.load(read_settings(config).model, device=CPU, dtype=torch.float32, seed=0, decoder=False)
     mixed = with_prefix(model.sampler(4, 1.0), model.sampler(4, 0.0), 3)
     stock = DDIMScheduler.from_config(model.scheduler_config)
     stock.set_timesteps(4)

@@ -21,9 +21,10 @@ from test_foreign_weights import original_layout
 
 from b2diffurl import export
 from b2diffurl.configuration.rules import check
+from b2diffurl.configuration.settings import read_settings
 from b2diffurl.evaluation.features import load_features
 from b2diffurl.experiment.stage import LORA_FILE
-from b2diffurl.models import load_model
+from b2diffurl.models import stable_diffusion
 from b2diffurl.rewards import http, load_reward
 from b2diffurl.runtime import files
 
@@ -217,8 +218,8 @@ def test_no_code_of_a_single_file_s_configs_runs(own, marker, tmp_path, monkeypa
     save_file(original_layout(pipeline), tmp_path / "single.safetensors")
     settings = own | {"pretrained.model": str(tmp_path / "single.safetensors"), "pretrained.config": str(sd)}
     plant(sd, marker)
-    pretrained = make_config(settings).pretrained
-    load_model(pretrained, device=CPU, dtype=torch.float32, lora_rank=4, seed=0, decoder=True)
+    model = read_settings(make_config(settings)).model
+    stable_diffusion.load(model, device=CPU, dtype=torch.float32, seed=0, decoder=True)
     whole = (sd / "model_index.json").read_text()
     (work / "evil_module.py").write_bytes(hostile_code(marker))
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):

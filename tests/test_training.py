@@ -23,11 +23,11 @@ from torch.distributions import Normal, kl_divergence
 from b2diffurl.algorithm.ddim import step_weights
 from b2diffurl.algorithm.selection import Selected
 from b2diffurl.configuration.plan import make_plan
-from b2diffurl.configuration.settings import read_settings
+from b2diffurl.configuration.settings import ModelSettings, read_settings
 from b2diffurl.experiment.checkpoints import load_optimizer, save_checkpoint
 from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.experiment.trajectories import Trajectories
-from b2diffurl.models import load_model
+from b2diffurl.models import stable_diffusion
 from b2diffurl.models.policy import load_policy
 from b2diffurl.objectives import Objective
 from b2diffurl.objectives.options import NoOptions
@@ -53,7 +53,8 @@ def bench(finished, overrides):
             config = make_config(overrides, run_name=run_name, **({"train.eps": CLIP_RANGE} | settings))
             accelerator = make_accelerator(read_settings(config).compute)
             source = None if fresh else plan.stage.checkpoints()[-1] / LORA_FILE
-            model = load_policy(config, accelerator, source, decoder=False)
+            settings = read_settings(config).model
+            model = load_policy(settings, accelerator, source, seed=config.seed, compile=False, decoder=False)
             return make_trainer(config, plan, accelerator, model, source)
 
     return make
@@ -480,8 +481,8 @@ def test_an_empty_selection_passes_the_weights_on(finished, overrides, tmp_path)
 
 @cache
 def tiny_model(root: str, seed: int = 0, rank: int = 4, dtype: torch.dtype = torch.float32):
-    pretrained = {"family": "stable_diffusion", "model": root, "revision": "main", "variant": "", "resolution": 0}
-    return load_model(pretrained, device=torch.device("cpu"), dtype=dtype, lora_rank=rank, seed=seed, decoder=False)
+    settings = ModelSettings("stable_diffusion", root, "main", variant="", config="", resolution=0, lora_rank=rank)
+    return stable_diffusion.load(settings, device=torch.device("cpu"), dtype=dtype, seed=seed, decoder=False)
 
 
 @pytest.mark.parametrize("rank", [1, 4, 8])

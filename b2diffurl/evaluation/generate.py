@@ -4,6 +4,7 @@ N images
 """
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from b2diffurl.algorithm.branching import Predict, denoise
 from b2diffurl.algorithm.seeding import generator, noise_source
-from b2diffurl.models import Model
+from b2diffurl.configuration.settings import read_settings
+from b2diffurl.models import Model, family
 from b2diffurl.models.policy import decode, predictor
 from b2diffurl.runtime.batch_sizes import sampling_sizes
 
@@ -37,7 +39,7 @@ def training_sampler(config: ConfigDict) -> SamplerSettings:
 def deployed_sampler(config: ConfigDict) -> SamplerSettings:
     """That with which people use the tuned model; a ValueError if diffusers has no such scheduler here."""
     deployed = config.eval.deployed
-    kind = scheduler_class(deployed.scheduler)
+    kind = scheduler_class(deployed.scheduler, family(read_settings(config).model).schedulers())
     eta = deployed.eta if "eta" in inspect.signature(kind.step).parameters else None
     return SamplerSettings(deployed.num_steps, eta, deployed.guidance_scale or config.sample.guidance_scale, kind.__name__)
 
@@ -45,12 +47,10 @@ def deployed_sampler(config: ConfigDict) -> SamplerSettings:
 SAMPLERS = {"training": training_sampler, "deployed": deployed_sampler}
 
 
-def scheduler_class(name: str) -> Any:
-    """The scheduler of diffusers of that name, with or without `Scheduler` at its end, if Stable Diffusion can use it."""
+def scheduler_class(name: str, known: Sequence[str]) -> Any:
+    """The scheduler of diffusers of that name, with or without `Scheduler` at its end; one of the `known`."""
     import diffusers
-    from diffusers.schedulers import KarrasDiffusionSchedulers
 
-    known = sorted(one.name for one in KarrasDiffusionSchedulers if one.name not in UNFIT)
     full = name if name.endswith("Scheduler") else f"{name}Scheduler"
     if full not in known:
         raise ValueError(f"unknown eval.deployed.scheduler {name!r}; known: {', '.join(known)}")
@@ -60,13 +60,9 @@ def scheduler_class(name: str) -> Any:
     return kind
 
 
-# The first is for models that are conditioned on sigma; the second takes its noise from elsewhere than its generator.
-UNFIT = ("EDMEulerScheduler", "DPMSolverSDEScheduler")
-
-
 def make_scheduler(model: Model, settings: SamplerSettings, device: torch.device) -> Any:
     """The deployed scheduler at its steps; a ValueError if it cannot make so many."""
-    scheduler = model.scheduler(scheduler_class(settings.scheduler))
+    scheduler = model.scheduler(settings.scheduler)
     scheduler.set_timesteps(settings.num_steps, device=device)
     return scheduler
 

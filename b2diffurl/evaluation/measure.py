@@ -80,9 +80,10 @@ def evaluate(
     check_rewards(scorers, config.reward, everything)
     for name in config.eval.diversity:
         check_features(name, config, everything)
-    fingerprint = base_fingerprint(config.pretrained)
+    base_model = read_settings(config).model
+    fingerprint = base_fingerprint(base_model)
     for lora in filter(None, loras):
-        check_base(lora, config.pretrained, fingerprint)
+        check_base(lora, base_model, fingerprint)
     begun = files.read_json(root / "config.json") if (root / "config.json").is_file() else None
     threads = config.num_threads or (begun["num_threads"] if begun else 0)
     if begun:
@@ -218,7 +219,7 @@ def load_instruments(config: ConfigDict, scorers: list[str], accelerator: Accele
 
 
 def load_judged(config: ConfigDict, accelerator: Accelerator, lora: Path | None) -> Model:
-    model = load_policy(config, accelerator, lora)
+    model = load_policy(read_settings(config).model, accelerator, lora, seed=config.seed, compile=config.compile)
     model.network = accelerator.prepare_model(model.network, evaluation_mode=True)
     return model
 

@@ -52,7 +52,9 @@ def sample_stage(plan: Plan) -> None:
     files.require_writable(stage.folder)
     started = time.perf_counter()
     accelerator = make_accelerator(plan.settings.compute)
-    model = load_policy(config, accelerator, plan.resume_from)
+    model = load_policy(
+        plan.settings.model, accelerator, plan.resume_from, seed=config.seed, compile=plan.settings.compute.compile
+    )
     model.network = accelerator.prepare_model(model.network, evaluation_mode=True)
     sampler = stage_sampler(config, plan, model)
     make_scheduler(model, deployed, accelerator.device)  # refused now rather than when the run is judged by it
@@ -114,7 +116,7 @@ def stage_sampler(config: ConfigDict, plan: Plan, model: Model) -> Sampler:
 
 def warm_up(config: ConfigDict, model: Model, sampler: Sampler, sizes: BatchSizes, where: str) -> None:
     """Have a network that is compiled be so, for prefixes and for branches, before the first batch."""
-    with compiling(config, where) as wanted:
+    with compiling(config.compile, where) as wanted:
         if wanted:
             embeds = model.encode([""])
             predict = predictor(model, sampler.timesteps, embeds, embeds, guidance_scale=config.sample.guidance_scale)

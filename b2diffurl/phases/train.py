@@ -52,7 +52,7 @@ def train_stage(plan: Plan) -> None:
     require_same_precision(stage, sampled["mixed_precision"], accelerator.mixed_precision)
     interrupted = whole_checkpoints(stage.checkpoints())
     source = interrupted[-1] / LORA_FILE if interrupted else plan.resume_from
-    model = load_policy(config, accelerator, source, decoder=False)
+    model = load_policy(plan.settings.model, accelerator, source, seed=config.seed, compile=config.compile, decoder=False)
     check_policy(plan, sampled["policy"], model)
     trainer = make_trainer(config, plan, accelerator, model, source)
     done = read_state(source)["epoch"] if interrupted else 0
@@ -66,7 +66,7 @@ def train_stage(plan: Plan) -> None:
     units = make_units(selected, paired=trainer.objective.paired)
     trajectories = SelectedTrajectories(stage, selected, config.sample.batch_size)
     advantages = torch.tensor([row["advantage"] for row in selection])
-    with compiling(config, f"stage{stage.index} train") as wanted:
+    with compiling(config.compile, f"stage{stage.index} train") as wanted:
         if wanted and len(units):
             trainer.warm_up(trajectories, units[:1])
     loaded = time.perf_counter()

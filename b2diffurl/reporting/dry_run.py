@@ -1,16 +1,12 @@
 """The plan of a run for people: what `bash run_process.sh --dry_run` prints. Nothing here writes, or loads a model."""
 
 import math
-import os
-import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from ml_collections import ConfigDict
-from safetensors import safe_open
 
 from b2diffurl.configuration.budget import (
     at_most,
@@ -25,21 +21,9 @@ from b2diffurl.configuration.plan import Plan
 from b2diffurl.configuration.prompts import load_prompts
 from b2diffurl.configuration.settings import describe_reward, read_settings
 from b2diffurl.experiment.stage import PHASES, Stage, finished_stages
+from b2diffurl.models import Sizes, family
 from b2diffurl.reporting.forecast import judging_left, num_done, number, time_text
-from b2diffurl.runtime import files
 from b2diffurl.runtime.device import choose_device
-
-LORA_WEIGHTS = r"\.to_(q|k|v|out\.0)\.weight$"  # what carries a LoRA
-
-
-@dataclass(frozen=True)
-class Base:
-    """What the sizes of files follow from."""
-
-    latent_shape: tuple[int, int, int]  # C, h, w
-    image_px: int
-    embedding: int  # numbers in a prompt's embedding
-    lora: int  # numbers in a LoRA of rank 1
 
 
 def describe(config: ConfigDict, plan: Plan) -> str:
@@ -63,7 +47,7 @@ def describe(config: ConfigDict, plan: Plan) -> str:
         "a stage": f"{num_groups(config)} groups of {config.split_time} images; trained on {at_most(config)}"
         f"{most_selected(config)}, {in_one} an update, epochs: {config.train.num_epochs}",
     }
-    base = find_base(config.pretrained)
+    base = family(plan.settings.model).sizes(plan.settings.model)
     embedding_bytes = 4 if precision == "float32" else 2
     volumes = [trajectory_bytes(config, base, S, len(plan.prompts), embedding_bytes) for S in steps] if base else []
     lines = [f"{name:<13}{fact}" for name, fact in facts.items()]
@@ -125,7 +109,7 @@ def stages_text(members: Sequence[int]) -> str:
 # ---- disk ----
 
 
-def disk_text(config: ConfigDict, root: Path, base: Base, volumes: Sequence[int]) -> str:
+def disk_text(config: ConfigDict, root: Path, base: Sizes, volumes: Sequence[int]) -> str:
     """What is kept, and what the experiment takes up at most while it runs; evaluations keep their pictures, too."""
     images, one = num_images(config), image_bytes(root, base)
     kept = images if config.keep.images < 0 else min(images, config.keep.images)
@@ -141,51 +125,7 @@ def disk_text(config: ConfigDict, root: Path, base: Base, volumes: Sequence[int]
     )
 
 
-def find_base(pretrained: ConfigDict) -> Base | None:
-    """From the base model's files if they are here, in a directory or in the hub's cache; nothing is downloaded."""
-    model = local_model(pretrained.model, pretrained.revision)
-    single = model is not None and model.is_file()
-    configs = local_model(pretrained.config, "main") if single else model
-    if configs is None:
-        return None
-    weights = [model] if single else sorted((configs / "unet").glob("*.safetensors"))
-    paths = [configs / part / "config.json" for part in ("unet", "vae", "text_encoder")]
-    if not weights or not all(path.is_file() for path in paths):
-        return None
-    unet, vae, text = (files.read_json(path) for path in paths)
-    side = pretrained.resolution // 8 or unet["sample_size"]
-    return Base(
-        latent_shape=(unet["in_channels"], side, side),
-        image_px=side * 2 ** (len(vae["block_out_channels"]) - 1),
-        embedding=text["max_position_embeddings"] * text["hidden_size"],
-        lora=lora_numbers(weights),
-    )
-
-
-def local_model(name: str, revision: str) -> Path | None:
-    """Where a model is on this machine: its file, its directory, or its snapshot in the hub's cache."""
-    path = Path(os.path.expanduser(name))
-    if os.path.exists(path):
-        return path
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(name, "unet/config.json", revision=revision)
-    return Path(found).parents[1] if isinstance(found, str) else None
-
-
-def lora_numbers(weights: Sequence[Path]) -> int:
-    """Numbers of a LoRA of rank 1, by the shapes [out,in] of the attention's weights; only headers are read."""
-    shapes = {}
-    for path in weights:
-        with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if re.search(LORA_WEIGHTS, name)]  # noqa: SIM118
-            shapes |= {name: file.get_slice(name).get_shape() for name in names}
-    return sum(rows + columns for rows, columns in shapes.values())
-
-
-def trajectory_bytes(config: ConfigDict, base: Base, num_trained_steps: int, num_prompts: int, embedding_bytes: int) -> int:
+def trajectory_bytes(config: ConfigDict, base: Sizes, num_trained_steps: int, num_prompts: int, embedding_bytes: int) -> int:
     """Of a stage's samples/, but for the files' headers.
 
     These are S + 1 states and S log-probabilities of each trajectory, in float32, and of each batch timesteps, prompt ids
@@ -197,13 +137,13 @@ def trajectory_bytes(config: ConfigDict, base: Base, num_trained_steps: int, num
     return 4 * numbers * num_images(config) + batch * config.sample.num_batches_per_epoch
 
 
-def checkpoint_bytes(config: ConfigDict, base: Base) -> int:
+def checkpoint_bytes(config: ConfigDict, base: Sizes) -> int:
     """Of one checkpoint, but for the files' headers: the LoRA in float32, and AdamW's two moments."""
     moment = 1 if config.train.use_8bit_adam else 4
     return config.train.lora_rank * base.lora * (4 + 2 * moment)
 
 
-def image_bytes(root: Path, base: Base) -> float:
+def image_bytes(root: Path, base: Sizes) -> float:
     """Of a picture on average in the latest stage, or before there is one uncompressed."""
     sampled = finished_stages(root, "sample")
     if not sampled:
