@@ -22,7 +22,7 @@ flags.DEFINE_string("prompt", None, "Draw this prompt by the base and the last c
 
 
 def main(config):
-    from b2diffurl.configuration.plan import take_recorded
+    from b2diffurl.configuration.recorded import take_recorded
     from b2diffurl.evaluation import measure
     from b2diffurl.evaluation.statistics import headline, name_best
     from b2diffurl.experiment.folder import experiment_folder

@@ -171,12 +171,14 @@ def read_selected(stage: Stage, selected: list[Selected], batch_size: int) -> Tr
 
 def run_verb(folder: Path, config: ConfigDict, verb: str) -> None:
     """Call one verb with `folder` as the current directory."""
+    from b2diffurl.configuration.command_line import named_preset
     from b2diffurl.configuration.plan import make_plan
     from b2diffurl.phases.sample import sample_stage
     from b2diffurl.phases.select import select_stage
     from b2diffurl.phases.train import train_stage
 
-    with contextlib.chdir(folder):
+    preset = get_config("sd14").to_dict()  # make_config's
+    with contextlib.chdir(folder), named_preset(preset):
         {"sample": sample_stage, "select": select_stage, "train": train_stage}[verb](make_plan(copy.deepcopy(config)))
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from b2diffurl.algorithm.seeding import generator
-from b2diffurl.configuration.limits import flatten
-from b2diffurl.configuration.plan import VOLATILE, take_recorded
+from b2diffurl.configuration.keys import KEYS, flatten
+from b2diffurl.configuration.recorded import take_recorded
 from b2diffurl.configuration.rules import check
 from b2diffurl.configuration.settings import read_settings
 from b2diffurl.evaluation.generate import SamplerSettings, deployed_sampler, sample_images, scheduler_class
@@ -197,7 +197,7 @@ def test_what_no_flag_says_is_as_in_training(workplace, overrides):
     assert full.code == 0, full.stderr
     assert " has it: " not in full.stdout
     judged_once = snapshot(experiment(workplace) / "eval")
-    few = {key: value for key, value in overrides.items() if key in VOLATILE}
+    few = {key: value for key, value in overrides.items() if KEYS[key].may_change}
     assert {"sample.num_steps", "reward.clip.model", "train.learning_rate"} <= overrides.keys() - few.keys()
     judges = ("--config.eval.judge=", "--config.eval.diversity=('clip',)")  # which are as the call has them
     short = run_script(workplace, "eval", few, *arguments, *judges, preset="shapes")
@@ -221,7 +221,7 @@ def test_code_that_only_a_record_names_is_not_run(workplace, overrides, record):
     found = read_json(path)
     found["config"]["reward"] |= record
     write_record(path, found)
-    few = {key: value for key, value in overrides.items() if key in VOLATILE}
+    few = {key: value for key, value in overrides.items() if KEYS[key].may_change}
     ended = run_script(workplace, "eval", few, "--checkpoint=base")
     assert ended.code == 2
     assert "code of its own and is not run because a file says so" in ended.stderr
@@ -250,9 +250,9 @@ def test_a_reward_that_is_given_stands_alone(workplace, overrides):
     assert (alone["reward.name"], alone["reward.weights"], alone["reward.standardise"]) == ("aesthetic", None, False)
     assert alone["prompt"] == ""
     assert begun("reward.weights")["reward.standardise"] is False
-    assert begun("reward.standardise")["reward.weights.clip"] == 1.0
+    assert begun("reward.standardise")["reward.weights"] == mixture
     recorded = begun("eval.seed")
-    assert {key.split(".")[-1]: value for key, value in recorded.items() if key.startswith("reward.weights.")} == mixture
+    assert recorded["reward.weights"] == mixture
     assert (recorded["reward.standardise"], recorded["prompt"]) == (True, "a red circle")
     for found in (alone, recorded):
         assert (found["reward.clip.model"], found["reward.dtype"]) == ("another/clip", "auto")

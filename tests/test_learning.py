@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import ROOT, get_config
 
-from b2diffurl.configuration.plan import make_plan, record_experiment
+from b2diffurl.configuration.plan import make_plan
+from b2diffurl.configuration.recorded import record_experiment
 from b2diffurl.evaluation.generate import training_sampler
 from b2diffurl.experiment.folder import experiment_folder
 from benchmarks import learning
@@ -113,12 +114,12 @@ def test_runs_of_other_settings_or_unfinished_are_refused(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     config = configure("seed7")
     assert (config.seed, config.exp_name) == (7, "learning_seed7")
-    record_experiment(make_plan(config), 1)
+    record_experiment(make_plan(config).record, 1)
     with pytest.raises(ValueError, match=r"learning_seed7 is not a whole run of 8 stages"):
         judged("seed7")
     (experiment_folder(config) / "config.json").unlink()
     config.train.learning_rate = 0.5
-    record_experiment(make_plan(config), 1)
+    record_experiment(make_plan(config).record, 1)
     with pytest.raises(ValueError, match=r"train.learning_rate is 0.002, was 0.5"):
         judged("seed7")
     assert judged("base").seed == get_config("shapes").seed

@@ -443,7 +443,18 @@ def test_settings_that_differ_from_the_preset(root):
     assert found["train.learning_rate"] == (1e-2, 1e-4)
     assert "sample.eta" not in found
     assert "run_name" not in found
-    assert page.preset_differences({"preset": "gone"}) == page.preset_differences({}) == []
+    assert page.preset_rows({"config": {"preset": "gone"}}) == page.preset_rows({"config": {}}) == []
+
+
+def test_differences_are_those_of_when_it_was_recorded(root):
+    """The preset of a record that says nothing, as an earlier version wrote it, is read anew, and says the same; one that
+    says what differed is believed, whatever the preset has become."""
+    record = read_json(root / "config.json")
+    found = page.preset_rows(record)
+    assert found == page.preset_rows({"config": record["config"]})
+    recorded = {"differs_from_preset": {"seed": [1, 2]}}
+    assert page.preset_rows(record | recorded) == [("seed", 1, 2)]
+    assert page.preset_rows(record | {"differs_from_preset": {}}) == []
 
 
 def test_disk_is_counted_by_kind_without_the_report(root):

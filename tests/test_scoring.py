@@ -29,7 +29,8 @@ from PIL import Image
 from test_bad_input import assert_refused, refuse
 from transformers import PreTrainedModel
 
-from b2diffurl.configuration.plan import make_plan, record_experiment
+from b2diffurl.configuration.plan import make_plan
+from b2diffurl.configuration.recorded import record_experiment
 from b2diffurl.configuration.rules import check
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.phases.scoring import score_images
@@ -57,7 +58,7 @@ def begin(sampled, overrides, tmp_path) -> Callable[..., tuple[Path, dict]]:
         folder = shutil.copytree(sampled, tmp_path / "work")
         (experiment(folder) / "config.json").unlink()
         with contextlib.chdir(folder):
-            record_experiment(make_plan(make_config(overrides | settings)), 1)
+            record_experiment(make_plan(make_config(overrides | settings)).record, 1)
         return folder, overrides | settings
 
     return make
@@ -483,7 +484,7 @@ def test_who_watches_may_change_and_what_is_trained_may_not(workplace, overrides
     moved = shutil.copytree(models / "clip", tmp_path / "moved")
     refuse(workplace, "select", second | {"reward.clip.model": str(moved)}, "reward.clip.model is .*moved.*, was ")
     refuse(workplace, "select", second | {"reward.name": JPEG}, f"reward.name is '{JPEG}', was 'clip'")
-    refuse(workplace, "select", second | {"reward.weights": {"clip": 1.0}}, r"reward.weights.clip is 1.0, was None")
+    refuse(workplace, "select", second | {"reward.weights": {"clip": 1.0}}, r"reward.weights is {'clip': 1.0}, was None")
     refuse(workplace, "select", second | {"reward.dtype": "bfloat16"}, "reward.dtype is 'bfloat16', was 'auto'")
     watching = {"reward.watch": ("pickscore",), "reward.pickscore.model": str(moved)}
     ran(workplace, "select", second | watching)

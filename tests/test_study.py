@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, experiment, make_config
 from scipy.stats import ttest_rel
 
-from b2diffurl.configuration.limits import flatten
+from b2diffurl.configuration.keys import flatten
 from b2diffurl.configuration.rules import check
 from b2diffurl.experiment.folder import experiment_folder
 from benchmarks.study import FULL, QUICK, VARIANTS, configure, cost, runs

@@ -23,7 +23,8 @@ from conftest import ROOT, assert_same, experiment, flags, make_config, run_scri
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from b2diffurl.configuration.limits import RANGES
+from b2diffurl.configuration.keys import KEYS, Key
+from b2diffurl.configuration.limits import Number
 from b2diffurl.experiment.metrics import read_events
 from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.experiment.stage_table import stage_list, updates_before
@@ -149,7 +150,7 @@ def test_images_that_overflow_are_kept_and_mended(overrides, models, tmp_path):
 def test_advantages_that_overflow(overrides, tmp_path, monkeypatch):
     """A weight of 1e38 for good images: losses are finite, the gradient is not, and no parameter is stepped; one of 3.3e38:
     the advantage itself is beyond a float32."""
-    monkeypatch.setitem(RANGES, "train.beta1", "[0, 1e39]")
+    monkeypatch.setitem(KEYS, "train.beta1", Key(Number("[0, 1e39]")))
     for weight, verb, said in ((1e38, "train", "the gradient is not finite, though the losses of images"),
                                (3.3e38, "select", "advantages of images")):  # fmt: skip
         folder = tmp_path / f"{weight:g}"

@@ -15,9 +15,10 @@ from accelerate import Accelerator
 from ml_collections import ConfigDict
 from torch import Tensor
 
+from b2diffurl.configuration.limits import check_choice
 from b2diffurl.configuration.plan import stage_index
 from b2diffurl.configuration.prompts import batch_prompts, named_prompts
-from b2diffurl.configuration.rules import check, check_choice
+from b2diffurl.configuration.rules import check
 from b2diffurl.configuration.settings import describe_reward, read_settings
 from b2diffurl.evaluation.features import Features, check_features, features_identity, load_features
 from b2diffurl.evaluation.generate import SAMPLERS, SamplerSettings, sample_images, training_sampler

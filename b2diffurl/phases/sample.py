@@ -19,8 +19,9 @@ from b2diffurl.algorithm.branching import branch_sample
 from b2diffurl.algorithm.ddim import Sampler, require_stochastic, with_prefix
 from b2diffurl.algorithm.seeding import generator, noise_source
 from b2diffurl.configuration.budget import num_evaluations, num_images
-from b2diffurl.configuration.plan import Plan, record_experiment
+from b2diffurl.configuration.plan import Plan
 from b2diffurl.configuration.prompts import batch_prompts, load_prompts, named_prompts
+from b2diffurl.configuration.recorded import record_experiment
 from b2diffurl.configuration.rules import check_installed
 from b2diffurl.evaluation.features import check_features
 from b2diffurl.evaluation.generate import SamplerSettings, deployed_sampler, make_scheduler
@@ -47,7 +48,7 @@ def sample_stage(plan: Plan) -> None:
     if stage.finished("sample"):
         logger.info("stage%d sample: already finished", stage.index)
         if int(os.environ.get("RANK", 0)) == 0 and not (stage.root / "config.json").is_file():  # lost
-            record_experiment(plan, stage.manifest("sample")["num_threads"])
+            record_experiment(plan.record, stage.manifest("sample")["num_threads"])
         return
     files.require_writable(stage.folder)
     started = time.perf_counter()
@@ -76,7 +77,7 @@ def sample_stage(plan: Plan) -> None:
     seconds = {"load": loaded - started, "sample": 0.0, "decode": 0.0, "write": 0.0, "share": len(missing) / num_batches}
     if accelerator.num_processes > 1:  # before another one's batch is there
         if accelerator.is_main_process:
-            record_experiment(plan, torch.get_num_threads())
+            record_experiment(plan.record, torch.get_num_threads())
         accelerator.wait_for_everyone()
     todo = missing[accelerator.process_index :: accelerator.num_processes]
     num_here = len(todo) * config.sample.batch_size * config.split_time
@@ -94,7 +95,7 @@ def sample_stage(plan: Plan) -> None:
 
 def check_what_follows(config: ConfigDict, plan: Plan) -> SamplerSettings:
     """Refuse now what selecting, training or judging would refuse later; returns the sampler that judging deploys."""
-    check_installed(config.train)
+    check_installed(plan.settings.training.optimizer)
     check_rewards([*reward_weights(config.reward), *config.reward.watch], config.reward, plan.prompts)
     if config.eval.judge:
         check_rewards([config.eval.judge], config.reward, [*plan.prompts, *load_prompts(config.eval.prompt_file)])
@@ -167,7 +168,7 @@ class Sampling:
             sheet = decode_tree(prompts[0], prefix, latents[0], self.decode) if tree else None
         self.bar.set_postfix_str("")
         if record:
-            record_experiment(self.plan, torch.get_num_threads())
+            record_experiment(self.plan.record, torch.get_num_threads())
         window = self.sampler.timesteps[-self.plan.num_trained_steps :]
 
         def write() -> None:

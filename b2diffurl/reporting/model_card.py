@@ -11,8 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from b2diffurl.configuration.limits import flatten
-from b2diffurl.configuration.plan import ADDED
+from b2diffurl.configuration.recorded import recorded_settings
 from b2diffurl.evaluation.statistics import describe_sampler, with_error
 from b2diffurl.experiment.checkpoints import read_state
 from b2diffurl.experiment.folder import checkpoint_name, relative_to
@@ -247,7 +246,7 @@ def drawn_prompts(exported: Exported) -> list[str]:
 def training(exported: Exported) -> dict[str, str]:
     """What is said of the training, by what it is about."""
     stage, config = exported.stage, exported.config
-    settings = ADDED | flatten(config)
+    settings = recorded_settings(config)
     rows = [row for row in stage_rows(exported.root) if row["stage"] <= stage.index]
     earlier = sum(row.get("num_updates", 0) for row in rows if row["stage"] < stage.index)
     queries, updates = rows[-1]["queries"], earlier + read_state(exported.lora)["num_updates"]
