@@ -31,9 +31,8 @@ from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.experiment.trajectories import SelectedTrajectories, save_batch, save_selected
 from b2diffurl.models import policy
 from b2diffurl.models.stable_diffusion import StableDiffusion
-from b2diffurl.phases import sample, scoring
+from b2diffurl.phases import sample, scoring, train
 from b2diffurl.phases.train import choose_steps
-from b2diffurl.phases.trainer import Trainer
 from b2diffurl.resident import run_stages
 from b2diffurl.runtime import files
 from b2diffurl.runtime.batch_sizes import BatchSizes
@@ -551,7 +550,7 @@ def test_a_compiled_network_gives_the_same_stage_within_rounding(finished, overr
     """python -m pytest -m slow tests/test_performance.py: latents as uncompiled, the first ratio within 1e-4 of 1, and
     nothing is compiled any more once a phase has begun."""
     compiled = torch._dynamo.utils.counters["stats"]
-    warm_ups = {"sample": (sample, sample.warm_up), "train": (Trainer, Trainer.warm_up)}
+    warm_ups = {"sample": (sample, sample.warm_up), "train": (train, train.warm_up)}
     for verb, (owner, warm_up) in warm_ups.items():
         after = []
         monkeypatch.setattr(

@@ -144,6 +144,7 @@ class Training:
     """How the LoRA is updated."""
 
     objective: Objective  # with its options
+    max_first_log_ratio: float  # beyond it a stage's first update, on the policy that sampled, is warned of
     optimizer: Optimizer
     num_epochs: int  # passes over a stage's selection
     num_trajectories: int  # of one update
@@ -325,6 +326,7 @@ def read_training(train: Mapping[str, Any]) -> Training:
     objective = OBJECTIVES[train["objective"]]
     return Training(
         objective=replace(objective, options=objective.read_options(train)),
+        max_first_log_ratio=train["eps"],
         optimizer=Optimizer(
             learning_rate=train["learning_rate"],
             betas=(train["adam_beta1"], train["adam_beta2"]),
