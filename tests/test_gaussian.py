@@ -10,9 +10,9 @@ from gaussian import SPREAD, GaussianWorld
 from torch import Tensor
 
 from b2diffurl.algorithm.branching import branch_sample, denoise
-from b2diffurl.algorithm.ddim import step_weights, transition
 from b2diffurl.algorithm.seeding import generator
 from b2diffurl.algorithm.selection import advantages, normalise, select_all, select_pairs
+from b2diffurl.algorithm.transition import step_weights, transition
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.experiment.trajectories import Trajectories
 from b2diffurl.models.policy import predictor

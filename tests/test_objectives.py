@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from b2diffurl.algorithm.ddim import make_sampler, transition
+from b2diffurl.algorithm.ddim import make_transitions
+from b2diffurl.algorithm.transition import transition
 from b2diffurl.objectives import OBJECTIVES, Objective
 from b2diffurl.objectives.terms import TRANSITION_TERMS, transition_terms
 
@@ -174,7 +175,7 @@ class Asked:
     """Four transitions at three steps, and how often each network was asked."""
 
     def __init__(self):
-        self.table = make_sampler(
+        self.table = make_transitions(
             torch.tensor([2, 1, 0]), torch.linspace(0.9, 0.2, 4), 0.95, eta=1.0, prediction_type="epsilon"
         )
         self.i = torch.tensor([0, 2, 1, 1])

@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from b2diffurl.algorithm.branching import branch_sample
-from b2diffurl.algorithm.ddim import with_prefix
 from b2diffurl.algorithm.selection import Selected
+from b2diffurl.algorithm.transition import with_prefix
 from b2diffurl.configuration.plan import make_plan
 from b2diffurl.configuration.settings import read_settings
 from b2diffurl.experiment.stage import LORA_FILE, Stage

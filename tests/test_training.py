@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from b2diffurl.algorithm.ddim import step_weights
 from b2diffurl.algorithm.selection import Selected
+from b2diffurl.algorithm.transition import step_weights
 from b2diffurl.configuration.plan import make_plan
 from b2diffurl.configuration.settings import read_settings
 from b2diffurl.experiment.checkpoints import load_optimizer, save_checkpoint

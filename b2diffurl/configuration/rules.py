@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from b2diffurl.algorithm.ddim import STEP_WEIGHTS
+from b2diffurl.algorithm.transition import STEP_WEIGHTS
 from b2diffurl.configuration.limits import check_values, flatten, shown
 from b2diffurl.configuration.settings import CURRICULA
 from b2diffurl.objectives import OBJECTIVES

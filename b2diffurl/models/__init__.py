@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from b2diffurl.algorithm.ddim import Sampler
+from b2diffurl.algorithm.transition import Transitions
 from b2diffurl.experiment.trajectories import Conditions
 
 
@@ -23,8 +23,8 @@ class Model(Protocol):
     fingerprint: str  # SHA-256 of the base network's weights
     scheduler_config: dict  # resolved, for manifests
 
-    def sampler(self, num_steps: int, eta: float) -> Sampler:
-        """The DDIM sampler of `num_steps` steps."""
+    def sampler(self, num_steps: int, eta: float) -> Transitions:
+        """The transitions of a sampler of `num_steps` steps; `eta` 0 adds no noise."""
 
     def scheduler(self, kind: type) -> Any:
         """A scheduler of that class of diffusers, for this model."""

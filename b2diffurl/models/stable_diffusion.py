@@ -20,8 +20,9 @@ from peft import LoraConfig
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from b2diffurl.algorithm.ddim import Sampler, make_sampler
+from b2diffurl.algorithm.ddim import make_transitions
 from b2diffurl.algorithm.seeding import stable_seed
+from b2diffurl.algorithm.transition import Transitions
 from b2diffurl.experiment.trajectories import Conditions
 from b2diffurl.runtime import files
 from b2diffurl.runtime.hub import checksum, locate
@@ -79,12 +80,12 @@ class StableDiffusion:
             parameter.data = parameter.data.float()
         self._fresh = {name: parameter.detach().clone() for name, parameter in self.trainable().items()}
 
-    def sampler(self, num_steps: int, eta: float) -> Sampler:
+    def sampler(self, num_steps: int, eta: float) -> Transitions:
         self._scheduler.set_timesteps(num_steps)
         known = len(self._scheduler.alphas_cumprod)
         if self._scheduler.timesteps.max() >= known:
             raise ValueError(f"sample.num_steps is {num_steps}; it must be less than this model's {known} timesteps")
-        return make_sampler(
+        return make_transitions(
             self._scheduler.timesteps,
             self._scheduler.alphas_cumprod,
             self._scheduler.final_alpha_cumprod,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from b2diffurl.algorithm.ddim import Sampler, log_prob, transition, transition_kl
+from b2diffurl.algorithm.transition import Transitions, log_prob, transition, transition_kl
 
 TRANSITION_TERMS = ("log_prob", "old_log_prob", "base_log_prob", "kl", "advantage")
 BASE_TERMS = ("base_log_prob", "kl")  # these need the frozen base policy
@@ -32,7 +32,7 @@ def require_known(names: Sequence[str]) -> None:
 
 def transition_terms(
     names: Sequence[str],
-    table: Sampler,
+    table: Transitions,
     i: Tensor,  # [M] step of each transition
     x_t: Tensor,  # [M,C,h,w]
     x_prev: Tensor,  # [M,C,h,w] where the transition led

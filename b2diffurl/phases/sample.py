@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from b2diffurl.algorithm.branching import branch_sample
-from b2diffurl.algorithm.ddim import Sampler, require_stochastic, with_prefix
 from b2diffurl.algorithm.seeding import generator, noise_source
+from b2diffurl.algorithm.transition import Transitions, require_stochastic, with_prefix
 from b2diffurl.configuration.budget import num_evaluations, num_images
 from b2diffurl.configuration.plan import Plan, record_experiment
 from b2diffurl.configuration.prompts import batch_prompts, load_prompts, named_prompts
@@ -103,7 +103,7 @@ def check_what_follows(config: ConfigDict, plan: Plan) -> SamplerSettings:
     return deployed_sampler(config)
 
 
-def stage_sampler(config: ConfigDict, plan: Plan, model: Model) -> Sampler:
+def stage_sampler(config: ConfigDict, plan: Plan, model: Model) -> Transitions:
     """Stochastic at the trained steps, and before them as config.sample.prefix_eta says."""
     sampler = model.sampler(config.sample.num_steps, config.sample.eta)
     require_stochastic(sampler, plan.num_trained_steps)
@@ -112,7 +112,7 @@ def stage_sampler(config: ConfigDict, plan: Plan, model: Model) -> Sampler:
     return with_prefix(sampler, model.sampler(config.sample.num_steps, config.sample.prefix_eta), plan.num_trained_steps)
 
 
-def warm_up(config: ConfigDict, model: Model, sampler: Sampler, sizes: BatchSizes, where: str) -> None:
+def warm_up(config: ConfigDict, model: Model, sampler: Transitions, sizes: BatchSizes, where: str) -> None:
     """Have a network that is compiled be so, for prefixes and for branches, before the first batch."""
     with compiling(config, where) as wanted:
         if wanted:
@@ -135,7 +135,7 @@ class Sampling:
     config: ConfigDict
     plan: Plan
     model: Model
-    sampler: Sampler
+    sampler: Transitions
     sizes: BatchSizes
     policy: dict  # metadata of every batch's file
     writer: Behind  # encodes and writes a batch while the next one is sampled

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from b2diffurl.algorithm.ddim import Sampler, require_stochastic, step_weights
+from b2diffurl.algorithm.transition import Transitions, require_stochastic, step_weights
 from b2diffurl.configuration.plan import Plan
 from b2diffurl.configuration.settings import Optimizer
 from b2diffurl.experiment.checkpoints import load_optimizer, read_state
@@ -36,7 +36,7 @@ class PolicyLoss:
     """The objective's loss of stored transitions under the policy as it now is."""
 
     model: Model
-    table: Sampler
+    table: Transitions
     step_weight: Tensor  # [S], mean 1
     objective: Objective
     guidance_scale: float
