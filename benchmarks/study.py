@@ -1,4 +1,4 @@
-"""Do the claims of B2-DiffuRL hold? The runs behind docs/results.md.
+"""Do the claims of B2-DiffuRL hold? The runs behind docs/results/study.md.
 
     python -m benchmarks.study             # all of it; what is done is not redone, so a killed study goes on
     python -m benchmarks.study --quick     # the same in minutes and in small, to see that it works
@@ -106,12 +106,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="four arms, two seeds, short; the page goes to log/study_quick")
     parser.add_argument("--draw", action="store_true", help="make no runs")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
-    parser.add_argument("--out", type=Path, help="folder of results.md and results/; docs, or log/study_quick")
+    parser.add_argument("--out", type=Path, help="folder of page and figures; docs/results, or log/study_quick")
     given = parser.parse_args()
     scale = QUICK if given.quick else FULL
     set_up_logging(Path(f"log/{scale.prefix}.log"))
     failed = {} if given.draw else perform_all(scale, given.jobs)
-    draw(scale, given.out or Path("log/study_quick" if given.quick else "docs"), failed)
+    draw(scale, given.out or Path("log/study_quick" if given.quick else "docs/results"), failed)
     if failed:
         raise SystemExit(f"{len(failed)} runs failed: {'; '.join(failed)}. Their logs are in log/; run again to go on.")
 
@@ -286,7 +286,7 @@ def finished(scale: Scale) -> Iterator[dict[str, Any]]:
 
 
 def draw(scale: Scale, out: Path, failed: dict[str, str]) -> None:
-    """results.md, results/study.json and its pictures, from the finished runs."""
+    """study.md, study.json and its pictures, from the finished runs."""
     from benchmarks.study_report import write_report
 
     found, config = list(finished(scale)), configure(scale, None)
@@ -308,7 +308,7 @@ def draw(scale: Scale, out: Path, failed: dict[str, str]) -> None:
         "runs": found,
     }
     write_report(facts, {one.name: one.against for one in VARIANTS.values()}, out)
-    files.write_json(out / "results" / "study.json", facts)
+    files.write_json(out / "study.json", facts)
 
 
 if __name__ == "__main__":

@@ -134,9 +134,8 @@ def test_the_page_says_what_the_runs_say(tmp_path):
     assert verdicts["b2 − bs"] == ("**-4.1**", "**not supported**")
     assert verdicts["b2 − bpt"][1] == "**undecided**"
     assert "Not run yet: b2, dpok (seed 1, 3)." in page
-    assert {path.name for path in (tmp_path / "results").iterdir()} == {
-        f"study_{x}.png" for x in ("arms", "diversity", "controls")
-    }
+    pictures = {f"study_{name}.png" for name in ("arms", "diversity", "controls")}
+    assert {path.name for path in tmp_path.iterdir()} == {"study.md", *pictures}
 
 
 def draw_page(made_up: list[dict], folder: Path) -> str:
@@ -157,7 +156,7 @@ def draw_page(made_up: list[dict], folder: Path) -> str:
         "runs": made_up,
     }
     write_report(facts, {one.name: one.against for one in VARIANTS.values()}, folder)
-    return (folder / "results.md").read_text()
+    return (folder / "study.md").read_text()
 
 
 @pytest.mark.filterwarnings("error::UserWarning")  # such as that of a legend without marks
@@ -242,4 +241,4 @@ def test_the_committed_study_is_whole():
     for found in facts["runs"]:
         assert {"arm", "objective", "seed", "curve"} <= found.keys()
         assert found["curve"][-1]["queries"] == pytest.approx(5760, rel=0.01)
-    assert f"{len(facts['runs'])} runs" in (ROOT / "docs" / "results.md").read_text()
+    assert f"{len(facts['runs'])} runs" in (ROOT / "docs" / "results" / "study.md").read_text()
