@@ -1,4 +1,4 @@
-"""Does the default run learn? Everything that README and docs/results say of it.
+"""Does the default run learn? Everything that README, docs/results.md and docs/results/ say of it.
 
     python -m benchmarks.learning                    # all of it, one part after the other
     python -m benchmarks.learning run --seeds 1,2    # one part of it: base, run, judge, deployed, draw

@@ -186,7 +186,7 @@ def shapes(config: ConfigDict) -> None:
     Accuracy on training prompts from 55 to 91 %, on held-out prompts from 52 to 84 % (means of three seeds).
     """
     config.exp_name = "shapes"
-    config.seed = 3  # one of the three that README reports
+    config.seed = 3  # one of the three that docs/results.md reports
     config.pretrained.model = "model/shapes/base"
     config.reward.clip.model = "model/shapes/clip"
     config.reward.batch_size = 256

@@ -20,8 +20,8 @@ Row = dict[str, Any]
 def stage_rows(root: Path) -> list[Row]:
     """One row for each stage that has been selected, in order.
 
-    `queries` counts the images scored by then, this stage's included. Then come the figures of the metric `select` (README,
-    "Where things are"), and of those stages that are trained `num_updates`, `max_abs_log_ratio_first` (at the first update;
+    `queries` counts the images scored by then, this stage's included. Then come the figures of the metric `select`
+    (docs/evaluation.md), and of those stages that are trained `num_updates`, `max_abs_log_ratio_first` (at the first update;
     None without one) and means over the updates of `loss`, `grad_norm` and `clip_fraction`. `seconds/<phase>/<part>` are the
     phases' own.
     """
