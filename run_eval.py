@@ -22,29 +22,28 @@ flags.DEFINE_string("prompt", None, "Draw this prompt by the base and the last c
 
 
 def main(config):
-    from b2diffurl.configuration.plan import take_recorded
-    from b2diffurl.evaluation import measure
-    from b2diffurl.evaluation.statistics import headline, name_best
-    from b2diffurl.experiment.folder import experiment_folder
+    from b2diffurl.configuration.plan import checked_settings, stage_index
+    from b2diffurl.configuration.recorded import take_recorded
+    from b2diffurl.evaluation.measure import every_checkpoint
+    from b2diffurl.evaluation.statistics import name_best
+    from b2diffurl.experiment.evaluation_table import headline
     from b2diffurl.experiment.lock import within_run
-    from b2diffurl.phases.evaluate import judge, judge_due
-    from b2diffurl.reporting import page
+    from b2diffurl.phases.evaluate import draw_prompt, judge, judge_due
 
     given = flags.FLAGS
     set_here = [name for name in given if name.startswith("config.") and given[name].present]
     take_recorded(config, [name.removeprefix("config.") for name in set_here])
-    root = experiment_folder(config)
+    settings = checked_settings(config)
+    root = settings.output.root
     with within_run(root):
         if given.prompt is not None:
-            samplers, sampler = measure.named_samplers(config, given.sampler), given.sampler[-1]
-            images = measure.prompt_images(config, given.checkpoint[-1], given.prompt, samplers[sampler])
-            picture = page.draw_prompt(root, given.prompt, images, sampler)
+            picture = draw_prompt(settings, given.checkpoint[-1], given.prompt, given.sampler[-1])
             print(json.dumps({"prompt": given.prompt, "picture": str(picture)}), flush=True)
         elif given.due:
-            judge_due(config)
+            judge_due(settings, stage_index(config.run_name))
         else:
-            checkpoints = measure.every_checkpoint(config) if given.all or given.best else given.checkpoint
-            results = judge(config, checkpoints, given.prompts, given.sampler)
+            checkpoints = every_checkpoint(root) if given.all or given.best else given.checkpoint
+            results = judge(settings, checkpoints, given.prompts, given.sampler)
             found = name_best(results, given.sampler[0]) if given.best else results[-1]
             print(json.dumps(headline(found)), flush=True)
 

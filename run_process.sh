@@ -140,28 +140,24 @@ leave() {
     if grep -qs "\[\[$$," "$Folder/run.lock"; then rm -f "$Folder/run.lock"; rmdir "$Folder" 2> /dev/null || true; fi
 }
 trap leave EXIT
-run python -m b2diffurl.start "${Flags[@]}" > "$PlanFile"    # checks the whole configuration
-Plan=$(< "$PlanFile")
-Folder=$(sed -n 1p <<< "$Plan")
-Stages=$(sed -n 2p <<< "$Plan")    # stage0 stage1 …
-if [[ "$Stages" != stage0* ]]; then
-    echo "$Plan"                   # --dry_run, or --dry_run=true: the plan for people, and no run
+run python -m b2diffurl.start "${Flags[@]}" > "$PlanFile"    # checks everything, and writes the list of calls
+if ! grep -q $'^call\t' "$PlanFile"; then
+    cat "$PlanFile"                # --dry_run, or --dry_run=true: the plan for people, and no run
     exit 0
 fi
-sed 1,2d <<< "$Plan"               # the plan in a line
+Folder=$(sed -n 1p "$PlanFile")
+sed 1d "$PlanFile" | grep -v $'^call\t' || true    # the plan in a line
 if [ "$Resident" = 1 ]; then
     run python -m b2diffurl.resident "${Flags[@]}"
     exit 0
 fi
-for Stage in $Stages; do
-    run "${Launch[@]}" run_sample.py "${Flags[@]}" --config.run_name="$Stage"
-    run "${Launch[@]}" run_select.py "${Flags[@]}" --config.run_name="$Stage"
-    if [ -f "$Folder/$Stage/scores_wanted.csv" ] && [ ! -f "$Folder/$Stage/select.json" ]; then
-        exit 0    # Reward=file: scores are being made elsewhere
+while IFS=$'\t' read -r -a Call <&3; do
+    if [ "${Call[0]}" != call ]; then continue; fi
+    Needs="${Call[1]}" Script="${Call[2]}" Options=("${Call[@]:3}")
+    if [ "$Needs" != . ] && [ ! -e "$Folder/$Needs" ]; then exit 0; fi    # Reward=file: scores are being made elsewhere
+    if [ "$Script" != run_eval.py ]; then
+        run "${Launch[@]}" "$Script" "${Flags[@]}" "${Options[@]}"
+    elif [ "$MachineRank" -eq 0 ]; then
+        run python "$Script" "${Flags[@]}" "${Options[@]}"
     fi
-    run "${Launch[@]}" run_train.py "${Flags[@]}" --config.run_name="$Stage"
-    if [ "$MachineRank" -eq 0 ]; then run python run_eval.py "${Flags[@]}" --config.run_name="$Stage" --due; fi
-done
-if [ "$MachineRank" -gt 0 ]; then exit 0; fi
-run python run_eval.py "${Flags[@]}" --checkpoint=base,last --prompts=train,test --sampler=training
-run python run_eval.py "${Flags[@]}" --checkpoint=base,last --prompts=test --sampler=deployed
+done 3< "$PlanFile"

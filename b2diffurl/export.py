@@ -6,28 +6,25 @@ A folder of `<experiment>/export/` holds the weights, README.md (the card), imag
 """
 
 import argparse
-import re
 import shutil
 import sys
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from b2diffurl.configuration.command_line import die, remedy
+from b2diffurl.configuration.settings import ModelSettings, read_model
 from b2diffurl.experiment.checkpoints import read_state, require_whole
 from b2diffurl.experiment.folder import find_experiment, resolve_checkpoint
 from b2diffurl.experiment.stage import LORA_FILE
-from b2diffurl.models import base_fingerprint
+from b2diffurl.models import base_fingerprint, family
+from b2diffurl.models.lora import rank_of, write_diffusers
 from b2diffurl.reporting.model_card import Exported, write_card
 from b2diffurl.runtime import files
 
 RECORD = "export.json"
 FORMATS = ("diffusers", "kohya", "pipeline")
-LORA_KEY = re.compile(r"unet\..+\.lora_[AB]\.weight")
 
 
 def main() -> None:
@@ -76,25 +73,27 @@ def export(
     `base` is where the base model is now; `repository` what the card calls the result. A ValueError or FileNotFoundError
     says why not, before anything is written.
     """
-    pretrained = files.read_json(root / "config.json")["config"]["pretrained"] | ({"model": base} if base else {})
+    config = files.read_json(root / "config.json")["config"]
+    model = read_model(config["pretrained"] | ({"model": base} if base else {}), config["train"]["lora_rank"])
     lora = resolve_checkpoint(root, checkpoint)
     if lora is None:
         raise ValueError("the base model is not trained here. Export last, stage<i>, or the path of a LoRA.")
     require_whole(lora)
-    state = read_lora(lora)
-    require_base(lora, pretrained, required=form == "pipeline" or bool(base))
+    state = family(model).read_lora(lora)
+    require_base(lora, model, required=form == "pipeline" or bool(base))
     out = (out or root / "export" / form).expanduser()
     check_replaceable(out)
     place = out.resolve()
     temporary = place.with_name(place.name + files.TEMPORARY)
     shutil.rmtree(temporary, ignore_errors=True)
     if form == "pipeline":
-        write_pipeline(temporary, lora, pretrained, rank=rank_of(state))
+        hide_progress()
+        family(model).write_pipeline(temporary, replace(model, lora_rank=rank_of(state)), lora)
     elif form == "kohya":
-        write_kohya(temporary / f"{root.resolve().name}.safetensors", state)
+        family(model).write_kohya(temporary / f"{root.resolve().name}.safetensors", state)
     else:
-        write_tensors(temporary / LORA_FILE, state, {"format": "pt"})
-    exported = Exported(root, lora, form, pretrained["model"], repository)
+        write_diffusers(temporary / LORA_FILE, state)
+    exported = Exported(root, lora, form, model, repository)
     write_card(temporary, exported)
     written = sorted(path for path in temporary.rglob("*") if path.is_file())
     described = {path.relative_to(temporary).as_posix(): files.describe(path) for path in written}
@@ -104,39 +103,18 @@ def export(
     return out
 
 
-def read_lora(path: Path) -> dict[str, Tensor]:
-    """A LoRA file, float32, under the keys of diffusers and peft; an alpha that is not the rank is folded into B."""
-    from b2diffurl.models.stable_diffusion import foreign_lora, recorded_scale
-
-    state = files.read_tensors(path)
-    if not all(LORA_KEY.fullmatch(key) for key in state):
-        state = foreign_lora(path)
-    odd = [key for key in state if not LORA_KEY.fullmatch(key)]
-    if odd or not state:
-        raise ValueError(f"{path} is no LoRA on a UNet: it holds {odd[0] if odd else 'nothing'}.")
-    ranks = {len(value) for key, value in state.items() if ".lora_A." in key}
-    if len(ranks) > 1:
-        raise ValueError(f"{path} has layers of ranks {sorted(ranks)}; only a LoRA of one rank can be exported.")
-    scale = recorded_scale(path)
-    return {key: (value.float() * (scale if ".lora_B." in key else 1)).contiguous() for key, value in state.items()}
-
-
-def rank_of(state: Mapping[str, Tensor]) -> int:
-    return next(len(value) for key, value in state.items() if ".lora_A." in key)
-
-
-def require_base(lora: Path, pretrained: Mapping, *, required: bool) -> None:
+def require_base(lora: Path, model: ModelSettings, *, required: bool) -> None:
     """Refuse a base model other than the LoRA's. One that is not `required` is looked at only where it is a local path."""
     trained_on = (read_state(lora) or {}).get("base_model_sha256")
-    if not required and not (trained_on and Path(pretrained["model"]).expanduser().exists()):
+    if not required and not (trained_on and Path(model.name).expanduser().exists()):
         return
     try:
-        fingerprint = base_fingerprint(pretrained)
+        fingerprint = base_fingerprint(model)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error} It is the base model; where it is now, --base says.") from None
     if trained_on and fingerprint != trained_on:
         raise ValueError(
-            f"{lora} was trained on another base model (SHA-256 {trained_on[:12]}…, {pretrained['model']} has "
+            f"{lora} was trained on another base model (SHA-256 {trained_on[:12]}…, {model.name} has "
             f"{fingerprint[:12]}…). Give the one it was trained on as --base."
         )
 
@@ -157,65 +135,14 @@ def check_replaceable(out: Path) -> None:
         raise ValueError(f"{out / changed[0]} is not what was exported, and would be lost. Move it, or give another --out.")
 
 
-def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file; with one key of metadata its bytes are reproducible."""
-    files.write_bytes(path, safetensors.torch.save(dict(state), metadata=dict(metadata)))
-
-
-def write_kohya(path: Path, state: Mapping[str, Tensor]) -> None:
-    """The LoRA under kohya's keys. diffusers' converter writes the rank as alpha, which here it is.
-
-    Of kohya's metadata it has what A1111 tells Stable Diffusion 2.x from 1.x by: 2.x reads text 1,024 wide.
-    """
-    from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
-
-    text_width = next((value.shape[1] for key, value in state.items() if ".attn2.to_k.lora_A." in key), 0)
-    write_tensors(path, convert_state_dict_to_kohya(dict(state)), {"ss_v2": str(text_width == 1024)})
-
-
-def write_pipeline(folder: Path, lora: Path, pretrained: Mapping, *, rank: int) -> None:
-    """The base model with the LoRA fused into its UNet, float32, in the diffusers layout; without a safety checker."""
+def hide_progress() -> None:
+    """Loading a model draws progress bars only on a terminal."""
     import diffusers
-    import torch
     import transformers
-
-    from b2diffurl.models.stable_diffusion import StableDiffusion, file_patterns
-    from b2diffurl.runtime.hub import locate
 
     for library in (diffusers, transformers):
         if not sys.stderr.isatty():
             library.utils.logging.disable_progress_bar()
-    model = StableDiffusion(
-        pretrained, device=torch.device("cpu"), dtype=torch.float32, lora_rank=rank, seed=0, decoder=True
-    )
-    model.load_adapter(lora)
-    model.unet.fuse_lora()
-    model.unet.unload_lora()
-    root = locate(pretrained["model"], revision=pretrained["revision"], patterns=file_patterns(pretrained["variant"]))
-    configs = root if root.is_dir() else locate(pretrained["config"], patterns=["model_index.json", "*/*.json"])
-    scheduler = read_scheduler(configs / "scheduler" / "scheduler_config.json")
-    transformers.utils.logging.set_verbosity_error()  # the pipeline's import warns of a torchvision that it does not need
-    parts = {name: getattr(model, name) for name in ("unet", "vae", "text_encoder", "tokenizer")}
-    none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    # Not by from_pretrained, which runs what model_index.json names, and a file of code beside it.
-    pipeline = diffusers.StableDiffusionPipeline(**parts, scheduler=scheduler, **none)
-    for part in (pipeline, pipeline.unet, pipeline.vae):
-        part.register_to_config(_name_or_path="")  # else the base's path here would go with it
-    with files.naming(folder):
-        pipeline.save_pretrained(folder)
-    for path in folder.glob("*/*.safetensors"):  # which safetensors makes for the owner alone, whatever the umask
-        path.chmod((folder / "model_index.json").stat().st_mode)
-
-
-def read_scheduler(path: Path) -> Any:
-    """The scheduler of diffusers that a scheduler_config.json describes."""
-    import diffusers
-
-    config = files.read_json(path)
-    kind = getattr(diffusers, str(config.get("_class_name")), None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        raise ValueError(f"{path} is of {config.get('_class_name')!r}, which is no scheduler of diffusers")
-    return kind.from_config(config)
 
 
 def check_login(repository: str) -> None:

@@ -1,4 +1,4 @@
-"""What run_process.sh does, in one process: start-up, imports and loading the base model are paid once."""
+"""Resident=1: the loop of run_process.sh in one process, which imports the libraries and loads the base model once."""
 
 import json
 import os
@@ -6,33 +6,38 @@ import os
 from ml_collections import ConfigDict
 
 from b2diffurl.configuration.command_line import run_script
+from b2diffurl.configuration.loop import calls
 from b2diffurl.configuration.plan import make_plan
-from b2diffurl.evaluation.statistics import headline
 from b2diffurl.experiment import lock
+from b2diffurl.experiment.evaluation_table import headline
 from b2diffurl.models import policy
 from b2diffurl.phases.evaluate import judge, judge_due
 from b2diffurl.phases.sample import sample_stage
 from b2diffurl.phases.select import select_stage
 from b2diffurl.phases.train import train_stage
 
+VERBS = {"sample": sample_stage, "select": select_stage, "train": train_stage}
+
 
 def run_stages(config: ConfigDict) -> None:
-    """Every stage by the functions of the three scripts, judged when it is due, and in the end base and tuned model."""
+    """Every call of the loop, in order; it ends early where a call lacks what it needs."""
     if max(config.num_processes, int(os.environ.get("WORLD_SIZE", 1))) > 1:
         raise ValueError("Resident=1 is for one process. Without it each script is started on its own.")
     policy.keep_models()
-    with lock.holding(make_plan(config).stage.root):
-        for index in range(config.stage_cnt):
-            config.run_name = f"stage{index}"
-            plan = make_plan(config)
-            sample_stage(plan)
-            select_stage(plan)
-            if not plan.stage.finished("select"):
-                return  # reward `file`: scores are being made elsewhere
-            train_stage(plan)
-            judge_due(config)
-        judge(config, ["base", "last"], ["train", "test"], ["training"])
-        results = judge(config, ["base", "last"], ["test"], ["deployed"])
+    first = make_plan(config)
+    root, results = first.stage.root, []
+    loop = calls(first.settings.schedule.num_stages, waits=first.settings.rewards.made_elsewhere)
+    with lock.holding(root):
+        for call in loop:
+            if not (root / call.needs).exists():
+                return
+            if call.stage is None:
+                results = judge(first.settings, ["base", "last"], call.prompts, [call.sampler])
+            elif call.script == "eval":
+                judge_due(first.settings, call.stage)
+            else:
+                config.run_name = f"stage{call.stage}"
+                VERBS[call.script](make_plan(config))
     print(json.dumps(headline(results[-1])), flush=True)
 
 

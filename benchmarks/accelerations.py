@@ -13,12 +13,11 @@ from datetime import date
 from pathlib import Path
 from statistics import fmean, median, stdev
 
-from b2diffurl.experiment.folder import experiment_folder
 from b2diffurl.experiment.stage import Stage, versions
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import set_up_logging
 from benchmarks.page import percent, table
-from benchmarks.study import Scale, Variant, configure, finished_run, perform_all
+from benchmarks.study import Scale, Variant, configure, finished_run, perform_all, root_of
 from benchmarks.study_statistics import interval
 
 PLAIN = Variant("none", "b2", 3)
@@ -59,7 +58,7 @@ def figures(variant: Variant, seed: int) -> dict[str, float]:
     last = finished_run(SCALE, variant, seed)["curve"][-1]
     config = configure(SCALE, variant, seed)
     sampling, training = [], []
-    for stage in (Stage(experiment_folder(config), index) for index in range(config.stage_cnt)):
+    for stage in (Stage(root_of(config), index) for index in range(config.stage_cnt)):
         sampled, selected, trained = (stage.manifest(phase) for phase in ("sample", "select", "train"))
         sampling.append(sampled["seconds"]["sample"] / sampled["num_images"])
         training.append(trained["seconds"]["train"] / max(1, selected["num_selected"]) / sampled["num_trained_steps"])

@@ -1,4 +1,4 @@
-"""Does the default run learn? Everything that README and docs/results say of it.
+"""Does the default run learn? Everything that README, docs/results.md and docs/results/ say of it.
 
     python -m benchmarks.learning                    # all of it, one part after the other
     python -m benchmarks.learning run --seeds 1,2    # one part of it: base, run, judge, deployed, draw
@@ -24,15 +24,15 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from b2diffurl.configuration.plan import make_plan
+from b2diffurl.configuration.plan import checked_settings, make_plan
 from b2diffurl.configuration.prompts import batch_prompts, named_prompts
+from b2diffurl.configuration.settings import read_settings
 from b2diffurl.evaluation.generate import SamplerSettings, training_sampler
 from b2diffurl.evaluation.measure import evaluate
 from b2diffurl.evaluation.statistics import add_differences, mean_and_error, paired_difference
-from b2diffurl.experiment.folder import experiment_folder
+from b2diffurl.experiment.evaluation_table import evaluation_rows
 from b2diffurl.experiment.metrics import read_events
 from b2diffurl.experiment.stage import LORA_FILE, Stage
-from b2diffurl.experiment.stage_table import evaluation_rows
 from b2diffurl.models import base_fingerprint
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import set_up_logging
@@ -84,7 +84,7 @@ def judged(name: str, threads: int = 0) -> ConfigDict:
 def require_finished(config: ConfigDict) -> None:
     """Refuse a run that is not whole, or was made with other settings than today's."""
     make_plan(config)
-    root = experiment_folder(config)
+    root = read_settings(config).output.root
     recorded = files.read_json(root / "config.json")["config"]["stage_cnt"]
     finished = all(Stage(root, index).finished("train") for index in range(config.stage_cnt))
     if not finished or recorded != config.stage_cnt:
@@ -110,7 +110,7 @@ def run(seeds: Sequence[int], _threads: int) -> None:
 
 def run_process(name: str) -> None:
     config = configure(name)
-    root = experiment_folder(config)
+    root = read_settings(config).output.root
     if evaluation_rows(root, stage=config.stage_cnt - 1, sampler="deployed"):  # the last thing that run_process.sh does
         require_finished(config)
         return
@@ -150,7 +150,7 @@ def draw(seeds: Sequence[int], _threads: int) -> None:
         "num_images": NUM_IMAGES,
         "sweep_images": SWEEP_IMAGES,
         "deployed_images": DEPLOYED_IMAGES,
-        "sampler": vars(training_sampler(get_config("shapes"))),
+        "sampler": vars(training_sampler(read_settings(get_config("shapes")))),
         "seconds": {name: seconds_of(name) for name in names},
         "updates": {name: num_updates(name) for name in names},
         "training_reward": {name: training_reward(name) for name in names},
@@ -183,7 +183,8 @@ def curve(name: str, threads: int = 0) -> list[dict]:
     """The results of each stage on both prompt sets, in order, or those of the base."""
     config = judged(name, threads)
     checkpoints = [BASE] if name == BASE else [f"stage{index}" for index in range(config.stage_cnt)]
-    return evaluate(config, checkpoints, list(SETS), {"training": training_sampler(get_config("shapes"))})
+    settings = checked_settings(config)
+    return evaluate(settings, checkpoints, list(SETS), {"training": training_sampler(settings)})
 
 
 def at_best(name: str, threads: int = 0) -> list[dict]:
@@ -196,7 +197,9 @@ def swept(threads: int = 0) -> list[dict]:
     """The base on the training prompts at every sampler, on noise that nothing else is judged with."""
     config = judged(BASE, threads)
     config.eval.num_images, config.eval.seed = SWEEP_IMAGES, SWEEP_SEED
-    return evaluate(config, [BASE], ["train"], {str(vars(settings)): settings for settings in sweep_settings()})
+    return evaluate(
+        checked_settings(config), [BASE], ["train"], {str(vars(settings)): settings for settings in sweep_settings()}
+    )
 
 
 def sweep_settings() -> list[SamplerSettings]:
@@ -224,7 +227,7 @@ def deployed_guidances() -> list[float]:
     """That of training, and the base's best for the deployed sampler."""
     like_this = [one for one in swept() if (one["num_steps"], one["eta"]) == (DEPLOYED_STEPS, 0.0)]
     best = max(like_this, key=lambda result: result["accuracy"])["guidance_scale"]
-    return list(dict.fromkeys([training_sampler(get_config("shapes")).guidance_scale, best]))
+    return list(dict.fromkeys([training_sampler(read_settings(get_config("shapes"))).guidance_scale, best]))
 
 
 def deploy(names: Iterable[str], threads: int) -> None:
@@ -242,11 +245,11 @@ def deployed_values(name: str, prompts: str, guidance: float) -> dict[str, list[
     from b2diffurl.shapes.sampling import load_pipeline, sample
 
     config = judged(name)
-    lora = None if name == BASE else Stage(experiment_folder(config), config.stage_cnt - 1).checkpoints()[-1]
-    some = [prompt for _, prompt in named_prompts(config, prompts)]
-    decisive = [base_fingerprint(config.pretrained), files.sha256(lora / LORA_FILE) if lora else "", some]
+    lora = None if name == BASE else Stage(read_settings(config).output.root, config.stage_cnt - 1).checkpoints()[-1]
+    some = [prompt for _, prompt in named_prompts(read_settings(config).prompts, prompts)]
+    decisive = [base_fingerprint(read_settings(config).model), files.sha256(lora / LORA_FILE) if lora else "", some]
     decisive += [guidance, DEPLOYED_STEPS, DEPLOYED_IMAGES, EVAL_SEED]
-    file = experiment_folder(config) / "eval" / f"deployed_{prompts}_{files.digest(decisive)}.json"
+    file = read_settings(config).output.root / "eval" / f"deployed_{prompts}_{files.digest(decisive)}.json"
     if not file.is_file():
         pipeline = load_pipeline(config.pretrained.model)
         if lora:
@@ -293,12 +296,12 @@ def num_updates(name: str) -> int:
 
 def stages(name: str) -> list[Stage]:
     config = configure(name)
-    return [Stage(experiment_folder(config), index) for index in range(config.stage_cnt)]
+    return [Stage(read_settings(config).output.root, index) for index in range(config.stage_cnt)]
 
 
 def seconds_of(name: str) -> float | None:
     """How long `bash run_process.sh` took; None where it was interrupted."""
-    file = experiment_folder(configure(name)) / "seconds.json"
+    file = read_settings(configure(name)).output.root / "seconds.json"
     return files.read_json(file) if file.is_file() else None
 
 

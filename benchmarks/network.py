@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import Transformer2DModel, UNet2DConditionModel
-from diffusers.models.resnet import ResnetBlock2D
 from ml_collections import ConfigDict
 
 from b2diffurl.configuration.settings import read_settings
@@ -16,11 +14,11 @@ from b2diffurl.models.policy import load_policy
 from b2diffurl.runtime.device import make_accelerator
 
 REPEATS = 5
-COMPILED = {  # the modules that are compiled, each by itself
+COMPILED = {  # classes of the modules that are compiled, each by itself
     "no": (),
     "blocks": stable_diffusion.COMPILED,
-    "transformers": (ResnetBlock2D, Transformer2DModel),
-    "whole": (UNet2DConditionModel,),
+    "transformers": ("ResnetBlock2D", "Transformer2DModel"),
+    "whole": ("UNet2DConditionModel",),
 }
 PLAIN_KINDS = {"evaluation": (8, 40), "transition": (8, 16, 32)}  # images at once
 COMPILED_KINDS = {"evaluation": (40,), "transition": (16,)}  # one of each, for compiling it takes half a minute or more
@@ -30,15 +28,14 @@ def measure_network(config: ConfigDict, way: str) -> list[dict[str, Any]]:
     """Of one way to compile a row for each kind and number: `seconds` of one pass, the median of five after the first, whose
     `first_seconds` have compiling or reading back in them, and `peak_bytes` of a GPU; none for what its memory does not
     hold. To be called in a process of its own, for it changes what compiling means in it."""
-    accelerator, rows = make_accelerator(read_settings(config).compute), []
-    with config.unlocked():
-        config.compile = way != "no"
+    settings, rows = read_settings(config), []
+    accelerator, compiles = make_accelerator(settings.compute), way != "no"
     stable_diffusion.COMPILED = COMPILED[way]
-    model = load_policy(config, accelerator, None)
+    model = load_policy(settings.model, accelerator, None, seed=settings.schedule.seed, compile=compiles)
     model.network = accelerator.prepare_model(model.network)
-    for kind, sizes in (COMPILED_KINDS if config.compile else PLAIN_KINDS).items():
+    for kind, sizes in (COMPILED_KINDS if compiles else PLAIN_KINDS).items():
         for size in sizes:
-            if row := measure(model, accelerator, kind, size, config.sample.guidance_scale):
+            if row := measure(model, accelerator, kind, size, settings.sampling.guidance_scale):
                 rows.append({"kind": kind, "at_once": size, "compiled": way} | row)
     return rows
 

@@ -34,11 +34,13 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from b2diffurl.algorithm.branching import Noise, Predict
-from b2diffurl.algorithm.ddim import Sampler, log_prob, make_sampler, step_weights, transition
+from b2diffurl.algorithm.advantages import advantages, normalise
+from b2diffurl.algorithm.ddim import make_transitions
 from b2diffurl.algorithm.seeding import generator, stable_seed
-from b2diffurl.algorithm.selection import advantages, normalise, select_all, select_pairs
-from b2diffurl.configuration.settings import read_training
+from b2diffurl.algorithm.selection import select_all, select_pairs
+from b2diffurl.algorithm.transition import Transitions, log_prob, step_weights, transition
+from b2diffurl.algorithm.types import Noise, Predict
+from b2diffurl.configuration.settings import read_rewards, read_training
 from b2diffurl.experiment.stage import LORA_FILE
 from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.rewards import load_reward, score
@@ -101,12 +103,12 @@ class Job:
     def dtype(self) -> torch.dtype:
         return DTYPES[self.mixed_precision]
 
-    def sampler(self) -> Sampler:
+    def sampler(self) -> Transitions:
         from diffusers import DDIMScheduler
 
         scheduler = DDIMScheduler.from_config(files.read_json(self.root / "scheduler" / "scheduler_config.json"))
         scheduler.set_timesteps(self.config["sample"]["num_steps"])
-        return make_sampler(
+        return make_transitions(
             scheduler.timesteps,
             scheduler.alphas_cumprod,
             scheduler.final_alpha_cumprod,
@@ -183,7 +185,7 @@ def sample(folder: Path, job: Job) -> dict[str, Any]:
     """Write images/<id>.png and samples.pkl; returns facts for sample.json."""
     clock, samples = Clock(job.device), []
     with clock("load"):
-        policy, sampler, painter = Policy(job), job.sampler(), Painter(job)
+        policy, table, painter = Policy(job), job.sampler(), Painter(job)
         rng = torch.Generator(job.device).manual_seed(stable_seed(job.config["seed"], "peers"))
         size = job.config["pretrained"]["resolution"] // 8 or policy.unet.config.sample_size
         unconditional = painter.encode([""])
@@ -195,10 +197,10 @@ def sample(folder: Path, job: Job) -> dict[str, Any]:
         for start in range(0, len(job.prompts), SAMPLE_BATCH):
             prompts = job.prompts[start : start + SAMPLE_BATCH]
             embeds = painter.encode(prompts)
-            predict = policy.predictor(sampler.timesteps, embeds, unconditional)
+            predict = policy.predictor(table.timesteps, embeds, unconditional)
             x_T = noise((len(prompts), policy.unet.config.in_channels, size, size))
             num_branches = job.config["split_time"]
-            branches = sample_batch(predict, sampler, x_T, noise, num_branches, job.num_trained_steps)
+            branches = sample_batch(predict, table, x_T, noise, num_branches, job.num_trained_steps)
             for k, (states, log_probs) in enumerate(branches):
                 ids = [(start + n) * num_branches + k for n in range(len(prompts))]
                 with clock("decode"):
@@ -206,7 +208,7 @@ def sample(folder: Path, job: Job) -> dict[str, Any]:
                 with clock("write"):
                     for n, image in zip(ids, images, strict=True):
                         files.write_image(folder / "images" / f"{n:05d}.png", image)
-                samples.append(as_record(ids, prompts, states, log_probs, sampler.timesteps, embeds))
+                samples.append(as_record(ids, prompts, states, log_probs, table.timesteps, embeds))
             with clock("write"):
                 write_pickle(folder / SAMPLES, samples)
     write_pickle(folder / "unconditional.pkl", as_array(unconditional))
@@ -215,24 +217,24 @@ def sample(folder: Path, job: Job) -> dict[str, Any]:
 
 @torch.no_grad()
 def sample_batch(
-    predict: Predict, sampler: Sampler, x_T: Tensor, noise: Noise, num_branches: int, num_trained_steps: int
+    predict: Predict, table: Transitions, x_T: Tensor, noise: Noise, num_branches: int, num_trained_steps: int
 ) -> list[tuple[Tensor, Tensor]]:
     """The shared prefix of x_T [B,C,h,w] once, then branch after branch: of each all states [B,T+1,C,h,w] and log-probs
     [B,T]."""
-    split = sampler.num_steps - num_trained_steps
-    states, log_probs = walk(predict, sampler, x_T, noise, range(split))
+    split = table.num_steps - num_trained_steps
+    states, log_probs = walk(predict, table, x_T, noise, range(split))
     branches = []
     for _ in range(num_branches):
-        more_states, more_log_probs = walk(predict, sampler, states[-1], noise, range(split, sampler.num_steps))
+        more_states, more_log_probs = walk(predict, table, states[-1], noise, range(split, table.num_steps))
         branches.append((torch.stack([*states, *more_states[1:]], 1), torch.stack([*log_probs, *more_log_probs], 1)))
     return branches
 
 
-def walk(predict: Predict, sampler: Sampler, x: Tensor, noise: Noise, steps: range) -> tuple[list[Tensor], list[Tensor]]:
+def walk(predict: Predict, table: Transitions, x: Tensor, noise: Noise, steps: range) -> tuple[list[Tensor], list[Tensor]]:
     """The states from x [B,C,h,w] through `steps`, itself first, and the log-probs [B] of the steps."""
     states, log_probs = [x], []
     for i in steps:
-        mu, sigma = transition(sampler, i, x, predict(x, i))
+        mu, sigma = transition(table, i, x, predict(x, i))
         x = mu + sigma * noise(x.shape)
         states.append(x)
         log_probs.append(log_prob(x, mu, sigma))
@@ -312,7 +314,7 @@ def select(folder: Path, job: Job) -> dict[str, Any]:
     """Score the images and write selected.pkl; returns facts for select.json."""
     clock, settings = Clock(job.device), job.config["reward"]
     with clock("load"):
-        reward = load_reward(settings["name"], settings, job.device)
+        reward = load_reward(settings["name"], read_rewards(settings), job.device)
     with clock("read"):
         samples = read_pickle(folder / SAMPLES)
     num_images = len(job.prompts) * job.config["split_time"]
@@ -361,7 +363,7 @@ def train(folder: Path, job: Job) -> dict[str, Any]:
     """Write the LoRA and the optimizer; returns facts for train.json."""
     clock, config = Clock(job.device), job.config["train"]
     with clock("load"):
-        policy, sampler = Policy(job), job.sampler()
+        policy, table = Policy(job), job.sampler()
         optimizer = torch.optim.AdamW(
             policy.lora.values(),
             lr=config["learning_rate"],
@@ -376,7 +378,7 @@ def train(folder: Path, job: Job) -> dict[str, Any]:
             tensors = stack(selected, job) if selected else {}
         for epoch in range(1, config["num_epochs"] + 1):
             for rows in deal(len(selected), job, epoch):
-                update(policy, optimizer, sampler, tensors, rows, unconditional, job)
+                update(policy, optimizer, table, tensors, rows, unconditional, job)
         state = {f"unet.{name.replace('.default.', '.')}": value for name, value in policy.lora.items()}
         files.write_tensors(folder / LORA_FILE, state)
         torch.save(optimizer.state_dict(), folder / "optimizer.bin")
@@ -402,7 +404,7 @@ def deal(num_selected: int, job: Job, epoch: int) -> list[Tensor]:
 def update(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
-    sampler: Sampler,
+    table: Transitions,
     tensors: dict[str, Tensor],  # each [N, ...]
     rows: Tensor,  # [U]
     unconditional: Tensor,  # [1,L,E]
@@ -410,11 +412,11 @@ def update(
 ) -> None:
     """One optimizer step on the mean loss of `rows`, two of them at once and one step after the other."""
     train, num_steps = job.config["train"], job.num_trained_steps
-    weights = step_weights(sampler, num_steps, train["step_weight"])
+    weights = step_weights(table, num_steps, train["step_weight"])
     for some in rows.split(TRAIN_BATCH):
         batch = {key: value[some.to(value.device)] for key, value in tensors.items()}
         for step in range(num_steps):
-            loss = step_loss(policy, sampler, batch, sampler.num_steps - num_steps + step, unconditional, train)
+            loss = step_loss(policy, table, batch, table.num_steps - num_steps + step, unconditional, train)
             (loss.sum() * weights[step] / (len(rows) * num_steps)).backward()
     torch.nn.utils.clip_grad_norm_(policy.lora.values(), train["max_grad_norm"])
     optimizer.step()
@@ -422,11 +424,11 @@ def update(
 
 
 def step_loss(
-    policy: Policy, sampler: Sampler, batch: dict[str, Tensor], i: int, unconditional: Tensor, train: dict[str, Any]
+    policy: Policy, table: Transitions, batch: dict[str, Tensor], i: int, unconditional: Tensor, train: dict[str, Any]
 ) -> Tensor:
     """The loss [2] of two trajectories at step `i` of the T."""
     x_t, x_prev = batch["latents"][:, i], batch["next_latents"][:, i]
-    mu, sigma = transition(sampler, i, x_t, policy(x_t, batch["timesteps"][0, i], batch["prompt_embeds"], unconditional))
+    mu, sigma = transition(table, i, x_t, policy(x_t, batch["timesteps"][0, i], batch["prompt_embeds"], unconditional))
     objective = read_training(train).objective
     found = {
         "log_prob": log_prob(x_prev, mu, sigma),

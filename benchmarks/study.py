@@ -1,4 +1,4 @@
-"""Do the claims of B2-DiffuRL hold? The runs behind docs/results.md.
+"""Do the claims of B2-DiffuRL hold? The runs behind docs/results/study.md.
 
     python -m benchmarks.study             # all of it; what is done is not redone, so a killed study goes on
     python -m benchmarks.study --quick     # the same in minutes and in small, to see that it works
@@ -25,11 +25,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from b2diffurl.configuration.plan import make_plan
+from b2diffurl.configuration.plan import checked_settings, make_plan
+from b2diffurl.configuration.settings import read_settings
 from b2diffurl.evaluation.generate import training_sampler
 from b2diffurl.evaluation.measure import evaluate
 from b2diffurl.evaluation.statistics import add_differences
-from b2diffurl.experiment.folder import experiment_folder
 from b2diffurl.experiment.stage import Stage, versions
 from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.phases.sample import sample_stage
@@ -106,12 +106,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="four arms, two seeds, short; the page goes to log/study_quick")
     parser.add_argument("--draw", action="store_true", help="make no runs")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
-    parser.add_argument("--out", type=Path, help="folder of results.md and results/; docs, or log/study_quick")
+    parser.add_argument("--out", type=Path, help="folder of page and figures; docs/results, or log/study_quick")
     given = parser.parse_args()
     scale = QUICK if given.quick else FULL
     set_up_logging(Path(f"log/{scale.prefix}.log"))
     failed = {} if given.draw else perform_all(scale, given.jobs)
-    draw(scale, given.out or Path("log/study_quick" if given.quick else "docs"), failed)
+    draw(scale, given.out or Path("log/study_quick" if given.quick else "docs/results"), failed)
     if failed:
         raise SystemExit(f"{len(failed)} runs failed: {'; '.join(failed)}. Their logs are in log/; run again to go on.")
 
@@ -176,28 +176,34 @@ def end_with(parent: int) -> None:
     sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
 
 
+def root_of(config: ConfigDict) -> Path:
+    """The folder of a configuration's experiment."""
+    return read_settings(config).output.root
+
+
 def judge_base(scale: Scale) -> list[dict[str, Any]]:
     config = configure(scale, None)
-    return evaluate(config, ["base"], list(SETS), {"training": training_sampler(config)})
+    settings = checked_settings(config)
+    return evaluate(settings, ["base"], list(SETS), {"training": training_sampler(settings)})
 
 
 def perform(scale: Scale, variant: Variant, seed: int) -> None:
     """One run from its first stage to its curve; every part of it is skipped if it is done."""
     config = configure(scale, variant, seed)
     set_up_logging(Path(config.log_path) / f"{config.exp_name}.log", console_too=False)
-    begun = experiment_folder(config) / "config.json"
+    begun = root_of(config) / "config.json"
     if begun.is_file() and files.read_json(begun)["config"]["stage_cnt"] != config.stage_cnt:
-        raise ValueError(f"{experiment_folder(config)} was begun with another number of stages; delete it")
+        raise ValueError(f"{root_of(config)} was begun with another number of stages; delete it")
     for index in range(config.stage_cnt):
         config.run_name = f"stage{index}"
         for phase in (sample_stage, select_stage, train_stage):
             phase(make_plan(config))
-    files.write_json(experiment_folder(config) / "study.json", describe_run(scale, variant, seed))
+    files.write_json(root_of(config) / "study.json", describe_run(scale, variant, seed))
 
 
 def finished_run(scale: Scale, variant: Variant, seed: int) -> dict[str, Any] | None:
     """What a finished run left, if it was made with today's settings."""
-    path = experiment_folder(configure(scale, variant, seed)) / "study.json"
+    path = root_of(configure(scale, variant, seed)) / "study.json"
     found = files.read_json(path) if path.is_file() else None
     return found if found and found["config"] == described_config(scale, variant, seed) else None
 
@@ -218,7 +224,9 @@ def describe_run(scale: Scale, variant: Variant, seed: int) -> dict[str, Any]:
     config, bases = configure(scale, variant, seed), judge_base(scale)
     config.reward.name = configure(scale, None).reward.name
     judged = [index for index in range(config.stage_cnt) if (config.stage_cnt - 1 - index) % JUDGED_EVERY == 0]
-    results = evaluate(config, [f"stage{index}" for index in judged], list(SETS), {"training": training_sampler(config)})
+    settings = checked_settings(config)
+    checkpoints, samplers = [f"stage{index}" for index in judged], {"training": training_sampler(settings)}
+    results = evaluate(settings, checkpoints, list(SETS), samplers)
     together = [dict(result) for result in [*bases, *results]]
     add_differences(together)
     points = [together[n : n + len(SETS)] for n in range(0, len(together), len(SETS))]
@@ -232,9 +240,9 @@ def describe_run(scale: Scale, variant: Variant, seed: int) -> dict[str, Any]:
         "objective": config.train.objective,
         "seed": seed,
         "settings": variant.settings,
-        "device": Stage(experiment_folder(config), 0).manifest("sample")["device"],
+        "device": Stage(root_of(config), 0).manifest("sample")["device"],
         "curve": curve,
-        "stages": [stage_facts(Stage(experiment_folder(config), index)) for index in range(config.stage_cnt)],
+        "stages": [stage_facts(Stage(root_of(config), index)) for index in range(config.stage_cnt)],
         "versions": versions(),
         "date": str(date.today()),
         "config": described_config(scale, variant, seed),
@@ -258,7 +266,7 @@ def cost(config: ConfigDict, num_stages: int) -> dict[str, float]:
     """
     total = dict.fromkeys(COSTS, 0.0)
     passes = 2 + OBJECTIVES[config.train.objective].needs_base
-    for stage in (Stage(experiment_folder(config), index) for index in range(num_stages)):
+    for stage in (Stage(root_of(config), index) for index in range(num_stages)):
         sampled, selected, trained = (stage.manifest(phase) for phase in ("sample", "select", "train"))
         total["queries"] += sampled["num_images"]
         total["evaluations"] += sampled["num_evaluations"] + passes * trained["num_transitions"]
@@ -286,7 +294,7 @@ def finished(scale: Scale) -> Iterator[dict[str, Any]]:
 
 
 def draw(scale: Scale, out: Path, failed: dict[str, str]) -> None:
-    """results.md, results/study.json and its pictures, from the finished runs."""
+    """study.md, study.json and its pictures, from the finished runs."""
     from benchmarks.study_report import write_report
 
     found, config = list(finished(scale)), configure(scale, None)
@@ -308,7 +316,7 @@ def draw(scale: Scale, out: Path, failed: dict[str, str]) -> None:
         "runs": found,
     }
     write_report(facts, {one.name: one.against for one in VARIANTS.values()}, out)
-    files.write_json(out / "results" / "study.json", facts)
+    files.write_json(out / "study.json", facts)
 
 
 if __name__ == "__main__":

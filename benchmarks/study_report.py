@@ -1,4 +1,4 @@
-"""The page of benchmarks.study: results.md and its pictures."""
+"""The page of benchmarks.study: study.md and its pictures."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,11 +57,11 @@ PAGE = """# Do the claims of B²-DiffuRL hold?
 By `{command}`, {date}, {hardware} ({devices}), torch {torch}: {num_runs} runs of {queries:,} scored images each, one thread
 a run, several side by side.{quick}
 
-The world is the embedded one ([shapes.md](shapes.md)), at 8 sampler steps and without guidance, which makes a run last
+The world is the embedded one ([shapes.md](../shapes.md)), at 8 sampler steps and without guidance, which makes a run last
 minutes. K = 5 siblings, CLIP as reward, rate {learning_rate:g}, batches of {batch_size} trajectories, {num_epochs} pass,
 clip range {eps:g}, step weights {step_weight}, rank 16. Where S grows, it goes 6, 7, 8, which is the reference's 14 to 20 of
-20; [shapes.md](shapes.md#how-the-study-was-set-up) says how all this was chosen. Every part of a method is a switch
-([method.md](method.md#ablations)), everything else is equal.
+20; [shapes.md](../shapes.md#how-the-study-was-set-up) says how all this was chosen. Every part of a method is a switch
+([method.md](../method.md#ablations)), everything else is equal.
 
 | arm | siblings | S | what is trained |
 | --- | --- | --- | --- |
@@ -73,11 +73,11 @@ clip range {eps:g}, step weights {step_weight}, rank 16. Where S grows, it goes 
 Runs are judged by the exact checker, which no training but one control's sees, on {num_images} images a figure, of the
 same noise for all. The base model has {base_train} of the training prompts right and {base_test} of the held-out ones. Runs
 of one seed are paired; a seed is one observation; all intervals are 95 %. Every curve is in
-[results/study.json](results/study.json).
+[study.json](study.json).
 
 ## The arms
 
-![Arms](results/study_arms.png)
+![Arms](study_arms.png)
 
 *Mean of the seeds with its 95 % band.*
 
@@ -108,7 +108,7 @@ both runs of a pair have spent as much as the cheaper one spent in all (interpol
 Where both runs of a seed are as accurate as the less accurate one became, interpolated along the curves: on average
 {matched_at}.
 
-![Diversity against accuracy](results/study_diversity.png)
+![Diversity against accuracy](study_diversity.png)
 
 {matched}
 
@@ -120,7 +120,7 @@ Where both runs of a seed are as accurate as the less accurate one became, inter
 
 Each differs from the b2 arm, or the ddpo arm, in what its name says. {pooling}
 
-![Controls](results/study_controls.png)
+![Controls](study_controls.png)
 
 {controls}
 
@@ -131,14 +131,14 @@ Each differs from the b2 arm, or the ddpo arm, in what its name says. {pooling}
 
 
 def write_report(facts: dict[str, Any], against: dict[str, str], out: Path) -> None:
-    """results.md and its three pictures, from study.json's `facts`; `against` says what each variant is compared with."""
-    runs, results = by_variant(facts["runs"]), out / "results"
-    results.mkdir(parents=True, exist_ok=True)
+    """study.md and its three pictures, from study.json's `facts`; `against` says what each variant is compared with."""
+    runs = by_variant(facts["runs"])
+    out.mkdir(parents=True, exist_ok=True)
     against = {name: other for name, other in against.items() if name in runs and other in runs and name != other}
     plt.rcParams |= STYLE
     pictures = {"arms": draw_arms(runs), "diversity": draw_diversity(runs), "controls": draw_controls(runs, against)}
     for name, figure in pictures.items():
-        figure.savefig(results / f"study_{name}.png", dpi=110)
+        figure.savefig(out / f"study_{name}.png", dpi=110)
         plt.close(figure)
     base = facts["runs"][0]["curve"][0]
     pairs = {prompts: differences(runs, "b2", "ddpo", matched_accuracy(prompts)) for prompts in SETS}
@@ -172,7 +172,7 @@ def write_report(facts: dict[str, Any], against: dict[str, str], out: Path) -> N
         hacking=hacking_table(runs),
         missing=missing(facts),
     )
-    (out / "results.md").write_text(text)
+    (out / "study.md").write_text(text)
 
 
 # --- tables ---------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Every setting of the pipeline. Presets: config/stage_process.py:shapes (default), :sd14 and, for a small card, :sd14_10gb;
 and those of the study's four arms, b2, bs, bpt and ddpo.
 
-Override any key on the command line: --config.train.learning_rate=1e-4. Names are those of the paper's repository.
+Override any key on the command line: --config.train.learning_rate=1e-4. Names are those of the paper's repository. What each
+key may be, and whether it may change once an experiment has begun, stands in b2diffurl/configuration/keys.py.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -22,14 +23,14 @@ def reference() -> ConfigDict:
     config = ConfigDict()
 
     # ---- the experiment ----
-    config.preset = ""  # filled in with the name after the colon, for the report to say what differs from it
+    config.preset = ""  # the name after the colon; get_config fills it in, for the report
     config.exp_name = "b2diffurl"  # names the folder under save_path and the log file
     config.run_name = "stage0"  # the stage to work on: stage<i>
     config.seed = 300  # of the whole experiment; each stage, phase and batch derives its own
     config.save_path = "model/lora"  # where experiments lie
     config.log_path = "log"  # where <exp_name>.log is written
     config.allow_config_change = False  # go on, from the next stage, with other settings than the experiment was begun with
-    config.num_processes = 0  # refuse to be one of another number of processes; 0: any
+    config.num_processes = 0  # how many processes must be at work, or none begins; 0: any number
     config.dev_id = 0  # CUDA device; without CUDA everything runs on the CPU
     config.mixed_precision = "auto"  # auto | no | fp16 | bf16; auto: bf16 or fp16 on CUDA, none on the CPU
     config.allow_tf32 = True  # TF32 matrix products on CUDA, where they are not half precision anyway
@@ -186,7 +187,7 @@ def shapes(config: ConfigDict) -> None:
     Accuracy on training prompts from 55 to 91 %, on held-out prompts from 52 to 84 % (means of three seeds).
     """
     config.exp_name = "shapes"
-    config.seed = 3  # one of the three that README reports
+    config.seed = 3  # one of the three that docs/results.md reports
     config.pretrained.model = "model/shapes/base"
     config.reward.clip.model = "model/shapes/clip"
     config.reward.batch_size = 256

@@ -14,7 +14,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
@@ -32,6 +32,7 @@ from absl.flags import FLAGS  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
 from b2diffurl.algorithm.selection import Selected  # noqa: E402
+from b2diffurl.configuration.settings import Settings, read_settings  # noqa: E402
 from b2diffurl.experiment.stage import Stage  # noqa: E402
 from b2diffurl.experiment.trajectories import SelectedTrajectories, Trajectories, save_selected  # noqa: E402
 from b2diffurl.runtime.files import SEAL  # noqa: E402
@@ -152,6 +153,12 @@ def make_config(overrides: dict, preset: str = "sd14", **more) -> ConfigDict:
     return config
 
 
+def settings_at(config: ConfigDict, root: Path) -> Settings:
+    """The values of a configuration whose experiment lies in folder `root`."""
+    settings = read_settings(config)
+    return replace(settings, output=replace(settings.output, save_path=str(root.parent), name=root.name))
+
+
 def get_config(preset: str) -> ConfigDict:
     return runpy.run_path(str(ROOT / "config" / "stage_process.py"))["get_config"](preset)
 
@@ -171,12 +178,14 @@ def read_selected(stage: Stage, selected: list[Selected], batch_size: int) -> Tr
 
 def run_verb(folder: Path, config: ConfigDict, verb: str) -> None:
     """Call one verb with `folder` as the current directory."""
+    from b2diffurl.configuration.command_line import named_preset
     from b2diffurl.configuration.plan import make_plan
     from b2diffurl.phases.sample import sample_stage
     from b2diffurl.phases.select import select_stage
     from b2diffurl.phases.train import train_stage
 
-    with contextlib.chdir(folder):
+    preset = get_config("sd14").to_dict()  # make_config's
+    with contextlib.chdir(folder), named_preset(preset):
         {"sample": sample_stage, "select": select_stage, "train": train_stage}[verb](make_plan(copy.deepcopy(config)))
 
 

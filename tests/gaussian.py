@@ -11,8 +11,9 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from b2diffurl.algorithm.ddim import Sampler, make_sampler
-from b2diffurl.experiment.trajectories import Conditions
+from b2diffurl.algorithm.ddim import make_transitions
+from b2diffurl.algorithm.transition import Transitions
+from b2diffurl.algorithm.types import Conditions
 
 SPREAD = 0.5  # s, standard deviation of the data
 
@@ -41,10 +42,10 @@ class GaussianWorld:
         self.network = NoiseOfGaussian(self.latent_shape)
         self.scheduler = DDIMScheduler.from_config(tiny.V1_4_SCHEDULER)
 
-    def sampler(self, num_steps: int, eta: float = 1.0) -> Sampler:
+    def sampler(self, num_steps: int, eta: float = 1.0) -> Transitions:
         self.scheduler.set_timesteps(num_steps)
         table, final = self.scheduler.alphas_cumprod, self.scheduler.final_alpha_cumprod
-        return make_sampler(self.scheduler.timesteps, table, final, eta=eta, prediction_type="epsilon")
+        return make_transitions(self.scheduler.timesteps, table, final, eta=eta, prediction_type="epsilon")
 
     def encode(self, prompts: list[str]) -> Conditions:
         return {"mean": torch.tensor([float(prompt) for prompt in prompts]).view(-1, 1, 1, 1)}

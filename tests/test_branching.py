@@ -5,15 +5,16 @@ import torch
 from torch import Tensor
 
 from b2diffurl.algorithm.branching import branch_sample, denoise
-from b2diffurl.algorithm.ddim import Sampler, log_prob, make_sampler, transition
+from b2diffurl.algorithm.ddim import make_transitions
+from b2diffurl.algorithm.transition import Transitions, log_prob, transition
 
 T, G, K, SHAPE = 6, 3, 4, (2, 3, 3)
 TIMESTEPS = torch.tensor([900, 700, 450, 300, 120, 20])
 ALPHAS_CUMPROD = torch.linspace(1 - 1e-3, 2e-2, 1000)
 
 
-def sampler(eta: float = 1.0) -> Sampler:
-    return make_sampler(TIMESTEPS, ALPHAS_CUMPROD, float(ALPHAS_CUMPROD[0]), eta=eta, prediction_type="epsilon")
+def ddim(eta: float = 1.0) -> Transitions:
+    return make_transitions(TIMESTEPS, ALPHAS_CUMPROD, float(ALPHAS_CUMPROD[0]), eta=eta, prediction_type="epsilon")
 
 
 def elementwise(x: Tensor, i: int) -> Tensor:
@@ -36,7 +37,7 @@ def run(num_trained_steps: int, num_branches: int = K) -> tuple[Tensor, Tensor, 
     noise = Noise()
     x_T = noise((G, *SHAPE))
     latents, log_probs = branch_sample(
-        elementwise, sampler(), x_T, noise, num_branches=num_branches, num_trained_steps=num_trained_steps
+        elementwise, ddim(), x_T, noise, num_branches=num_branches, num_trained_steps=num_trained_steps
     )
     return latents, log_probs, x_T, noise.drawn[1:]
 
@@ -66,7 +67,7 @@ def test_batched_branches_equal_a_loop_over_single_trajectories(num_trained_step
                 if i >= T - num_trained_steps:
                     states.append(x)
                 row = g if i < T - num_trained_steps else g * K + k
-                mu, sigma = transition(sampler(), i, x, elementwise(x, i))
+                mu, sigma = transition(ddim(), i, x, elementwise(x, i))
                 x = mu + sigma * drawn[i][row : row + 1]
             assert torch.equal(latents[g, k], torch.cat([*states, x]))
 
@@ -80,7 +81,7 @@ def test_the_network_sees_the_prefix_once_a_group():
         return elementwise(x, i)
 
     noise = Noise()
-    branch_sample(counting, sampler(), noise((G, *SHAPE)), noise, num_branches=K, num_trained_steps=2)
+    branch_sample(counting, ddim(), noise((G, *SHAPE)), noise, num_branches=K, num_trained_steps=2)
     assert calls == [(0, G), (1, G), (2, G), (3, G), (4, G * K), (5, G * K)]
 
 
@@ -90,7 +91,7 @@ def test_recorded_log_probs_are_those_of_the_recorded_states():
     rows = latents.flatten(0, 1)
     for step in range(4):
         i = T - 4 + step
-        mu, sigma = transition(sampler(), i, rows[:, step], elementwise(rows[:, step], i))
+        mu, sigma = transition(ddim(), i, rows[:, step], elementwise(rows[:, step], i))
         again = log_prob(rows[:, step + 1], mu, sigma).unflatten(0, (G, K))
         assert torch.equal(again, log_probs[:, :, step])
         normal = torch.distributions.Normal(mu.double(), sigma.double())
@@ -104,7 +105,7 @@ def test_one_branch_is_plain_sampling():
         latents, _, x_T, _ = run(num_trained_steps, num_branches=1)
         noise = Noise()
         noise((G, *SHAPE))
-        assert torch.equal(latents[:, 0, -1], denoise(elementwise, sampler(), x_T, noise, range(T)))
+        assert torch.equal(latents[:, 0, -1], denoise(elementwise, ddim(), x_T, noise, range(T)))
 
 
 def test_variance_and_covariance_of_siblings_follow_the_exact_recursion():
@@ -112,7 +113,7 @@ def test_variance_and_covariance_of_siblings_follow_the_exact_recursion():
     what their prefix gave them, carried on by the c^2 alone."""
     num_groups, window = 40_000, 3
     generator = torch.Generator().manual_seed(0)
-    table = sampler()
+    table = ddim()
 
     def noise(shape: tuple[int, ...]) -> Tensor:
         return torch.randn(shape, generator=generator)

@@ -6,15 +6,20 @@ import itertools
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import time
 from pathlib import Path
 
+import conftest
 import pytest
-from conftest import ROOT, get_config, parse_command, run_script
+from conftest import ROOT, flags, get_config, make_config, parse_command, run_script
 
-from b2diffurl.configuration.limits import flatten
+from b2diffurl.configuration.command_line import named_preset
+from b2diffurl.configuration.keys import KEYS, flatten
+from b2diffurl.configuration.loop import calls
+from b2diffurl.configuration.plan import make_plan
 from b2diffurl.configuration.rules import check
 from b2diffurl.configuration.settings import read_settings
 from b2diffurl.objectives import OBJECTIVES
@@ -133,12 +138,21 @@ def test_every_key_has_a_comment_and_is_read():
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute):
                 read.add(node.attr)
+            elif isinstance(node, ast.FunctionDef):  # that a section of settings is handed to by keywords
+                read |= {one.arg for one in node.args.kwonlyargs}
             elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
                 read.add(node.slice.value)
+            elif isinstance(node, ast.arg) and path.parent.name == "rewards":  # whose settings are keyword arguments
+                read.add(node.arg)
     names = {key.rpartition(".")[2] for key in flatten(get_config("shapes").to_dict())}
     assert names - read == set()
     for name in names:
         assert re.search(rf"^    \w+\.{name} = \S.*  # \S", source, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_key_has_a_row_and_every_row_is_a_key(preset):
+    assert KEYS.keys() == flatten(get_config(preset).to_dict()).keys()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -184,6 +198,59 @@ def test_a_mistake_on_the_command_line_is_two_lines(tmp_path, argument, named):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("form", ["--config=FILE", "-config=FILE", "--config FILE", "-config FILE", "--flagfile=flags"])
+def test_the_config_file_may_be_named_in_any_form_of_absl(tmp_path, form):
+    """In one word or two, with one dash or two, or in a file of flags; what comes after it changes the preset it names."""
+    file = f"{ROOT}/config/stage_process.py:b2"
+    (tmp_path / "flags").write_text(f"--config={file}\n")
+    argv = ["run_train.py", *form.replace("FILE", file).split(), "--config.seed=7", "--noconfig.allow_tf32"]
+    ended = parse_command(tmp_path, argv)
+    assert ended.code == 0, ended.stderr
+    expected = flatten(get_config("b2").to_dict()) | {"seed": 7, "allow_tf32": False}
+    assert flatten(json.loads(ended.stdout)) == json.loads(json.dumps(expected))
+
+
+# ---- what differs from the preset ----
+
+OWN_FILE = """
+import runpy
+
+def get_config(preset):
+    open("runs", "a").write(preset)
+    config = runpy.run_path("{root}/config/stage_process.py")["get_config"]("sd14")
+    config.preset = preset
+    config.seed = 5
+    config.reward.weights = {{"jpeg_compressibility": 2.0}}
+    return config
+"""
+
+
+def test_an_experiment_records_how_it_differs_from_the_preset_of_the_file_it_was_begun_with(tmp_path, overrides):
+    """Each setting that the command line changed, with the preset's value, and nothing that the file itself has otherwise;
+    for that the file is run no second time."""
+    mixture = {"jpeg_compressibility": 1.0}
+    settings = overrides | {"reward.weights": mixture, "eval.diversity": "('layout',)", "train.eps": 0.2}
+    (tmp_path / "own.py").write_text(OWN_FILE.format(root=ROOT))
+    argv = ["run_sample.py", f"--config={tmp_path}/own.py:mine", *flags(settings), "--config.sample.eta=1.0"]
+    ended = conftest.call(tmp_path, argv, lambda: runpy.run_path(str(ROOT / argv[0]), run_name="__main__"))
+    assert ended.code == 0, ended.stderr
+    assert (tmp_path / "runs").read_text() == "mine"
+    found = json.loads((tmp_path / "model" / "lora" / "tiny" / "config.json").read_text())["differs_from_preset"]
+    preset = flatten(get_config("sd14").to_dict()) | {"reward.weights": {"jpeg_compressibility": 2.0}}
+    given = settings | {"eval.diversity": ["layout"]}
+    expected = {key: [value, preset[key]] for key, value in given.items() if value != preset[key]}
+    assert found == json.loads(json.dumps(expected))
+    assert found["reward.weights"] == [mixture, {"jpeg_compressibility": 2.0}]
+
+
+def test_what_is_recorded_of_the_preset_holds_no_secret(overrides, tmp_path):
+    """A preset's password is refused even where the command line replaces it, for the record has both."""
+    preset = get_config("sd14")
+    preset.reward.http.url = "http://me:secret@localhost:1/"
+    with named_preset(preset.to_dict()), pytest.raises(ValueError, match=r"reward\.http\.url has a user name or a password"):
+        make_plan(make_config(overrides, save_path=str(tmp_path)))
+
+
 # ---- run_process.sh ----
 
 VARIABLES = {
@@ -223,7 +290,9 @@ VARIABLES = {
 
 
 OTHERS = ("Preset", "Resident", "NumProcesses", "NumMachines", "MachineRank", "MainProcessIp", "MainProcessPort", "Launcher")
-PLAN = r"folder\nstage0 stage1\nPLAN\n"  # what a stub for `python -m b2diffurl.start` says
+# What a stub for `python -m b2diffurl.start` says: a run of two stages.
+CALLS = "".join("\t".join(("call", one.needs, f"run_{one.script}.py", *one.flags)) + "\n" for one in calls(2))
+PLAN = f"folder\n{CALLS}PLAN\n".replace("\t", r"\t").replace("\n", r"\n")
 
 
 def called(tmp_path: Path, variables: dict[str, str], *arguments: str, plan: str = PLAN) -> tuple[list[list[str]], str]:
@@ -248,7 +317,7 @@ def test_run_process_goes_through_the_stages(tmp_path):
     names = [argument.partition("=")[2] for call in calls for argument in call if "run_name" in argument]
     assert names == ["stage0"] * 4 + ["stage1"] * 4
     assert [call[-1] == "--due" for call in calls] == ([False] + ([False] * 3 + [True]) * 2 + [False] * 2)
-    assert stdout == "PLAN\n" + "folder\nstage0 stage1\nPLAN\n" * (len(calls) - 1)
+    assert stdout == "PLAN\n" + f"folder\n{CALLS}PLAN\n" * (len(calls) - 1)
     for call in calls:
         settings = [argument for argument in call if argument.startswith("--config") and "run_name" not in argument]
         assert settings == ["--config=config/stage_process.py:shapes", "--config.train.step_weight=none"]
@@ -357,18 +426,16 @@ def commands() -> list[tuple[str, str]]:
     return found
 
 
-def test_the_readme_has_commands():
-    """The quick start, the tests and the single scripts are there to be checked."""
-    text = "\n".join(line for name, line in commands() if name == "README.md")
-    for words in (
-        "bash run_process.sh",
-        "python -m pytest",
-        "run_sample.py",
-        "run_select.py",
-        "run_train.py",
-        "run_eval.py",
-    ):
-        assert words in text
+def test_the_pages_have_commands():
+    """Quick start and tests in README, word for word, and the single scripts in docs/, are there to be checked."""
+    lines = commands()
+    readme = [line for name, line in lines if name == "README.md"]
+    assert "pip install -r requirements.txt && bash run_process.sh" in readme
+    tests = "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest -n 2 --dist worksteal"
+    assert tests in readme
+    text = "\n".join(line for _, line in lines)
+    for script in ("run_sample.py", "run_select.py", "run_train.py", "run_eval.py"):
+        assert script in text
 
 
 def test_documented_commands_parse(tmp_path):

@@ -17,7 +17,9 @@ from conftest import VERBS, Ended, assert_same, call, experiment, make_config, r
 from test_bad_input import assert_refused, refuse
 
 from b2diffurl import export, report
-from b2diffurl.evaluation.measure import evaluate, training_sampler
+from b2diffurl.configuration.plan import checked_settings
+from b2diffurl.evaluation.generate import training_sampler
+from b2diffurl.evaluation.measure import evaluate
 from b2diffurl.experiment.checkpoints import OPTIMIZER_FILE, STATE_FILE
 from b2diffurl.experiment.folder import resolve_checkpoint
 from b2diffurl.experiment.metrics import read_events
@@ -240,7 +242,8 @@ def judge(folder: Path, overrides: dict, *checkpoints: str) -> None:
     """What run_eval.py does, but for the report."""
     config = make_config(overrides)
     with contextlib.chdir(folder):
-        evaluate(config, checkpoints or ("base", "last"), ["test"], {"training": training_sampler(config)})
+        settings = checked_settings(config)
+        evaluate(settings, checkpoints or ("base", "last"), ["test"], {"training": training_sampler(settings)})
 
 
 def test_a_report_shows_no_damaged_tree(work):

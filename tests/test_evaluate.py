@@ -13,26 +13,29 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from b2diffurl.algorithm.seeding import generator
-from b2diffurl.configuration.limits import flatten
-from b2diffurl.configuration.plan import VOLATILE, take_recorded
+from b2diffurl.configuration.keys import KEYS, flatten
+from b2diffurl.configuration.plan import checked_settings
+from b2diffurl.configuration.recorded import take_recorded
 from b2diffurl.configuration.rules import check
 from b2diffurl.configuration.settings import read_settings
 from b2diffurl.evaluation.generate import SamplerSettings, deployed_sampler, sample_images, scheduler_class
 from b2diffurl.evaluation.measure import evaluate, prompt_images
-from b2diffurl.evaluation.statistics import describe, describe_sampler, name_best, summarise_diversity, with_error
+from b2diffurl.evaluation.statistics import name_best, summarise_diversity
+from b2diffurl.experiment.evaluation_table import describe, describe_sampler, evaluation_rows, with_error
 from b2diffurl.experiment.folder import checkpoint_name, resolve_checkpoint
 from b2diffurl.experiment.stage import LORA_FILE, Stage, finished_stages
-from b2diffurl.experiment.stage_table import evaluation_rows
+from b2diffurl.models import stable_diffusion
 from b2diffurl.models.policy import load_policy
 from b2diffurl.runtime.device import make_accelerator
 from b2diffurl.runtime.files import read_json, read_json_lines, write_record
 
+KNOWN = stable_diffusion.schedulers()
 SAMPLERS = {"training": SamplerSettings(num_steps=4, eta=1.0, guidance_scale=5.0)}
 
 
 def judged(folder, overrides: dict, checkpoints: list[str], prompts: list[str] | None = None, **more) -> list[dict]:
     with contextlib.chdir(folder):
-        return evaluate(make_config(overrides, **more), checkpoints, prompts or ["test"], SAMPLERS)
+        return evaluate(checked_settings(make_config(overrides, **more)), checkpoints, prompts or ["test"], SAMPLERS)
 
 
 def test_judging_the_base_twice_gives_the_same_numbers(overrides, tmp_path):
@@ -197,7 +200,7 @@ def test_what_no_flag_says_is_as_in_training(workplace, overrides):
     assert full.code == 0, full.stderr
     assert " has it: " not in full.stdout
     judged_once = snapshot(experiment(workplace) / "eval")
-    few = {key: value for key, value in overrides.items() if key in VOLATILE}
+    few = {key: value for key, value in overrides.items() if KEYS[key].may_change}
     assert {"sample.num_steps", "reward.clip.model", "train.learning_rate"} <= overrides.keys() - few.keys()
     judges = ("--config.eval.judge=", "--config.eval.diversity=('clip',)")  # which are as the call has them
     short = run_script(workplace, "eval", few, *arguments, *judges, preset="shapes")
@@ -221,7 +224,7 @@ def test_code_that_only_a_record_names_is_not_run(workplace, overrides, record):
     found = read_json(path)
     found["config"]["reward"] |= record
     write_record(path, found)
-    few = {key: value for key, value in overrides.items() if key in VOLATILE}
+    few = {key: value for key, value in overrides.items() if KEYS[key].may_change}
     ended = run_script(workplace, "eval", few, "--checkpoint=base")
     assert ended.code == 2
     assert "code of its own and is not run because a file says so" in ended.stderr
@@ -250,9 +253,9 @@ def test_a_reward_that_is_given_stands_alone(workplace, overrides):
     assert (alone["reward.name"], alone["reward.weights"], alone["reward.standardise"]) == ("aesthetic", None, False)
     assert alone["prompt"] == ""
     assert begun("reward.weights")["reward.standardise"] is False
-    assert begun("reward.standardise")["reward.weights.clip"] == 1.0
+    assert begun("reward.standardise")["reward.weights"] == mixture
     recorded = begun("eval.seed")
-    assert {key.split(".")[-1]: value for key, value in recorded.items() if key.startswith("reward.weights.")} == mixture
+    assert recorded["reward.weights"] == mixture
     assert (recorded["reward.standardise"], recorded["prompt"]) == (True, "a red circle")
     for found in (alone, recorded):
         assert (found["reward.clip.model"], found["reward.dtype"]) == ("another/clip", "auto")
@@ -385,7 +388,7 @@ def test_a_checkpoint_that_draws_the_base_s_images_is_refused(workplace, overrid
     with pytest.raises(ValueError, match=said):  # the base was judged before
         judged(workplace, overrides, [str(elsewhere)])
     with contextlib.chdir(workplace), pytest.raises(ValueError, match=said):
-        prompt_images(make_config(overrides), str(elsewhere), "a red circle", SAMPLERS["training"])
+        prompt_images(checked_settings(make_config(overrides)), str(elsewhere), "a red circle", SAMPLERS["training"])
     shutil.copy(folder / LORA_FILE, elsewhere)
     base, tuned = judged(workplace, overrides, ["base", str(elsewhere)])
     assert base["images_sha256"] != tuned["images_sha256"]
@@ -406,8 +409,8 @@ def test_a_prompt_is_drawn_by_base_and_checkpoint(workplace, overrides):
         names.add(json.loads(line)["picture"])
     assert len(names | {str(picture.relative_to(workplace))}) == 4
     with contextlib.chdir(workplace):
-        images = prompt_images(make_config(overrides), "last", "a red circle", SAMPLERS["training"])
-        alone = prompt_images(make_config(overrides), "base", "a red circle", SAMPLERS["training"])
+        images = prompt_images(checked_settings(make_config(overrides)), "last", "a red circle", SAMPLERS["training"])
+        alone = prompt_images(checked_settings(make_config(overrides)), "base", "a red circle", SAMPLERS["training"])
     assert (list(images), list(alone)) == (["base", "stage1"], ["base"])
     base, tuned = images.values()
     assert torch.equal(base, alone["base"])
@@ -422,12 +425,13 @@ def test_any_scheduler_draws_what_the_stock_pipeline_draws(config, models, name)
     """Stable Diffusion's own pipeline with that scheduler, from the same latents and later noise: the same image."""
     from diffusers import StableDiffusionPipeline
 
-    settings = SamplerSettings(num_steps=6, eta=0.0, guidance_scale=5.0, scheduler=scheduler_class(name).__name__)
-    model = load_policy(config, make_accelerator(read_settings(config).compute), None)
-    ours = sample_images(config, model, PROMPTS, settings, 0)
+    settings = SamplerSettings(num_steps=6, eta=0.0, guidance_scale=5.0, scheduler=scheduler_class(name, KNOWN).__name__)
+    values = read_settings(config)
+    model = load_policy(values.model, make_accelerator(values.compute), None, seed=0, compile=False)
+    ours = sample_images(values, model, PROMPTS, settings, 0)
     pipeline = StableDiffusionPipeline.from_pretrained(models / "sd", safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = scheduler_class(name).from_config(pipeline.scheduler.config)
+    pipeline.scheduler = scheduler_class(name, KNOWN).from_config(pipeline.scheduler.config)
     rng = generator(0, "eval", 0)
     latents = torch.randn(len(PROMPTS), *model.latent_shape, generator=rng)
     stock = pipeline(
@@ -468,14 +472,17 @@ def test_inception_score_of_a_classifier(overrides, tmp_path):
 def test_samplers_are_checked_by_name():
     for name in ("Magic", "EDMEuler", "DPMSolverSDE"):
         with pytest.raises(ValueError, match=rf"unknown eval.deployed.scheduler '{name}'; known: .*DDIMScheduler, .*UniPC"):
-            scheduler_class(name)
+            scheduler_class(name, KNOWN)
 
 
 def test_only_schedulers_that_have_an_eta_are_said_to(config):
     """DDIM is; Euler's ancestral one is stochastic without."""
-    assert describe_sampler(row_of(deployed_sampler(config))) == "deployed sampler: DDIM, 6 steps, eta 0, guidance 5"
+    assert (
+        describe_sampler(row_of(deployed_sampler(read_settings(config))))
+        == "deployed sampler: DDIM, 6 steps, eta 0, guidance 5"
+    )
     config.eval.deployed.scheduler = "EulerAncestralDiscrete"
-    said = describe_sampler(row_of(deployed_sampler(config)))
+    said = describe_sampler(row_of(deployed_sampler(read_settings(config))))
     assert said == "deployed sampler: EulerAncestralDiscrete, 6 steps, guidance 5"
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPTS, experiment, make_config, snapshot
+from conftest import PROMPTS, experiment, get_config, make_config, snapshot
 
 from b2diffurl.algorithm.seeding import generator, stable_seed
-from b2diffurl.configuration.limits import flatten
+from b2diffurl.configuration.command_line import named_preset
+from b2diffurl.configuration.keys import flatten
 from b2diffurl.configuration.plan import make_plan
 from b2diffurl.configuration.prompts import batch_prompts
 from b2diffurl.configuration.settings import Schedule
@@ -259,6 +260,12 @@ def test_an_experiment_begun_before_a_key_was_there_goes_on_as_it_was(workplace,
     for key, value in (("curriculum", "fixed"), ("sampling", "independent"), ("eval.selection", "all")):
         with pytest.raises(ValueError, match=f"{key} is '{value}', was"):
             plan(workplace, overrides, **{key: value})
+
+
+def test_a_preset_may_change_under_an_experiment(finished, overrides):
+    """What is recorded of it is for people, and makes no other experiment."""
+    with named_preset(get_config("b2").to_dict()):
+        assert plan(finished, overrides).record.changes == ()
 
 
 def test_a_fixed_curriculum_needs_no_upper_end(tmp_path, overrides):

@@ -23,7 +23,8 @@ from huggingface_hub import ModelCardData
 from test_foreign_weights import random_lora, save, save_kohya
 
 from b2diffurl.experiment.stage import LORA_FILE, Stage
-from b2diffurl.export import export, main, write_kohya
+from b2diffurl.export import export, main
+from b2diffurl.models.stable_diffusion import write_kohya
 from b2diffurl.runtime import files
 
 

@@ -28,13 +28,17 @@ from conftest import (
     run_stage,
     run_verb,
     script_arguments,
+    settings_at,
     snapshot,
 )
 from safetensors.torch import load_file
 
-from b2diffurl.configuration import budget
+from b2diffurl.configuration.budget import Budget
+from b2diffurl.configuration.settings import read_settings
 from b2diffurl.experiment.stage import LORA_FILE, Stage, finished_stages
 from b2diffurl.experiment.stage_table import stage_rows
+from b2diffurl.models import Sizes, stable_diffusion
+from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.reporting import dry_run, forecast
 from b2diffurl.reporting.forecast import Pace, Work
 from b2diffurl.reporting.page import facts
@@ -83,28 +87,30 @@ def write_stage(root: Path, index: int, finished: tuple[str, ...] = PHASES, **fa
 def test_amounts(overrides, more, evaluations, selected, updates):
     """By hand: 3 batches of 2 groups of 3, S = 2 of 4 steps, updates of 4 trajectories in 2 epochs."""
     config = make_config(overrides | more)
-    assert (budget.num_groups(config), budget.num_images(config)) == (6, 18)
-    found = (budget.num_evaluations(config, 2), budget.most_selected(config), budget.most_updates(config))
+    budget = Budget.of(read_settings(config))
+    assert (budget.num_groups, budget.num_images) == (6, 18)
+    found = (budget.num_evaluations(2), budget.most_selected, budget.most_updates)
     assert found == (evaluations, selected, updates)
 
 
 def test_amounts_are_those_of_a_run(stage_with, overrides):
     """Where all images are selected, the manifests have exactly the evaluations and updates that are foretold."""
     settings = {"eval.selection": "all", "train.gradient_accumulation_steps": 4}
-    stage, config = Stage(experiment(stage_with(**settings)), 0), make_config(overrides | settings)
-    assert stage.manifest("sample")["num_evaluations"] == budget.num_evaluations(config, 2)
-    assert stage.manifest("train")["num_updates"] == budget.most_updates(config) == 2 * 3
+    stage = Stage(experiment(stage_with(**settings)), 0)
+    budget = Budget.of(read_settings(make_config(overrides | settings)))
+    assert stage.manifest("sample")["num_evaluations"] == budget.num_evaluations(2)
+    assert stage.manifest("train")["num_updates"] == budget.most_updates == 2 * 3
 
 
 def test_planned_steps(tmp_path):
     """The schedule's, which is the reference's; a stage that is sampled keeps its own, and split_step is for the others."""
     config = get_config("sd14")
-    steps = budget.planned_steps(config, tmp_path)
+    steps = Budget.of(read_settings(config)).planned_steps(tmp_path)
     assert [steps.count(S) for S in range(14, 21)] == [15, 14, 14, 15, 14, 14, 14]
     write_stage(tmp_path, 1, ("sample",))
-    assert budget.planned_steps(config, tmp_path) == [14, 2, *steps[2:]]
+    assert Budget.of(read_settings(config)).planned_steps(tmp_path) == [14, 2, *steps[2:]]
     config.split_step = 17
-    assert budget.planned_steps(config, tmp_path) == [17, 2] + [17] * 98
+    assert Budget.of(read_settings(config)).planned_steps(tmp_path) == [17, 2] + [17] * 98
 
 
 # ---- time ----
@@ -113,26 +119,26 @@ def test_planned_steps(tmp_path):
 def test_pace_is_the_median_of_the_latest_stages(overrides, tmp_path):
     """Of six finished stages the oldest does not count; a stage begun is none; each rate by hand."""
     config = make_config(overrides)
-    assert forecast.measured_pace(config, tmp_path) is None
+    assert forecast.measured_pace(settings_at(config, tmp_path)) is None
     for index, factor in enumerate((100, 1, 4, 2, 3, 50)):
         write_stage(tmp_path, index, sample=24.0 * factor, score=9.0 * factor, train=16 * factor, started=factor)
     write_stage(tmp_path, 6, ("sample", "select"), sample=1e9)
-    assert forecast.measured_pace(config, tmp_path) == Pace(3 * 24 / 48, 3 * 9 / 18, 3 * 16 / 40, 3)
+    assert forecast.measured_pace(settings_at(config, tmp_path)) == Pace(3 * 24 / 48, 3 * 9 / 18, 3 * 16 / 40, 3)
 
 
 def test_pace_without_training(overrides, tmp_path):
     """Where nothing was selected a transition counts as a pass forward and one backward; with a base policy as three passes;
     of clocks that were set back the time for loading is taken."""
     write_stage(tmp_path, 0, num_transitions=0, started=-9)
-    assert forecast.measured_pace(make_config(overrides), tmp_path) == Pace(0.5, 0.5, 2 * 0.5, 3)
+    assert forecast.measured_pace(settings_at(make_config(overrides), tmp_path)) == Pace(0.5, 0.5, 2 * 0.5, 3)
     asking = make_config(overrides | {"train.objective": "dpok"})
-    assert forecast.measured_pace(asking, tmp_path).transition == 3 * 0.5
+    assert forecast.measured_pace(settings_at(asking, tmp_path)).transition == 3 * 0.5
 
 
 def test_a_pause_is_no_start_up(overrides, tmp_path):
     """Eight hours between two phases are the user's; what a process takes to start is then known by its loading alone."""
     write_stage(tmp_path, 0, started=8 * 3600)
-    assert forecast.measured_pace(make_config(overrides), tmp_path).process == 3
+    assert forecast.measured_pace(settings_at(make_config(overrides), tmp_path)).process == 3
 
 
 def test_seconds_of_an_interrupted_phase_are_of_a_share(overrides, workplace):
@@ -146,7 +152,7 @@ def test_seconds_of_an_interrupted_phase_are_of_a_share(overrides, workplace):
     run_stage(workplace, overrides, 1)
     sampled, trained = stage.manifest("sample"), stage.manifest("train")
     assert (sampled["seconds"]["share"], trained["seconds"]["share"]) == (pytest.approx(1 / 3), 0.5)
-    pace = forecast.stage_pace(make_config(overrides), stage)
+    pace = forecast.stage_pace(OBJECTIVES["ddpo"], stage)
     assert pace.evaluation == pytest.approx(sampled["seconds"]["sample"] / (sampled["num_evaluations"] / 3))
     assert pace.transition == pytest.approx(trained["seconds"]["train"] / (trained["num_transitions"] / 2))
     whole = Stage(experiment(workplace), 0).manifest("sample")
@@ -157,7 +163,7 @@ def test_seconds_of_an_interrupted_phase_are_of_a_share(overrides, workplace):
 
 def test_first_pace(overrides):
     """3 s for a batch, of three with 48 evaluations in all; scoring is unknown; training is twice sampling."""
-    assert forecast.first_pace(make_config(overrides), 2, 3.0, 7.0) == Pace(3 / 16, 0, 2 * 3 / 16, 7)
+    assert forecast.first_pace(read_settings(make_config(overrides)), 2, 3.0, 7.0) == Pace(3 / 16, 0, 2 * 3 / 16, 7)
 
 
 def test_work_left(overrides, tmp_path):
@@ -167,15 +173,15 @@ def test_work_left(overrides, tmp_path):
         6 * (4 * 4 + 2 * 5), 6 * 6, processes=2
     )  # base and last on train and test; and both by the deployed sampler
     stages = Work(48 + 60, 36, 2 * 12 * (2 + 3), 6 + 2)  # S = 2 and 3
-    assert forecast.work_left(config, tmp_path) == judging + stages
+    assert forecast.work_left(settings_at(config, tmp_path)) == judging + stages
     write_stage(tmp_path, 0, ("sample",))
-    assert forecast.work_left(config, tmp_path) == judging + Work(60, 36, 2 * 12 * (2 + 3), 5 + 2)
+    assert forecast.work_left(settings_at(config, tmp_path)) == judging + Work(60, 36, 2 * 12 * (2 + 3), 5 + 2)
     write_stage(tmp_path, 0, ("sample", "select"))
-    assert forecast.work_left(config, tmp_path) == judging + Work(60, 18, 2 * 9 * (2 + 3), 4 + 2)
+    assert forecast.work_left(settings_at(config, tmp_path)) == judging + Work(60, 18, 2 * 9 * (2 + 3), 4 + 2)
     write_stage(tmp_path, 0)
-    assert forecast.work_left(config, tmp_path) == judging + Work(60, 18, 2 * 9 * 3, 3 + 1)
+    assert forecast.work_left(settings_at(config, tmp_path)) == judging + Work(60, 18, 2 * 9 * 3, 3 + 1)
     write_stage(tmp_path, 1)
-    assert forecast.work_left(config, tmp_path) == judging
+    assert forecast.work_left(settings_at(config, tmp_path)) == judging
     assert Pace(1, 10, 100, 1000).seconds(Work(4, 3, 2, 1)) == 1234
 
 
@@ -194,7 +200,8 @@ def test_evaluations_left(overrides, every, unfinished, sets):
     """Nothing is judged twice: sets of 6 images, 4 steps each, and the deployed sampler's two of 5 steps."""
     config = make_config(overrides | {"stage_cnt": 5, "eval.every": every, "eval.deployed.num_steps": 5})
     expected = Work(6 * (sets * 4 + 2 * 5), 6 * (sets + 2), processes=len(unfinished) + 2)
-    assert forecast.judging_left(config, unfinished) == expected
+    finished = set(range(5)).difference(unfinished)
+    assert forecast.judging_left(read_settings(config), finished=finished) == expected
 
 
 def test_what_is_said_after_a_stage(overrides, tmp_path):
@@ -204,13 +211,13 @@ def test_what_is_said_after_a_stage(overrides, tmp_path):
     write_stage(tmp_path, 0)
     left = (156 + 60) * 0.5 + (36 + 18) * 0.5 + 2 * 9 * 3 * 0.4 + (2 + 4) * 4  # 180.6 s
     assert left == pytest.approx(180.6)
-    said = forecast.stage_done_line(config, Stage(tmp_path, 0))
+    said = forecast.stage_done_line(settings_at(config, tmp_path), Stage(tmp_path, 0))
     assert said == "stage0 done: 1 of 2 stages, 61 s so far, about 3.0 min left"  # 24 + 9 + 16 + 3 * 4
-    assert forecast.plan_line(config, tmp_path).endswith(", 1 of 2 stages done, about 3.0 min left")
+    assert forecast.plan_line(settings_at(config, tmp_path)).endswith(", 1 of 2 stages done, about 3.0 min left")
     write_stage(tmp_path, 7)
-    assert forecast.num_done(config, tmp_path) == 1
+    assert forecast.num_done(settings_at(config, tmp_path)) == 1
     write_stage(tmp_path, 1)
-    assert forecast.plan_line(config, tmp_path).endswith("all stages done")
+    assert forecast.plan_line(settings_at(config, tmp_path)).endswith("all stages done")
 
 
 def test_durations_and_sizes():
@@ -225,19 +232,19 @@ def test_durations_and_sizes():
 
 def test_sizes_of_files(finished, overrides):
     """Against the finished experiment's: trajectories but for their headers, checkpoints to the number, images."""
-    config = make_config(overrides)
-    base = dry_run.find_base(config.pretrained)
+    settings = read_settings(make_config(overrides))
+    base = stable_diffusion.sizes(settings.model)
     assert (base.latent_shape, base.image_px, base.embedding) == ((4, 8, 8), 64, 77 * 16)
     for stage in finished_stages(experiment(finished), "train"):
         num_steps = stage.manifest("sample")["num_trained_steps"]
         tensors = [tensor for n in range(3) for tensor in load_file(stage.batch(n)).values()]
         missing = sum(2 - len(read_metadata(stage.batch(n))["prompts"]) for n in range(3))  # two groups, one prompt
         expected = sum(tensor.nbytes for tensor in tensors) + missing * 77 * 16 * 4
-        assert dry_run.trajectory_bytes(config, base, num_steps, len(PROMPTS), 4) == expected
+        assert dry_run.trajectory_bytes(settings, base, num_steps, len(PROMPTS), 4) == expected
         folder = stage.checkpoints()[-1]
         written = [*load_file(folder / LORA_FILE).values()]
         written += [value for key, value in load_file(folder / "optimizer.safetensors").items() if "exp_avg" in key]
-        assert dry_run.checkpoint_bytes(config, base) == sum(tensor.nbytes for tensor in written)
+        assert dry_run.checkpoint_bytes(settings, base) == sum(tensor.nbytes for tensor in written)
     sizes = [path.stat().st_size for path in stage.images.iterdir()]
     assert dry_run.image_bytes(experiment(finished), base) == pytest.approx(sum(sizes) / len(sizes))
     assert dry_run.image_bytes(finished, base) == 3 * 64 * 64
@@ -246,15 +253,15 @@ def test_sizes_of_files(finished, overrides):
 def test_what_is_on_disk_in_all(overrides, tmp_path):
     """By hand: the trajectories of the larger stage or of both, a copy of two siblings in three, two checkpoints a stage,
     images of which 4 or all are kept, and those that are judged."""
-    base = dry_run.Base((4, 8, 8), 64, 77 * 16, 100_000)
+    base = Sizes((4, 8, 8), 64, 77 * 16, 100_000)
     rare = {"eval.every": 0, "keep.images": 4, "keep.samples": False}
-    text = dry_run.disk_text(make_config(overrides | rare), tmp_path, base, [10_000_000, 30_000_000])
+    text = dry_run.disk_text(settings_at(make_config(overrides | rare), tmp_path), base, [10_000_000, 30_000_000])
     image, checkpoint = 3 * 64 * 64, 4 * 100_000 * 12
     total = 30e6 + 20e6 + 2 * (2 * checkpoint + 4 * image) + (14 + 36) * image
     assert text.startswith(f"at most {dry_run.size(total)}, ")
     assert f"{dry_run.size(2 * checkpoint)}" in text
     kept = rare | {"keep.images": -1, "keep.samples": True, "train.use_8bit_adam": True, "train.save_interval": 2}
-    text = dry_run.disk_text(make_config(overrides | kept), tmp_path, base, [10_000_000, 30_000_000])
+    text = dry_run.disk_text(settings_at(make_config(overrides | kept), tmp_path), base, [10_000_000, 30_000_000])
     assert text.startswith(
         f"at most {dry_run.size(40e6 + 40e6 * 12 // 18 + 2 * (checkpoint / 2 + 18 * image) + 36 * image)}, "
     )
@@ -264,19 +271,23 @@ def test_the_base_model_is_looked_for_only_here(models, overrides, tmp_path, mon
     """In the hub's cache by its id; elsewhere it is unknown, and so is one without weights. Nothing is asked for."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("network"))
-    config = make_config(overrides | {"pretrained.model": "somebody/model"})
-    assert dry_run.find_base(config.pretrained) is None
+
+    def sizes(**pretrained) -> Sizes | None:
+        settings = overrides | {f"pretrained.{key}": value for key, value in pretrained.items()}
+        return stable_diffusion.sizes(read_settings(make_config(settings)).model)
+
+    assert sizes(model="somebody/model") is None
     root = tmp_path / "hub" / "models--somebody--model"
     shutil.copytree(models / "sd", root / "snapshots" / "abc")
     (root / "refs").mkdir()
     (root / "refs" / "main").write_text("abc")
-    assert dry_run.find_base(config.pretrained) == dry_run.find_base(make_config(overrides).pretrained)
-    assert dry_run.find_base(make_config(overrides | {"pretrained.model": "./no/model"}).pretrained) is None
-    config.pretrained.resolution = 128
-    assert dry_run.find_base(config.pretrained).latent_shape == (4, 16, 16)
+    assert sizes(model="somebody/model") == sizes()
+    assert sizes() is not None
+    assert sizes(model="./no/model") is None
+    assert sizes(model="somebody/model", resolution=128).latent_shape == (4, 16, 16)
     for path in (root / "snapshots").rglob("unet/*.safetensors"):
         path.unlink()
-    assert dry_run.find_base(config.pretrained) is None
+    assert sizes(model="somebody/model") is None
 
 
 # ---- the dry run ----
@@ -363,10 +374,13 @@ def test_the_log_tells_the_run(overrides, tmp_path):
     """The same lines on stdout and in the log, each with date and time, stage and phase; at the beginning the plan, after
     the first batch the time for all, after a stage the time left; paths are short."""
     ended = [begin(tmp_path, overrides)]
-    assert ended[0].stdout.splitlines()[:2] == ["model/lora/tiny", "stage0 stage1"]
+    folder, *made = ended[0].stdout.splitlines()[:11]
+    assert folder == "model/lora/tiny"
+    scripts = [line.split("\t")[2] for line in made]
+    assert scripts == [f"run_{verb}.py" for verb in ("sample", "select", "train", "eval")] * 2 + ["run_eval.py"] * 2
     for index in range(2):
         ended += [run_script(tmp_path, verb, overrides | {"run_name": f"stage{index}"}) for verb in PHASES]
-    lines = [line for one in ended for line in one.stdout.splitlines()][2:]
+    lines = [line for one in ended for line in one.stdout.splitlines()][11:]
     assert (tmp_path / "log" / "tiny.log").read_text().splitlines() == lines
     assert all(re.match(LINE + r"(plan: |stage[01] (sample: |select: |train: |done: ))", line) for line in lines)
     said = [re.sub(LINE, "", line) for line in lines]

@@ -12,17 +12,17 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
-from b2diffurl.models import Model, load_model
-from b2diffurl.models.stable_diffusion import LORA_TARGETS
+from b2diffurl.configuration.settings import ModelSettings
+from b2diffurl.models import Model, stable_diffusion
 from b2diffurl.runtime import files
 
 RANK = 4
-PRETRAINED = {"family": "stable_diffusion", "revision": "main", "variant": "", "config": "", "resolution": 0}
+LORA_TARGETS = list(stable_diffusion.LORA.targets)
 
 
-def load(model: Path, *, rank: int = RANK, **pretrained) -> Model:
-    options = {"device": torch.device("cpu"), "dtype": torch.float32, "seed": 0, "decoder": True}
-    return load_model(PRETRAINED | {"model": str(model)} | pretrained, lora_rank=rank, **options)
+def load(model: Path, *, rank: int = RANK, config: str = "") -> Model:
+    settings = ModelSettings("stable_diffusion", str(model), "main", "", config, resolution=0, lora_rank=rank)
+    return stable_diffusion.load(settings, device=torch.device("cpu"), dtype=torch.float32, seed=0, decoder=True)
 
 
 def output(model: Model, *, guidance_scale: float = 3.0) -> Tensor:

@@ -9,16 +9,17 @@ from accelerate import Accelerator
 from gaussian import SPREAD, GaussianWorld
 from torch import Tensor
 
+from b2diffurl.algorithm.advantages import advantages, normalise
 from b2diffurl.algorithm.branching import branch_sample, denoise
-from b2diffurl.algorithm.ddim import step_weights, transition
 from b2diffurl.algorithm.seeding import generator
-from b2diffurl.algorithm.selection import advantages, normalise, select_all, select_pairs
+from b2diffurl.algorithm.selection import select_all, select_pairs
+from b2diffurl.algorithm.transition import step_weights, transition
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.experiment.trajectories import Trajectories
 from b2diffurl.models.policy import predictor
 from b2diffurl.objectives import OBJECTIVES, Objective
 from b2diffurl.phases.train import make_units
-from b2diffurl.phases.trainer import Trainer
+from b2diffurl.phases.trainer import PolicyLoss, Trainer
 from b2diffurl.runtime.batch_sizes import BatchSizes
 
 PROMPTS = ["-2", "0", "1"]  # the means of their data
@@ -58,15 +59,17 @@ def make_trainer(world: GaussianWorld, objective: str, num_trained_steps: int, *
     return Trainer(
         stage=Stage(Path("nowhere"), 0),
         accelerator=accelerator,
-        model=world,
+        loss=PolicyLoss(
+            model=world,
+            table=sampler,
+            step_weight=step_weights(sampler, num_trained_steps, "none"),
+            objective=with_options(objective, OPTIONS | options),
+            guidance_scale=1.0,
+            unconditional_gradient=True,
+        ),
         optimizer=optimizer,
-        sampler=sampler,
-        step_weight=step_weights(sampler, num_trained_steps, "none"),
-        objective=with_options(objective, OPTIONS | options),
-        guidance_scale=1.0,
-        unconditional_gradient=True,
-        sizes=BatchSizes(Path("nowhere"), torch.device("cpu"), {"train.micro_batch_size": 100_000}),
         max_grad_norm=1.0,
+        sizes=BatchSizes(Path("nowhere"), torch.device("cpu"), {"train.micro_batch_size": 100_000}),
     )
 
 
@@ -112,8 +115,10 @@ def learn(objective: str, seed: int, *, sign: float = 1.0, **options: float) -> 
         weights = advantages(
             torch.tensor([one.score for one in selected]), clip=5.0, positive_weight=1.0, negative_weight=1.0
         )
+        credit = weights[:, None].expand(-1, num_trained_steps)
+        units = make_units(selected, paired=trainer.loss.objective.paired)
         for _ in range(1 if plain else 2):
-            trainer.update(kept, weights, make_units(selected, paired=trainer.objective.paired), range(num_trained_steps))
+            trainer.update(kept, credit, units, range(num_trained_steps))
     return world
 
 
@@ -175,9 +180,8 @@ def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(objective):
     prompts = PROMPTS * 30_000
     images = sample(world, prompts, 1, NUM_STEPS, 0)
     rewards = reward_of(images.latents[:, -1], prompts)
-    trainer.accumulate(
-        images, rewards - rewards.mean(), torch.arange(len(prompts)), range(NUM_STEPS), size=100_000, apart=False
-    )
+    credit = (rewards - rewards.mean())[:, None].expand(-1, NUM_STEPS)
+    trainer.accumulate(images, credit, torch.arange(len(prompts)), range(NUM_STEPS), size=100_000, apart=False)
     (exact,) = torch.autograd.grad(expected_reward(world), world.network.theta)
     torch.testing.assert_close(-trainer.gradient() * NUM_STEPS * exact.numel(), exact.flatten(), rtol=0.06, atol=0)
 

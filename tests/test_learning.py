@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import ROOT, get_config
 
-from b2diffurl.configuration.plan import make_plan, record_experiment
+from b2diffurl.configuration.plan import make_plan
+from b2diffurl.configuration.recorded import record_experiment
+from b2diffurl.configuration.settings import read_settings
 from b2diffurl.evaluation.generate import training_sampler
-from b2diffurl.experiment.folder import experiment_folder
 from benchmarks import learning
 from benchmarks.learning import (
     SETS,
@@ -98,7 +99,7 @@ def test_a_meaningless_reward_says_nothing_but_differs_from_image_to_image():
 def test_the_sweep_covers_guidance_and_steps():
     """Guidance 1 to 10 and 10 to 50 steps, stochastic and deterministic, the training sampler among them."""
     settings = sweep_settings()
-    assert training_sampler(get_config("shapes")) in settings
+    assert training_sampler(read_settings(get_config("shapes"))) in settings
     assert {one.eta for one in settings} == {0.0, 1.0}
     assert {1.0, 10.0} <= {one.guidance_scale for one in settings}
     assert {10, 50} <= {one.num_steps for one in settings if one.eta == 1}
@@ -113,12 +114,12 @@ def test_runs_of_other_settings_or_unfinished_are_refused(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     config = configure("seed7")
     assert (config.seed, config.exp_name) == (7, "learning_seed7")
-    record_experiment(make_plan(config), 1)
+    record_experiment(make_plan(config).record, 1)
     with pytest.raises(ValueError, match=r"learning_seed7 is not a whole run of 8 stages"):
         judged("seed7")
-    (experiment_folder(config) / "config.json").unlink()
+    (read_settings(config).output.root / "config.json").unlink()
     config.train.learning_rate = 0.5
-    record_experiment(make_plan(config), 1)
+    record_experiment(make_plan(config).record, 1)
     with pytest.raises(ValueError, match=r"train.learning_rate is 0.002, was 0.5"):
         judged("seed7")
     assert judged("base").seed == get_config("shapes").seed
@@ -131,10 +132,10 @@ def test_the_base_s_best_sampler_is_the_best_of_a_second_look(monkeypatch):
     sweep |= {first: 0.7, second: 0.6, third: 0.55}
     again = {setting: 0.5 for setting in sweep} | {first: 0.58, second: 0.6, third: 0.59}
 
-    def evaluate(config, checkpoints, prompt_sets, samplers):
+    def evaluate(settings, checkpoints, prompt_sets, samplers):
         assert (checkpoints, prompt_sets) == (["base"], ["train"])
-        few = config.eval.seed == learning.SWEEP_SEED
-        assert config.eval.num_images == (learning.SWEEP_IMAGES if few else learning.NUM_IMAGES)
+        few = settings.judging.seed == learning.SWEEP_SEED
+        assert settings.judging.num_images == (learning.SWEEP_IMAGES if few else learning.NUM_IMAGES)
         accuracies = sweep if few else again
         return [{"sampler": name, "accuracy": accuracies[one]} | vars(one) for name, one in samplers.items()]
 

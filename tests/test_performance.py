@@ -23,17 +23,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from b2diffurl.algorithm.branching import branch_sample
-from b2diffurl.algorithm.ddim import with_prefix
 from b2diffurl.algorithm.selection import Selected
+from b2diffurl.algorithm.transition import with_prefix
 from b2diffurl.configuration.plan import make_plan
 from b2diffurl.configuration.settings import read_settings
 from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.experiment.trajectories import SelectedTrajectories, save_batch, save_selected
-from b2diffurl.models import policy
+from b2diffurl.models import policy, stable_diffusion
 from b2diffurl.models.stable_diffusion import StableDiffusion
-from b2diffurl.phases import sample, scoring
+from b2diffurl.phases import sample, scoring, train
 from b2diffurl.phases.train import choose_steps
-from b2diffurl.phases.trainer import Trainer
 from b2diffurl.resident import run_stages
 from b2diffurl.runtime import files
 from b2diffurl.runtime.batch_sizes import BatchSizes
@@ -408,7 +407,7 @@ def test_chosen_steps_are_every_one_as_likely():
 def test_no_gradient_through_the_unconditional_half(models):
     """The same output within rounding; its derivative is that of the text half alone, times the scale."""
     config = make_config({"pretrained.model": str(models / "sd")})
-    model = StableDiffusion(config.pretrained, device=CPU, dtype=torch.float32, lora_rank=4, seed=0, decoder=True)
+    model = stable_diffusion.load(read_settings(config).model, device=CPU, dtype=torch.float32, seed=0, decoder=True)
     torch.manual_seed(0)
     for parameter in model.trainable().values():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -434,7 +433,7 @@ def gradient_of_inner(model: StableDiffusion, output: Tensor, weight: Tensor) ->
 def test_a_deterministic_prefix(models):
     """sigma is stock DDIM's at eta 0 before the window, which is 0, and at eta 1 in it."""
     config = make_config({"pretrained.model": str(models / "sd")})
-    model = StableDiffusion(config.pretrained, device=CPU, dtype=torch.float32, lora_rank=4, seed=0, decoder=False)
+    model = stable_diffusion.load(read_settings(config).model, device=CPU, dtype=torch.float32, seed=0, decoder=False)
     mixed = with_prefix(model.sampler(4, 1.0), model.sampler(4, 0.0), 3)
     stock = DDIMScheduler.from_config(model.scheduler_config)
     stock.set_timesteps(4)
@@ -551,7 +550,7 @@ def test_a_compiled_network_gives_the_same_stage_within_rounding(finished, overr
     """python -m pytest -m slow tests/test_performance.py: latents as uncompiled, the first ratio within 1e-4 of 1, and
     nothing is compiled any more once a phase has begun."""
     compiled = torch._dynamo.utils.counters["stats"]
-    warm_ups = {"sample": (sample, sample.warm_up), "train": (Trainer, Trainer.warm_up)}
+    warm_ups = {"sample": (sample, sample.warm_up), "train": (train, train.warm_up)}
     for verb, (owner, warm_up) in warm_ups.items():
         after = []
         monkeypatch.setattr(

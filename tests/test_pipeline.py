@@ -414,7 +414,13 @@ def test_lora_in_stock_diffusers_gives_the_same_image(models, overrides, tmp_pat
     run_stage(tmp_path, settings)
     lora = stages(tmp_path)[0].checkpoints()[-1]
     config = make_config(settings)
-    model = load_policy(config, make_accelerator(read_settings(config).compute), lora / LORA_FILE)
+    model = load_policy(
+        read_settings(config).model,
+        make_accelerator(read_settings(config).compute),
+        lora / LORA_FILE,
+        seed=config.seed,
+        compile=False,
+    )
     x_T = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     sampler = model.sampler(10, 0.0)
     predict = predictor(model, sampler.timesteps, model.encode(PROMPTS), model.encode([""]), guidance_scale=5.0)

@@ -10,6 +10,7 @@ import torch
 from conftest import experiment, run_script, run_stage
 
 from b2diffurl.configuration.prompts import batch_prompts, load_prompts, named_prompts, place_prompts
+from b2diffurl.configuration.settings import read_settings
 
 FOLDER = Path(__file__).parent.parent / "config" / "prompt"
 ANIMALS = """
@@ -164,5 +165,6 @@ def test_one_prompt_instead_of_a_file(config, overrides, tmp_path):
     run_stage(tmp_path, overrides | {"prompt": "a red bird"}, verbs=["sample"])
     assert set(json.loads((experiment(tmp_path) / "stage0" / "prompts.json").read_text())) == {"a red bird"}
     config.prompt = "a red bird"
-    assert named_prompts(config, "train") == [("prompt", "a red bird")]
-    assert [prompt for _, prompt in named_prompts(config, "test")] == load_prompts(overrides["eval.prompt_file"])
+    sources = read_settings(config).prompts
+    assert named_prompts(sources, "train") == [("prompt", "a red bird")]
+    assert [prompt for _, prompt in named_prompts(sources, "test")] == load_prompts(overrides["eval.prompt_file"])

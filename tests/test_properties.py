@@ -47,8 +47,9 @@ from safetensors.torch import load_file
 
 from b2diffurl import start as beginning
 from b2diffurl.configuration import command_line
-from b2diffurl.configuration.limits import FREE, OPTIONAL, RANGES, flatten, parse
-from b2diffurl.configuration.plan import make_plan
+from b2diffurl.configuration.keys import KEYS, flatten
+from b2diffurl.configuration.limits import Number, Text
+from b2diffurl.configuration.plan import checked_settings, make_plan
 from b2diffurl.evaluation import measure
 from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.models import policy
@@ -140,7 +141,7 @@ def by_command(work: Path, verb: str, settings: dict) -> str:
 
         def plan() -> None:
             flags.DEFINE_boolean("dry_run", True, "")
-            command_line.run_script("process", beginning.begin)
+            command_line.run_script("process", beginning.start)
 
         ended = call(work, script_arguments("plan", settings), plan)
     else:
@@ -164,10 +165,11 @@ def by_call(work: Path, verb: str, settings: dict) -> str:
     try:
         with contextlib.chdir(work):
             if verb == "plan":
-                dry_run.describe(config, make_plan(config))
+                dry_run.describe(make_plan(config))
             elif verb == "eval":
-                samplers = measure.named_samplers(config, ["training", "deployed"])
-                measure.evaluate(config, ["base"], ["test"], samplers)
+                settings = checked_settings(config)
+                samplers = measure.named_samplers(settings, ["training", "deployed"])
+                measure.evaluate(settings, ["base"], ["test"], samplers)
             else:
                 run_verb(work, config, verb)
     except ERRORS as error:
@@ -203,7 +205,7 @@ def names(said: str, key: str, value: Any) -> bool:
 
 # ---- configurations ----
 
-# Values that can be run in a second, where the table of ranges allows more.
+# Values that can be run in a second, where keys.py allows more.
 RUNNABLE = {
     "stage_cnt": [1, 2, 50], "split_time": [2, 3], "pretrained.resolution": [0, 16, 64], "sample.num_steps": [2, 3, 5],
     "sample.batch_size": [1, 2, 3], "sample.num_batches_per_epoch": [1, 2], "train.num_epochs": [1, 2, 3],
@@ -277,8 +279,9 @@ def valid(key: str, default: Any, paths: dict[str, str]) -> st.SearchStrategy:
         return st.just(paths[key])
     if key in RUNNABLE:
         return st.sampled_from(RUNNABLE[key])
-    if key in RANGES:
-        _, low, high, brackets = parse(RANGES[key])
+    limit = KEYS[key].limit
+    if isinstance(limit, Number):
+        _, low, high, brackets = limit.bounds
         if isinstance(default, int):
             return st.integers(int(low), int(high))
         ends = {"exclude_min": brackets[0] == "(", "exclude_max": brackets[1] == ")"}
@@ -286,7 +289,8 @@ def valid(key: str, default: Any, paths: dict[str, str]) -> st.SearchStrategy:
     if isinstance(default, bool):
         return st.booleans()
     assert isinstance(default, str), f"{key}: say which of its values can be run"
-    blank = st.just("") if key in OPTIONAL else st.nothing()
+    assert isinstance(limit, Text)
+    blank = st.just("") if limit.may_be_empty else st.nothing()
     return blank | st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1, max_size=300)
 
 
@@ -297,8 +301,9 @@ def invalid(key: str, default: Any) -> st.SearchStrategy:
         given |= st.text(max_size=20).filter(lambda text: text not in RUNNABLE[key] and text != "fp16")
     if key in BESIDE:
         given |= st.sampled_from(NO_MODEL)
-    if key in RANGES:
-        single, low, high, _ = parse(RANGES[key])
+    limit = KEYS[key].limit
+    if isinstance(limit, Number):
+        single, low, high, _ = limit.bounds
         if isinstance(default, int):
             given |= st.integers(max_value=int(low) - 1) | st.integers(min_value=int(high) + 1)
             given |= st.sampled_from([-(10**30), 10**30, 10**400])
@@ -307,8 +312,10 @@ def invalid(key: str, default: Any) -> st.SearchStrategy:
             given |= st.sampled_from([float("nan"), float("inf"), float("-inf")])
             given = given.filter(lambda value: value != single)
     elif isinstance(default, str):
-        given |= st.sampled_from(["\ud800", "a\ud8ffb"] if key in FREE else ["a\nb", "\x00", "\x1b[2J", "\ud800"])
-        given |= st.just(" ") if key in OPTIONAL else st.sampled_from(["", " ", "\t"])
+        free = isinstance(limit, Text) and limit.may_have_lines
+        given |= st.sampled_from(["\ud800", "a\ud8ffb"] if free else ["a\nb", "\x00", "\x1b[2J", "\ud800"])
+        optional = isinstance(limit, Text) and limit.may_be_empty
+        given |= st.just(" ") if optional else st.sampled_from(["", " ", "\t"])
     others = [None, 1.5, 7, "five", [1], {"a": 1}, b"x", float("nan"), object]
     fits = {int: (int,), float: (int, float), str: (str,), tuple: (list, tuple), bool: (bool,), type(None): (object,)}
     kinds = fits[type(default)]

@@ -16,8 +16,8 @@ from conftest import ROOT, call, experiment, run_script, snapshot
 from matplotlib.figure import Figure
 from PIL import Image
 
-from b2diffurl.evaluation.statistics import with_error
-from b2diffurl.experiment.branch_picture import Tree, decode_tree, load_tree, save_tree, spread, watching
+from b2diffurl.experiment.branch_picture import Tree, decode_tree, load_tree, recording_prefix, save_tree, spread
+from b2diffurl.experiment.evaluation_table import with_error
 from b2diffurl.experiment.metrics import read_events
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.experiment.stage_table import per_step_rows, stage_rows
@@ -242,7 +242,7 @@ def test_long_names_end_where_their_panel_ends():
 def test_what_is_watched_of_a_prefix_is_the_first_group_s():
     """Its state before each step of the prefix; predictions pass through."""
     seen: list[torch.Tensor] = []
-    predict = watching(lambda x, i: x * 2, 2, seen)
+    predict = recording_prefix(lambda x, i: x * 2, 2, seen)
     x = torch.arange(6.0).view(3, 2, 1, 1)
     for i in range(4):
         assert torch.equal(predict(x + i, i), (x + i) * 2)
@@ -443,7 +443,18 @@ def test_settings_that_differ_from_the_preset(root):
     assert found["train.learning_rate"] == (1e-2, 1e-4)
     assert "sample.eta" not in found
     assert "run_name" not in found
-    assert page.preset_differences({"preset": "gone"}) == page.preset_differences({}) == []
+    assert page.preset_rows({"config": {"preset": "gone"}}) == page.preset_rows({"config": {}}) == []
+
+
+def test_differences_are_those_of_when_it_was_recorded(root):
+    """The preset of a record that says nothing, as an earlier version wrote it, is read anew, and says the same; one that
+    says what differed is believed, whatever the preset has become."""
+    record = read_json(root / "config.json")
+    found = page.preset_rows(record)
+    assert found == page.preset_rows({"config": record["config"]})
+    recorded = {"differs_from_preset": {"seed": [1, 2]}}
+    assert page.preset_rows(record | recorded) == [("seed", 1, 2)]
+    assert page.preset_rows(record | {"differs_from_preset": {}}) == []
 
 
 def test_disk_is_counted_by_kind_without_the_report(root):

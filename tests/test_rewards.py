@@ -1,5 +1,6 @@
 """Each reward alone: against stock processor and forward one image at a time, Pillow's bytes, numbers by hand."""
 
+import inspect
 import io
 import json
 import pickle
@@ -7,7 +8,9 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -28,7 +31,18 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from b2diffurl.rewards import Reward, check_rewards, load_reward, resolve_dtype, reward_identity, score
+from b2diffurl.configuration.settings import Rewards, read_settings
+from b2diffurl.rewards import (
+    REWARDS,
+    Reward,
+    RewardModule,
+    check_rewards,
+    load_reward,
+    resolve_dtype,
+    reward_identity,
+    reward_module,
+    score,
+)
 from b2diffurl.rewards.bertscore import TextScorer
 from b2diffurl.runtime.files import sha256
 from b2diffurl.runtime.hub import checksum
@@ -69,8 +83,8 @@ def prompts() -> list[str]:
 
 
 @pytest.fixture
-def settings(zoo) -> Callable:
-    """settings(**changed) -> the section `reward` of a configuration whose models are the zoo's; keys as in reward.<key>."""
+def settings(zoo) -> Callable[..., Rewards]:
+    """settings({key: value}) -> the rewards of a configuration whose models are the zoo's; keys as in reward.<key>."""
     mine = {
         "clip.model": zoo / "clip",
         "pickscore.model": zoo / "clip",
@@ -83,9 +97,10 @@ def settings(zoo) -> Callable:
         "bertscore.num_layers": 2,
     }
 
-    def make(changed: dict | None = None):
+    def make(changed: dict | None = None) -> Rewards:
         values = {f"reward.{key}": value for key, value in (mine | (changed or {})).items()}
-        return make_config({key: str(value) if isinstance(value, Path) else value for key, value in values.items()}).reward
+        values = {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+        return read_settings(make_config(values)).rewards
 
     return make
 
@@ -516,7 +531,6 @@ def test_the_real_imscore_has_that_interface():
     """Where the package is installed: its classes lie where the adapter looks and have these two functions."""
     pytest.importorskip("imscore", exc_type=ImportError)
     import importlib
-    import inspect
 
     for module, kind in IMSCORE.values():
         found = getattr(importlib.import_module(f"imscore.{module}.model"), kind)
@@ -557,6 +571,72 @@ def test_identity_follows_the_files(zoo, settings, tmp_path):
     assert reward_identity("bertscore", captioned) != reward_identity("bertscore", settings())
     one, other = (reward_identity("http", settings({"http.url": f"http://{host}/"})) for host in "ab")
     assert one != other
+
+
+# What tells one evaluation from another, of the settings in a reward's own section: none of where its files lie.
+DECISIVE = {
+    "bertscore": {
+        "max_new_tokens": 6, "num_layers": 2, "question": QUESTION, "reference": "The image contains {prompt}",
+    },
+    "http": {"url": "http://a/"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_identity_is_name_settings_and_checksums(zoo, stand_in, settings, name):
+    """The settings that decide, by hand, and the SHA-256 of every file of the model: weights, then the rest by kind."""
+    models = {
+        "clip": ["clip"],
+        "pickscore": ["clip"],
+        "aesthetic": ["head/head.pth", "clip"],
+        "bertscore": ["llava", "deberta"],
+    }
+    changed = {f"{name}.model": zoo / "clip"} if name in IMSCORE else {}
+    expected = []
+    for folder in (zoo / model for model in models.get(name, [])):
+        kinds = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+        expected += [path for kind in kinds for path in sorted(folder.glob(kind))] if folder.is_dir() else [folder]
+    expected += [zoo / "clip" / "model.safetensors"] if name in IMSCORE else []
+    found = reward_identity(name, settings(changed | {"http.url": "http://a/"}))
+    assert found == [name, DECISIVE.get(name, {}), [sha256(path) for path in expected]]
+
+
+@pytest.mark.parametrize("name", [*REWARDS, "json:dumps"])
+def test_every_module_has_the_three_functions(settings, name):
+    """Each takes what RewardModule says, in that order; what a module calls not decisive is a setting of the reward's."""
+    module = reward_module(name)
+    for function in ("check", "files", "load"):
+        _, *asked = inspect.signature(getattr(RewardModule, function)).parameters
+        assert list(inspect.signature(getattr(module, function)).parameters) == asked
+    assert set(getattr(module, "NOT_DECISIVE", ())) <= settings().own.get(name, {}).keys()
+
+
+def test_the_reward_that_the_documentation_adds(settings, images, tmp_path, monkeypatch):
+    """docs/rewards.md's module: it checks prompts before work, its file decides its identity wherever that lies, its scores
+    are what they are by hand, and its parts come along."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "rewards.md").read_text(), re.DOTALL)
+    (source,) = (block for block in blocks if "def check" in block)
+    module = ModuleType("b2diffurl.rewards.colour")
+    exec(source, vars(module))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(REWARDS, "colour", "colour")
+    rewards = []
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "table.json").write_text('{"red": [255, 0, 0], "blue": [0, 0, 255]}')
+        rewards.append(replace(settings(), own={"colour": {"table": str(tmp_path / folder / "table.json")}}))
+    check_rewards(["colour"], rewards[0], ["a red circle"])
+    with pytest.raises(ValueError, match=r"'a green cross' names no colour.*red, blue"):
+        check_rewards(["colour"], rewards[0], ASKED)
+    assert reward_identity("colour", rewards[0]) == reward_identity("colour", rewards[1])
+    (tmp_path / "other" / "table.json").write_text('{"red": [250, 0, 0], "blue": [0, 0, 255]}')
+    assert reward_identity("colour", rewards[0]) != reward_identity("colour", rewards[1])
+    found, parts = score(load_reward("colour", rewards[0], CPU), images[:2], ["a red circle", "a blue square"])
+    assert parts["named"] == ["red", "blue"]
+    for n, wanted in enumerate(([255, 0, 0], [0, 0, 255])):
+        away = np.linalg.norm(images[n].numpy().reshape(-1, 3).mean(0) - wanted)
+        assert parts["distance"][n].item() == pytest.approx(away, rel=1e-5)
+        assert found[n].item() == pytest.approx(1 - away / 442, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["clip", "pickscore", "aesthetic", "bertscore"])

@@ -21,9 +21,10 @@ from test_foreign_weights import original_layout
 
 from b2diffurl import export
 from b2diffurl.configuration.rules import check
+from b2diffurl.configuration.settings import read_settings
 from b2diffurl.evaluation.features import load_features
 from b2diffurl.experiment.stage import LORA_FILE
-from b2diffurl.models import load_model
+from b2diffurl.models import stable_diffusion
 from b2diffurl.rewards import http, load_reward
 from b2diffurl.runtime import files
 
@@ -165,16 +166,16 @@ def test_no_pickle_stands_in_for_a_scorer_s_weights(own, marker, tmp_path):
     for form in hostile_pickles(marker, tmp_path):
         (clip / "pytorch_model.bin").write_bytes(form)
         with pytest.raises(ValueError, match="own/clip"):
-            load_reward("clip", make_config(own).reward, CPU)
+            load_reward("clip", read_settings(make_config(own)).rewards, CPU)
     shutil.copy(experiment_free_clip(tmp_path), clip / "model.safetensors")
     settings = make_config(
         own, **{"reward.aesthetic.clip": str(clip), "reward.aesthetic.head": str(tmp_path / "own" / "head")}
     )
-    load_reward("aesthetic", settings.reward, CPU)
+    load_reward("aesthetic", read_settings(settings).rewards, CPU)
     for form in hostile_pickles(marker, tmp_path):
         (tmp_path / "own" / "head" / "head.pth").write_bytes(form)
         with pytest.raises(ValueError, match=r"head\.pth is not an aesthetic head"):
-            load_reward("aesthetic", settings.reward, CPU)
+            load_reward("aesthetic", read_settings(settings).rewards, CPU)
 
 
 def experiment_free_clip(tmp_path: Path) -> Path:
@@ -217,8 +218,8 @@ def test_no_code_of_a_single_file_s_configs_runs(own, marker, tmp_path, monkeypa
     save_file(original_layout(pipeline), tmp_path / "single.safetensors")
     settings = own | {"pretrained.model": str(tmp_path / "single.safetensors"), "pretrained.config": str(sd)}
     plant(sd, marker)
-    pretrained = make_config(settings).pretrained
-    load_model(pretrained, device=CPU, dtype=torch.float32, lora_rank=4, seed=0, decoder=True)
+    model = read_settings(make_config(settings)).model
+    stable_diffusion.load(model, device=CPU, dtype=torch.float32, seed=0, decoder=True)
     whole = (sd / "model_index.json").read_text()
     (work / "evil_module.py").write_bytes(hostile_code(marker))
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
@@ -241,16 +242,16 @@ def test_no_code_that_a_scorer_names_runs(marker, tmp_path, overrides):
         "reward.bertscore.num_layers": 2, "reward.clip.model": str(zoo / "clip"),
         "eval.inception.model": str(zoo / "classifier"),
     }  # fmt: skip
-    config = make_config(overrides, **settings)
-    load_reward("bertscore", config.reward, CPU)
-    load_reward("clip", config.reward, CPU)
-    load_features("inception", config, CPU, {})
+    chosen = read_settings(make_config(overrides, **settings))
+    load_reward("bertscore", chosen.rewards, CPU)
+    load_reward("clip", chosen.rewards, CPU)
+    load_features("inception", chosen.judging, chosen.rewards, CPU, {})
     for name in ("llava", "deberta", "classifier"):
         edit_json(zoo / name / "config.json", model_type="evil")
     with pytest.raises((ValueError, OSError)):
-        load_reward("bertscore", config.reward, CPU)
+        load_reward("bertscore", chosen.rewards, CPU)
     with pytest.raises((ValueError, OSError)):
-        load_features("inception", config, CPU, {})
+        load_features("inception", chosen.judging, chosen.rewards, CPU, {})
 
 
 def test_no_expression_of_a_command_line_is_evaluated(marker, tmp_path, overrides):
@@ -388,15 +389,15 @@ def test_a_plan_tells_no_secret(secrets, overrides, tmp_path):
     """--dry_run prints neither, and writes nothing."""
     from absl import flags
 
-    from b2diffurl.start import begin
+    from b2diffurl.start import start
 
     def main() -> None:
         flags.DEFINE_boolean("dry_run", False, "")
         from b2diffurl.configuration.command_line import run_script as run
 
-        run("process", begin)
+        run("process", start)
 
-    argv = ["begin", f"--config={ROOT}/config/stage_process.py:sd14", "--dry_run"]
+    argv = ["start", f"--config={ROOT}/config/stage_process.py:sd14", "--dry_run"]
     argv += [f"--config.{key}={value}" for key, value in overrides.items()]
     ended = call(tmp_path, argv, main)
     assert ended.code == 0, ended.stderr

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from b2diffurl.algorithm.selection import Selected, advantages, contrast_pairs, normalise, select_all, select_pairs
+from b2diffurl.algorithm.advantages import advantages, normalise
+from b2diffurl.algorithm.selection import Selected, contrast_pairs, select_all, select_pairs
 
 PAIRS = {"pos_threshold": 0.5, "neg_threshold": -0.5}
 

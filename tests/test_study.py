@@ -14,10 +14,9 @@ import pytest
 from conftest import ROOT, experiment, make_config
 from scipy.stats import ttest_rel
 
-from b2diffurl.configuration.limits import flatten
+from b2diffurl.configuration.keys import flatten
 from b2diffurl.configuration.rules import check
-from b2diffurl.experiment.folder import experiment_folder
-from benchmarks.study import FULL, QUICK, VARIANTS, configure, cost, runs
+from benchmarks.study import FULL, QUICK, VARIANTS, configure, cost, root_of, runs
 from benchmarks.study_report import SETS, write_report
 from benchmarks.study_statistics import (
     at_equal_cost,
@@ -96,7 +95,7 @@ def test_every_run_of_the_study_is_accepted():
         configs = [configure(scale, *one) for one in runs(scale)]
         for config in configs:
             check(config)
-        assert len({experiment_folder(config) for config in configs}) == len(configs)
+        assert len({root_of(config) for config in configs}) == len(configs)
     seeds = {name: {seed for one, seed in runs(FULL) if one.name == name} for name in VARIANTS}
     assert all(len(seeds[arm]) >= 5 for arm in ("ddpo", "bpt", "bs", "b2"))
     assert all(len(seeds[name]) >= 2 for name in VARIANTS)
@@ -134,9 +133,8 @@ def test_the_page_says_what_the_runs_say(tmp_path):
     assert verdicts["b2 − bs"] == ("**-4.1**", "**not supported**")
     assert verdicts["b2 − bpt"][1] == "**undecided**"
     assert "Not run yet: b2, dpok (seed 1, 3)." in page
-    assert {path.name for path in (tmp_path / "results").iterdir()} == {
-        f"study_{x}.png" for x in ("arms", "diversity", "controls")
-    }
+    pictures = {f"study_{name}.png" for name in ("arms", "diversity", "controls")}
+    assert {path.name for path in tmp_path.iterdir()} == {"study.md", *pictures}
 
 
 def draw_page(made_up: list[dict], folder: Path) -> str:
@@ -157,7 +155,7 @@ def draw_page(made_up: list[dict], folder: Path) -> str:
         "runs": made_up,
     }
     write_report(facts, {one.name: one.against for one in VARIANTS.values()}, folder)
-    return (folder / "results.md").read_text()
+    return (folder / "study.md").read_text()
 
 
 @pytest.mark.filterwarnings("error::UserWarning")  # such as that of a legend without marks
@@ -242,4 +240,4 @@ def test_the_committed_study_is_whole():
     for found in facts["runs"]:
         assert {"arm", "objective", "seed", "curve"} <= found.keys()
         assert found["curve"][-1]["queries"] == pytest.approx(5760, rel=0.01)
-    assert f"{len(facts['runs'])} runs" in (ROOT / "docs" / "results.md").read_text()
+    assert f"{len(facts['runs'])} runs" in (ROOT / "docs" / "results" / "study.md").read_text()

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from b2diffurl.algorithm.seeding import generator
-from b2diffurl.configuration.limits import flatten
+from b2diffurl.configuration.keys import flatten
 from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.models.stable_diffusion import StableDiffusion
 

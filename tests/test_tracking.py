@@ -20,7 +20,10 @@ from ml_collections import ConfigDict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
-from b2diffurl.evaluation.measure import evaluate, training_sampler
+from b2diffurl.configuration.plan import checked_settings
+from b2diffurl.configuration.settings import read_settings
+from b2diffurl.evaluation.generate import training_sampler
+from b2diffurl.evaluation.measure import evaluate
 from b2diffurl.reporting.trackers import track
 from b2diffurl.runtime import files
 
@@ -36,7 +39,8 @@ def judged(finished, overrides, tmp_path_factory) -> Path:
     folder = shutil.copytree(finished, tmp_path_factory.mktemp("judged") / "copy")
     config = make_config(overrides)
     with contextlib.chdir(folder):
-        evaluate(config, ["base", "stage1", "stage0"], ["test"], {"training": training_sampler(config)})
+        settings = checked_settings(config)
+        evaluate(settings, ["base", "stage1", "stage0"], ["test"], {"training": training_sampler(settings)})
     return folder
 
 
@@ -144,7 +148,7 @@ def expected(root: Path) -> dict[str, list[tuple[float, float]]]:
 
 def test_wandb_has_one_run_for_two_stages_and_their_evaluations(place, overrides, warnings):
     """Every curve is the files' own, over the images scored; the run's configuration is the experiment's."""
-    track(tracking(overrides, "wandb"), experiment(place))
+    track(read_settings(tracking(overrides, "wandb")).output)
     (run,) = wandb_runs()
     rows = wandb_history(run)
     for name, points in expected(experiment(place)).items():
@@ -170,7 +174,7 @@ def test_wandb_has_one_run_for_two_stages_and_their_evaluations(place, overrides
 def test_images_are_the_newest_stages_with_prompt_and_reward(place, overrides):
     """The first images of the last stage, and the first held-out ones it was judged by, to the bit, with what they say."""
     root = experiment(place)
-    track(tracking(overrides, "wandb", "tensorboard"), root)
+    track(read_settings(tracking(overrides, "wandb", "tensorboard")).output)
     (run,) = wandb_runs()
     row = wandb_history(run)[-1]
     scored = json_lines(root / "stage1" / "scores.jsonl")
@@ -198,7 +202,7 @@ def test_images_are_the_newest_stages_with_prompt_and_reward(place, overrides):
 
 def test_tensorboard_has_one_run_with_the_same_curves(place, overrides, warnings):
     """As in wandb; its steps are whole images."""
-    track(tracking(overrides, "tensorboard"), experiment(place))
+    track(read_settings(tracking(overrides, "tensorboard")).output)
     events = tensorboard_curves()
     for name, points in expected(experiment(place)).items():
         assert scalars(events, name) == [(round(x), pytest.approx(y, rel=1e-6)) for x, y in points], name
@@ -208,13 +212,13 @@ def test_tensorboard_has_one_run_with_the_same_curves(place, overrides, warnings
 
 def test_what_is_shown_again_is_shown_once(place, overrides, warnings):
     """After a second and a third time there is one run with the same rows under the same id."""
-    root, config = experiment(place), tracking(overrides, "wandb", "tensorboard")
-    track(config, root)
+    config = tracking(overrides, "wandb", "tensorboard")
+    track(read_settings(config).output)
     (run,) = wandb_runs()
     name, rows, losses = next(run.glob("*.wandb")).name, wandb_history(run), scalars(tensorboard_curves(), "train/loss")
     (run / f"{name}.synced").touch()
     for _ in range(2):
-        track(config, root)
+        track(read_settings(config).output)
     (run,) = wandb_runs()
     assert next(run.glob("*.wandb")).name == name  # it carries the run's id
     assert not list(run.glob("*.synced"))
@@ -230,12 +234,12 @@ def test_a_run_goes_on_from_stage_to_stage(place, overrides):
     root, config = experiment(place), tracking(overrides, "wandb", "tensorboard")
     manifest = (root / "stage1" / "train.json").read_bytes()
     (root / "stage1" / "train.json").unlink()
-    track(config, root)
+    track(read_settings(config).output)
     (first,) = wandb_runs()
     assert [x for x, _ in curve(wandb_history(first), "select/reward_mean")] == [18]
     assert wandb_history(first)[-1]["images/stage"]["count"] == 8
     (root / "stage1" / "train.json").write_bytes(manifest)
-    track(config, root)
+    track(read_settings(config).output)
     (second,) = wandb_runs()
     assert next(first.parent.glob("*/*.wandb")).name == next(second.glob("*.wandb")).name
     assert [x for x, _ in curve(wandb_history(second), "select/reward_mean")] == [18, 36]
@@ -246,17 +250,17 @@ def test_experiments_are_runs_of_their_own(place, overrides):
     """A second experiment beside the first leaves the first one's run alone, even where the configuration is the same; so
     does one of the same name that was begun at another time."""
     root = experiment(place)
-    other = shutil.copytree(root, root.with_name("other"))
-    track(tracking(overrides, "wandb", "tensorboard"), root)
+    shutil.copytree(root, root.with_name("other"))
+    track(read_settings(tracking(overrides, "wandb", "tensorboard")).output)
     (first,) = wandb_runs()
-    track(tracking(overrides, "wandb", "tensorboard", exp_name="other"), other)
+    track(read_settings(tracking(overrides, "wandb", "tensorboard", exp_name="other")).output)
     assert len(wandb_runs()) == 2
     assert first in wandb_runs()
     assert len({next(run.glob("*.wandb")).name for run in wandb_runs()}) == 2
     assert sorted(path.name for path in Path("log/tensorboard").iterdir()) == ["other", "tiny"]
     begun = files.read_json(root / "stage0" / "sample.json")
     files.write_record(root / "stage0" / "sample.json", begun | {"finished": "2001-01-01T00:00:00+0000"})
-    track(tracking(overrides, "wandb"), root)
+    track(read_settings(tracking(overrides, "wandb")).output)
     assert len(wandb_runs()) == 3
 
 
@@ -265,7 +269,7 @@ def test_what_a_kill_left_is_cleared_away(place, overrides, warnings):
     for name in ("tiny.wandb.tmp/wandb/offline-run-20200101_000000-x", "tiny.tensorboard.tmp/tiny"):
         Path("log", name).mkdir(parents=True)
         Path("log", name, "events.out.tfevents.half").touch()
-    track(tracking(overrides, "wandb", "tensorboard"), experiment(place))
+    track(read_settings(tracking(overrides, "wandb", "tensorboard")).output)
     assert sorted(path.name for path in Path("log").iterdir() if path.is_dir()) == ["tensorboard", "wandb"]
     assert len(wandb_runs()) == len(list(Path("log/tensorboard/tiny").iterdir())) == 1
     assert not warnings
@@ -281,7 +285,7 @@ def test_a_curve_has_one_value_a_stage(place, overrides):
     rows["outside"] = rows["stage1"] | {"checkpoint": "elsewhere.safetensors", "stage": None, "reward": 9.0}
     rows["deployed"] = rows["stage1"] | {"sampler": "deployed", "reward": 10.0}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
-    track(tracking(overrides, "tensorboard"), experiment(place))
+    track(read_settings(tracking(overrides, "tensorboard")).output)
     values = scalars(tensorboard_curves(), "eval/test/training/reward")
     assert values == [(0, pytest.approx(rows["base"]["reward"])), (18, 7.0), (36, pytest.approx(rows["stage1"]["reward"]))]
     assert scalars(tensorboard_curves(), "eval/test/deployed/reward") == [(36, 10.0)]
@@ -291,7 +295,7 @@ def test_a_curve_has_one_value_a_stage(place, overrides):
 def test_a_missing_package_is_one_line(place, overrides, warnings, monkeypatch, name):
     """It names the command that installs it; the other tracker has its run."""
     monkeypatch.setitem(sys.modules, name, None)
-    track(tracking(overrides, "wandb", "tensorboard"), experiment(place))
+    track(read_settings(tracking(overrides, "wandb", "tensorboard")).output)
     (line,) = warnings
     assert f"pip install {name}" in line
     assert sorted(path.name for path in Path("log").iterdir() if path.is_dir()) == [
@@ -302,7 +306,7 @@ def test_a_missing_package_is_one_line(place, overrides, warnings, monkeypatch, 
 def test_a_tracker_that_fails_ends_nothing(place, overrides, warnings):
     """A log folder that cannot be: one line each, and no exception."""
     Path("log_file").touch()
-    track(tracking(overrides, "wandb", "tensorboard", log_path="log_file"), experiment(place))
+    track(read_settings(tracking(overrides, "wandb", "tensorboard", log_path="log_file")).output)
     assert [line.split(" is ")[0] for line in warnings] == ["track: wandb", "track: tensorboard"]
 
 
@@ -312,7 +316,7 @@ def test_nobody_is_asked_to_log_in(place, overrides, warnings):
     stdin = os.dup(0)
     os.dup2(theirs, 0)
     try:
-        track(tracking(overrides, "wandb", wandb_mode="online"), experiment(place))
+        track(read_settings(tracking(overrides, "wandb", wandb_mode="online")).output)
     finally:
         os.dup2(stdin, 0)
         for descriptor in (ours, theirs, stdin):
@@ -328,11 +332,11 @@ def test_the_environment_has_the_last_word(place, overrides, warnings, monkeypat
     """WANDB_MODE is stronger than wandb_mode, and WANDB_PROJECT names the project."""
     config = tracking(overrides, "wandb", wandb_mode="online")
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    track(config, experiment(place))
+    track(read_settings(config).output)
     assert not Path("log/wandb").exists()
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_PROJECT", "mine")
-    track(config, experiment(place))
+    track(read_settings(config).output)
     (header,) = (record.run for record in wandb_records(*wandb_runs()) if record.HasField("run"))
     assert header.project == "mine"
     assert not warnings
@@ -343,24 +347,25 @@ def test_only_the_main_process_tracks_and_only_what_is_trained(place, overrides,
     config = tracking(overrides, "wandb", "tensorboard")
     with monkeypatch.context() as second:
         second.setattr(PartialState(), "process_index", 1)
-        track(config, experiment(place))
+        track(read_settings(config).output)
     for manifest in experiment(place).glob("stage*/train.json"):
         manifest.unlink()
-    track(config, experiment(place))
+    track(read_settings(config).output)
     assert not [path for path in Path("log").glob("*") if path.is_dir()]
 
 
 SCRIPT = """
 import runpy, sys
 from pathlib import Path
+from b2diffurl.configuration.settings import read_settings
 from b2diffurl.reporting.trackers import track
 config = runpy.run_path(sys.argv[1])["get_config"]("sd14").unlock()
 root = Path("model/lora/tiny")
 config.exp_name = "tiny"
-track(config, root)
+track(read_settings(config).output)
 print([name for name in ("wandb", "tensorboard") if name in sys.modules])
 config.track_with = ("wandb", "tensorboard")
-track(config, root)
+track(read_settings(config).output)
 """
 
 
@@ -420,7 +425,7 @@ def test_online_the_whole_run_takes_the_place_of_the_last_one(place, overrides, 
     manifest = (root / "stage1" / "train.json").read_bytes()
     (root / "stage1" / "train.json").unlink()
     for stages in ([18], [18, 36]):
-        track(config, root)
+        track(read_settings(config).output)
         (rows,) = (lines for (_, name), lines in server.lines.items() if name == "wandb-history.jsonl")
         assert [x for x, _ in curve([json.loads(row) for row in rows], "select/reward_mean")] == stages
         (root / "stage1" / "train.json").write_bytes(manifest)

@@ -10,6 +10,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -20,19 +21,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from b2diffurl.algorithm.ddim import step_weights
 from b2diffurl.algorithm.selection import Selected
+from b2diffurl.algorithm.transition import step_weights
 from b2diffurl.configuration.plan import make_plan
-from b2diffurl.configuration.settings import read_settings
+from b2diffurl.configuration.settings import ModelSettings, read_settings
 from b2diffurl.experiment.checkpoints import load_optimizer, save_checkpoint
 from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.experiment.trajectories import Trajectories
-from b2diffurl.models import load_model
+from b2diffurl.models import stable_diffusion
 from b2diffurl.models.policy import load_policy
 from b2diffurl.objectives import Objective
 from b2diffurl.objectives.options import NoOptions
 from b2diffurl.phases.train import update_rows
 from b2diffurl.phases.trainer import Trainer, make_trainer, micro_batches
+from b2diffurl.phases.update_report import UpdateReport
 from b2diffurl.runtime.device import make_accelerator
 
 CLIP_RANGE = 1e-3  # of the gradient tests: small enough for the off-policy ratios below to be clipped in part
@@ -51,34 +53,37 @@ def bench(finished, overrides):
         with contextlib.chdir(finished):
             plan = make_plan(make_config(overrides, run_name=run_name))
             config = make_config(overrides, run_name=run_name, **({"train.eps": CLIP_RANGE} | settings))
-            accelerator = make_accelerator(read_settings(config).compute)
+            plan = replace(plan, settings=read_settings(config))
+            accelerator = make_accelerator(plan.settings.compute)
             source = None if fresh else plan.stage.checkpoints()[-1] / LORA_FILE
-            model = load_policy(config, accelerator, source, decoder=False)
-            return make_trainer(config, plan, accelerator, model, source)
+            model = load_policy(plan.settings.model, accelerator, source, seed=config.seed, compile=False, decoder=False)
+            return make_trainer(plan, accelerator, model, source)
 
     return make
 
 
 @pytest.fixture
 def batch(finished) -> tuple[Trajectories, Tensor]:
-    """Stage 1's selected trajectories with their advantages."""
+    """Stage 1's selected trajectories with the advantages [N,S] of their transitions."""
     stage = Stage(experiment(finished), 1)
     rows = json.loads(stage.selection.read_text())
     selected = [Selected(row["group"], row["branch"], row["score"]) for row in rows]
-    return read_selected(stage, selected, 2), torch.tensor([row["advantage"] for row in rows])
+    trajectories = read_selected(stage, selected, 2)
+    advantages = torch.tensor([row["advantage"] for row in rows])
+    return trajectories, advantages[:, None].repeat(1, trajectories.log_probs.shape[1])
 
 
 def gradient(
     trainer: Trainer, trajectories: Trajectories, advantages: Tensor, units: Tensor, *, apart: bool = True
-) -> tuple[Tensor, list]:
+) -> tuple[Tensor, UpdateReport]:
     trainer.optimizer.zero_grad()
     size = trainer.sizes.sizes["train.micro_batch_size"]
-    per_step = trainer.accumulate(trajectories, advantages, units, every_step(trainer), size=size, apart=apart)
-    return trainer.gradient().clone(), per_step
+    report = trainer.accumulate(trajectories, advantages, units, every_step(trainer), size=size, apart=apart)
+    return trainer.gradient().clone(), report
 
 
 def every_step(trainer: Trainer) -> range:
-    return range(len(trainer.step_weight))
+    return range(len(trainer.loss.step_weight))
 
 
 def difference(one: Tensor, other: Tensor) -> float:
@@ -116,7 +121,7 @@ def surrogate(trainer: Trainer, trajectories: Trajectories, advantages: Tensor) 
     def loss(n: int, step: int) -> Tensor:
         x_prev = trajectories.latents[n, step + 1]
         density = plainly(trainer.model.unet, trainer, trajectories, n, step).log_prob(x_prev).mean()
-        ratio, advantage = (density - trajectories.log_probs[n, step]).exp(), advantages[n]
+        ratio, advantage = (density - trajectories.log_probs[n, step]).exp(), advantages[n, step]
         cut[n, step] = ratio > 1 + CLIP_RANGE if advantage > 0 else ratio < 1 - CLIP_RANGE
         return -advantage * ratio * (1 - cut[n, step])
 
@@ -142,14 +147,35 @@ def test_the_update_is_the_mean_over_all_pairs_computed_one_by_one(bench, batch)
     assert 0.0 < cut.mean() < 1.0
     assert num_steps == 3
     for kind in ("none", "sigma", "leverage"):
-        trainer.step_weight = step_weights(trainer.sampler, num_steps, kind)
-        found, per_step = gradient(trainer, *batch, torch.arange(num_rows))
-        shares = (gradients * trainer.step_weight[None, :, None]).sum(0) / (num_rows * num_steps)
+        trainer.loss = replace(trainer.loss, step_weight=step_weights(trainer.loss.table, num_steps, kind))
+        found, report = gradient(trainer, *batch, torch.arange(num_rows))
+        shares = (gradients * trainer.loss.step_weight[None, :, None]).sum(0) / (num_rows * num_steps)
         assert difference(found, shares.sum(0)) < 1e-4
-        for step in range(num_steps):
-            torch.testing.assert_close(per_step[step]["grad_norm"], shares[step].norm(), rtol=1e-3, atol=0)
-            assert torch.equal(per_step[step]["clipped"], cut[:, step])
-    assert trainer.step_weight.max() > 1.5
+        torch.testing.assert_close(report.step_norms, shares.norm(dim=1), rtol=1e-3, atol=0)
+        assert torch.equal(report.values.clipped, cut.T)
+    assert trainer.loss.step_weight.max() > 1.5
+
+
+def test_an_advantage_acts_on_its_own_transition(bench, batch):
+    """Advantages that differ along a trajectory: the gradient is the mean over N*S of each transition's with its own. Where
+    only one is not 0, no other step has a loss or a gradient, exactly."""
+    trainer, (trajectories, advantages) = bench(), batch
+    num_rows, num_steps = advantages.shape
+    varied = advantages * torch.randn(num_rows, num_steps, generator=torch.Generator().manual_seed(0))
+    gradients = one_by_one(trainer, surrogate(trainer, trajectories, varied)[0], num_rows, num_steps)
+    found, _ = gradient(trainer, trajectories, varied, torch.arange(num_rows))
+    expected = gradients.mean((0, 1))
+    assert difference(found, expected) < 1e-4
+    constant, _ = gradient(trainer, trajectories, varied.mean(1, keepdim=True).expand_as(varied), torch.arange(num_rows))
+    assert difference(constant, expected) > 0.1
+
+    n, step = torch.nonzero(gradients.norm(dim=2) == gradients.norm(dim=2).max())[0].tolist()
+    single = torch.zeros_like(varied)
+    single[n, step] = varied[n, step]
+    found, report = gradient(trainer, trajectories, single, torch.arange(num_rows))
+    assert difference(found, gradients[n, step] / (num_rows * num_steps)) < 1e-4
+    assert report.values.loss.nonzero().tolist() == [[step, n]]
+    assert report.step_norms.nonzero().flatten().tolist() == [step]
 
 
 def test_the_penalty_is_the_divergence_from_the_base_on_disk(bench, batch, base_unet):
@@ -166,13 +192,12 @@ def test_the_penalty_is_the_divergence_from_the_base_on_disk(bench, batch, base_
         return 2.0 * kl
 
     shares = [one_by_one(trainer, loss, *cut.shape).mean((0, 1)) for loss in (plain, penalty)]
-    found, per_step = gradient(trainer, *batch, UNITS["dpok"])
+    found, report = gradient(trainer, *batch, UNITS["dpok"])
     assert difference(found, sum(shares)) < 1e-4
     assert min(share.norm() for share in shares) > 0.1 * sum(shares).norm()
     assert (found_kl > 0).all()
-    for step, report in enumerate(per_step):
-        torch.testing.assert_close(report["kl"], found_kl[:, step], rtol=1e-3, atol=1e-9)
-        assert torch.equal(report["clipped"], cut[:, step])
+    torch.testing.assert_close(report.values.others["kl"], found_kl.T, rtol=1e-3, atol=1e-9)
+    assert torch.equal(report.values.clipped, cut.T)
 
 
 def test_preferences_are_those_over_the_base_on_disk(bench, batch, base_unet):
@@ -193,13 +218,12 @@ def test_preferences_are_those_over_the_base_on_disk(bench, batch, base_unet):
         return -(1 / (1 + (-margin).exp())).log()
 
     shares = one_by_one(trainer, loss, *margins.shape)
-    found, per_step = gradient(trainer, *batch, units)
+    found, report = gradient(trainer, *batch, units)
     assert difference(found, shares.mean((0, 1))) < 1e-4
     assert margins.abs().max() > 0.5
-    for step, report in enumerate(per_step):
-        torch.testing.assert_close(report["margin"], margins[:, step], rtol=1e-3, atol=1e-4)
-        assert torch.equal(report["units"], units)
-        assert len(report["log_ratio"]) == 2 * len(units)
+    torch.testing.assert_close(report.values.others["margin"], margins.T, rtol=1e-3, atol=1e-4)
+    assert torch.equal(report.units, units)
+    assert report.values.log_ratio.shape == (margins.shape[1], 2, len(units))
 
 
 @pytest.mark.parametrize("settings", [pytest.param({}, id="ddpo"), pytest.param(D3PO, id="d3po", marks=pytest.mark.long)])
@@ -217,12 +241,11 @@ def test_micro_batching_does_not_change_the_update(bench, batch, settings):
     ]
     for size, apart, constant in shapes:
         trainer.sizes.sizes["train.micro_batch_size"], trainer.constant_shape = size, constant
-        split, per_step = gradient(trainer, *batch, units, apart=apart)
+        split, report = gradient(trainer, *batch, units, apart=apart)
         assert difference(split, whole) < 1e-5
-        for one, other in zip(per_step, looped, strict=True):
-            torch.testing.assert_close(one["loss"], other["loss"], rtol=1e-4, atol=1e-6)
-            assert torch.equal(one["units"], units)
-            assert ("grad_norm" in one) == (apart or constant or size < 2 * units.numel())
+        torch.testing.assert_close(report.values.loss, looped.values.loss, rtol=1e-4, atol=1e-6)
+        assert torch.equal(report.units, units)
+        assert (report.step_norms is not None) == (apart or constant or size < 2 * units.numel())
 
 
 @pytest.mark.parametrize("settings", [{}, D3PO], ids=["ddpo", "d3po"])
@@ -266,12 +289,12 @@ def test_processes_share_an_update_without_loss(num_units, num_processes, size, 
     it."""
     units = torch.arange(100, 100 + num_units * len(shape)).view(shape)
     shares = [micro_batches(units, process, num_processes, size, constant=constant) for process in range(num_processes)]
-    assert not constant or all(len(part) == len(counts) == size for share in shares for part, counts in share)
-    counted = [unit for share in shares for part, counts in share for unit in part[counts > 0].tolist()]
+    assert len({part.shape for part, _ in shares}) == len({counts.shape for _, counts in shares}) == 1
+    assert all(part.shape == (*counts.shape, *units.shape[1:]) for part, counts in shares)
+    assert all(counts.shape[1] == size if constant else counts.shape[1] <= size for _, counts in shares)
+    assert all(set(counts.flatten().tolist()) <= {0.0, 1.0} for _, counts in shares)
+    counted = [unit for part, counts in shares for unit in part[counts > 0].tolist()]
     assert sorted(counted) == units.tolist()
-    assert len({len(share) for share in shares}) == 1
-    assert len({part.shape for share in shares for part, _ in share}) == 1
-    assert all(len(part) <= size and set(counts.tolist()) <= {0.0, 1.0} for share in shares for part, counts in share)
 
 
 @pytest.mark.parametrize("settings", [{}, D3PO], ids=["ddpo", "d3po"])
@@ -334,17 +357,15 @@ def test_a_fresh_lora_is_the_base_policy(bench, finished):
 
     def everything(log_prob, old_log_prob, base_log_prob, kl):
         found = {"log_prob": log_prob, "old_log_prob": old_log_prob, "base_log_prob": base_log_prob, "kl": kl}
-        return log_prob, found
+        return log_prob, found | {"log_ratio": log_prob, "clipped": log_prob}
 
     siblings = [Selected(group, branch, 0.0) for group in range(2) for branch in range(3)]
     trajectories = read_selected(Stage(experiment(finished), 0), siblings, 2)
     for fresh in (True, False):
-        trainer = bench(fresh=fresh)
-        trainer.step_weight = torch.ones(2)
-        trainer.objective = Objective(everything, NoOptions())
+        loss = replace(bench(fresh=fresh).loss, step_weight=torch.ones(2), objective=Objective(everything, NoOptions()))
         for step in range(2):
-            _, stacked = trainer.step_loss(trajectories, torch.ones(6), torch.arange(6), torch.tensor([step]))
-            found = {key: value[0] for key, value in stacked.items()}
+            values = loss(trajectories, torch.ones(6, 2), torch.arange(6), torch.tensor([step]))
+            found = {key: value[0] for key, value in values.others.items()}
             assert torch.equal(found["base_log_prob"], found["old_log_prob"])
             assert torch.equal(found["log_prob"], found["base_log_prob"]) == fresh
             assert torch.equal(found["kl"], torch.zeros(6)) == fresh
@@ -480,8 +501,8 @@ def test_an_empty_selection_passes_the_weights_on(finished, overrides, tmp_path)
 
 @cache
 def tiny_model(root: str, seed: int = 0, rank: int = 4, dtype: torch.dtype = torch.float32):
-    pretrained = {"family": "stable_diffusion", "model": root, "revision": "main", "variant": "", "resolution": 0}
-    return load_model(pretrained, device=torch.device("cpu"), dtype=dtype, lora_rank=rank, seed=seed, decoder=False)
+    settings = ModelSettings("stable_diffusion", root, "main", variant="", config="", resolution=0, lora_rank=rank)
+    return stable_diffusion.load(settings, device=torch.device("cpu"), dtype=dtype, seed=seed, decoder=False)
 
 
 @pytest.mark.parametrize("rank", [1, 4, 8])

@@ -4,38 +4,34 @@ G groups (one prefix each), K branches, N = G*K rows in group-major order (row g
 T sampler steps, the last S of them trained
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from b2diffurl.algorithm.ddim import Sampler, log_prob, transition
-
-Predict = Callable[[Tensor, int], Tensor]  # (x_t [N,C,H,W], step) -> guided model output [N,C,H,W]
-Noise = Callable[[tuple[int, ...]], Tensor]  # shape -> standard normal noise
+from b2diffurl.algorithm.transition import Transitions, log_prob, transition
+from b2diffurl.algorithm.types import Noise, Predict
 
 
-def denoise(predict: Predict, sampler: Sampler, x: Tensor, noise: Noise, steps: range) -> Tensor:
+def denoise(predict: Predict, table: Transitions, x: Tensor, noise: Noise, steps: range) -> Tensor:
     """Run `steps` of the sampler from x [N,C,H,W]; nothing is recorded."""
     for i in steps:
-        mu, sigma = transition(sampler, i, x, predict(x, i))
+        mu, sigma = transition(table, i, x, predict(x, i))
         x = mu + sigma * noise(x.shape)
     return x
 
 
 def branch_sample(
-    predict: Predict, sampler: Sampler, x_T: Tensor, noise: Noise, *, num_branches: int, num_trained_steps: int
+    predict: Predict, table: Transitions, x_T: Tensor, noise: Noise, *, num_branches: int, num_trained_steps: int
 ) -> tuple[Tensor, Tensor]:
     """Denoise G prefixes x_T [G,C,H,W], copy each K times where the last S steps begin, and go on apart.
 
     Returns the states of the trained window, each once, latents [G,K,S+1,C,H,W], and log_probs [G,K,S], float32.
     `predict` sees G rows in the prefix and G*K rows after it.
     """
-    num_groups, split = len(x_T), sampler.num_steps - num_trained_steps
-    x = denoise(predict, sampler, x_T, noise, range(split)).repeat_interleave(num_branches, dim=0)
+    num_groups, split = len(x_T), table.num_steps - num_trained_steps
+    x = denoise(predict, table, x_T, noise, range(split)).repeat_interleave(num_branches, dim=0)
     latents, log_probs = [x], []
-    for i in range(split, sampler.num_steps):
-        mu, sigma = transition(sampler, i, x, predict(x, i))
+    for i in range(split, table.num_steps):
+        mu, sigma = transition(table, i, x, predict(x, i))
         x = mu + sigma * noise(x.shape)
         latents.append(x)
         log_probs.append(log_prob(x, mu, sigma))

@@ -1,61 +1,65 @@
-"""What a configuration asks for: images, network evaluations, updates."""
+"""What a run asks for: images, network evaluations, updates."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
-from b2diffurl.configuration.settings import read_settings
+from b2diffurl.configuration.settings import Sampling, Schedule, Settings, Training
 from b2diffurl.experiment.stage import Stage
-from b2diffurl.objectives import OBJECTIVES
 
 
-def num_groups(config: ConfigDict) -> int:
-    """Of a stage."""
-    return config.sample.num_batches_per_epoch * config.sample.batch_size
+@dataclass(frozen=True)
+class Budget:
+    """Amounts that follow from the settings; those without an argument are the same for every stage."""
 
+    schedule: Schedule
+    sampling: Sampling
+    training: Training
+    selects_all: bool  # every image is trained on, so that counts are exact; else they are the most that can be
 
-def num_images(config: ConfigDict) -> int:
-    """Of a stage."""
-    return num_groups(config) * config.split_time
+    @classmethod
+    def of(cls, settings: Settings) -> "Budget":
+        return cls(settings.schedule, settings.sampling, settings.training, settings.selection.which == "all")
 
+    @property
+    def num_groups(self) -> int:
+        return self.sampling.num_batches * self.sampling.num_groups
 
-def num_evaluations(config: ConfigDict, num_trained_steps: int) -> int:
-    """(Guided) evaluations of the network for a stage's images; branches share those of their prefix."""
-    prefixes = num_groups(config) if config.sampling == "branch" else num_images(config)
-    return prefixes * (config.sample.num_steps - num_trained_steps) + num_images(config) * num_trained_steps
+    @property
+    def num_images(self) -> int:
+        return self.num_groups * self.sampling.num_branches
 
+    def num_evaluations(self, num_trained_steps: int) -> int:
+        """(Guided) evaluations of the network for a stage's images; branches share those of their prefix."""
+        prefixes = self.num_groups if self.sampling.shared_prefix else self.num_images
+        return prefixes * (self.sampling.num_steps - num_trained_steps) + self.num_images * num_trained_steps
 
-def most_selected(config: ConfigDict) -> int:
-    """The most trajectories a stage can train on."""
-    return num_images(config) if config.eval.selection == "all" else 2 * num_groups(config)
+    @property
+    def most_selected(self) -> int:
+        """The most trajectories a stage can train on."""
+        return self.num_images if self.selects_all else 2 * self.num_groups
 
+    @property
+    def most_updates(self) -> int:
+        """The most updates a stage can make: what it makes where all that can be selected is."""
+        siblings = 2 if self.training.objective.paired else 1  # in a term of the loss
+        in_one = max(1, self.training.num_trajectories // siblings)
+        return self.training.num_epochs * math.ceil(self.most_selected // siblings / in_one)
 
-def most_updates(config: ConfigDict) -> int:
-    """The most updates a stage can make: what it makes where all images are selected."""
-    siblings = 2 if OBJECTIVES[config.train.objective].paired else 1  # in a term of the loss
-    in_one = max(1, config.train.batch_size * config.train.gradient_accumulation_steps // siblings)
-    return config.train.num_epochs * math.ceil(most_selected(config) // siblings / in_one)
+    @property
+    def at_most(self) -> str:
+        """What stands before a count, in words."""
+        return "" if self.selects_all else "at most "
 
+    def num_chosen_steps(self, num_trained_steps: int) -> int:
+        """Of a trajectory's S steps, how many an update takes."""
+        return max(1, round(self.training.timestep_fraction * num_trained_steps))
 
-def at_most(config: ConfigDict) -> str:
-    return "" if config.eval.selection == "all" else "at most "
+    def num_trained_steps(self, stage: Stage) -> int:
+        """S of a stage: what it was sampled with, or will be."""
+        sampled = stage.finished("sample")
+        return stage.manifest("sample")["num_trained_steps"] if sampled else self.schedule.num_trained_steps(stage.index)
 
-
-def num_chosen_steps(config: ConfigDict, num_trained_steps: int) -> int:
-    """Of a trajectory's S steps, how many an update takes."""
-    return max(1, round(config.train.timestep_fraction * num_trained_steps))
-
-
-def planned_steps(config: ConfigDict, root: Path) -> list[int]:
-    """S of each stage of the experiment in folder `root`: what it was sampled with, or will be."""
-    return [stage_steps(config, Stage(root, index)) for index in range(config.stage_cnt)]
-
-
-def stage_steps(config: ConfigDict, stage: Stage) -> int:
-    sampled = stage.finished("sample")
-    return (
-        stage.manifest("sample")["num_trained_steps"]
-        if sampled
-        else read_settings(config).schedule.num_trained_steps(stage.index)
-    )
+    def planned_steps(self, root: Path) -> list[int]:
+        """S of each stage of the experiment in folder `root`."""
+        return [self.num_trained_steps(Stage(root, index)) for index in range(self.schedule.num_stages)]

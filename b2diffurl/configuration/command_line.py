@@ -3,72 +3,106 @@
 import errno
 import gc
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 from safetensors import SafetensorError
 
-from b2diffurl.configuration.limits import check_log
+from b2diffurl.configuration.limits import Folder, Name, check_value
 from b2diffurl.runtime.logs import logger, set_up_logging
 
 CONFIG_FILE = "config/stage_process.py"
 GC_THRESHOLD = 50_000  # objects between two garbage collections: importing torch, diffusers and transformers makes millions
 FLAGS = flags.FLAGS
 
+# Errors that speak to the user: of settings, files and disks, numbers that are not finite, packages that are missing.
+MISTAKES = (ValueError, OSError, FloatingPointError, ImportError, SafetensorError)
 LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")  # of errors where another one failed
 GRACE_SEC = 10  # from a signal to stop to the end, however busy
+
+# The settings of the preset that the command line names, before it changes any; None in what no script runs.
+PRESET: ContextVar[dict[str, Any] | None] = ContextVar("PRESET", default=None)
 
 
 def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
     """Parse the flags and call `main(config)`. A mistake of the user's ends in two lines and exit code 2."""
-    config = parse_flags()
-    try:
-        check_log(config.exp_name, config.log_path)
-    except ValueError as error:
-        die(f"{verb}: {error}", hint="Mend it and run the same command again.")
-    dry = "dry_run" in FLAGS and FLAGS.dry_run
-    log_file = None if dry else Path(config.log_path) / f"{config.exp_name}.log"
-    try:
-        set_up_logging(log_file)
-    except OSError as error:
-        die(f"{verb}: the log cannot be written: {error}", hint=f"{remedy(error, '--config.log_path')}.")
+    config, preset = parse_flags()
+    log_file = open_log(verb, config["exp_name"], config["log_path"])
     gc.set_threshold(GC_THRESHOLD)
-    look = f"; the traceback is in {log_file}" if log_file else ""
     try:
-        with stopping_in_order():
+        with stopping_in_order(), named_preset(preset):
             main(config)
     except KeyboardInterrupt as stop:
         number = stop.args[0] if stop.args else signal.SIGINT
         logger.warning("%s: stopped by %s; run the same command again to go on", verb, signal.Signals(number).name)
         sys.exit(128 + number)
-    except (ValueError, OSError, FloatingPointError, ImportError, SafetensorError) as error:
+    except (*MISTAKES, RuntimeError, MemoryError) as error:
         logger.debug("%s failed", verb, exc_info=True)
-        said = "; ".join([str(error), *getattr(error, "__notes__", ())])
-        die(f"{verb}: {said}", hint=f"{remedy(error, '--config.save_path')}{look}.")
-    except (RuntimeError, MemoryError) as error:
-        logger.debug("%s failed", verb, exc_info=True)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(text in str(error) for text in LOST):
-            die(
-                f"{verb}: another process of this run has ended",
-                hint=f"Its error stands in {log_file}: process <number>.",
-            )
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            die(f"{verb}: torch.compile failed: {error}", hint=f"Go on without it by --config.compile=False{look}.")
-        from b2diffurl.runtime.batch_sizes import is_out_of_memory
-
-        if not is_out_of_memory(error):
+        explanation = explain(error, log_file)
+        if explanation is None:
             raise
+        said, hint = explanation
+        die(f"{verb}: {said}", hint=hint)
+
+
+def open_log(verb: str, exp_name: str, log_path: str) -> Path | None:
+    """Log into <log_path>/<exp_name>.log, and return it; a dry run has no log. Neither name has been checked before."""
+    try:
+        check_value("exp_name", exp_name, Name())
+        check_value("log_path", log_path, Folder())
+    except ValueError as error:
+        die(f"{verb}: {error}", hint="Mend it and run the same command again.")
+    dry = "dry_run" in FLAGS and FLAGS.dry_run
+    log_file = None if dry else Path(log_path) / f"{exp_name}.log"
+    try:
+        set_up_logging(log_file)
+    except OSError as error:
+        die(f"{verb}: the log cannot be written: {error}", hint=f"{remedy(error, '--config.log_path')}.")
+    return log_file
+
+
+@contextmanager
+def named_preset(settings: dict[str, Any] | None) -> Iterator[None]:
+    """Inside, PRESET is these settings."""
+    token = PRESET.set(settings)
+    try:
+        yield
+    finally:
+        PRESET.reset(token)
+
+
+def explain(error: BaseException, log_file: Path | None) -> tuple[str, str] | None:
+    """What went wrong and what to do, for the user; None for a mistake of ours, whose traceback says more."""
+    traceback_in = f"; the traceback is in {log_file}" if log_file else ""
+    if isinstance(error, MISTAKES):
+        said = "; ".join([str(error), *getattr(error, "__notes__", ())])
+        return said, f"{remedy(error, '--config.save_path')}{traceback_in}."
+    if lost_another_process(error):
+        return "another process of this run has ended", f"Its error stands in {log_file}: process <number>."
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile failed: {error}", f"Go on without it by --config.compile=False{traceback_in}."
+    from b2diffurl.runtime.batch_sizes import is_out_of_memory  # imports torch, which takes seconds
+
+    if is_out_of_memory(error):
         sizes = ("sample.micro_batch_size", "sample.decode_batch_size", "train.micro_batch_size", "reward.batch_size")
         knobs = f"{', '.join(sizes)} or, where it is judged, eval.batch_size"
         more = "take train.gradient_checkpointing=True or a smaller pretrained.resolution"
-        die(f"{verb}: {error}", hint=f"Lower {knobs}, or {more}, and run the command again: it goes on where it stopped.")
+        return str(error), f"Lower {knobs}, or {more}, and run the command again: it goes on where it stopped."
+    return None
+
+
+def lost_another_process(error: BaseException) -> bool:
+    """Whether it only says that another process of this run is gone, whose own error says why."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(text in str(error) for text in LOST)
 
 
 @contextmanager
@@ -110,21 +144,34 @@ def stopping_in_order() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def parse_flags() -> ConfigDict:
-    """The configuration with its overrides, locked."""
+def parse_flags() -> tuple[ConfigDict, dict[str, Any]]:
+    """The configuration with its overrides, locked; and the settings of its preset, before any override."""
     what = "Configuration, CONFIG.py:PRESET; any key by --config.KEY."
+    where_keys_stand = f"Every key stands with a comment in {CONFIG_FILE}."
     try:
         config_flags.DEFINE_config_file("config", CONFIG_FILE, what)
-        rest = FLAGS(sys.argv)
-        config = FLAGS.config.lock()
+        before, after = split_at_preset(FLAGS.read_flags_from_files(sys.argv, force_gnu=False))
+        unexpected = FLAGS(before)[1:]  # loads the preset
+        preset = {} if unexpected else FLAGS.config.to_dict()
+        unexpected = unexpected or FLAGS([sys.argv[0], *after])[1:]  # overrides it
+        config = None if unexpected else FLAGS.config.lock()
     except (AttributeError, KeyError) as error:
-        die(f"unknown key {error} on the command line", hint=f"Every key stands with a comment in {CONFIG_FILE}.")
+        die(f"unknown key {error} on the command line", hint=where_keys_stand)
     except Exception as error:  # absl, ml_collections and the config file each raise their own kinds
         reason = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
-        die(reason[-1], hint=f"Every key stands with a comment in {CONFIG_FILE}.")
-    if len(rest) > 1:
-        die(f"unexpected argument {rest[1]!r}", hint="Options look like --config.train.learning_rate=1e-4.")
-    return config
+        die(reason[-1], hint=where_keys_stand)
+    if unexpected:
+        die(f"unexpected argument {unexpected[0]!r}", hint="Options look like --config.train.learning_rate=1e-4.")
+    return config, preset
+
+
+def split_at_preset(words: list[str]) -> tuple[list[str], list[str]]:
+    """A command line up to the config file it names, and what comes after it, as overrides must."""
+    cut = 1
+    for n, word in enumerate(words[1:], 1):
+        if re.fullmatch(r"--?config(=.*)?", word, re.DOTALL):
+            cut = n + 1 if "=" in word else n + 2
+    return words[:cut], words[cut:]
 
 
 def remedy(error: BaseException, key: str = "") -> str:
@@ -138,6 +185,7 @@ def remedy(error: BaseException, key: str = "") -> str:
     return "Mend it and run the same command again"
 
 
-def die(message: str, *, hint: str) -> None:
+def die(message: str, *, hint: str) -> NoReturn:
+    """End the process with two lines and exit code 2."""
     print(f"error: {' '.join(message.split())}\n       {hint}", file=sys.stderr)
     sys.exit(2)

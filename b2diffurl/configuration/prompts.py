@@ -2,11 +2,13 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from b2diffurl.configuration.settings import PromptSources
 
 FORMS = 'Give a .json list of strings, a .jsonl with {"prompt": …} a line, or a .txt with a prompt a line.'
 
@@ -39,11 +41,11 @@ def has_surrogates(text: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def named_prompts(config: Mapping, name: str) -> list[tuple[str, str]]:
+def named_prompts(sources: PromptSources, name: str) -> list[tuple[str, str]]:
     """(where it stands, prompt) of the prompts meant by `train`, `test` or the path of a prompt file."""
-    if name == "train" and config["prompt"]:
-        return [("prompt", config["prompt"])]
-    return place_prompts({"train": config["prompt_file"], "test": config["eval"]["prompt_file"]}.get(name, name))
+    if name == "train" and sources.one_prompt:
+        return [("prompt", sources.one_prompt)]
+    return place_prompts({"train": sources.train_file, "test": sources.held_out_file}.get(name, name))
 
 
 def parse_text(path: Path, text: str) -> list[tuple[str, Any]]:

@@ -32,7 +32,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many of the last steps each stage trains (arXiv 2503.11240, section 4.1)."""
+    """Where a run starts, and how many of the last steps each stage trains (arXiv 2503.11240, section 4.1)."""
 
     num_stages: int  # M
     curriculum: str  # one of CURRICULA
@@ -40,6 +40,7 @@ class Schedule:
     right: int  # R, trained steps of the last stage
     given: int  # S of this call whatever the stage; 0: by the curriculum
     seed: int  # of the experiment
+    initial_lora: str = ""  # that the first stage starts from; "": a fresh one
 
     def num_trained_steps(self, index: int) -> int:
         """S of stage `index`, in left..right.
@@ -103,6 +104,11 @@ class Rewards:
     own: Mapping[str, Mapping[str, Any]]  # each reward's own settings, by its name
 
     @property
+    def made_elsewhere(self) -> bool:
+        """Whether a run waits for scores from people or another program."""
+        return "file" in (*self.weights, *self.watched)
+
+    @property
     def description(self) -> str:
         """What is rewarded, in a few words: `clip`, or of a mixture `1 clip + 0.1 aesthetic`."""
         return describe_mixture(self.weights) if self.mixed else next(iter(self.weights))
@@ -144,13 +150,13 @@ class Training:
     """How the LoRA is updated."""
 
     objective: Objective  # with its options
+    max_first_log_ratio: float  # beyond it a stage's first update, on the policy that sampled, is warned of
     optimizer: Optimizer
     num_epochs: int  # passes over a stage's selection
     num_trajectories: int  # of one update
     timestep_fraction: float  # of a trajectory's S steps, how many an update takes
     step_weight: str  # none | leverage | sigma
     unconditional_gradient: bool  # whether guidance's unconditional half has a gradient
-    save_interval: int  # epochs from one checkpoint to the next
     micro_batch_size: int  # transitions the network sees at once
     gradient_checkpointing: bool
 
@@ -187,6 +193,7 @@ class Output:
     save_path: str
     log_path: str
     preset: str
+    save_interval: int  # epochs from one checkpoint to the next
     keep_samples: bool
     keep_images: int  # of a stage; below 0: all
     trackers: tuple[str, ...]
@@ -216,80 +223,103 @@ class Settings:
 
 def read_settings(config: Mapping[str, Any]) -> Settings:
     """The values of a configuration that `rules.check` lets pass."""
-    sample, reward, evaluation, train = config["sample"], config["reward"], config["eval"], config["train"]
     return Settings(
-        compute=Compute(
-            dev_id=config["dev_id"],
-            mixed_precision=config["mixed_precision"],
-            allow_tf32=config["allow_tf32"],
-            compile=config["compile"],
-            num_threads=config["num_threads"],
-            num_processes=config["num_processes"],
-        ),
-        model=read_model(config["pretrained"], train["lora_rank"]),
-        schedule=Schedule(
-            num_stages=config["stage_cnt"],
-            curriculum=config["curriculum"],
-            left=config["split_step_left"],
-            right=config["split_step_right"],
-            given=config["split_step"],
-            seed=config["seed"],
-        ),
+        compute=read_compute(config),
+        model=read_model(config["pretrained"], config["train"]["lora_rank"]),
+        schedule=read_schedule(config),
         prompts=PromptSources(
             train_file=config["prompt_file"],
             one_prompt=config["prompt"],
-            held_out_file=evaluation["prompt_file"],
+            held_out_file=config["eval"]["prompt_file"],
             at_random=bool(config["prompt_random_choose"]),
         ),
-        sampling=Sampling(
-            num_groups=sample["batch_size"],
-            num_batches=sample["num_batches_per_epoch"],
-            num_branches=config["split_time"],
-            shared_prefix=config["sampling"] == "branch",
-            num_steps=sample["num_steps"],
-            eta=sample["eta"],
-            prefix_eta=sample["prefix_eta"],
-            guidance_scale=sample["guidance_scale"],
-            micro_batch_size=sample["micro_batch_size"],
-            decode_batch_size=sample["decode_batch_size"],
-        ),
-        rewards=read_rewards(reward),
-        selection=Selection(
-            which=evaluation["selection"],
-            baseline=evaluation["advantage"],
-            pos_threshold=evaluation["pos_threshold"],
-            neg_threshold=evaluation["neg_threshold"],
-            num_history_stages=evaluation["history_cnt"],
-            max_advantage=train["adv_clip_max"],
-            positive_weight=train["beta1"],
-            negative_weight=train["beta2"],
-        ),
-        training=read_training(train),
-        judging=Judging(
-            judge=evaluation["judge"],
-            diversity=tuple(evaluation["diversity"]),
-            inception_model=evaluation["inception"]["model"],
-            num_images=evaluation["num_images"],
-            batch_size=evaluation["batch_size"],
-            seed=evaluation["seed"],
-            every=evaluation["every"],
-            deployed=SamplerSettings(
-                num_steps=evaluation["deployed"]["num_steps"],
-                eta=evaluation["deployed"]["eta"],
-                guidance_scale=evaluation["deployed"]["guidance_scale"],
-                scheduler=evaluation["deployed"]["scheduler"],
-            ),
-        ),
-        output=Output(
-            name=config["exp_name"],
-            save_path=config["save_path"],
-            log_path=config["log_path"],
-            preset=config["preset"],
-            keep_samples=config["keep"]["samples"],
-            keep_images=config["keep"]["images"],
-            trackers=tuple(config["track_with"]),
-            wandb_mode=config["wandb_mode"],
-        ),
+        sampling=read_sampling(config),
+        rewards=read_rewards(config["reward"]),
+        selection=read_selection(config["eval"], config["train"]),
+        training=read_training(config["train"]),
+        judging=read_judging(config["eval"]),
+        output=read_output(config),
+    )
+
+
+def read_compute(config: Mapping[str, Any]) -> Compute:
+    return Compute(
+        dev_id=config["dev_id"],
+        mixed_precision=config["mixed_precision"],
+        allow_tf32=config["allow_tf32"],
+        compile=config["compile"],
+        num_threads=config["num_threads"],
+        num_processes=config["num_processes"],
+    )
+
+
+def read_schedule(config: Mapping[str, Any]) -> Schedule:
+    return Schedule(
+        num_stages=config["stage_cnt"],
+        curriculum=config["curriculum"],
+        left=config["split_step_left"],
+        right=config["split_step_right"],
+        given=config["split_step"],
+        seed=config["seed"],
+        initial_lora=config["resume_from"],
+    )
+
+
+def read_sampling(config: Mapping[str, Any]) -> Sampling:
+    sample = config["sample"]
+    return Sampling(
+        num_groups=sample["batch_size"],
+        num_batches=sample["num_batches_per_epoch"],
+        num_branches=config["split_time"],
+        shared_prefix=config["sampling"] == "branch",
+        num_steps=sample["num_steps"],
+        eta=sample["eta"],
+        prefix_eta=sample["prefix_eta"],
+        guidance_scale=sample["guidance_scale"],
+        micro_batch_size=sample["micro_batch_size"],
+        decode_batch_size=sample["decode_batch_size"],
+    )
+
+
+def read_selection(evaluation: Mapping[str, Any], train: Mapping[str, Any]) -> Selection:
+    """The paper's repository keeps the settings of the selection in the section `eval`."""
+    return Selection(
+        which=evaluation["selection"],
+        baseline=evaluation["advantage"],
+        pos_threshold=evaluation["pos_threshold"],
+        neg_threshold=evaluation["neg_threshold"],
+        num_history_stages=evaluation["history_cnt"],
+        max_advantage=train["adv_clip_max"],
+        positive_weight=train["beta1"],
+        negative_weight=train["beta2"],
+    )
+
+
+def read_judging(evaluation: Mapping[str, Any]) -> Judging:
+    deployed = evaluation["deployed"]
+    return Judging(
+        judge=evaluation["judge"],
+        diversity=tuple(evaluation["diversity"]),
+        inception_model=evaluation["inception"]["model"],
+        num_images=evaluation["num_images"],
+        batch_size=evaluation["batch_size"],
+        seed=evaluation["seed"],
+        every=evaluation["every"],
+        deployed=SamplerSettings(deployed["num_steps"], deployed["eta"], deployed["guidance_scale"], deployed["scheduler"]),
+    )
+
+
+def read_output(config: Mapping[str, Any]) -> Output:
+    return Output(
+        name=config["exp_name"],
+        save_path=config["save_path"],
+        log_path=config["log_path"],
+        preset=config["preset"],
+        save_interval=config["train"]["save_interval"],
+        keep_samples=config["keep"]["samples"],
+        keep_images=config["keep"]["images"],
+        trackers=tuple(config["track_with"]),
+        wandb_mode=config["wandb_mode"],
     )
 
 
@@ -316,7 +346,8 @@ def read_rewards(reward: Mapping[str, Any]) -> Rewards:
         dtype=reward["dtype"],
         batch_size=reward["batch_size"],
         num_workers=reward["num_workers"],
-        own={name: dict(section) for name, section in reward.items() if isinstance(section, Mapping) and name != "weights"},
+        # A ConfigDict is no Mapping, but has keys as one.
+        own={name: dict(section) for name, section in reward.items() if hasattr(section, "keys") and name != "weights"},
     )
 
 
@@ -325,6 +356,7 @@ def read_training(train: Mapping[str, Any]) -> Training:
     objective = OBJECTIVES[train["objective"]]
     return Training(
         objective=replace(objective, options=objective.read_options(train)),
+        max_first_log_ratio=train["eps"],
         optimizer=Optimizer(
             learning_rate=train["learning_rate"],
             betas=(train["adam_beta1"], train["adam_beta2"]),
@@ -338,7 +370,6 @@ def read_training(train: Mapping[str, Any]) -> Training:
         timestep_fraction=train["timestep_fraction"],
         step_weight=train["step_weight"],
         unconditional_gradient=train["unconditional_gradient"],
-        save_interval=train["save_interval"],
         micro_batch_size=train["micro_batch_size"],
         gradient_checkpointing=train["gradient_checkpointing"],
     )

@@ -4,53 +4,48 @@ N images
 """
 
 import inspect
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from ml_collections import ConfigDict
 from torch import Tensor
 
-from b2diffurl.algorithm.branching import Predict, denoise
+from b2diffurl.algorithm.branching import denoise
 from b2diffurl.algorithm.seeding import generator, noise_source
-from b2diffurl.models import Model
+from b2diffurl.algorithm.types import Predict
+from b2diffurl.configuration.settings import SamplerSettings, Settings
+from b2diffurl.models import Model, family
 from b2diffurl.models.policy import decode, predictor
 from b2diffurl.runtime.batch_sizes import sampling_sizes
 
 
-@dataclass(frozen=True)
-class SamplerSettings:
-    """How evaluation images are made."""
-
-    num_steps: int
-    eta: float | None  # None: the scheduler has none
-    guidance_scale: float
-    scheduler: str = ""  # a class of diffusers; "": the transitions that are trained, b2diffurl.algorithm.ddim
-
-
-def training_sampler(config: ConfigDict) -> SamplerSettings:
+def training_sampler(settings: Settings) -> SamplerSettings:
     """That with which the policy is trained."""
-    return SamplerSettings(config.sample.num_steps, config.sample.eta, config.sample.guidance_scale)
+    sampling = settings.sampling
+    return SamplerSettings(sampling.num_steps, sampling.eta, sampling.guidance_scale)
 
 
-def deployed_sampler(config: ConfigDict) -> SamplerSettings:
+def deployed_sampler(settings: Settings) -> SamplerSettings:
     """That with which people use the tuned model; a ValueError if diffusers has no such scheduler here."""
-    deployed = config.eval.deployed
-    kind = scheduler_class(deployed.scheduler)
-    eta = deployed.eta if "eta" in inspect.signature(kind.step).parameters else None
-    return SamplerSettings(deployed.num_steps, eta, deployed.guidance_scale or config.sample.guidance_scale, kind.__name__)
+    deployed = settings.judging.deployed
+    kind = scheduler_class(deployed.scheduler, family(settings.model).schedulers())
+    has_eta = "eta" in inspect.signature(kind.step).parameters
+    return SamplerSettings(
+        deployed.num_steps,
+        deployed.eta if has_eta else None,
+        deployed.guidance_scale or settings.sampling.guidance_scale,
+        kind.__name__,
+    )
 
 
 SAMPLERS = {"training": training_sampler, "deployed": deployed_sampler}
 
 
-def scheduler_class(name: str) -> Any:
-    """The scheduler of diffusers of that name, with or without `Scheduler` at its end, if Stable Diffusion can use it."""
+def scheduler_class(name: str, known: Sequence[str]) -> Any:
+    """The scheduler of diffusers of that name, with or without `Scheduler` at its end; one of the `known`."""
     import diffusers
-    from diffusers.schedulers import KarrasDiffusionSchedulers
 
-    known = sorted(one.name for one in KarrasDiffusionSchedulers if one.name not in UNFIT)
     full = name if name.endswith("Scheduler") else f"{name}Scheduler"
     if full not in known:
         raise ValueError(f"unknown eval.deployed.scheduler {name!r}; known: {', '.join(known)}")
@@ -60,28 +55,31 @@ def scheduler_class(name: str) -> Any:
     return kind
 
 
-# The first is for models that are conditioned on sigma; the second takes its noise from elsewhere than its generator.
-UNFIT = ("EDMEulerScheduler", "DPMSolverSDEScheduler")
-
-
 def make_scheduler(model: Model, settings: SamplerSettings, device: torch.device) -> Any:
     """The deployed scheduler at its steps; a ValueError if it cannot make so many."""
-    scheduler = model.scheduler(scheduler_class(settings.scheduler))
+    scheduler = model.scheduler(settings.scheduler)
     scheduler.set_timesteps(settings.num_steps, device=device)
     return scheduler
 
 
-def sample_images(config: ConfigDict, model: Model, prompts: list[str], settings: SamplerSettings, batch: int) -> Tensor:
-    """Images uint8 [N,H,W,3] of one batch, from noise that follows from (eval.seed, batch) alone.
+def sample_images(settings: Settings, model: Model, prompts: list[str], chosen: SamplerSettings, batch: int) -> Tensor:
+    """Images uint8 [N,H,W,3] of one batch by the `chosen` sampler, from noise that follows from (eval.seed, batch) alone.
 
     Every sampler starts from the same x_T.
     """
     conditions, unconditional = model.encode(prompts), model.encode([""])
     device = next(iter(conditions.values())).device
-    sizes = sampling_sizes(config, device, len(prompts))
+    sizes = sampling_sizes(
+        settings.output.root,
+        device,
+        len(prompts),
+        micro_batch_size=settings.sampling.micro_batch_size,
+        decode_batch_size=settings.sampling.decode_batch_size,
+        given=[settings.model.resolution, settings.compute.compile],
+    )
 
     def latents(micro_batch_size: int) -> Tensor:
-        rng = generator(config.eval.seed, "eval", batch)
+        rng = generator(settings.judging.seed, "eval", batch)
         noise = noise_source(rng, device)
 
         def predict_at(timesteps: Tensor) -> Predict:
@@ -90,16 +88,16 @@ def sample_images(config: ConfigDict, model: Model, prompts: list[str], settings
                 timesteps,
                 conditions,
                 unconditional,
-                guidance_scale=settings.guidance_scale,
+                guidance_scale=chosen.guidance_scale,
                 micro_batch_size=micro_batch_size,
             )
 
         x_T = noise((len(prompts), *model.latent_shape))
-        if settings.scheduler:
-            scheduler = make_scheduler(model, settings, device)
-            return denoise_by(scheduler, predict_at(scheduler.timesteps), x_T, rng, settings.eta)
-        sampler = model.sampler(settings.num_steps, settings.eta)
-        return denoise(predict_at(sampler.timesteps), sampler, x_T, noise, range(settings.num_steps))
+        if chosen.scheduler:
+            scheduler = make_scheduler(model, chosen, device)
+            return denoise_by(scheduler, predict_at(scheduler.timesteps), x_T, rng, chosen.eta)
+        sampler = model.sampler(chosen.num_steps, chosen.eta)
+        return denoise(predict_at(sampler.timesteps), sampler, x_T, noise, range(chosen.num_steps))
 
     found = sizes.fit("sample.micro_batch_size", latents)
     return sizes.fit("sample.decode_batch_size", lambda size: decode(model, found, size))

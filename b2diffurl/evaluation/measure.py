@@ -6,24 +6,24 @@ N images, one prompt each: the file's prompts in turn; E features an image
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from ml_collections import ConfigDict
 from torch import Tensor
 
-from b2diffurl.configuration.plan import stage_index
+from b2diffurl.configuration.limits import check_choice
 from b2diffurl.configuration.prompts import batch_prompts, named_prompts
-from b2diffurl.configuration.rules import check, check_choice
-from b2diffurl.configuration.settings import describe_reward, read_settings
+from b2diffurl.configuration.settings import SamplerSettings, Settings, describe_reward
 from b2diffurl.evaluation.features import Features, check_features, features_identity, load_features
-from b2diffurl.evaluation.generate import SAMPLERS, SamplerSettings, sample_images, training_sampler
-from b2diffurl.evaluation.statistics import add_differences, describe, record, summarise, summarise_diversity
+from b2diffurl.evaluation.generate import SAMPLERS, sample_images
+from b2diffurl.evaluation.statistics import add_differences, summarise, summarise_diversity
 from b2diffurl.experiment.checkpoints import read_state
-from b2diffurl.experiment.folder import checkpoint_name, experiment_folder, relative_to, resolve_checkpoint, stage_of
+from b2diffurl.experiment.evaluation_table import describe, record
+from b2diffurl.experiment.folder import checkpoint_name, relative_to, resolve_checkpoint, stage_of
 from b2diffurl.experiment.stage import finished_stages
 from b2diffurl.models import Model, base_fingerprint
 from b2diffurl.models.policy import check_base, load_policy, warn_of_cut_prompts
@@ -37,7 +37,6 @@ from b2diffurl.rewards import (
     noting,
     require_finite,
     reward_identity,
-    reward_weights,
     score,
 )
 from b2diffurl.rewards.mixture import Scales, recorded_scales
@@ -48,18 +47,12 @@ from b2diffurl.runtime.logs import logger, progress
 RESULT_FORMAT = 3  # counts up when result.json holds something new, so that older ones are made again
 NUM_DRAWN = 6  # images of one prompt, or to see whether two models differ
 
-
-@dataclass(frozen=True)
-class Instruments:
-    """What images are judged by, by name."""
-
-    rewards: dict[str, Reward]
-    features: dict[str, Features]
+Result = dict[str, Any]
 
 
 def evaluate(
-    config: ConfigDict, checkpoints: Sequence[str], prompt_sets: Sequence[str], samplers: Mapping[str, SamplerSettings]
-) -> list[dict[str, Any]]:
+    settings: Settings, checkpoints: Sequence[str], prompt_sets: Sequence[str], samplers: Mapping[str, SamplerSettings]
+) -> list[Result]:
     """Judge every checkpoint on every prompt set with every sampler; one result each, base first if asked for.
 
     A checkpoint is `base`, `last` (the experiment's newest), `stage<i>`, `stage<i>/checkpoint_<n>`, or the path of a LoRA. A
@@ -67,97 +60,177 @@ def evaluate(
     among the checkpoints the others carry their paired difference to it. Each result becomes a row of the experiment's
     eval.jsonl.
     """
-    check(config)
-    root = experiment_folder(config)
-    scorers = named_scorers(config)
-    scales = recorded_scales(root) if config.reward.standardise else None
-    if config.reward.standardise and not scales:
-        raise ValueError(f"reward.standardise takes its scale from the first stage; {root} has none selected with it")
+    root = settings.output.root
     loras = [resolve_checkpoint(root, name) for name in sorted(checkpoints, key=lambda name: name != "base")]
-    placed = {name: named_prompts(config, name) for name in prompt_sets}
-    prompts = {name: [prompt for _, prompt in some] for name, some in placed.items()}
-    everything = [prompt for some_prompts in prompts.values() for prompt in some_prompts]
-    check_rewards(scorers, config.reward, everything)
-    for name in config.eval.diversity:
-        check_features(name, config, everything)
-    fingerprint = base_fingerprint(config.pretrained)
-    for lora in filter(None, loras):
-        check_base(lora, config.pretrained, fingerprint)
-    begun = files.read_json(root / "config.json") if (root / "config.json").is_file() else None
-    threads = config.num_threads or (begun["num_threads"] if begun else 0)
-    if begun:
-        warn_of_other_settings(config, begun["config"])
-    accelerator = make_accelerator(replace(read_settings(config).compute, num_threads=threads), shared=False)
-    common = conditions(config, scorers, scales, accelerator, fingerprint)
-    results = []
-    instruments = None
+    evaluation = prepare(settings, prompt_sets, [lora for lora in loras if lora])
+    results: list[Result] = []
     for lora in dict.fromkeys(loras):
-        model, checkpoint = None, checkpoint_name(root, lora)
-        for name, some_prompts in prompts.items():
-            for sampler, settings in samplers.items():
-                under = files.digest([vars(settings), some_prompts, *common])
-                folder = result_folder(root, checkpoint, lora, name, under)
-                base = result_folder(root, "base", None, name, under) / "result.json"
-                if not (folder / "result.json").is_file():
-                    model = model or load_judged(config, accelerator, lora)
-                    if lora and not base.is_file():
-                        draw_both(config, model, lora, batch_prompts(some_prompts, NUM_DRAWN, 0, None), settings)
-                    instruments = instruments or load_instruments(config, scorers, accelerator)
-                    warn_of_cut_prompts(model, placed.pop(name, ()))
-                    logger.info(
-                        "eval %s on %s prompts, %s sampler: %d images", checkpoint, name, sampler, config.eval.num_images
-                    )
-                    judge(config, model, instruments, some_prompts, settings, scales, folder)
-                facts = {"checkpoint": checkpoint, "stage": stage_of(checkpoint), "prompts": name, "sampler": sampler}
-                facts |= {"lora": relative_to(root, lora) if lora else "", "conditions": under} | vars(settings)
-                facts |= {"folder": relative_to(root, folder)}
-                results.append(facts | files.read_json(folder / "result.json"))
-                if lora and base.is_file():
-                    same = results[-1]["images_sha256"] == files.read_json(base)["images_sha256"]
-                    require_different(lora, same=same)
+        results += evaluation.of_checkpoint(lora, samplers)
         add_differences(results)
-        record(root, results)
+        record(root, results)  # now, so that a later checkpoint's failure loses nothing
     for result in results:
         logger.info("eval %s", describe(result))
     return results
 
 
-def warn_of_other_settings(config: ConfigDict, trained: Mapping) -> None:
-    """Name what `reward` and `training sampler` would not be those of the experiment, whose config.json has `trained`."""
-    found = {"reward": (describe_reward(config.reward), describe_reward(trained["reward"]))}
-    found |= {
-        f"sample.{key}": (config.sample[key], trained["sample"][key]) for key in ("num_steps", "eta", "guidance_scale")
-    }
+def prepare(settings: Settings, prompt_sets: Sequence[str], loras: Sequence[Path]) -> "Evaluation":
+    """Refuse what cannot be judged, before any work."""
+    root, scorers = settings.output.root, named_scorers(settings)
+    scales = recorded_scales(root) if settings.rewards.standardise else None
+    if settings.rewards.standardise and not scales:
+        raise ValueError(f"reward.standardise takes its scale from the first stage; {root} has none selected with it")
+    placed = {name: named_prompts(settings.prompts, name) for name in prompt_sets}
+    everything = [prompt for some in placed.values() for _, prompt in some]
+    check_rewards(scorers, settings.rewards, everything)
+    for name in settings.judging.diversity:
+        check_features(name, settings.judging, settings.rewards, everything)
+    fingerprint = base_fingerprint(settings.model)
+    for lora in loras:
+        check_base(lora, settings.model, fingerprint)
+    if (root / "config.json").is_file():
+        warn_of_other_settings(settings, files.read_json(root / "config.json")["config"])
+    accelerator = make_accelerator(settings.compute, shared=False)
+    return Evaluation(settings, placed, scorers, scales, fingerprint, accelerator)
+
+
+@dataclass
+class Evaluation:
+    """What the evaluations of one call share; models are loaded when something is left to judge."""
+
+    settings: Settings
+    placed: dict[str, list[tuple[str, str]]]  # (where it stands, prompt) of each prompt set
+    scorers: list[str]  # the rewards that score every image
+    scales: Scales | None
+    fingerprint: str  # of the base model
+    accelerator: Accelerator
+    warned: set[str] = field(default_factory=set)  # prompt sets whose prompts that the model cuts have been named
+
+    @cached_property
+    def rewards(self) -> dict[str, Reward]:
+        device = self.accelerator.device
+        return {name: load_reward(name, self.settings.rewards, device) for name in self.scorers}
+
+    @cached_property
+    def features(self) -> dict[str, Features]:
+        judging, rewards, device = self.settings.judging, self.settings.rewards, self.accelerator.device
+        return {name: load_features(name, judging, rewards, device, self.rewards) for name in judging.diversity}
+
+    def of_checkpoint(self, lora: Path | None, samplers: Mapping[str, SamplerSettings]) -> list[Result]:
+        """The results of one checkpoint, the base model for None: read back where there are some, else made."""
+        root, model, results = self.settings.output.root, None, []
+        checkpoint = checkpoint_name(root, lora)
+        for name, placed in self.placed.items():
+            prompts = [prompt for _, prompt in placed]
+            for sampler, chosen in samplers.items():
+                under = self.conditions(chosen, prompts)
+                folder = result_folder(root, checkpoint, lora, name, under)
+                base = result_folder(root, "base", None, name, under) / "result.json"
+                if not (folder / "result.json").is_file():
+                    model = model or load_judged(self.settings, self.accelerator, lora)
+                    if lora and not base.is_file():  # there is nothing to compare the images with, so draw some
+                        draw_both(self.settings, model, lora, batch_prompts(prompts, NUM_DRAWN, 0, None), chosen)
+                    self.warn_of_cut_prompts(model, name)
+                    num_images = self.settings.judging.num_images
+                    logger.info("eval %s on %s prompts, %s sampler: %d images", checkpoint, name, sampler, num_images)
+                    self.measure(model, prompts, chosen, folder)
+                facts = {"checkpoint": checkpoint, "stage": stage_of(checkpoint), "prompts": name, "sampler": sampler}
+                facts |= {"lora": relative_to(root, lora) if lora else "", "conditions": under} | vars(chosen)
+                results.append(facts | {"folder": relative_to(root, folder)} | files.read_json(folder / "result.json"))
+                if lora and base.is_file():
+                    same = results[-1]["images_sha256"] == files.read_json(base)["images_sha256"]
+                    require_different(lora, same=same)
+        return results
+
+    def conditions(self, chosen: SamplerSettings, prompts: list[str]) -> str:
+        """A checksum of what decides the numbers beside the checkpoint.
+
+        Left out are the number of threads, which moves results by rounding, and this package's own code.
+        """
+        rewards, judging, model = self.settings.rewards, self.settings.judging, self.settings.model
+        decisive = [
+            RESULT_FORMAT,
+            [reward_identity(name, rewards) for name in self.scorers],
+            [features_identity(name, judging, rewards) for name in judging.diversity],
+            [dict(rewards.weights), rewards.mixed, self.scales, rewards.dtype, sorted(rewards.watched)],
+            {
+                "judge": judging.judge,
+                "diversity": judging.diversity,
+                "num_images": judging.num_images,
+                "batch_size": judging.batch_size,
+                "seed": judging.seed,
+            },
+            [self.accelerator.device.type, self.accelerator.mixed_precision, self.settings.compute.allow_tf32],
+            self.fingerprint,
+            model.resolution,
+        ]
+        return files.digest([vars(chosen), prompts, *decisive])
+
+    def warn_of_cut_prompts(self, model: Model, name: str) -> None:
+        """Once a prompt set."""
+        if name not in self.warned:
+            warn_of_cut_prompts(model, self.placed[name])
+            self.warned.add(name)
+
+    def measure(self, model: Model, prompts: list[str], chosen: SamplerSettings, folder: Path) -> None:
+        """Sample, score, and write every image and, last, result.json with its values."""
+        judging = self.settings.judging
+        found: dict[str, list[tuple[Tensor, Parts]]] = {key: [] for key in self.rewards}
+        features: dict[str, list[Tensor]] = {key: [] for key in self.features}
+        pixels = hashlib.sha256()
+        for batch in progress(range(math.ceil(judging.num_images / judging.batch_size)), "eval"):
+            start = batch * judging.batch_size
+            count = min(judging.batch_size, judging.num_images - start)  # the last batch is filled up, and cut
+            some_prompts = batch_prompts(prompts, judging.batch_size, batch, None)
+            images = sample_images(self.settings, model, some_prompts, chosen, batch)
+            for n, image in enumerate(images[:count]):
+                files.write_image(folder / f"{start + n:05d}.png", image)
+                pixels.update(image.numpy().tobytes())
+            for key, reward in self.rewards.items():
+                with noting(f"reward {key}, batch {batch}: images {start} to {start + count - 1} of the evaluation"):
+                    found[key].append(score(reward, images, some_prompts, count))
+                require_finite(key, found[key][-1][0], f"of batch {batch}, prompts {some_prompts[:3]} …")
+            for key, feature in self.features.items():
+                features[key].append(feature.embed(images, some_prompts)[:count])
+        summary = self.summarise(prompts, found, features)
+        files.write_record(folder / "result.json", summary | {"images_sha256": pixels.hexdigest()})
+
+    def summarise(
+        self, prompts: list[str], found: dict[str, list[tuple[Tensor, Parts]]], features: dict[str, list[Tensor]]
+    ) -> Result:
+        """Means, errors, values and diversity from the batches of every reward and of all features."""
+        judging = self.settings.judging
+        asked = batch_prompts(prompts, judging.num_images, 0, None)
+        named = {part: numbers for key, batches in found.items() for part, numbers in by_name(key, *join(batches)).items()}
+        values = {part: numbers for part, numbers in named.items() if isinstance(numbers, Tensor)}
+        summary = summarise(self.settings.rewards, judging.judge, values, self.scales, asked, len(prompts))
+        right = summary["values"].get("accuracy")
+        summary["diversity"] = {
+            key: summarise_diversity(torch.cat(parts), asked, right, self.features[key].metric)
+            for key, parts in features.items()
+        }
+        return summary
+
+
+def warn_of_other_settings(settings: Settings, trained: Mapping[str, Any]) -> None:
+    """Name what of the reward and of the training sampler is not as in the experiment's recorded configuration `trained`."""
+    found = {"reward": (settings.rewards.description, describe_reward(trained["reward"]))}
+    for key in ("num_steps", "eta", "guidance_scale"):
+        found[f"sample.{key}"] = (getattr(settings.sampling, key), trained["sample"][key])
     other = [f"{name} is {here}, in training it was {there}" for name, (here, there) in found.items() if here != there]
     if other:
         logger.warning("eval: %s; unless you mean that, leave it out, and it is as in training", "; ".join(other))
 
 
-def evaluate_due(config: ConfigDict) -> list[dict[str, Any]]:
-    """After a stage of a run: judge it and the base on held-out prompts if it is its turn; what was found, or nothing."""
-    index, every = stage_index(config.run_name), config.eval.every
-    if not every or (index + 1) % every:
-        return []
-    return evaluate(config, ["base", config.run_name], ["test"], {"training": training_sampler(config)})
-
-
-def named_samplers(config: ConfigDict, names: Sequence[str]) -> dict[str, SamplerSettings]:
+def named_samplers(settings: Settings, names: Sequence[str]) -> dict[str, SamplerSettings]:
     """The samplers of those names; a ValueError lists what there is."""
     for name in names:
         check_choice("--sampler", name, SAMPLERS)
-    return {name: SAMPLERS[name](config) for name in names}
+    return {name: SAMPLERS[name](settings) for name in names}
 
 
-def is_newest(config: ConfigDict) -> bool:
-    """Whether the stage of config.run_name is the last that has been trained."""
-    trained = finished_stages(experiment_folder(config), "train")
-    return bool(trained) and trained[-1].index == stage_index(config.run_name)
-
-
-def every_checkpoint(config: ConfigDict) -> list[str]:
-    """The base and each trained stage."""
-    stages = finished_stages(experiment_folder(config), "train")
-    return ["base", *(f"stage{stage.index}" for stage in stages)]
+def every_checkpoint(root: Path) -> list[str]:
+    """The base and each trained stage of the experiment in folder `root`."""
+    return ["base", *(f"stage{stage.index}" for stage in finished_stages(root, "train"))]
 
 
 def require_different(lora: Path, *, same: bool) -> None:
@@ -170,38 +243,13 @@ def require_different(lora: Path, *, same: bool) -> None:
         )
 
 
-def named_scorers(config: ConfigDict) -> list[str]:
+def named_scorers(settings: Settings) -> list[str]:
     """The rewards that score every image: those trained on, those watched, and the judge.
 
     `file` is not among them: it has no scores for new images.
     """
-    named = (*reward_weights(config.reward), *config.reward.watch, config.eval.judge)
+    named = (*settings.rewards.weights, *settings.rewards.watched, settings.judging.judge)
     return [name for name in dict.fromkeys(named) if name not in ("", "file")]
-
-
-def conditions(
-    config: ConfigDict, scorers: list[str], scales: Scales | None, accelerator: Accelerator, fingerprint: str
-) -> list:
-    """What decides the numbers beside checkpoint, prompts and sampler; `fingerprint` is the base model's.
-
-    Left out are the number of threads, which moves results by rounding, and this package's own code.
-    """
-    return [
-        RESULT_FORMAT,
-        [reward_identity(name, config.reward) for name in scorers],
-        [features_identity(name, config) for name in config.eval.diversity],
-        [
-            reward_weights(config.reward),
-            bool(config.reward.weights),
-            scales,
-            config.reward.dtype,
-            sorted(config.reward.watch),
-        ],
-        {key: config.eval[key] for key in ("judge", "diversity", "num_images", "batch_size", "seed")},
-        [accelerator.device.type, accelerator.mixed_precision, config.allow_tf32],
-        fingerprint,
-        config.pretrained.resolution,
-    ]
 
 
 def result_folder(root: Path, checkpoint: str, lora: Path | None, name: str, under: str) -> Path:
@@ -211,78 +259,33 @@ def result_folder(root: Path, checkpoint: str, lora: Path | None, name: str, und
     return root / "eval" / f"{label}_{Path(name).stem}_{digest}"
 
 
-def load_instruments(config: ConfigDict, scorers: list[str], accelerator: Accelerator) -> Instruments:
-    rewards = {key: load_reward(key, config.reward, accelerator.device) for key in scorers}
-    features = {key: load_features(key, config, accelerator.device, rewards) for key in config.eval.diversity}
-    return Instruments(rewards, features)
-
-
-def load_judged(config: ConfigDict, accelerator: Accelerator, lora: Path | None) -> Model:
-    model = load_policy(config, accelerator, lora)
+def load_judged(settings: Settings, accelerator: Accelerator, lora: Path | None) -> Model:
+    """The policy of a checkpoint, the base model for None."""
+    model = load_policy(settings.model, accelerator, lora, seed=settings.schedule.seed, compile=settings.compute.compile)
     model.network = accelerator.prepare_model(model.network, evaluation_mode=True)
     return model
 
 
-def judge(
-    config: ConfigDict,
-    model: Model,
-    instruments: Instruments,
-    prompts: list[str],
-    settings: SamplerSettings,
-    scales: Scales | None,
-    folder: Path,
-) -> None:
-    """Sample, score, and write every image and, last, result.json with its values."""
-    found: dict[str, list[tuple[Tensor, Parts]]] = {key: [] for key in instruments.rewards}
-    features: dict[str, list[Tensor]] = {key: [] for key in instruments.features}
-    pixels = hashlib.sha256()
-    for batch in progress(range(math.ceil(config.eval.num_images / config.eval.batch_size)), "eval"):
-        start = batch * config.eval.batch_size
-        count = min(config.eval.batch_size, config.eval.num_images - start)
-        some_prompts = batch_prompts(prompts, config.eval.batch_size, batch, None)
-        images = sample_images(config, model, some_prompts, settings, batch)
-        for n, image in enumerate(images[:count]):
-            files.write_image(folder / f"{start + n:05d}.png", image)
-            pixels.update(image.numpy().tobytes())
-        for key, reward in instruments.rewards.items():
-            with noting(f"reward {key}, batch {batch}: images {start} to {start + count - 1} of the evaluation"):
-                found[key].append(score(reward, images, some_prompts, count))
-            require_finite(key, found[key][-1][0], f"of batch {batch}, prompts {some_prompts[:3]} …")
-        for key, feature in instruments.features.items():
-            features[key].append(feature.embed(images, some_prompts)[:count])
-    asked = batch_prompts(prompts, config.eval.num_images, 0, None)
-    named = {part: numbers for key, batches in found.items() for part, numbers in by_name(key, *join(batches)).items()}
-    values = {part: numbers for part, numbers in named.items() if isinstance(numbers, Tensor)}
-    summary = summarise(config, values, scales, asked, len(prompts))
-    right = summary["values"].get("accuracy")
-    summary["diversity"] = {
-        key: summarise_diversity(torch.cat(parts), asked, right, instruments.features[key].metric)
-        for key, parts in features.items()
-    }
-    files.write_record(folder / "result.json", summary | {"images_sha256": pixels.hexdigest()})
-
-
-def prompt_images(config: ConfigDict, checkpoint: str, prompt: str, settings: SamplerSettings) -> dict[str, Tensor]:
+def prompt_images(settings: Settings, checkpoint: str, prompt: str, chosen: SamplerSettings) -> dict[str, Tensor]:
     """Images uint8 [N,H,W,3] of one prompt by `base` and by the checkpoint, if that is another, on the same noise."""
-    check(config)
     if not prompt.strip():
         raise ValueError("--prompt is empty; give it the text to draw")
-    root = experiment_folder(config)
+    root = settings.output.root
     lora = resolve_checkpoint(root, checkpoint)
-    model = load_judged(config, make_accelerator(read_settings(config).compute, shared=False), lora)
+    model = load_judged(settings, make_accelerator(settings.compute, shared=False), lora)
     warn_of_cut_prompts(model, [("--prompt", prompt)])
     asked = [prompt] * NUM_DRAWN
     if lora is None:
-        return {"base": sample_images(config, model, asked, settings, 0)}
-    return dict(zip(("base", checkpoint_name(root, lora)), draw_both(config, model, lora, asked, settings), strict=True))
+        return {"base": sample_images(settings, model, asked, chosen, 0)}
+    return dict(zip(("base", checkpoint_name(root, lora)), draw_both(settings, model, lora, asked, chosen), strict=True))
 
 
 def draw_both(
-    config: ConfigDict, model: Model, lora: Path, prompts: list[str], settings: SamplerSettings
+    settings: Settings, model: Model, lora: Path, prompts: list[str], chosen: SamplerSettings
 ) -> tuple[Tensor, Tensor]:
     """Images uint8 [N,H,W,3] on the same noise by the base and by the LoRA that `model` carries, which must differ."""
     with model.base_policy():
-        base = sample_images(config, model, prompts, settings, 0)
-    tuned = sample_images(config, model, prompts, settings, 0)
+        base = sample_images(settings, model, prompts, chosen, 0)
+    tuned = sample_images(settings, model, prompts, chosen, 0)
     require_different(lora, same=torch.equal(base, tuned))
     return base, tuned

@@ -5,38 +5,37 @@ N images; a value that is not finite is None
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from ml_collections import ConfigDict
 from torch import Tensor
 
+from b2diffurl.configuration.settings import Rewards
 from b2diffurl.evaluation.diversity import inception_score, mean_pairwise_distance, vendi_score
-from b2diffurl.experiment import lock
-from b2diffurl.rewards import reward_weights
+from b2diffurl.experiment.evaluation_table import with_error
 from b2diffurl.rewards.mixture import Scales, combine
-from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import logger
-
-DETAILS = ("values", "diversity", "shown_prompts", "images_sha256")  # what eval.jsonl leaves to result.json
 
 
 def summarise(
-    config: ConfigDict, values: Mapping[str, Tensor], scales: Scales | None, asked: list[str], num_prompts: int
+    rewards: Rewards,
+    judge: str,
+    values: Mapping[str, Tensor],
+    scales: Scales | None,
+    asked: list[str],
+    num_prompts: int,
 ) -> dict[str, Any]:
-    """Means, errors and values of judges' `values` [N].
+    """Means, errors and values of every reward's `values` [N], by its name, and of its parts, by `<name>/<part>`.
 
-    `reward` is the trained one, `accuracy` the judge's; those of a mixture and watched ones stand under their names, parts
-    of any under `<name>/<part>`.
+    `reward` is what is trained on, and `accuracy` what `judge` says. The parts of a mixture and watched rewards stand under
+    their own names.
     """
-    weights, judge = reward_weights(config.reward), config.eval.judge
     kept: dict[str, Tensor] = {}
-    if "file" not in weights:
-        kept["reward"] = combine(values, weights, scales)
+    if "file" not in rewards.weights:  # which has no scores for new images
+        kept["reward"] = combine(values, rewards.weights, scales)
     if judge:
         kept["accuracy"] = values[judge]
-    named = {*(config.reward.weights or ()), *config.reward.watch}
+    named = {*(rewards.weights if rewards.mixed else ()), *rewards.watched}
     kept |= {key: numbers for key, numbers in values.items() if "/" in key or key in named}
     nothing = dict.fromkeys(("reward", "reward_se", "accuracy", "accuracy_se"))
     summary = {"n_images": len(asked), "n_prompts": num_prompts} | nothing
@@ -126,60 +125,3 @@ def name_best(results: Sequence[dict[str, Any]], sampler: str) -> dict[str, Any]
     what = f"{figure} {with_error(found, figure)} on {found['prompts']} prompts"
     logger.info("eval best of %d checkpoints: %s, %s; %s", len(judged), found["checkpoint"], what, found["lora"])
     return found
-
-
-def headline(result: Mapping[str, Any]) -> dict[str, Any]:
-    """A result without its values image by image."""
-    return {key: value for key, value in result.items() if key not in DETAILS}
-
-
-def with_error(row: Mapping[str, Any], key: str, *, signed: bool = False) -> str:
-    """A figure and its standard error as text, to the error's second digit, accuracies in percent; "" where there is none.
-
-    `signed` is for differences: `+29.7 ± 4.2 points`.
-    """
-    value, error, sign = row.get(key), row.get(f"{key}_se"), "+" if signed else ""
-    if value is None:
-        return ""
-    percent, unit = (100, " points" if signed else " %") if key.startswith("accuracy") else (1, "")
-    decimals = 1 if unit else min(6, max(0, 1 - math.floor(math.log10(error)))) if error else 4
-    spread = "" if error is None else f" ± {percent * error:.{decimals}f}"
-    return f"{percent * value:{sign}.{decimals}f}{spread}{unit}"
-
-
-def describe_sampler(row: Mapping[str, Any]) -> str:
-    """As in `training sampler: DDIM, 10 steps, eta 1, guidance 2`."""
-    scheduler = (row["scheduler"] or "DDIMScheduler").removesuffix("Scheduler")
-    eta = "" if row["eta"] is None else f"eta {row['eta']:g}, "
-    return f"{row['sampler']} sampler: {scheduler}, {row['num_steps']} steps, {eta}guidance {row['guidance_scale']:g}"
-
-
-def record(root: Path, results: Sequence[dict[str, Any]]) -> None:
-    """Put one row for each result into eval.jsonl, last; a row of the same evaluation gives way, its differences stay."""
-    path, guard = root / "eval.jsonl", root / "eval.lock"
-    root.mkdir(parents=True, exist_ok=True)
-    with lock.exclusively(guard):  # for another evaluation may go on
-        rows = {row["folder"]: row for row in (files.read_json_lines(path) if path.is_file() else [])}
-        for result in results:
-            rows[result["folder"]] = rows.pop(result["folder"], {}) | headline(result)
-        files.write_json_lines(path, list(rows.values()), sealed=True)
-        guard.unlink(missing_ok=True)
-
-
-def describe(result: Mapping[str, Any]) -> str:
-    """One readable line."""
-    words = [
-        f"{result['checkpoint']} on {result['prompts']} prompts, {result['sampler']} sampler, {result['n_images']} images:"
-    ]
-    named = [key for key in result["values"] if key not in ("reward", "accuracy") and "/" not in key]
-    for key in ("reward", "accuracy", *named):
-        if result[key] is not None:
-            words.append(f"{key} {precisely(result, key, '.4f')}")
-        if result.get(f"{key}_gain") is not None:
-            words.append(f"(gain {precisely(result, f'{key}_gain', '+.4f')})")
-    return " ".join(words)
-
-
-def precisely(result: Mapping[str, Any], key: str, form: str) -> str:
-    error = result[f"{key}_se"]
-    return format(result[key], form) + ("" if error is None else f" ± {error:.4f}")

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from b2diffurl.algorithm.branching import Predict
+from b2diffurl.algorithm.types import Predict
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.runtime import files
 
@@ -32,15 +32,15 @@ class Tree:
     branches: list[dict[int, np.ndarray]]  # of each branch; the last one's key is T, the finished image
 
 
-def watching(predict: Predict, num_prefix_steps: int, seen: list[Tensor]) -> Predict:
+def recording_prefix(predict: Predict, num_prefix_steps: int, seen: list[Tensor]) -> Predict:
     """`predict` that adds the first group's x_t [1,C,h,w] of each prefix step to `seen`."""
 
-    def watched(x_t: Tensor, i: int) -> Tensor:
+    def recorded(x_t: Tensor, i: int) -> Tensor:
         if i < num_prefix_steps:
             seen.append(x_t[:1])
         return predict(x_t, i)
 
-    return watched
+    return recorded
 
 
 @dataclass(frozen=True)

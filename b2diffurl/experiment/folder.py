@@ -4,8 +4,6 @@ import os
 import re
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
 from b2diffurl.experiment.stage import LORA_FILE, find_checkpoints, finished_stages
 
 EXPERIMENTS = Path("model/lora")  # where an experiment is looked for by its name alone
@@ -76,11 +74,6 @@ def relative_to(root: Path, path: Path) -> str:
     """`path` from `root` on if it lies in it, else as it is."""
     inside = path.resolve().is_relative_to(root.resolve())
     return str(path.resolve().relative_to(root.resolve()) if inside else path)
-
-
-def experiment_folder(config: ConfigDict) -> Path:
-    """Where a configuration's experiment lies."""
-    return Path(config.save_path) / config.exp_name
 
 
 def stage_of(checkpoint: str) -> int | None:

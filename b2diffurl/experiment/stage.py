@@ -5,14 +5,12 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from b2diffurl.runtime import files
 
@@ -141,17 +139,6 @@ def delete_files(folder: Path, pattern: str) -> None:
         path.unlink(missing_ok=True)  # another process may be at it
     with suppress(OSError):  # not empty, or a link to another disk
         folder.rmdir()
-
-
-def not_finite(stage: Stage, name: str, said: str, tensors: dict[str, Tensor], facts: dict) -> FloatingPointError:
-    """The error to raise on numbers that are not finite, when debug/<name>.safetensors has what they came from."""
-    path = stage.debug / f"{name}.safetensors"
-    files.write_tensors(path, {key: tensor.clone() for key, tensor in tensors.items()}, facts)
-    return FloatingPointError(f"{said}; what they came from is in {path}")
-
-
-def listed(ids: Sequence[int], at_most: int = 20) -> str:
-    return f"{list(ids[:at_most])}" + (f" and {len(ids) - at_most} more" if len(ids) > at_most else "")
 
 
 def finished_stages(root: Path, phase: str) -> list[Stage]:

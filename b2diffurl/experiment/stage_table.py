@@ -1,27 +1,25 @@
-"""What an experiment's files say of its course: one row a stage, one a stage's update, one an evaluation.
+"""An experiment's course as rows: one a stage, one a stage's update.
 
-Readers of an experiment (report, trackers, model card) share this; nothing here writes.
+The readers of an experiment (report, trackers, model card, forecast) share this; nothing here writes.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from b2diffurl.experiment.metrics import read_events
 from b2diffurl.experiment.stage import PHASES, Stage, finished_stages
-from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import logger
 
-SETS = {"test": "Held-out prompts", "train": "Training prompts"}  # those that an experiment has of its own
 Row = dict[str, Any]
 
 
 def stage_rows(root: Path) -> list[Row]:
     """One row for each stage that has been selected, in order.
 
-    `queries` counts the images scored by then, this stage's included. Then come the figures of the metric `select` (README,
-    "Where things are"), and of those stages that are trained `num_updates`, `max_abs_log_ratio_first` (at the first update;
+    `queries` counts the images scored by then, this stage's included. Then come the figures of the metric `select`
+    (docs/evaluation.md), and of those stages that are trained `num_updates`, `max_abs_log_ratio_first` (at the first update;
     None without one) and means over the updates of `loss`, `grad_norm` and `clip_fraction`. `seconds/<phase>/<part>` are the
     phases' own.
     """
@@ -101,47 +99,6 @@ def per_step_rows(root: Path, key: str) -> dict[int, dict[int, float]]:
             values = {t: mean(column) for t, column in sorted(columns.items(), reverse=True)}
             found[stage.index] = {t: value for t, value in values.items() if value is not None}
     return found
-
-
-def evaluation_rows(root: Path, **wanted: Any) -> list[Row]:
-    """The course of an experiment as judged: rows of eval.jsonl in which each key has the wanted value, of the
-    base and of the last checkpoint of each stage, in their order.
-
-    Rows can be compared where they were made under the same conditions. Of each prompt set and sampler there are those of
-    the conditions with the most rows, so that a look with other settings does not take the place of a curve; of equals,
-    the newest. Each row gets `queries`, the images scored before its checkpoint was made, 0 for the base.
-    """
-    queries = {row["stage"]: row["queries"] for row in stage_rows(root)} | {None: 0}
-    course = ("base", *(f"stage{index}" for index in queries))
-    found = [row | {"queries": queries[row["stage"]]} for row in every_evaluation(root) if row["checkpoint"] in course]
-    rows = list(
-        {tuple(row[key] for key in ("checkpoint", "prompts", "sampler", "conditions")): row for row in found}.values()
-    )
-    counts = Counter((row["prompts"], row["sampler"], row["conditions"]) for row in rows)
-    chosen: dict[tuple, str] = {}
-    for row in reversed(rows):
-        judged = (row["prompts"], row["sampler"])
-        if counts[*judged, row["conditions"]] > counts[*judged, chosen.get(judged)]:
-            chosen[judged] = row["conditions"]
-    kept = [row for row in rows if row["conditions"] == chosen[row["prompts"], row["sampler"]]]
-    kept = [row for row in kept if all(row.get(key) == value for key, value in wanted.items())]
-    return sorted(kept, key=lambda row: -1 if row["stage"] is None else row["stage"])
-
-
-def every_evaluation(root: Path) -> list[Row]:
-    """All rows of eval.jsonl."""
-    path = root / "eval.jsonl"
-    return files.read_json_lines(path) if path.is_file() else []
-
-
-def set_title(prompts: str) -> str:
-    """What a prompt set is called: Held-out prompts, Training prompts, or a file's name."""
-    return SETS.get(prompts, Path(prompts).name)
-
-
-def set_name(prompts: str) -> str:
-    """A prompt set in a name: `test`, `train`, or a file's stem with a checksum of its path."""
-    return prompts if prompts in SETS else f"{Path(prompts).stem}_{files.digest(prompts)[:6]}"
 
 
 def mean(numbers: Sequence[float | None]) -> float | None:

@@ -13,10 +13,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from b2diffurl.algorithm.selection import Selected
+from b2diffurl.algorithm.types import Conditions
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.runtime import files
-
-Conditions = dict[str, Tensor]  # what the network is conditioned on, by name: each [N, ...]
 
 
 @dataclass(frozen=True)

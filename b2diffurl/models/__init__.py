@@ -1,18 +1,27 @@
-"""Model adapters: the little that sampling and training need to know of a text-to-image model.
+"""What the rest of the program asks of a base model, and of the family that it belongs to.
+
+`Model` is one loaded model. `Family` is all else that differs between families: files, sizes, LoRA formats, schedulers and
+words. A family is a module of this package that has the functions of `Family`; a line in FAMILIES adds it.
 
 N rows, P prompts, latents [N,C,h,w], images [N,H,W,3]
 """
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from b2diffurl.algorithm.ddim import Sampler
-from b2diffurl.experiment.trajectories import Conditions
+from b2diffurl.algorithm.transition import Transitions
+from b2diffurl.algorithm.types import Conditions
+from b2diffurl.configuration.settings import ModelSettings
+
+# The module of this package that has each family, imported only when it is used.
+FAMILIES = {"stable_diffusion": "stable_diffusion"}
 
 
 class Model(Protocol):
@@ -23,11 +32,11 @@ class Model(Protocol):
     fingerprint: str  # SHA-256 of the base network's weights
     scheduler_config: dict  # resolved, for manifests
 
-    def sampler(self, num_steps: int, eta: float) -> Sampler:
-        """The DDIM sampler of `num_steps` steps."""
+    def sampler(self, num_steps: int, eta: float) -> Transitions:
+        """The transitions of a sampler of `num_steps` steps; `eta` 0 adds no noise."""
 
-    def scheduler(self, kind: type) -> Any:
-        """A scheduler of that class of diffusers, for this model."""
+    def scheduler(self, name: str) -> Any:
+        """The scheduler of diffusers whose class has that name, for this model."""
 
     def encode(self, prompts: list[str]) -> Conditions:
         """What the network is conditioned on, each tensor [P, ...]."""
@@ -73,31 +82,65 @@ class Model(Protocol):
         """Load a LoRA file; a ValueError says what does not fit."""
 
 
-def load_model(
-    pretrained: Mapping, *, device: torch.device, dtype: torch.dtype, lora_rank: int, seed: int, decoder: bool
-) -> Model:
-    """Load the base model named by `pretrained` with a fresh LoRA whose initial values follow from `seed`.
+@dataclass(frozen=True)
+class Sizes:
+    """What the sizes of an experiment's files follow from."""
 
-    `decoder` False leaves out the text encoder and the image decoder, which training does not need.
-    """
-    if pretrained["family"] not in MODELS:
-        raise ValueError(f"unknown pretrained.family {pretrained['family']!r}; known: {', '.join(MODELS)}")
-    return MODELS[pretrained["family"]](
-        pretrained, device=device, dtype=dtype, lora_rank=lora_rank, seed=seed, decoder=decoder
-    )
+    latent_shape: tuple[int, int, int]  # C, h, w
+    image_px: int  # of a side
+    embedding: int  # numbers in a prompt's embedding
+    lora: int  # numbers in a LoRA of rank 1
 
 
-def base_fingerprint(pretrained: Mapping) -> str:
+@dataclass(frozen=True)
+class Description:
+    """A family in words, for a model card."""
+
+    title: str  # Stable Diffusion
+    tags: tuple[str, ...]  # of the Hugging Face hub
+    pipeline: str  # the class of diffusers that loads it
+    network: str  # what carries the LoRA: UNet
+
+
+class Family(Protocol):
+    """What a family's module has. Importing it costs little: what a loaded model needs is imported when one is loaded."""
+
+    def load(self, model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool) -> Model:
+        """The base model with a fresh LoRA whose initial values follow from `seed`.
+
+        `decoder` False leaves out the text encoder and the image decoder, which training does not need.
+        """
+
+    def fingerprint(self, model: ModelSettings) -> str:
+        """SHA-256 of the base network's weights, without loading the model."""
+
+    def sizes(self, model: ModelSettings) -> Sizes | None:
+        """From the model's files if they are on this machine, else None; nothing is downloaded."""
+
+    def schedulers(self) -> Sequence[str]:
+        """The classes of diffusers that tuned models of this family can be sampled with."""
+
+    def read_lora(self, path: Path) -> dict[str, Tensor]:
+        """A LoRA file of any program, float32, under the keys of diffusers and peft; an alpha that is not the rank is
+        folded into B. A ValueError says what is no LoRA of one rank."""
+
+    def write_kohya(self, path: Path, state: Mapping[str, Tensor]) -> None:
+        """What `read_lora` returns as kohya's scripts write it, for ComfyUI and its like."""
+
+    def write_pipeline(self, folder: Path, model: ModelSettings, lora_file: Path) -> None:
+        """The base model with a LoRA of rank `model.lora_rank` fused into its network, float32, in the diffusers layout."""
+
+    def describe(self) -> Description:
+        """The family in words."""
+
+
+def family(model: ModelSettings) -> Family:
+    """The family of a base model; a ValueError lists the choices if there is none of that name."""
+    if model.family not in FAMILIES:
+        raise ValueError(f"unknown pretrained.family {model.family!r}; known: {', '.join(FAMILIES)}")
+    return cast(Family, importlib.import_module(f"b2diffurl.models.{FAMILIES[model.family]}"))
+
+
+def base_fingerprint(model: ModelSettings) -> str:
     """SHA-256 of the base network's weights, without loading the model."""
-    from b2diffurl.models import stable_diffusion
-
-    return stable_diffusion.base_fingerprint(pretrained)
-
-
-def _stable_diffusion(pretrained: Mapping, **options) -> Model:
-    from b2diffurl.models.stable_diffusion import StableDiffusion
-
-    return StableDiffusion(pretrained, **options)
-
-
-MODELS = {"stable_diffusion": _stable_diffusion}
+    return family(model).fingerprint(model)

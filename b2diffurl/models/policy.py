@@ -3,22 +3,23 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from b2diffurl.algorithm.types import Conditions
+from b2diffurl.configuration.settings import ModelSettings
 from b2diffurl.experiment.checkpoints import read_state, require_whole
-from b2diffurl.experiment.trajectories import Conditions
-from b2diffurl.models import Model, load_model
+from b2diffurl.models import Model, family
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import logger
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 
 _kept: dict[str, Model] | None = None  # base models by what decides them, in a process that keeps them
 
@@ -29,62 +30,60 @@ def keep_models() -> None:
     _kept = {}
 
 
-def load_policy(config: Mapping, accelerator: Accelerator, lora: Path | None, *, decoder: bool = True) -> Model:
-    """The base model with the LoRA of file `lora`, or a fresh one; a LoRA trained on another base is refused."""
-    decisive = [dict(config["pretrained"]), str(accelerator.device), accelerator.mixed_precision]
-    key = files.digest([*decisive, config["train"]["lora_rank"], config["seed"], config["compile"]])
+def load_policy(
+    model: ModelSettings, accelerator: Accelerator, lora: Path | None, *, seed: int, compile: bool, decoder: bool = True
+) -> Model:
+    """The base model with the LoRA of file `lora`, or a fresh one from `seed`; one trained on another base is refused."""
+    decisive = [asdict(model), str(accelerator.device), accelerator.mixed_precision, seed, compile]
+    key = files.digest(decisive)
     if _kept is not None and key in _kept:
-        model = _kept[key]
-        model.reset()
+        policy = _kept[key]
+        policy.reset()
     else:
-        model = load_base(config, accelerator, decoder=decoder or _kept is not None)
+        policy = load_base(model, accelerator, seed=seed, compile=compile, decoder=decoder or _kept is not None)
         if _kept is not None:
-            _kept[key] = model
+            _kept[key] = policy
     if lora is not None:
         require_whole(lora)
-        check_base(lora, config["pretrained"], model.fingerprint)
-        model.load_adapter(lora)
-    return model
+        check_base(lora, model, policy.fingerprint)
+        policy.load_adapter(lora)
+    return policy
 
 
-def load_base(config: Mapping, accelerator: Accelerator, *, decoder: bool) -> Model:
-    """The base model with a fresh LoRA, compiled if so configured."""
-    model = load_model(
-        config["pretrained"],
-        device=accelerator.device,
-        dtype=DTYPES[accelerator.mixed_precision],
-        lora_rank=config["train"]["lora_rank"],
-        seed=config["seed"],
-        decoder=decoder,
-    )
-    if config["compile"]:
+def load_base(model: ModelSettings, accelerator: Accelerator, *, seed: int, compile: bool, decoder: bool) -> Model:
+    """The base model with a fresh LoRA, compiled if so asked."""
+    dtype = DTYPES[accelerator.mixed_precision]
+    base = family(model).load(model, device=accelerator.device, dtype=dtype, seed=seed, decoder=decoder)
+    if compile:
         compilers = ("g++", "clang++") if accelerator.device.type == "cpu" else ("gcc", "clang", "cc")
         if not any(shutil.which(name) for name in compilers):
             raise ValueError(f"compile needs a compiler, {' or '.join(compilers)}. Install one, or take compile=False.")
         # Beside torch's own, which lies in a folder of temporary files: what is compiled outlives a restart.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "torchinductor"))
-        model.compile()
-    return model
+        base.compile()
+    return base
 
 
 @contextmanager
-def compiling(config: Mapping, where: str) -> Iterator[bool]:
-    """Whether the network is compiled, and so is to be called inside in the shapes to come, before their time counts; says
-    how long that took."""
+def compiling(wanted: bool, where: str) -> Iterator[bool]:
+    """Where the network is to be called in the shapes to come if it is compiled (`wanted`), before their time counts.
+
+    Yields `wanted`, and logs how long that took.
+    """
     started = time.perf_counter()
-    yield config["compile"]
-    if config["compile"]:
+    yield wanted
+    if wanted:
         folder = os.environ["TORCHINDUCTOR_CACHE_DIR"]
         logger.info("%s: network compiled, or read back from %s, in %.1f s", where, folder, time.perf_counter() - started)
 
 
-def check_base(lora: Path, pretrained: Mapping, fingerprint: str) -> None:
-    """Refuse a LoRA that was trained on another base model than `pretrained`, which has this `fingerprint`."""
+def check_base(lora: Path, model: ModelSettings, fingerprint: str) -> None:
+    """Refuse a LoRA that was trained on another base model than `model`, which has this `fingerprint`."""
     state = read_state(lora)
     if state and state["base_model_sha256"] != fingerprint:
         raise ValueError(
             f"{lora.parent} was trained on another base model (SHA-256 {state['base_model_sha256'][:12]}…, "
-            f"{pretrained['model']} has {fingerprint[:12]}…). Use that base, or start anew."
+            f"{model.name} has {fingerprint[:12]}…). Use that base, or start anew."
         )
 
 

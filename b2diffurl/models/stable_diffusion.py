@@ -1,90 +1,148 @@
-"""Stable Diffusion 1.x and 2.x (epsilon and v-prediction), and every model of their layout, with a peft LoRA.
+"""Stable Diffusion 1.x and 2.x (epsilon and v-prediction), and every model of their layout; see `b2diffurl.models.Family`.
 
 N rows, P prompts, L tokens, E text width, latents [N,C,h,w]
 """
 
-import glob
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
-from diffusers import DDIMScheduler, UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
-from peft import LoraConfig
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from b2diffurl.algorithm.ddim import Sampler, make_sampler
-from b2diffurl.algorithm.seeding import stable_seed
-from b2diffurl.experiment.trajectories import Conditions
-from b2diffurl.runtime import files
-from b2diffurl.runtime.hub import checksum, locate
+from b2diffurl.algorithm.ddim import make_transitions
+from b2diffurl.algorithm.transition import Transitions
+from b2diffurl.algorithm.types import Conditions
+from b2diffurl.configuration.settings import ModelSettings
+from b2diffurl.models import Description, Sizes, diffusers_files, lora
+from b2diffurl.models.diffusers_files import PipelineSpec
+from b2diffurl.models.lora import LoraSpec, State
 
-LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # of the UNet's attention
-COMPILED = (ResnetBlock2D, BasicTransformerBlock)  # blocks of the UNet that are compiled, each by itself
+COMPILED = ("ResnetBlock2D", "BasicTransformerBlock")  # blocks of the UNet that are compiled, each by itself
 MAX_GRAPHS = 256  # of one kind of block: by number of rows, width, resolution, with and without gradient, and LoRA
-COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-CLASSES = {  # package and name, as a model_index.json has them
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-}
+LATENT_PX = 8  # pixels of a latent's side
+# The first is for models that are conditioned on sigma; the second takes its noise from elsewhere than its generator.
+UNFIT_SCHEDULERS = ("EDMEulerScheduler", "DPMSolverSDEScheduler")
+PIPELINE = PipelineSpec(
+    pipeline="StableDiffusionPipeline",
+    network="unet",
+    classes={
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+    },
+    weights={
+        "unet": "diffusion_pytorch_model{}.safetensors",
+        "vae": "diffusion_pytorch_model{}.safetensors",
+        "text_encoder": "model{}.safetensors",
+    },
+    unused=("safety_checker", "feature_extractor", "image_encoder"),
+)
+
+
+def to_diffusers(state: State) -> State:
+    """A LoRA of another program under the keys of diffusers, or of what diffusers wrote before it took to peft."""
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline.lora_state_dict(state)[0]
+
+
+LORA = LoraSpec(prefix="unet", title="UNet", targets=("to_q", "to_k", "to_v", "to_out.0"), to_diffusers=to_diffusers)
+
+
+def describe() -> Description:
+    tags = ("stable-diffusion", "stable-diffusion-diffusers")
+    return Description(title="Stable Diffusion", tags=tags, pipeline=PIPELINE.pipeline, network=LORA.title)
+
+
+def fingerprint(model: ModelSettings) -> str:
+    return diffusers_files.fingerprint(model, PIPELINE)
+
+
+def sizes(model: ModelSettings) -> Sizes | None:
+    found = diffusers_files.find_here(model, PIPELINE)
+    if found is None:
+        return None
+    weights, configs = found
+    unet, vae, text = (configs[part] for part in ("unet", "vae", "text_encoder"))
+    side = model.resolution // LATENT_PX or unet["sample_size"]
+    return Sizes(
+        latent_shape=(unet["in_channels"], side, side),
+        image_px=side * 2 ** (len(vae["block_out_channels"]) - 1),
+        embedding=text["max_position_embeddings"] * text["hidden_size"],
+        lora=lora.count_numbers(weights, LORA),
+    )
+
+
+def schedulers() -> list[str]:
+    from diffusers.schedulers import KarrasDiffusionSchedulers
+
+    return sorted(one.name for one in KarrasDiffusionSchedulers if one.name not in UNFIT_SCHEDULERS)
+
+
+def read_lora(path: Path) -> State:
+    return lora.read_lora(path, LORA)
+
+
+def write_kohya(path: Path, state: Mapping[str, Tensor]) -> None:
+    """With that of kohya's metadata by which A1111 tells 2.x from 1.x: 2.x reads text 1,024 wide."""
+    text_width = next((value.shape[1] for key, value in state.items() if ".attn2.to_k.lora_A." in key), 0)
+    lora.write_kohya(path, state, {"ss_v2": str(text_width == 1024)})
+
+
+def write_pipeline(folder: Path, model: ModelSettings, lora_file: Path) -> None:
+    """Without a safety checker."""
+    tuned = load(model, device=torch.device("cpu"), dtype=torch.float32, seed=0, decoder=True)
+    tuned.load_adapter(lora_file)
+    tuned.unet.fuse_lora()
+    tuned.unet.unload_lora()
+    parts = {name: getattr(tuned, name) for name in PIPELINE.classes}
+    diffusers_files.write_pipeline(folder, parts, model, PIPELINE, requires_safety_checker=False)
+
+
+def load(model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool) -> "StableDiffusion":
+    return StableDiffusion(model, device=device, dtype=dtype, seed=seed, decoder=decoder)
 
 
 class StableDiffusion:
-    """A frozen Stable Diffusion whose UNet carries a trainable LoRA; see `b2diffurl.models.Model`."""
+    """A frozen Stable Diffusion (arXiv 2112.10752) whose UNet carries a trainable LoRA; see `b2diffurl.models.Model`.
 
-    def __init__(
-        self, pretrained: Mapping, *, device: torch.device, dtype: torch.dtype, lora_rank: int, seed: int, decoder: bool
-    ):
-        root = locate(pretrained["model"], revision=pretrained["revision"], patterns=file_patterns(pretrained["variant"]))
-        load = _load_single_file if root.is_file() else _load_directory
-        parts, self.scheduler_config = load(root, pretrained, dtype, decoder)
-        check_scheduler(self.scheduler_config, pretrained["model"])
-        self._scheduler = DDIMScheduler.from_config(self.scheduler_config)
+    Latents are [N,C,h,w], of 8 px a side each; a prompt is the last hidden states [L,E] of CLIP's text encoder.
+    """
+
+    def __init__(self, model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool):
+        from diffusers import DDIMScheduler
+
+        parts, scheduler_config = diffusers_files.load_parts(model, PIPELINE, dtype, decoder=decoder)
+        diffusers_files.check_unclipped(scheduler_config, model.name)
+        self._scheduler = DDIMScheduler.from_config(scheduler_config)
         self.scheduler_config = {key: value for key, value in self._scheduler.config.items() if not key.startswith("_")}
-        self.fingerprint = base_fingerprint(pretrained)
+        self.fingerprint = fingerprint(model)
         self.vae, self.text_encoder, self.tokenizer = parts.get("vae"), parts.get("text_encoder"), parts.get("tokenizer")
         for part in (self.vae, self.text_encoder):
             if part is not None:
                 part.to(device).eval().requires_grad_(False)
         self.unet = parts["unet"].to(device).eval().requires_grad_(False)
-        self._add_adapter(lora_rank, seed)
+        lora.add_lora(self.unet, LORA, rank=model.lora_rank, seed=seed)
+        self._fresh = {name: parameter.detach().clone() for name, parameter in self.trainable().items()}
         self.network: nn.Module = self.unet
-        size = self.unet.config.sample_size
-        if pretrained["resolution"]:
-            size = self._latent_size(pretrained["resolution"])
+        size = self._latent_size(model.resolution) if model.resolution else self.unet.config.sample_size
         self.latent_shape = (self.unet.config.in_channels, size, size)
 
     def _latent_size(self, resolution: int) -> int:
-        multiple = 8 * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        multiple = LATENT_PX * 2 ** (len(self.unet.config.block_out_channels) - 1)
         if resolution % multiple:
             raise ValueError(f"pretrained.resolution is {resolution}; this model needs a multiple of {multiple} pixels")
-        return resolution // 8
+        return resolution // LATENT_PX
 
-    def _add_adapter(self, rank: int, seed: int) -> None:
-        """A LoRA with alpha = rank, gaussian A and zero B, always float32."""
-        config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stable_seed(seed, "lora"))
-            self.unet.add_adapter(config)
-        for parameter in self.trainable().values():
-            parameter.data = parameter.data.float()
-        self._fresh = {name: parameter.detach().clone() for name, parameter in self.trainable().items()}
-
-    def sampler(self, num_steps: int, eta: float) -> Sampler:
+    def sampler(self, num_steps: int, eta: float) -> Transitions:
         self._scheduler.set_timesteps(num_steps)
         known = len(self._scheduler.alphas_cumprod)
         if self._scheduler.timesteps.max() >= known:
             raise ValueError(f"sample.num_steps is {num_steps}; it must be less than this model's {known} timesteps")
-        return make_sampler(
+        return make_transitions(
             self._scheduler.timesteps,
             self._scheduler.alphas_cumprod,
             self._scheduler.final_alpha_cumprod,
@@ -92,8 +150,10 @@ class StableDiffusion:
             prediction_type=self._scheduler.config.prediction_type,
         ).to(self.unet.device)
 
-    def scheduler(self, kind: type) -> Any:
-        return kind.from_config(self._scheduler.config)
+    def scheduler(self, name: str) -> Any:
+        import diffusers
+
+        return getattr(diffusers, name).from_config(self._scheduler.config)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditions:
@@ -139,6 +199,8 @@ class StableDiffusion:
         return without + guidance_scale * (with_text - without)
 
     def reset(self) -> None:
+        from accelerate.utils import extract_model_from_parallel
+
         self.network = extract_model_from_parallel(self.network, keep_fp32_wrapper=False)
         self.network._is_accelerate_prepared = False  # or accelerate would not wrap it again
         self.unet.disable_gradient_checkpointing()
@@ -157,7 +219,7 @@ class StableDiffusion:
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MAX_GRAPHS
         self.unet.to(memory_format=torch.channels_last)  # one by one, operations would go back and forth between layouts
         for module in self.unet.modules():
-            if isinstance(module, COMPILED):
+            if type(module).__name__ in COMPILED:
                 module.compile(dynamic=False)
 
     @contextmanager
@@ -177,151 +239,10 @@ class StableDiffusion:
         return images.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self.unet.named_parameters() if ".lora_" in name}
+        return lora.lora_parameters(self.unet)
 
-    def adapter_state(self) -> dict[str, Tensor]:
-        return {lora_key(name): parameter.detach() for name, parameter in self.trainable().items()}
+    def adapter_state(self) -> State:
+        return {LORA.key(name): parameter.detach() for name, parameter in self.trainable().items()}
 
     def load_adapter(self, path: Path) -> None:
-        parameters = {lora_key(name): parameter for name, parameter in self.trainable().items()}
-        state = files.read_tensors(path)
-        if state.keys() != parameters.keys():
-            state = foreign_lora(path)
-        if state.keys() != parameters.keys():
-            odd = sorted(state.keys() ^ parameters.keys())
-            raise ValueError(
-                f"{path} does not fit: {len(odd)} keys differ, such as {odd[0]}. "
-                f"It must be a LoRA on the UNet's attention ({', '.join(LORA_TARGETS)}) of this base model."
-            )
-        scale = recorded_scale(path)
-        for key, parameter in parameters.items():
-            if state[key].shape != parameter.shape:
-                shapes = f"{tuple(state[key].shape)}, not {tuple(parameter.shape)}"
-                raise ValueError(f"{path} does not fit: {key} is {shapes}. Set train.lora_rank to its rank.")
-            parameter.data.copy_(state[key] * scale if ".lora_B." in key else state[key])
-
-
-def lora_key(name: str) -> str:
-    """A parameter's key in pytorch_lora_weights.safetensors, as diffusers names it."""
-    return "unet." + name.replace(".default.", ".")
-
-
-def recorded_scale(path: Path) -> float:
-    """alpha / rank as diffusers records it in the metadata of a LoRA file; 1 where it records none."""
-    with safe_open(path, framework="pt") as file:
-        recorded = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    unsupported = [key for key in ("use_dora", "use_rslora", "alpha_pattern", "rank_pattern") if recorded.get(f"unet.{key}")]
-    if unsupported:
-        raise ValueError(f"{path} has {', '.join(unsupported)}; only a plain LoRA of one rank and alpha can be resumed.")
-    return recorded.get("unet.lora_alpha", 1) / recorded.get("unet.r", 1)
-
-
-def foreign_lora(path: Path) -> dict[str, Tensor]:
-    """A LoRA file of another program (kohya, the paper's repository) under our keys, kohya's alpha / rank folded into B."""
-    from diffusers import StableDiffusionPipeline
-    from diffusers.utils import convert_unet_state_dict_to_peft
-
-    state = files.read_tensors(path)
-    if any("dora_scale" in key for key in state):
-        raise ValueError(f"{path} is a DoRA; only a plain LoRA of one rank and alpha can be resumed.")
-    for key in [key for key in state if key.endswith(".alpha")]:
-        module, alpha = key.removesuffix(".alpha"), state.pop(key).item()
-        up, rank = state[f"{module}.lora_up.weight"], len(state[f"{module}.lora_down.weight"])
-        state[f"{module}.lora_up.weight"] = up.float() * (alpha / rank)
-    state, _ = StableDiffusionPipeline.lora_state_dict(state)
-    others = sorted(key for key in state if key.startswith("text_encoder"))
-    if others:
-        raise ValueError(f"{path} also changes the text encoder ({others[0]}); only a LoRA on the UNet can be resumed.")
-    unet = convert_unet_state_dict_to_peft({key.removeprefix("unet."): value for key, value in state.items()})
-    return {f"unet.{key}": value for key, value in unet.items()}
-
-
-def check_scheduler(config: Mapping, model: str) -> None:
-    """Refuse a scheduler that would change latents behind the policy's back."""
-    for key in ("clip_sample", "thresholding"):
-        if config.get(key, key == "clip_sample"):
-            state = "on" if key in config else "not given, and on by DDIM's default"
-            raise ValueError(
-                f"{key} is {state} in the scheduler of {model}; latents must not be clipped. "
-                f'Put "{key}": false into its scheduler/scheduler_config.json.'
-            )
-
-
-def check_index(path: Path) -> None:
-    """Refuse a model_index.json of other classes than Stable Diffusion's: diffusers would import whatever it names."""
-    index = files.read_json(path)
-    for name, allowed in CLASSES.items():
-        if index.get(name) != allowed:
-            raise ValueError(f"{path} names {index.get(name)} as its {name}; it must be {allowed}, and no other code is run")
-    if index.get("scheduler", [""])[0] != "diffusers":
-        raise ValueError(f"{path} names {index.get('scheduler')} as its scheduler; it must be one of diffusers")
-
-
-def base_fingerprint(pretrained: Mapping) -> str:
-    """SHA-256 of the UNet's weight file (of a single-file model: of that file), or of all files' digests in order."""
-    root = locate(pretrained["model"], revision=pretrained["revision"], patterns=file_patterns(pretrained["variant"]))
-    weights = [root] if root.is_file() else weight_files(root / "unet", pretrained["variant"])
-    digests = [checksum(path) for path in weights]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def weight_files(folder: Path, variant: str) -> list[Path]:
-    """A component's weight files of one variant; a FileNotFoundError if there are none."""
-    pattern = f"*.{glob.escape(variant)}*.safetensors" if variant else "*.safetensors"
-    weights = sorted(path for path in folder.glob(pattern) if variant or path.name.count(".") == 1)
-    if not weights:
-        raise FileNotFoundError(f"{folder} has no {pattern}. Weights must be safetensors; see pretrained.variant.")
-    return weights
-
-
-def file_patterns(variant: str) -> list[str]:
-    """What to download: configs, tokenizer, and one variant of the weights, as safetensors."""
-    suffix = f".{variant}" if variant else ""
-    weights = [f"{folder}/{stem}{suffix}.safetensors" for folder, stem in (
-        ("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")
-    )]  # fmt: skip
-    return ["model_index.json", "*/*.json", "tokenizer/*", *weights]
-
-
-def _load_directory(root: Path, pretrained: Mapping, dtype: torch.dtype, decoder: bool) -> tuple[dict, dict]:
-    """The components of a directory in the diffusers layout, and its scheduler config."""
-    wanted = COMPONENTS if decoder else ("unet", "scheduler")
-    missing = [name for name in wanted if not (root / name).is_dir()]
-    if missing:
-        raise FileNotFoundError(f"{root} has no {missing[0]}/. A model directory holds {', '.join(COMPONENTS)}.")
-    for name in {"unet", "vae", "text_encoder"}.intersection(wanted):
-        weight_files(root / name, pretrained["variant"])
-    variant = pretrained["variant"] or None
-    options = {"variant": variant, "use_safetensors": True, "dtype": dtype}
-    parts = {"unet": UNet2DConditionModel.from_pretrained(root, subfolder="unet", **options)}
-    if decoder:
-        from diffusers import AutoencoderKL
-        from transformers import CLIPTextModel, CLIPTokenizer
-
-        parts["vae"] = AutoencoderKL.from_pretrained(root, subfolder="vae", **options)
-        parts["text_encoder"] = CLIPTextModel.from_pretrained(
-            root, subfolder="text_encoder", variant=variant, use_safetensors=True, dtype=dtype
-        )
-        parts["tokenizer"] = CLIPTokenizer.from_pretrained(root, subfolder="tokenizer")
-    return parts, files.read_json(root / "scheduler" / "scheduler_config.json")
-
-
-def _load_single_file(root: Path, pretrained: Mapping, dtype: torch.dtype, decoder: bool) -> tuple[dict, dict]:
-    """The same from one .safetensors file, with the component configs of `pretrained.config`."""
-    if root.suffix != ".safetensors":
-        raise ValueError(f"{root} is not a .safetensors file. Convert it first; pickled weights are never loaded.")
-    from diffusers import StableDiffusionPipeline
-
-    try:
-        configs = locate(pretrained["config"], patterns=["model_index.json", "*/*.json", "tokenizer/*"])
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"a single file needs the configs of its components (pretrained.config): {error}") from None
-    skipped = {} if decoder else {"vae": None, "text_encoder": None, "tokenizer": None}
-    check_index(configs / "model_index.json")
-    none = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
-    pipeline = StableDiffusionPipeline.from_single_file(
-        str(root), config=str(configs), dtype=dtype, local_files_only=True, **none, **skipped
-    )
-    wanted = ("unet", "vae", "text_encoder", "tokenizer") if decoder else ("unet",)
-    parts = {name: getattr(pipeline, name) for name in wanted}
-    return parts, files.read_json(configs / "scheduler" / "scheduler_config.json")
+        lora.load_lora(self.unet, path, LORA)

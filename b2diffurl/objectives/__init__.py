@@ -1,6 +1,6 @@
 """Objectives: what one update minimises. Each is a pure function of tensors, in a module of its own beside its options.
 
-The positional parameters of a loss are the terms that it asks for; terms.py says which there are and computes them. Its
+The positional parameters of a loss are the terms that it asks for; terms.py says which there are, and computes them. Its
 keyword parameters are the fields of its options. It returns (loss [N], metrics): one number for each transition, or for each
 pair of transitions, and a dict of detached tensors whose last dimension is N. The trainer takes means, weighs steps and adds
 up. Log-probabilities are means over the D latent dimensions.
@@ -18,8 +18,7 @@ from b2diffurl.objectives.d3po import D3poOptions, d3po
 from b2diffurl.objectives.ddpo import DdpoOptions, ddpo
 from b2diffurl.objectives.dpok import DpokOptions, dpok
 from b2diffurl.objectives.reinforce import reinforce
-
-BASE_TERMS = ("base_log_prob", "kl")  # these need the frozen base policy
+from b2diffurl.objectives.terms import BASE_TERMS, require_known
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,9 @@ class Objective:
     options: Any = options.NoOptions  # a dataclass; with its values once a configuration has been read
     paired: bool = False  # terms are [2,N]: a group's best sibling and its worst
     single_pass: bool = False  # sound for one pass over the selection only
+
+    def __post_init__(self) -> None:
+        require_known(self.terms)
 
     @property
     def terms(self) -> tuple[str, ...]:

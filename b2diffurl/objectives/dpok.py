@@ -20,7 +20,7 @@ def dpok(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped surrogate of `ddpo` plus kl_weight KL(p_theta || p_base).
 
-    All arguments [N]; `kl` is `ddim.transition_kl`, a mean over D like the log-probs. Both terms shrink alike with D, so
+    All arguments [N]; `kl` is `transition_kl`, a mean over D like the log-probs. Both terms shrink alike with D, so
     kl_weight trades a nat of the joint KL against an advantage whatever D is. As in the paper the penalty is that of the
     states that were sampled; how an earlier step changes later states is left out. The trainer's step weights weigh both
     terms. Metrics: those of `ddpo`, and `kl` [N], as it is without any weight.

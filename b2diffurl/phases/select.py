@@ -3,19 +3,24 @@
 G groups, K branches, N = G*K images
 """
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from accelerate import Accelerator
-from ml_collections import ConfigDict
 from torch import Tensor
 
-from b2diffurl.algorithm.selection import Selected, advantages, normalise, select_all, select_pairs
+from b2diffurl.algorithm.advantages import advantages, normalise
+from b2diffurl.algorithm.selection import Selected, select_all, select_pairs
 from b2diffurl.configuration.plan import Plan
+from b2diffurl.configuration.settings import Selection
 from b2diffurl.experiment.metrics import Metrics, timed
-from b2diffurl.experiment.stage import Stage, delete_batches, finished_stages, listed, not_finite
+from b2diffurl.experiment.not_finite import listed, not_finite
+from b2diffurl.experiment.stage import Stage, delete_batches, finished_stages
 from b2diffurl.experiment.trajectories import save_selected
 from b2diffurl.phases.health import in_words, stage_warnings
 from b2diffurl.phases.scoring import Scores, score_stage
-from b2diffurl.rewards import check_rewards, reward_weights
+from b2diffurl.rewards import check_rewards
 from b2diffurl.rewards.file import write_template
 from b2diffurl.runtime import files
 from b2diffurl.runtime.batch_sizes import peak_memory
@@ -30,13 +35,12 @@ def select_stage(plan: Plan) -> None:
 
     Where scores are made elsewhere (reward `file`) and are not there yet, say so and return with the phase unfinished.
     """
-    config = plan.config
-    weights, watched = reward_weights(config.reward), config.reward.watch
-    check_rewards([*weights, *watched], config.reward)
-    stage = plan.stage
+    stage, rewards = plan.stage, plan.settings.rewards
+    named = [*rewards.weights, *rewards.watched]
+    check_rewards(named, rewards)
     if stage.finished("select"):
         logger.info("stage%d select: already finished", stage.index)
-        clean_up(config, stage)
+        clean_up(plan)
         return
     files.require_writable(stage.folder)
     sampled = stage.manifest("sample")
@@ -45,86 +49,110 @@ def select_stage(plan: Plan) -> None:
     if accelerator.is_main_process:
         files.remove_temporaries(stage.folder)
         stage.verify("sample", stage.images.name, stage.prompts.name, stage.samples.name)
-        history = score_history(stage, config.eval.history_cnt)  # before the work that a damaged one would make vain
+        # Before the images are scored, which a damaged history would make vain.
+        history = score_history(stage, plan.settings.selection.num_history_stages)
     accelerator.wait_for_everyone()
     prompts = files.read_json(stage.prompts)
-    if "file" in (*weights, *watched) and not stage.given_scores.is_file():
+    if rewards.made_elsewhere and not stage.given_scores.is_file():
         if accelerator.is_main_process:
             ask_for_scores(stage, prompts)
-    elif scores := score_stage(config, stage, prompts, accelerator):
-        finish(config, stage, prompts, scores, history, sampled, accelerator)
+    elif scores := score_stage(rewards, stage, prompts, accelerator):
+        finish(plan, prompts, scores, history, sampled, accelerator)
     accelerator.wait_for_everyone()  # until the phase is finished for all
     accelerator.end_training()
 
 
 def finish(
-    config: ConfigDict,
-    stage: Stage,
+    plan: Plan,
     prompts: list[str],
     scores: Scores,
     history: list[tuple[str, float]],
-    sampled: dict,
+    sampled: dict[str, Any],
     accelerator: Accelerator,
 ) -> None:
     """Select, copy what is selected, and write the manifest, last."""
-    weights, watched = reward_weights(config.reward), config.reward.watch
-    chosen = choose(config, scores.rewards, prompts, history)
+    stage, num_branches = plan.stage, plan.settings.sampling.num_branches
+    chosen = choose(plan.settings.selection, num_branches, scores.rewards, prompts, history)
+    written = write_selection(plan, chosen)
+    with timed(scores.seconds, "write"):
+        written += save_selected(stage, chosen, plan.settings.sampling.num_groups)
+    summary = summarise(scores, chosen, num_branches, plan.settings.selection)
+    summary |= {"num_twin_groups": num_twin_groups(stage, sampled, len(prompts), num_branches)}
+    Metrics(stage.metrics("select")).log("select", stage=stage.index, **summary, **scores.seconds)
+    warned = stage_warnings(earlier_summaries(stage), summary)
+    facts = {
+        "seconds": scores.seconds,
+        "reward": dict(plan.settings.rewards.weights),
+        "scales": scores.scales,
+        "num_history": len(history),
+        **summary,
+        "device": str(accelerator.device),
+        "num_threads": torch.get_num_threads(),
+        "seed": sampled["seed"],
+        "num_processes": accelerator.num_processes,
+        "batch_sizes": scores.batch_sizes,
+        "warnings": warned,
+        **peak_memory(accelerator.device),
+    }
+    stage.write_manifest("select", facts, [stage.scores, *written, stage.metrics("select")])
+    clean_up(plan)
+    log_summary(plan, summary, sum(scores.seconds.values()))
+    for one in warned:
+        logger.warning("stage%d select: %s", stage.index, in_words(one))
+
+
+def choose(
+    selection: Selection, num_branches: int, rewards: Tensor, prompts: list[str], history: list[tuple[str, float]]
+) -> list[Selected]:
+    """What is trained on: by scores relative to the prompt, or to the siblings, each group's best and worst, or all."""
+    num_siblings = {"prompt": 0, "group": num_branches}[selection.baseline]
+    scores = normalise(rewards, prompts, history, num_siblings=num_siblings).unflatten(0, (-1, num_branches))
+    return select_all(scores) if selection.which == "all" else select_pairs(scores, **selection.thresholds)
+
+
+def write_selection(plan: Plan, chosen: list[Selected]) -> list[Path]:
+    """selection.json: each chosen image with its score and its advantage; deletes what an interrupted selection copied."""
+    stage, selection = plan.stage, plan.settings.selection
     weighted = advantages(
         torch.tensor([one.score for one in chosen]),
-        clip=config.train.adv_clip_max,
-        positive_weight=config.train.beta1,
-        negative_weight=config.train.beta2,
+        clip=selection.max_advantage,
+        positive_weight=selection.positive_weight,
+        negative_weight=selection.negative_weight,
     )
-    ids = [one.group * config.split_time + one.branch for one in chosen]
+    ids = [one.group * plan.settings.sampling.num_branches + one.branch for one in chosen]
     require_finite_advantages(stage, weighted, ids)
     rows = [
         {"id": image, "group": one.group, "branch": one.branch, "score": one.score, "advantage": advantage}
         for image, one, advantage in zip(ids, chosen, weighted.tolist(), strict=True)
     ]
     files.write_json(stage.selection, rows)
-    delete_batches(stage.selected)  # of a selection that was interrupted
-    with timed(scores.seconds, "write"):
-        selected = save_selected(stage, chosen, config.sample.batch_size)
+    delete_batches(stage.selected)
+    return [stage.selection]
 
-    summary = summarise(scores, chosen, config.split_time, **thresholds(config))
-    summary |= {"num_twin_groups": num_twin_groups(stage, sampled, len(prompts), config.split_time)}
-    Metrics(stage.metrics("select")).log("select", stage=stage.index, **summary, **scores.seconds)
-    earlier = [before.manifest("select") for before in finished_stages(stage.root, "select") if before.index < stage.index]
-    warned = stage_warnings([manifest for manifest in earlier if "num_twin_groups" in manifest], summary)
-    facts = {"seconds": scores.seconds, "reward": weights, "scales": scores.scales, "num_history": len(history)} | summary
-    facts |= {"device": str(accelerator.device), "num_threads": torch.get_num_threads(), "seed": sampled["seed"]}
-    facts |= {
-        "num_processes": accelerator.num_processes,
-        "batch_sizes": scores.batch_sizes,
-        "warnings": warned,
-    } | peak_memory(accelerator.device)
-    stage.write_manifest("select", facts, [stage.scores, stage.selection, *selected, stage.metrics("select")])
-    clean_up(config, stage)
+
+def earlier_summaries(stage: Stage) -> list[dict[str, Any]]:
+    """The manifests of the earlier stages' select phases; those of the first version, which lack figures, are left out."""
+    manifests = [one.manifest("select") for one in finished_stages(stage.root, "select") if one.index < stage.index]
+    return [manifest for manifest in manifests if "num_twin_groups" in manifest]
+
+
+def log_summary(plan: Plan, summary: dict[str, Any], seconds: float) -> None:
+    watched = "".join(f", {name} {summary[f'watch/{name}_mean']:.4f}" for name in plan.settings.rewards.watched)
     logger.info(
         "stage%d select: done in %.1f s, reward %.4f (sd %.4f, in groups %.4f)%s, kept %d of %d images, %d good, %d bad",
-        stage.index, sum(scores.seconds.values()),
-        summary["reward_mean"], summary["reward_std"], summary["reward_group_std"],
-        "".join(f", {name} {summary[f'watch/{name}_mean']:.4f}" for name in watched),
+        plan.stage.index, seconds, summary["reward_mean"], summary["reward_std"], summary["reward_group_std"], watched,
         summary["num_selected"], summary["num_images"], summary["num_best"], summary["num_worst"],
     )  # fmt: skip
-    for one in warned:
-        logger.warning("stage%d select: %s", stage.index, in_words(one))
 
 
-def clean_up(config: ConfigDict, stage: Stage) -> None:
-    """Delete the stage's trajectories, of which the selected ones have been copied, unless config.keep says otherwise."""
-    if not config.keep.samples:
-        delete_batches(stage.samples)
-
-
-def choose(config: ConfigDict, rewards: Tensor, prompts: list[str], history: list[tuple[str, float]]) -> list[Selected]:
-    """What is trained on: by scores relative to the prompt, or to the siblings, each group's best and worst, or all."""
-    siblings = {"prompt": 0, "group": config.split_time}[config.eval.advantage]
-    scores = normalise(rewards, prompts, history, num_siblings=siblings).unflatten(0, (-1, config.split_time))
-    return select_all(scores) if config.eval.selection == "all" else select_pairs(scores, **thresholds(config))
+def clean_up(plan: Plan) -> None:
+    """Delete the stage's trajectories, of which the selected ones have been copied, unless they are to be kept."""
+    if not plan.settings.output.keep_samples:
+        delete_batches(plan.stage.samples)
 
 
 def require_finite_advantages(stage: Stage, weighted: Tensor, ids: list[int]) -> None:
+    """A FloatingPointError names the images whose advantage is not finite, after all of them have been kept."""
     bad = [image for image, one in zip(ids, weighted, strict=True) if not one.isfinite()]
     if bad:
         said = f"{stage.folder}: the advantages of images {listed(bad)}, with train.beta1 and train.beta2, are not finite"
@@ -139,11 +167,8 @@ def num_twin_groups(stage: Stage, sampled: dict, num_images: int, num_siblings: 
     return sum(len(set(group)) < num_siblings for group in groups)
 
 
-def thresholds(config: ConfigDict) -> dict[str, float]:
-    return {"pos_threshold": config.eval.pos_threshold, "neg_threshold": config.eval.neg_threshold}
-
-
 def ask_for_scores(stage: Stage, prompts: list[str]) -> None:
+    """Write the table that people fill with scores, and say where it is."""
     write_template(stage, prompts)
     logger.info(
         "stage%d select: waiting for the scores of %d images. Images: %s; ids and prompts: %s. Fill its column "
@@ -162,9 +187,7 @@ def score_history(stage: Stage, count: int) -> list[tuple[str, float]]:
     return history
 
 
-def summarise(
-    scores: Scores, chosen: list[Selected], num_siblings: int, *, pos_threshold: float, neg_threshold: float
-) -> dict[str, float | int]:
+def summarise(scores: Scores, chosen: list[Selected], num_siblings: int, selection: Selection) -> dict[str, float | int]:
     """The stage's figures for log, metrics and manifest."""
     rewards = scores.rewards
     means = scores.parts | {f"watch/{key}": value for key, value in scores.watch.items()}
@@ -176,8 +199,8 @@ def summarise(
         "num_groups": len(inside),
         "num_flat_groups": int((spread <= ROUNDING * size).sum()) if num_siblings > 1 else 0,
         "num_selected": len(chosen),
-        "num_best": sum(one.score >= pos_threshold for one in chosen),
-        "num_worst": sum(one.score < neg_threshold for one in chosen),
+        "num_best": sum(one.score >= selection.pos_threshold for one in chosen),
+        "num_worst": sum(one.score < selection.neg_threshold for one in chosen),
         "reward_mean": rewards.mean().item(),
         "reward_std": rewards.std().item() if len(rewards) > 1 else 0.0,
         "reward_group_std": inside.std(1).mean().item() if num_siblings > 1 else 0.0,

@@ -1,4 +1,4 @@
-"""Train on one stage's selected trajectories: epochs of updates (update.py), their metrics, a checkpoint now and then.
+"""Train on one stage's selected trajectories: epochs of updates (trainer.py), their metrics, a checkpoint now and then.
 
 N trajectories, S trained steps
 U units: what one term of the loss is of, a trajectory, or a group's best and worst
@@ -7,15 +7,15 @@ U units: what one term of the loss is of, a trajectory, or a group's best and wo
 import math
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from ml_collections import ConfigDict
 from torch import Tensor
 
 from b2diffurl.algorithm.seeding import generator
 from b2diffurl.algorithm.selection import Selected, contrast_pairs
-from b2diffurl.configuration.budget import num_chosen_steps
+from b2diffurl.configuration.budget import Budget
 from b2diffurl.configuration.plan import Plan
 from b2diffurl.experiment.checkpoints import read_state, save_checkpoint, whole_checkpoints
 from b2diffurl.experiment.metrics import Metrics, read_events
@@ -25,7 +25,7 @@ from b2diffurl.experiment.trajectories import SelectedTrajectories
 from b2diffurl.models import Model
 from b2diffurl.models.policy import compiling, load_policy
 from b2diffurl.phases.health import WINDOW, UpdateWatch, in_words
-from b2diffurl.phases.trainer import Trainer, make_trainer
+from b2diffurl.phases.trainer import Trainer, make_trainer, warm_up
 from b2diffurl.reporting.forecast import stage_done_line
 from b2diffurl.runtime import files
 from b2diffurl.runtime.batch_sizes import peak_memory
@@ -34,13 +34,26 @@ from b2diffurl.runtime.logs import logger, progress_bar
 from b2diffurl.runtime.threads import ahead
 
 
+@dataclass(frozen=True)
+class TrainingData:
+    """What a stage trains on."""
+
+    stored: SelectedTrajectories
+    advantages: Tensor  # [N,S]
+    units: Tensor  # rows of the selected: [U], or each group's (best, worst) [U,2]
+
+    @property
+    def num_trajectories(self) -> int:
+        """In one epoch."""
+        return self.units.numel()
+
+
 def train_stage(plan: Plan) -> None:
     """Train over the stage's selection, from its last checkpoint if it was interrupted."""
-    config = plan.config
     stage = plan.stage
     if stage.finished("train"):
         logger.info("stage%d train: already finished", stage.index)
-        clean_up(config, stage)
+        clean_up(plan)
         return
     started = time.perf_counter()
     files.require_writable(stage.folder)
@@ -52,39 +65,30 @@ def train_stage(plan: Plan) -> None:
     require_same_precision(stage, sampled["mixed_precision"], accelerator.mixed_precision)
     interrupted = whole_checkpoints(stage.checkpoints())
     source = interrupted[-1] / LORA_FILE if interrupted else plan.resume_from
-    model = load_policy(config, accelerator, source, decoder=False)
+    seed, compiles = plan.settings.schedule.seed, plan.settings.compute.compile
+    model = load_policy(plan.settings.model, accelerator, source, seed=seed, compile=compiles, decoder=False)
     check_policy(plan, sampled["policy"], model)
-    trainer = make_trainer(config, plan, accelerator, model, source)
+    trainer = make_trainer(plan, accelerator, model, source)
     done = read_state(source)["epoch"] if interrupted else 0
     if accelerator.is_main_process:
         files.remove_temporaries(stage.folder)
     accelerator.wait_for_everyone()
-    selection = files.read_json(stage.selection)
-    selected = [Selected(row["group"], row["branch"], row["score"]) for row in selection]
-    log = UpdateLog(stage, config.train.eps, source if interrupted else None, done, writes=accelerator.is_main_process)
+    limit = plan.settings.training.max_first_log_ratio
+    log = UpdateLog(stage, limit, source if interrupted else None, done, writes=accelerator.is_main_process)
     trainer.num_updates = log.num_kept
-    units = make_units(selected, paired=trainer.objective.paired)
-    trajectories = SelectedTrajectories(stage, selected, config.sample.batch_size)
-    advantages = torch.tensor([row["advantage"] for row in selection])
-    with compiling(config, f"stage{stage.index} train") as wanted:
-        if wanted and len(units):
-            trainer.warm_up(trajectories, units[:1])
+    data = read_data(plan)
+    with compiling(compiles, f"stage{stage.index} train") as wanted:
+        if wanted and len(data.units):
+            warm_up(trainer, data.stored, data.units[:1])
     loaded = time.perf_counter()
-    num_steps = num_chosen_steps(config, plan.num_trained_steps)
-    if len(units):
-        logger.info(
-            "stage%d train: training on %d trajectories, %d of their %d steps, from %s",
-            stage.index, units.numel(), num_steps, plan.num_trained_steps, plan.start,
-        )  # fmt: skip
-        num_transitions = (config.train.num_epochs - done) * units.numel() * num_steps
-        with progress_bar(num_transitions, f"stage{stage.index} train", "transitions") as trainer.bar:
-            train_epochs(config, trainer, log, trajectories, advantages, units, done)
+    if len(data.units):
+        train_epochs(plan, trainer, log, data, done)
     else:
         logger.info("stage%d train: nothing to train on, the weights go on unchanged", stage.index)
-        save(trainer, config.train.num_epochs, config.train.save_interval)
+        save(plan, trainer, plan.settings.training.num_epochs)
     if accelerator.is_main_process:
         seconds = {"load": loaded - started, "train": time.perf_counter() - loaded}
-        finish(config, trainer, log, sampled, seconds | {"share": 1 - done / config.train.num_epochs})
+        finish(plan, trainer, log, sampled, seconds | {"share": 1 - done / plan.settings.training.num_epochs})
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -138,37 +142,47 @@ class UpdateLog:
             logger.warning("stage%d train: %s", self.stage.index, in_words(one))
 
 
-def train_epochs(
-    config: ConfigDict,
-    trainer: Trainer,
-    log: UpdateLog,
-    stored: SelectedTrajectories,
-    advantages: Tensor,
-    units: Tensor,
-    done: int,
-) -> None:
+def read_data(plan: Plan) -> TrainingData:
+    """The stage's selected trajectories, the advantages of all their transitions, and what the objective's terms are of."""
+    rows = files.read_json(plan.stage.selection)
+    selected = [Selected(row["group"], row["branch"], row["score"]) for row in rows]
+    of_trajectory = torch.tensor([row["advantage"] for row in rows])
+    return TrainingData(
+        stored=SelectedTrajectories(plan.stage, selected, plan.settings.sampling.num_groups),
+        advantages=of_trajectory.unsqueeze(1).expand(-1, plan.num_trained_steps),
+        units=make_units(selected, paired=plan.settings.training.objective.paired),
+    )
+
+
+def train_epochs(plan: Plan, trainer: Trainer, log: UpdateLog, data: TrainingData, done: int) -> None:
     """The epochs after `done`: every unit once an epoch, in an order from (seed, stage, epoch).
 
     In memory are an update's trajectories, and the next one's, which are read meanwhile.
     """
-    seed, index, num_trained_steps = config.seed, trainer.stage.index, len(trainer.step_weight)
-    num_steps = num_chosen_steps(config, num_trained_steps)
-    size = max(1, config.train.batch_size * config.train.gradient_accumulation_steps // units[0].numel())
+    training, seed, index = plan.settings.training, plan.settings.schedule.seed, plan.stage.index
+    units, num_steps = data.units, Budget.of(plan.settings).num_chosen_steps(plan.num_trained_steps)
+    logger.info(
+        "stage%d train: training on %d trajectories, %d of their %d steps, from %s",
+        index, data.num_trajectories, num_steps, plan.num_trained_steps, plan.start,
+    )  # fmt: skip
+    size = max(1, training.num_trajectories // units[0].numel())
     deals = [
         (epoch, number, units[rows])
-        for epoch in range(done + 1, config.train.num_epochs + 1)
+        for epoch in range(done + 1, training.num_epochs + 1)
         for number, rows in enumerate(update_rows(len(units), size, generator(seed, index, "train", epoch)))
     ]
-    for (epoch, number, dealt), trajectories in ahead(lambda deal: stored.read(deal[2].flatten().tolist()), deals):
-        steps = choose_steps(num_trained_steps, num_steps, generator(seed, index, "steps", epoch, number))
-        first = trainer.num_updates == 0
-        local = torch.arange(dealt.numel()).view(dealt.shape)
-        report = trainer.update(trajectories.to(trainer.accelerator.device), advantages[dealt.flatten()], local, steps)
-        log.add({"epoch": epoch, "num_trajectories": dealt.numel(), "first": first} | report)
-        if (number + 1) * size >= len(units) and (
-            epoch % config.train.save_interval == 0 or epoch == config.train.num_epochs
-        ):
-            save(trainer, epoch, config.train.save_interval)
+    num_transitions = (training.num_epochs - done) * data.num_trajectories * num_steps
+    with progress_bar(num_transitions, f"stage{index} train", "transitions") as trainer.bar:
+        for (epoch, number, dealt), trajectories in ahead(lambda deal: data.stored.read(deal[2].flatten().tolist()), deals):
+            steps = choose_steps(plan.num_trained_steps, num_steps, generator(seed, index, "steps", epoch, number))
+            first = trainer.num_updates == 0
+            local = torch.arange(dealt.numel()).view(dealt.shape)
+            advantages = data.advantages[dealt.flatten()]
+            report = trainer.update(trajectories.to(trainer.accelerator.device), advantages, local, steps)
+            log.add({"epoch": epoch, "num_trajectories": dealt.numel(), "first": first} | report)
+            ends = (number + 1) * size >= len(units)
+            if ends and (epoch % plan.settings.output.save_interval == 0 or epoch == training.num_epochs):
+                save(plan, trainer, epoch)
 
 
 def choose_steps(num_trained_steps: int, count: int, rng: torch.Generator) -> list[int]:
@@ -190,58 +204,58 @@ def update_rows(num_units: int, effective: int, rng: torch.Generator) -> list[Te
     return list(order.tensor_split(math.ceil(num_units / effective)))
 
 
-def save(trainer: Trainer, epoch: int, save_interval: int) -> None:
+def save(plan: Plan, trainer: Trainer, epoch: int) -> None:
     """Write checkpoint_<n> after `epoch`: n = epoch / save_interval, rounded up for a last odd epoch."""
     accelerator, model = trainer.accelerator, trainer.model
     if accelerator.is_main_process:
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-        state = {"stage": trainer.stage.index, "epoch": epoch, "num_updates": trainer.num_updates}
+        state = {"stage": plan.stage.index, "epoch": epoch, "num_updates": trainer.num_updates}
         state |= {"base_model_sha256": model.fingerprint, "scaler": scaler}
-        folder = trainer.stage.checkpoint(math.ceil(epoch / save_interval))
+        folder = plan.stage.checkpoint(math.ceil(epoch / plan.settings.output.save_interval))
         save_checkpoint(folder, model.adapter_state(), trainer.optimizer, list(model.trainable()), state)
     accelerator.wait_for_everyone()
 
 
-def finish(config: ConfigDict, trainer: Trainer, log: UpdateLog, sampled: dict, seconds: dict) -> None:
-    """Write the manifest, and only then delete what the configuration does not keep."""
-    stage = trainer.stage
+def finish(plan: Plan, trainer: Trainer, log: UpdateLog, sampled: dict, seconds: dict) -> None:
+    """Write the manifest, and only then delete what is not to be kept."""
+    stage, accelerator = plan.stage, trainer.accelerator
     updates = read_events(stage.metrics("train"), "update")
     last = stage.checkpoints()[-1]
-    num_trained_steps = len(trainer.step_weight)
     num_trajectories = sum(update["num_trajectories"] for update in updates)
     facts = {
-        "seed": config.seed,
-        "num_trained_steps": num_trained_steps,
+        "seed": plan.settings.schedule.seed,
+        "num_trained_steps": plan.num_trained_steps,
         "num_updates": len(updates),
-        "num_transitions": num_trajectories * num_chosen_steps(config, num_trained_steps),
+        "num_transitions": num_trajectories * Budget.of(plan.settings).num_chosen_steps(plan.num_trained_steps),
         "max_abs_log_ratio_first_update": updates[0]["max_abs_log_ratio"] if updates else None,
         "policy": sampled["policy"],
-        "device": str(trainer.accelerator.device),
-        "mixed_precision": trainer.accelerator.mixed_precision,
+        "device": str(accelerator.device),
+        "mixed_precision": accelerator.mixed_precision,
         "num_threads": torch.get_num_threads(),
-        "num_processes": trainer.accelerator.num_processes,
+        "num_processes": accelerator.num_processes,
         "batch_sizes": trainer.sizes.sizes,
         "warnings": log.watch.warnings(),
         "seconds": seconds,
-    } | peak_memory(trainer.accelerator.device)
+    } | peak_memory(accelerator.device)
     written = [path for folder in stage.checkpoints() for path in folder.iterdir()]
     stage.write_manifest("train", facts, [*written, stage.metrics("train")])
-    clean_up(config, stage)
-    mean = {
-        key: sum(update[key] or 0.0 for update in updates) / max(1, len(updates)) for key in ("grad_norm", "clip_fraction")
-    }
+    clean_up(plan)
+    norm, clipped = (
+        sum(update[key] or 0.0 for update in updates) / max(1, len(updates)) for key in ("grad_norm", "clip_fraction")
+    )
     logger.info(
         "stage%d train: done in %.1f s, %d updates, gradient norm %.3g, clipped %.1f %%, to stage%d/%s",
-        stage.index, seconds["train"], len(updates), mean["grad_norm"], 100 * mean["clip_fraction"], stage.index, last.name,
+        stage.index, seconds["train"], len(updates), norm, 100 * clipped, stage.index, last.name,
     )  # fmt: skip
-    logger.info(stage_done_line(config, stage))
+    logger.info(stage_done_line(plan.settings, stage))
 
 
-def clean_up(config: ConfigDict, stage: Stage) -> None:
-    """Delete the stage's trajectories and images beyond what config.keep says."""
-    if not config.keep.samples:
+def clean_up(plan: Plan) -> None:
+    """Delete the stage's trajectories and images beyond what is to be kept."""
+    stage, output = plan.stage, plan.settings.output
+    if not output.keep_samples:
         delete_batches(stage.samples)
         delete_batches(stage.selected)
-    if config.keep.images >= 0:
-        for path in sorted(stage.images.glob("*.png"))[config.keep.images :]:
+    if output.keep_images >= 0:
+        for path in sorted(stage.images.glob("*.png"))[output.keep_images :]:
             path.unlink(missing_ok=True)

@@ -1,111 +1,92 @@
 """The plan of a run for people: what `bash run_process.sh --dry_run` prints. Nothing here writes, or loads a model."""
 
 import math
-import os
-import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from ml_collections import ConfigDict
-from safetensors import safe_open
 
-from b2diffurl.configuration.budget import (
-    at_most,
-    most_selected,
-    most_updates,
-    num_evaluations,
-    num_groups,
-    num_images,
-    planned_steps,
-)
+from b2diffurl.configuration.budget import Budget
 from b2diffurl.configuration.plan import Plan
 from b2diffurl.configuration.prompts import load_prompts
-from b2diffurl.configuration.settings import describe_reward, read_settings
+from b2diffurl.configuration.settings import Settings
 from b2diffurl.experiment.stage import PHASES, Stage, finished_stages
+from b2diffurl.models import Sizes, family
 from b2diffurl.reporting.forecast import judging_left, num_done, number, time_text
-from b2diffurl.runtime import files
-from b2diffurl.runtime.device import choose_device
-
-LORA_WEIGHTS = r"\.to_(q|k|v|out\.0)\.weight$"  # what carries a LoRA
+from b2diffurl.runtime.device import Compute, choose_device
 
 
-@dataclass(frozen=True)
-class Base:
-    """What the sizes of files follow from."""
-
-    latent_shape: tuple[int, int, int]  # C, h, w
-    image_px: int
-    embedding: int  # numbers in a prompt's embedding
-    lora: int  # numbers in a LoRA of rank 1
-
-
-def describe(config: ConfigDict, plan: Plan) -> str:
+def describe(plan: Plan) -> str:
     """The plan, for people."""
-    root = plan.stage.root
-    steps = planned_steps(config, root)
-    device, precision = device_text(config, plan.settings.compute.num_threads)
-    watched = f"; watched: {', '.join(config.reward.watch)}" if config.reward.watch else ""
-    trained = repr(config.prompt) if config.prompt else config.prompt_file
-    held_out = len(load_prompts(config.eval.prompt_file))
-    in_one = config.train.batch_size * config.train.gradient_accumulation_steps
-    facts = {
-        "experiment": f"{config.exp_name} in {root}, {state_text(config, root)}",
-        "preset": config.preset or "none",
-        "base model": f"{config.pretrained.model}, LoRA of rank {config.train.lora_rank}",
-        "starts from": config.resume_from or "a fresh LoRA",
-        "reward": describe_reward(config.reward) + watched,
-        "prompts": f"{len(plan.prompts)} of {trained}; held-out: {held_out} of {config.eval.prompt_file}",
-        "device": f"{device}, {precision}",
-        "seeds": f"{config.seed} of the experiment, {config.eval.seed} of the evaluations",
-        "a stage": f"{num_groups(config)} groups of {config.split_time} images; trained on {at_most(config)}"
-        f"{most_selected(config)}, {in_one} an update, epochs: {config.train.num_epochs}",
-    }
-    base = find_base(config.pretrained)
+    settings, budget = plan.settings, Budget.of(plan.settings)
+    steps = budget.planned_steps(plan.stage.root)
+    device, precision = device_text(settings.compute)
+    base = family(settings.model).sizes(settings.model)
     embedding_bytes = 4 if precision == "float32" else 2
-    volumes = [trajectory_bytes(config, base, S, len(plan.prompts), embedding_bytes) for S in steps] if base else []
+    volumes = [trajectory_bytes(settings, base, S, len(plan.prompts), embedding_bytes) for S in steps] if base else []
+    facts = plan_facts(plan, budget) | {"device": f"{device}, {precision}"}
     lines = [f"{name:<13}{fact}" for name, fact in facts.items()]
-    lines += ["", *stage_table(config, steps, volumes), ""]
-    lines += [f"{'disk':<13}{disk_text(config, root, base, volumes) if base else 'unknown until the base model is here'}"]
-    lines += [f"{'time':<13}{time_text(config, root)}"]
+    lines += ["", *stage_table(budget, steps, volumes), ""]
+    lines += [f"{'disk':<13}{disk_text(settings, base, volumes) if base else 'unknown until the base model is here'}"]
+    lines += [f"{'time':<13}{time_text(settings)}"]
     return "\n".join(lines)
 
 
-def device_text(config: ConfigDict, num_threads: int) -> tuple[str, str]:
+def plan_facts(plan: Plan, budget: Budget) -> dict[str, str]:
+    """What is trained on what, by what it is about."""
+    settings, prompts = plan.settings, plan.settings.prompts
+    watched = f"; watched: {', '.join(settings.rewards.watched)}" if settings.rewards.watched else ""
+    trained = repr(prompts.one_prompt) if prompts.one_prompt else prompts.train_file
+    held_out = len(load_prompts(prompts.held_out_file))
+    return {
+        "experiment": f"{settings.output.name} in {plan.stage.root}, {state_text(settings)}",
+        "preset": settings.output.preset or "none",
+        "base model": f"{settings.model.name}, LoRA of rank {settings.model.lora_rank}",
+        "starts from": settings.schedule.initial_lora or "a fresh LoRA",
+        "reward": settings.rewards.description + watched,
+        "prompts": f"{len(plan.prompts)} of {trained}; held-out: {held_out} of {prompts.held_out_file}",
+        "device": "",
+        "seeds": f"{settings.schedule.seed} of the experiment, {settings.judging.seed} of the evaluations",
+        "a stage": f"{budget.num_groups} groups of {settings.sampling.num_branches} images; trained on {budget.at_most}"
+        f"{budget.most_selected}, {settings.training.num_trajectories} an update, epochs: {settings.training.num_epochs}",
+    }
+
+
+def device_text(compute: Compute) -> tuple[str, str]:
     """Where a run takes place, and in which precision the network's weights are."""
-    cuda, precision = choose_device(read_settings(config).compute)
+    cuda, precision = choose_device(compute)
     names = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
-    threads = f"CPU, threads: {num_threads or torch.get_num_threads()}"
-    return torch.cuda.get_device_name(config.dev_id) if cuda else threads, names[precision]
+    threads = f"CPU, threads: {compute.num_threads or torch.get_num_threads()}"
+    return torch.cuda.get_device_name(compute.dev_id) if cuda else threads, names[precision]
 
 
-def state_text(config: ConfigDict, root: Path) -> str:
+def state_text(settings: Settings) -> str:
     """How far an experiment is."""
-    stages = [Stage(root, index) for index in range(config.stage_cnt)]
+    root, num_stages = settings.output.root, settings.schedule.num_stages
+    stages = [Stage(root, index) for index in range(num_stages)]
     if not (root / "config.json").is_file():
         return "new"
     following = next((stage for stage in stages if not stage.finished("train")), None)
     if following is None:
-        return f"all {config.stage_cnt} stages finished"
+        return f"all {num_stages} stages finished"
     phase = next(phase for phase in PHASES if not following.finished(phase))
-    return f"{num_done(config, root)} of {config.stage_cnt} stages finished; goes on with {phase} of stage{following.index}"
+    return f"{num_done(settings)} of {num_stages} stages finished; goes on with {phase} of stage{following.index}"
 
 
-def stage_table(config: ConfigDict, steps: Sequence[int], volumes: Sequence[int]) -> list[str]:
+def stage_table(budget: Budget, steps: Sequence[int], volumes: Sequence[int]) -> list[str]:
     """Lines: a row for each S, with what one of its stages asks for, and one for all."""
     stages = defaultdict(list)
     for index, num_steps in enumerate(steps):
         stages[num_steps].append(index)
-    updates = f"updates{', at most' if at_most(config) else ''}"
-    rows = [["a stage", f"S of {config.sample.num_steps}", "images", "network evaluations", updates, "trajectories"]]
+    updates = f"updates{', at most' if budget.at_most else ''}"
+    rows = [["a stage", f"S of {budget.sampling.num_steps}", "images", "network evaluations", updates, "trajectories"]]
     for num_steps, members in sorted(stages.items()):
         volume = size(volumes[members[0]]) if volumes else "?"
-        counts = [num_images(config), num_evaluations(config, num_steps), most_updates(config)]
+        counts = [budget.num_images, budget.num_evaluations(num_steps), budget.most_updates]
         rows.append([stages_text(members), str(num_steps), *(f"{count:,}" for count in counts), volume])
-    totals = [len(steps) * num_images(config), sum(num_evaluations(config, one) for one in steps)]
-    totals.append(len(steps) * most_updates(config))
+    totals = [len(steps) * budget.num_images, sum(budget.num_evaluations(one) for one in steps)]
+    totals.append(len(steps) * budget.most_updates)
     rows.append(["in all", "", *(f"{count:,}" for count in totals), size(sum(volumes)) if volumes else "?"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
@@ -125,85 +106,43 @@ def stages_text(members: Sequence[int]) -> str:
 # ---- disk ----
 
 
-def disk_text(config: ConfigDict, root: Path, base: Base, volumes: Sequence[int]) -> str:
+def disk_text(settings: Settings, base: Sizes, volumes: Sequence[int]) -> str:
     """What is kept, and what the experiment takes up at most while it runs; evaluations keep their pictures, too."""
-    images, one = num_images(config), image_bytes(root, base)
-    kept = images if config.keep.images < 0 else min(images, config.keep.images)
-    checkpoints = math.ceil(config.train.num_epochs / config.train.save_interval)
-    written = checkpoints * checkpoint_bytes(config, base)
-    volume = sum(volumes) if config.keep.samples else max(volumes)  # all stages', or one's until it is trained
-    trajectories = volume + volume * most_selected(config) // images  # the latter are copies
-    judged = judging_left(config, range(config.stage_cnt)).images
-    total = trajectories + config.stage_cnt * (written + kept * one) + (images - kept + judged) * one
+    budget, output, num_stages = Budget.of(settings), settings.output, settings.schedule.num_stages
+    images, one = budget.num_images, image_bytes(output.root, base)
+    kept = images if output.keep_images < 0 else min(images, output.keep_images)
+    checkpoints = math.ceil(settings.training.num_epochs / settings.output.save_interval)
+    written = checkpoints * checkpoint_bytes(settings, base)
+    volume = sum(volumes) if output.keep_samples else max(volumes)  # all stages', or one's until it is trained
+    trajectories = volume + volume * budget.most_selected // images  # the latter are copies
+    judged = judging_left(settings, finished=set()).images
+    total = trajectories + num_stages * (written + kept * one) + (images - kept + judged) * one
     return (
         f"at most {size(total)}, and about a kilobyte of JSON an image. A stage keeps {kept} images ({size(kept * one)}), "
-        f"checkpoints: {checkpoints} ({size(written)}), trajectories: {'all' if config.keep.samples else 'none'}"
+        f"checkpoints: {checkpoints} ({size(written)}), trajectories: {'all' if output.keep_samples else 'none'}"
     )
 
 
-def find_base(pretrained: ConfigDict) -> Base | None:
-    """From the base model's files if they are here, in a directory or in the hub's cache; nothing is downloaded."""
-    model = local_model(pretrained.model, pretrained.revision)
-    single = model is not None and model.is_file()
-    configs = local_model(pretrained.config, "main") if single else model
-    if configs is None:
-        return None
-    weights = [model] if single else sorted((configs / "unet").glob("*.safetensors"))
-    paths = [configs / part / "config.json" for part in ("unet", "vae", "text_encoder")]
-    if not weights or not all(path.is_file() for path in paths):
-        return None
-    unet, vae, text = (files.read_json(path) for path in paths)
-    side = pretrained.resolution // 8 or unet["sample_size"]
-    return Base(
-        latent_shape=(unet["in_channels"], side, side),
-        image_px=side * 2 ** (len(vae["block_out_channels"]) - 1),
-        embedding=text["max_position_embeddings"] * text["hidden_size"],
-        lora=lora_numbers(weights),
-    )
-
-
-def local_model(name: str, revision: str) -> Path | None:
-    """Where a model is on this machine: its file, its directory, or its snapshot in the hub's cache."""
-    path = Path(os.path.expanduser(name))
-    if os.path.exists(path):
-        return path
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(name, "unet/config.json", revision=revision)
-    return Path(found).parents[1] if isinstance(found, str) else None
-
-
-def lora_numbers(weights: Sequence[Path]) -> int:
-    """Numbers of a LoRA of rank 1, by the shapes [out,in] of the attention's weights; only headers are read."""
-    shapes = {}
-    for path in weights:
-        with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if re.search(LORA_WEIGHTS, name)]  # noqa: SIM118
-            shapes |= {name: file.get_slice(name).get_shape() for name in names}
-    return sum(rows + columns for rows, columns in shapes.values())
-
-
-def trajectory_bytes(config: ConfigDict, base: Base, num_trained_steps: int, num_prompts: int, embedding_bytes: int) -> int:
+def trajectory_bytes(settings: Settings, base: Sizes, num_trained_steps: int, num_prompts: int, embedding_bytes: int) -> int:
     """Of a stage's samples/, but for the files' headers.
 
     These are S + 1 states and S log-probabilities of each trajectory, in float32, and of each batch timesteps, prompt ids
     and the embeddings of its prompts and the empty one, with `embedding_bytes` a number.
     """
+    sampling = settings.sampling
     numbers = (num_trained_steps + 1) * math.prod(base.latent_shape) + num_trained_steps
-    prompts = min(config.sample.batch_size, num_prompts) + 1
-    batch = 8 * (num_trained_steps + config.sample.batch_size) + prompts * base.embedding * embedding_bytes
-    return 4 * numbers * num_images(config) + batch * config.sample.num_batches_per_epoch
+    prompts = min(sampling.num_groups, num_prompts) + 1
+    batch = 8 * (num_trained_steps + sampling.num_groups) + prompts * base.embedding * embedding_bytes
+    return 4 * numbers * Budget.of(settings).num_images + batch * sampling.num_batches
 
 
-def checkpoint_bytes(config: ConfigDict, base: Base) -> int:
+def checkpoint_bytes(settings: Settings, base: Sizes) -> int:
     """Of one checkpoint, but for the files' headers: the LoRA in float32, and AdamW's two moments."""
-    moment = 1 if config.train.use_8bit_adam else 4
-    return config.train.lora_rank * base.lora * (4 + 2 * moment)
+    moment = 1 if settings.training.optimizer.use_8bit else 4
+    return settings.model.lora_rank * base.lora * (4 + 2 * moment)
 
 
-def image_bytes(root: Path, base: Base) -> float:
+def image_bytes(root: Path, base: Sizes) -> float:
     """Of a picture on average in the latest stage, or before there is one uncompressed."""
     sampled = finished_stages(root, "sample")
     if not sampled:

@@ -1,7 +1,7 @@
 """How long a run takes, and how far it is.
 
-Amounts follow from the configuration (amounts.py). Seconds are measured: in the experiment's latest stages, and before one
-is finished in the first sampling batch. Waiting for people (reward `file`) is not among them.
+Amounts follow from the settings (budget.py) and the loop of calls (loop.py). Seconds are measured in the experiment's latest
+stages, or before one is finished in the first sampling batch. Waiting for people (reward `file`) is left out.
 """
 
 from collections.abc import Sequence
@@ -11,22 +11,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from b2diffurl.configuration.budget import (
-    at_most,
-    most_selected,
-    most_updates,
-    num_chosen_steps,
-    num_evaluations,
-    num_images,
-    planned_steps,
-    stage_steps,
-)
-from b2diffurl.configuration.settings import describe_reward
+from b2diffurl.configuration.budget import Budget
+from b2diffurl.configuration.loop import Call, calls
+from b2diffurl.configuration.settings import Settings
 from b2diffurl.experiment.stage import PHASES, Stage, finished_stages
 from b2diffurl.experiment.stage_table import stage_list, warned_rows
-from b2diffurl.objectives import OBJECTIVES
+from b2diffurl.objectives import Objective
 
 NUM_LATEST = 5  # finished stages by which time is told, so that a faster or slower machine soon shows
 LONGEST_IMPORT_SEC = 30  # of Python's packages; what took longer was a pause
@@ -62,13 +52,14 @@ class Pace:
         return sum(cost * amount for cost, amount in zip(astuple(self), astuple(work), strict=True))
 
 
-def measured_pace(config: ConfigDict, root: Path) -> Pace | None:
+def measured_pace(settings: Settings) -> Pace | None:
     """Medians over the latest finished stages; None before there is one."""
-    paces = [pace for stage in finished_stages(root, "train")[-NUM_LATEST:] if (pace := stage_pace(config, stage))]
+    latest = finished_stages(settings.output.root, "train")[-NUM_LATEST:]
+    paces = [pace for stage in latest if (pace := stage_pace(settings.training.objective, stage))]
     return Pace(*(median(values) for values in zip(*map(astuple, paces), strict=True))) if paces else None
 
 
-def stage_pace(config: ConfigDict, stage: Stage) -> Pace | None:
+def stage_pace(objective: Objective, stage: Stage) -> Pace | None:
     """None for a stage of which no part was timed. `share` is what the seconds of an interrupted phase are of."""
     sampled, selected, trained = (stage.manifest(phase) for phase in PHASES)
     evaluations = sampled["num_evaluations"] * sampled["seconds"].get("share", 1)
@@ -79,7 +70,7 @@ def stage_pace(config: ConfigDict, stage: Stage) -> Pace | None:
     return Pace(
         evaluation=evaluation,
         image=selected["seconds"]["score"] / selected["num_images"],
-        transition=trained["seconds"]["train"] / transitions if transitions else passes(config) * evaluation,
+        transition=trained["seconds"]["train"] / transitions if transitions else passes(objective) * evaluation,
         process=start_up(trained, finished_at(trained) - finished_at(selected) - trained["seconds"]["train"]),
     )
 
@@ -95,53 +86,66 @@ def finished_at(manifest: dict[str, Any]) -> float:
     return datetime.strptime(manifest["finished"], FINISHED_FORMAT).timestamp()
 
 
-def passes(config: ConfigDict) -> int:
-    """What a trained transition costs in evaluations: forward, and as much backward through weights that are frozen; and
-    forward through the base policy for an objective that asks it."""
-    return 2 + OBJECTIVES[config.train.objective].needs_base
+def passes(objective: Objective) -> int:
+    """What a trained transition costs in evaluations of the network.
+
+    It is run forward, and as much backward, for the gradient of frozen weights is not computed; an objective that asks for
+    the base policy runs it forward once more.
+    """
+    return 2 + objective.needs_base
 
 
-def first_pace(config: ConfigDict, num_trained_steps: int, batch: float, load: float) -> Pace:
+def first_pace(settings: Settings, num_trained_steps: int, batch_sec: float, load_sec: float) -> Pace:
     """From the seconds for the first sampling batch of all processes, and for loading; scoring is not known yet."""
-    evaluation = batch * config.sample.num_batches_per_epoch / num_evaluations(config, num_trained_steps)
-    return Pace(evaluation, 0.0, passes(config) * evaluation, load)
+    num_evaluations = Budget.of(settings).num_evaluations(num_trained_steps)
+    evaluation = batch_sec * settings.sampling.num_batches / num_evaluations
+    return Pace(evaluation, 0.0, passes(settings.training.objective) * evaluation, load_sec)
 
 
-def work_left(config: ConfigDict, root: Path) -> Work:
-    """Of the stages' unfinished phases, with as much selected as in the latest stages, or else the most that can be; and of
-    evaluations."""
+def work_left(settings: Settings) -> Work:
+    """Of the calls that are not done, with as much selected as in the latest stages, or else the most that can be."""
+    root, budget = settings.output.root, Budget.of(settings)
     latest = [stage.manifest("select") for stage in finished_stages(root, "select")[-NUM_LATEST:]]
     shares = [manifest["num_selected"] / manifest["num_images"] for manifest in latest]
-    expected = median(shares) * num_images(config) if shares else most_selected(config)
-    stages = (Stage(root, index) for index in range(config.stage_cnt))
-    unfinished = [stage for stage in stages if not stage.finished("train")]
-    left = judging_left(config, [stage.index for stage in unfinished])
-    for stage in unfinished:
-        num_steps = stage_steps(config, stage)
-        selected = stage.manifest("select")["num_selected"] if stage.finished("select") else expected
-        asked = {
-            "sample": Work(evaluations=num_evaluations(config, num_steps), processes=1),
-            "select": Work(images=num_images(config), processes=1),
-            "train": Work(transitions=config.train.num_epochs * selected * num_chosen_steps(config, num_steps), processes=1),
-        }
-        left = sum((work for phase, work in asked.items() if not stage.finished(phase)), left)
+    expected = median(shares) * budget.num_images if shares else budget.most_selected
+    left = judging_left(settings, finished={stage.index for stage in finished_stages(root, "train")})
+    for call in calls(settings.schedule.num_stages):
+        if call.script == "eval":
+            continue
+        stage = Stage(root, call.stage)
+        if not stage.finished(call.script) and not stage.finished("train"):
+            left += phase_work(settings, budget, stage, call, expected)
     return left
 
 
-def judging_left(config: ConfigDict, unfinished: Sequence[int]) -> Work:
-    """While the stages `unfinished` are to be trained: of base and tuned model, as run_process.sh has them judged.
+def phase_work(settings: Settings, budget: Budget, stage: Stage, call: Call, expected: float) -> Work:
+    """Of one phase of a stage; `expected` trajectories are selected, if the selection has not been made."""
+    num_steps = budget.num_trained_steps(stage)
+    match call.script:
+        case "sample":
+            return Work(evaluations=budget.num_evaluations(num_steps), processes=1)
+        case "select":
+            return Work(images=budget.num_images, processes=1)
+    selected = stage.manifest("select")["num_selected"] if stage.finished("select") else expected
+    transitions = settings.training.num_epochs * selected * budget.num_chosen_steps(num_steps)
+    return Work(transitions=transitions, processes=1)
 
-    That is on held-out prompts every eval.every stages, and in the end on training and held-out prompts with training's
-    sampler and on held-out ones with the deployed one.
-    """
-    every = config.eval.every
-    due = [index for index in range(config.stage_cnt) if every and (index + 1) % every == 0]
-    still_due = [index for index in due if index in unfinished]
-    judged_base = len(still_due) < len(due)
-    sets = len(still_due) + 4 - judged_base - (config.stage_cnt - 1 in due)  # of eval.num_images each
-    steps = sets * config.sample.num_steps + 2 * config.eval.deployed.num_steps
-    judged = config.eval.num_images
-    return Work(evaluations=judged * steps, images=judged * (sets + 2), processes=len(unfinished) + 2)
+
+def judging_left(settings: Settings, *, finished: set[int]) -> Work:
+    """Of the run's evaluations, where the stages `finished` have been trained, and judged if that was due."""
+    num_stages, judging = settings.schedule.num_stages, settings.judging
+    done, left, processes = set(), set(), 0
+    for call in calls(num_stages):
+        found = call.evaluations(num_stages, judging.every)
+        if call.stage in finished:
+            done |= found
+        elif call.script == "eval":
+            left |= found
+            processes += 1
+    num_steps = {"training": settings.sampling.num_steps, "deployed": judging.deployed.num_steps}
+    asked = left - done  # what has been judged is read back
+    evaluations = sum(judging.num_images * num_steps[sampler] for _, _, sampler in asked)
+    return Work(evaluations=evaluations, images=judging.num_images * len(asked), processes=processes)
 
 
 def spent(root: Path, pace: Pace) -> float:
@@ -159,47 +163,48 @@ def spent(root: Path, pace: Pace) -> float:
 UNTOLD = "how long the rest takes cannot be told: "  # from a damaged record of another stage, which stops no work
 
 
-def plan_line(config: ConfigDict, root: Path) -> str:
+def plan_line(settings: Settings) -> str:
     """What will be trained, and how long that takes."""
-    steps, images = planned_steps(config, root), num_images(config)
+    root, budget, num_stages = settings.output.root, Budget.of(settings), settings.schedule.num_stages
     parts = [
-        f"LoRA rank {config.train.lora_rank} on {config.pretrained.model}",
-        f"reward {describe_reward(config.reward)}",
-        f"{config.stage_cnt} stages of {images} images ({config.stage_cnt * images})",
-        f"S {span(steps)} of {config.sample.num_steps}",
-        f"{at_most(config)}{config.stage_cnt * most_updates(config)} updates",
-        f"seed {config.seed}",
-        time_text(config, root),
+        f"LoRA rank {settings.model.lora_rank} on {settings.model.name}",
+        f"reward {settings.rewards.description}",
+        f"{num_stages} stages of {budget.num_images} images ({num_stages * budget.num_images})",
+        f"S {span(budget.planned_steps(root))} of {settings.sampling.num_steps}",
+        f"{budget.at_most}{num_stages * budget.most_updates} updates",
+        f"seed {settings.schedule.seed}",
+        time_text(settings),
         *warned_text(root),
     ]
     return f"plan: {', '.join(parts)}"
 
 
-def time_text(config: ConfigDict, root: Path) -> str:
-    pace, done = measured_pace(config, root), num_done(config, root)
-    if done == config.stage_cnt:
+def time_text(settings: Settings) -> str:
+    """How many stages are done, and how long the others take."""
+    pace, done, num_stages = measured_pace(settings), num_done(settings), settings.schedule.num_stages
+    if done == num_stages:
         return "all stages done"
     if pace is None:
         return "minutes known after the first batch"
-    return f"{done} of {config.stage_cnt} stages done, about {duration(pace.seconds(work_left(config, root)))} left"
+    return f"{done} of {num_stages} stages done, about {duration(pace.seconds(work_left(settings)))} left"
 
 
-def first_batch_text(config: ConfigDict, root: Path, num_trained_steps: int, batch: float, load: float) -> str:
-    """`batch` and `load` as `first_pace` takes them."""
+def first_batch_text(settings: Settings, num_trained_steps: int, batch_sec: float, load_sec: float) -> str:
+    """How long the run takes by its first sampling batch; see `first_pace`."""
     try:
-        seconds = first_pace(config, num_trained_steps, batch, load).seconds(work_left(config, root))
+        seconds = first_pace(settings, num_trained_steps, batch_sec, load_sec).seconds(work_left(settings))
     except (ValueError, OSError, KeyError) as error:
-        return f"first batch in {batch:.1f} s; {UNTOLD}{error}"
-    return f"first batch in {batch:.1f} s; the run takes {at_most(config)}about {duration(seconds)}"
+        return f"first batch in {batch_sec:.1f} s; {UNTOLD}{error}"
+    return f"first batch in {batch_sec:.1f} s; the run takes {Budget.of(settings).at_most}about {duration(seconds)}"
 
 
-def stage_done_line(config: ConfigDict, stage: Stage) -> str:
-    """After a stage's training."""
+def stage_done_line(settings: Settings, stage: Stage) -> str:
+    """After a stage's training: how many stages are done, and how long the others take."""
     try:
-        pace, done = measured_pace(config, stage.root), num_done(config, stage.root)
-        said = f"stage{stage.index} done: {done} of {config.stage_cnt} stages"
+        pace, done = measured_pace(settings), num_done(settings)
+        said = f"stage{stage.index} done: {done} of {settings.schedule.num_stages} stages"
         if pace is not None:
-            left = f"about {duration(pace.seconds(work_left(config, stage.root)))} left"
+            left = f"about {duration(pace.seconds(work_left(settings)))} left"
             said += f", {duration(spent(stage.root, pace))} so far, {left}"
         return ", ".join([said, *warned_text(stage.root)])
     except (ValueError, OSError, KeyError) as error:
@@ -212,8 +217,9 @@ def warned_text(root: Path) -> list[str]:
     return [f"warnings in {stage_list(stages)} (see report.html)"] if stages else []
 
 
-def num_done(config: ConfigDict, root: Path) -> int:
-    return sum(stage.index < config.stage_cnt for stage in finished_stages(root, "train"))
+def num_done(settings: Settings) -> int:
+    """Stages of the run that have been trained; the experiment may have had more."""
+    return sum(stage.index < settings.schedule.num_stages for stage in finished_stages(settings.output.root, "train"))
 
 
 def duration(seconds: float) -> str:

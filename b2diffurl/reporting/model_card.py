@@ -11,18 +11,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from b2diffurl.configuration.limits import flatten
-from b2diffurl.configuration.plan import ADDED
-from b2diffurl.evaluation.statistics import describe_sampler, with_error
+from b2diffurl.configuration.recorded import recorded_settings
+from b2diffurl.configuration.settings import ModelSettings
 from b2diffurl.experiment.checkpoints import read_state
+from b2diffurl.experiment.evaluation_table import (
+    SETS,
+    describe_sampler,
+    evaluation_rows,
+    every_evaluation,
+    set_title,
+    with_error,
+)
 from b2diffurl.experiment.folder import checkpoint_name, relative_to
 from b2diffurl.experiment.stage import LORA_FILE, Stage, finished_stages
-from b2diffurl.experiment.stage_table import SETS, Row, evaluation_rows, every_evaluation, set_title, stage_rows
-from b2diffurl.rewards import reward_weights
+from b2diffurl.experiment.stage_table import Row, stage_rows
+from b2diffurl.models import Description, family
 from b2diffurl.runtime import files
 
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
-TAGS = ["text-to-image", "stable-diffusion", "stable-diffusion-diffusers", "reinforcement-learning", "b2-diffurl"]
 MODEL_KEYS = ("model", "clip", "head", "captioner", "scorer")  # settings of a reward that name its models
 NUM_PROMPTS, NUM_PICTURES = 6, 4  # shown
 
@@ -34,8 +40,17 @@ class Exported:
     root: Path
     lora: Path
     form: str
-    base: str  # the base model as it was given
+    model: ModelSettings  # the base model as it was given
     repository: str  # OWNER/NAME on the hub, or ""
+
+    @property
+    def base(self) -> str:
+        return self.model.name
+
+    @cached_property
+    def family(self) -> Description:
+        """The base model's family in words."""
+        return family(self.model).describe()
 
     @property
     def name(self) -> str:
@@ -85,6 +100,7 @@ def write_card(folder: Path, exported: Exported) -> None:
     config, judged = exported.config, judged_rows(exported)
     shown = show_pictures(folder / "images", exported, judged)
     base = exported.base if on_hub(exported.base) else None
+    tags = ["text-to-image", *exported.family.tags, "reinforcement-learning", "b2-diffurl"]
     optional = {"widget": shown} if shown else {}
     if results := evaluation_results(exported, judged):
         optional |= {"eval_results": results, "model_name": exported.name}
@@ -93,7 +109,7 @@ def write_card(folder: Path, exported: Exported) -> None:
         pipeline_tag="text-to-image",
         base_model=base,
         base_model_relation=base and ("finetune" if exported.form == "pipeline" else "adapter"),
-        tags=TAGS if exported.form == "pipeline" else ["lora", *TAGS],
+        tags=tags if exported.form == "pipeline" else ["lora", *tags],
         **optional,
     )
     card = ModelCard.from_template(
@@ -107,7 +123,7 @@ def write_card(folder: Path, exported: Exported) -> None:
         use=usage(exported),
         grids=copy_grids(folder / "images", exported),
         judged=[table(row, before) for row, before in judged],
-        judge=config["eval"]["judge"] if config["eval"]["judge"] not in reward_weights(config["reward"]) else "",
+        judge=config["eval"]["judge"] if config["eval"]["judge"] not in weights(config["reward"]) else "",
         training=training(exported) if exported.stage else {},
         prompts=drawn_prompts(exported)[:NUM_PROMPTS],
     )
@@ -214,7 +230,7 @@ def usage(exported: Exported) -> dict[str, Any]:
     chosen = {key: deployed.get(key) or sample[key] for key in ("num_steps", "guidance_scale")}
     eta = deployed.get("eta", sample["eta"])
     scheduler = deployed.get("scheduler", "DDIMScheduler")
-    size = config["pretrained"]["resolution"]
+    size = exported.model.resolution
     options = {"num_inference_steps": chosen["num_steps"], "guidance_scale": chosen["guidance_scale"]}
     options |= {"eta": eta} if eta else {}
     options |= {"height": size, "width": size} if size else {}
@@ -229,12 +245,17 @@ def usage(exported: Exported) -> dict[str, Any]:
 def reward_with_models(settings: Mapping) -> str:
     """Names, weights and models: `clip` (`laion/…`)."""
     parts = []
-    for name, weight in reward_weights(settings).items():
+    for name, weight in weights(settings).items():
         own = settings.get(name) or {}
         named = [public(own[key]) for key in MODEL_KEYS if own.get(key)]
         models = f" ({', '.join(f'`{model}`' for model in named)})" if named else ""
         parts.append(f"`{name}`{models}" if weight == 1 else f"{weight:g} × `{name}`{models}")
     return " + ".join(parts)
+
+
+def weights(settings: Mapping) -> dict[str, float]:
+    """The rewards that were trained on, with their weights, from the section `reward` of a recorded configuration."""
+    return dict(settings.get("weights") or {settings["name"]: 1.0})
 
 
 def drawn_prompts(exported: Exported) -> list[str]:
@@ -247,7 +268,7 @@ def drawn_prompts(exported: Exported) -> list[str]:
 def training(exported: Exported) -> dict[str, str]:
     """What is said of the training, by what it is about."""
     stage, config = exported.stage, exported.config
-    settings = ADDED | flatten(config)
+    settings = recorded_settings(config)
     rows = [row for row in stage_rows(exported.root) if row["stage"] <= stage.index]
     earlier = sum(row.get("num_updates", 0) for row in rows if row["stage"] < stage.index)
     queries, updates = rows[-1]["queries"], earlier + read_state(exported.lora)["num_updates"]
@@ -264,7 +285,7 @@ def training(exported: Exported) -> dict[str, str]:
         "selection": f"{settings['eval.selection']}, advantage by {settings['eval.advantage']}",
         "objective": f"{objective}, clip range {settings['train.eps']:g}" if objective in ("ddpo", "dpok") else objective,
         "optimizer": f"AdamW, learning rate {settings['train.learning_rate']:g}",
-        "LoRA": f"rank {settings['train.lora_rank']} = alpha, on the attention of the UNet, float32",
+        "LoRA": f"rank {settings['train.lora_rank']} = alpha, on the attention of the {exported.family.network}, float32",
         "seed": str(settings["seed"]),
     }
     if settings["resume_from"]:

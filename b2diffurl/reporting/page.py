@@ -5,6 +5,7 @@ Written from the experiment's files alone; the same files give the same page.
 
 import base64
 import io
+import json
 import re
 import runpy
 import shutil
@@ -18,21 +19,12 @@ import matplotlib
 from PIL import Image
 from torch import Tensor
 
-from b2diffurl.configuration.limits import flatten
+from b2diffurl.configuration.recorded import preset_differences
 from b2diffurl.configuration.settings import describe_reward
-from b2diffurl.evaluation.statistics import describe_sampler, with_error
 from b2diffurl.experiment.branch_picture import load_tree
+from b2diffurl.experiment.evaluation_table import describe_sampler, evaluation_rows, set_name, set_title, with_error
 from b2diffurl.experiment.stage import PHASES, Stage, finished_stages
-from b2diffurl.experiment.stage_table import (
-    Row,
-    evaluation_rows,
-    per_step_rows,
-    set_name,
-    set_title,
-    stage_list,
-    stage_rows,
-    warned_rows,
-)
+from b2diffurl.experiment.stage_table import Row, per_step_rows, stage_list, stage_rows, warned_rows
 from b2diffurl.reporting.plots import (
     STYLE,
     Pair,
@@ -296,7 +288,7 @@ def draw_prompt(root: Path, prompt: str, images: Mapping[str, Tensor], sampler: 
 
 def facts(root: Path, stages: Sequence[Row]) -> dict[str, Any]:
     """What the run was: settings that differ from the preset, software, hardware, time and disk."""
-    config = flatten(files.read_json(root / "config.json")["config"])
+    record = files.read_json(root / "config.json")
     newest = Stage(root, stages[-1]["stage"])
     manifests = [stage.manifest(phase) for phase in PHASES for stage in finished_stages(root, phase)]
     seconds = {key: [row[key] for row in stages if key in row] for key in stages[-1] if key.startswith("seconds/")}
@@ -305,8 +297,8 @@ def facts(root: Path, stages: Sequence[Row]) -> dict[str, Any]:
     sampling_sec = sum(manifest["seconds"]["sample"] for manifest in sampling)
     sampled = newest.manifest("sample")
     return {
-        "differences": preset_differences(config),
-        "preset": config.get("preset", ""),
+        "differences": preset_rows(record),
+        "preset": record["config"].get("preset", ""),
         "versions": sampled["versions"],
         "hardware": sampled.get("hardware", {})
         | {key: sampled[key] for key in ("device", "mixed_precision", "num_threads")},
@@ -317,16 +309,18 @@ def facts(root: Path, stages: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def preset_differences(config: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, value, preset's value) of each setting that differs from the run's preset as the config file has it now."""
-    try:
-        preset = flatten(runpy.run_path(str(PRESETS))["get_config"](config["preset"]).to_dict())
-    except (KeyError, OSError, ValueError):
-        return []
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in preset.items()}
-    skipped = ("run_name", "split_step", "resume_from")
-    keys = [key for key in plain if key in config and config[key] != plain[key] and key not in skipped]
-    return [(key, config[key], plain[key]) for key in keys]
+def preset_rows(record: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, value, preset's value) of each setting that differed from the run's preset when it was recorded; where that was
+    not, from the preset as the config file has it now."""
+    found = record.get("differs_from_preset")
+    if found is None:
+        try:
+            preset = runpy.run_path(str(PRESETS))["get_config"](record["config"]["preset"])
+        except (KeyError, OSError, ValueError):
+            return []
+        plain = json.loads(json.dumps(preset.to_dict()))  # tuples are lists, as they are in the record
+        found = preset_differences(record["config"], plain)
+    return [(key, here, there) for key, (here, there) in found.items()]
 
 
 def disk_usage(root: Path) -> dict[str, int]:

@@ -18,7 +18,8 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from b2diffurl.experiment.branch_picture import Tree
-from b2diffurl.experiment.stage_table import SETS, Row, set_title
+from b2diffurl.experiment.evaluation_table import SETS, set_title
+from b2diffurl.experiment.stage_table import Row
 from b2diffurl.runtime import files
 
 INK, FAINT, GRID = "#1b1d20", "#6a6f77", "#dfe2e6"  # the page puts its own colours in their place

@@ -28,11 +28,12 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.tracking import TensorBoardTracker, WandBTracker
-from ml_collections import ConfigDict
 
+from b2diffurl.configuration.settings import Output
+from b2diffurl.experiment.evaluation_table import evaluation_rows, set_name
 from b2diffurl.experiment.metrics import read_events
 from b2diffurl.experiment.stage import Stage, finished_stages
-from b2diffurl.experiment.stage_table import evaluation_rows, set_name, stage_rows
+from b2diffurl.experiment.stage_table import stage_rows
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import logger
 
@@ -46,18 +47,18 @@ CONDITIONS = ("stage", "queries", "n_images", "n_prompts", "num_steps", "eta", "
 Point = dict[str, float]
 
 
-def track(config: ConfigDict, root: Path) -> None:
-    """Bring every tracker of config.track_with up to date with the experiment in folder `root`, in the main process.
+def track(output: Output) -> None:
+    """Bring every tracker up to date with the experiment, in the main process.
 
     A tracker that fails says so in one line; it ends nothing.
     """
-    if not config.track_with or not PartialState().is_main_process or not finished_stages(root, "train"):
+    if not output.trackers or not PartialState().is_main_process or not finished_stages(output.root, "train"):
         return
-    for name in config.track_with:
+    for name in output.trackers:
         try:
             if find_spec(name) is None:
                 raise ModuleNotFoundError(f"it is not installed. To have it: pip install {name}")
-            TRACKERS[name](config, root)
+            TRACKERS[name](output)
         except Exception as error:  # whatever befalls a view of the run, the run goes on
             said = " ".join(str(error).split()) or type(error).__name__
             logger.warning("track: %s is not up to date: %s", name, said)
@@ -136,21 +137,22 @@ def configuration(root: Path) -> dict[str, Any]:
 # ---- where it is shown ----
 
 
-def show_in_wandb(config: ConfigDict, root: Path) -> None:
+def show_in_wandb(output: Output) -> None:
     """Write the whole run offline in place of the last one, and upload it if that is wanted; WANDB_MODE has precedence."""
-    mode = os.environ.get("WANDB_MODE", config.wandb_mode)
+    mode = os.environ.get("WANDB_MODE", output.wandb_mode)
     if mode == "disabled":
         return
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it would look for a server in offline mode, too
     import wandb
 
+    root = output.root
     run_id = experiment_id(root)
-    folder = Path(config.log_path).absolute() / "wandb"
-    workplace = empty(folder.with_name(f"{config.exp_name}.wandb{files.TEMPORARY}"))
+    folder = Path(output.log_path).absolute() / "wandb"
+    workplace = empty(folder.with_name(f"{output.name}.wandb{files.TEMPORARY}"))
     tracker = WandBTracker(
         os.environ.get("WANDB_PROJECT", PROJECT),
         id=run_id,
-        name=config.exp_name,
+        name=output.name,
         config=configuration(root),
         dir=str(workplace),
         mode="offline",
@@ -207,11 +209,12 @@ def upload(run: Path) -> None:
         raise RuntimeError(f"it was not uploaded ({said}). To do that later: wandb sync {run}")
 
 
-def show_in_tensorboard(config: ConfigDict, root: Path) -> None:
+def show_in_tensorboard(output: Output) -> None:
     """Write the whole run in place of the last one."""
-    folder = Path(config.log_path) / "tensorboard" / config.exp_name
-    workplace = empty(Path(config.log_path) / f"{config.exp_name}.tensorboard{files.TEMPORARY}")
-    tracker = TensorBoardTracker(config.exp_name, workplace)
+    root, log_path = output.root, Path(output.log_path)
+    folder = log_path / "tensorboard" / output.name
+    workplace = empty(log_path / f"{output.name}.tensorboard{files.TEMPORARY}")
+    tracker = TensorBoardTracker(output.name, workplace)
     tracker.start()
     try:
         last = 0
@@ -227,7 +230,7 @@ def show_in_tensorboard(config: ConfigDict, root: Path) -> None:
         tracker.finish()
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(exist_ok=True)
-    (workplace / config.exp_name).rename(folder)
+    (workplace / output.name).rename(folder)
     workplace.rmdir()
 
 
@@ -237,4 +240,4 @@ def empty(folder: Path) -> Path:
     return folder
 
 
-TRACKERS: dict[str, Callable[[ConfigDict, Path], None]] = {"wandb": show_in_wandb, "tensorboard": show_in_tensorboard}
+TRACKERS: dict[str, Callable[[Output], None]] = {"wandb": show_in_wandb, "tensorboard": show_in_tensorboard}

@@ -1,28 +1,58 @@
-"""Rewards: a function of (images uint8 [N,H,W,3], prompts [N]) that returns float32 [N].
+"""Rewards: how well each image does what is wanted of it. More is better.
 
-A name is one of REWARDS, or `package.module:function`, your own function on the Python path. A reward may also return
-(rewards, parts), parts a dict of float32 [N] or of N strings, which scores.jsonl then records. docs/rewards.md has a table.
+A reward is a function of images uint8 [N,H,W,3] and their prompts [N]. It returns a float tensor [N], or that and a dict of
+parts, each a float tensor [N] or N strings (a caption, an answer), which scores.jsonl records beside the score.
+
+Its name is one of REWARDS, or `package.module:function`, your own function on the Python path. docs/rewards.md has a table,
+and says how to add one.
 """
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import ModuleType
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from b2diffurl.experiment.stage import listed
+from b2diffurl.configuration.settings import Rewards
+from b2diffurl.experiment.not_finite import listed
 from b2diffurl.runtime.hub import checksum
 
 Parts = dict[str, Tensor | list[str]]
 Reward = Callable[[Tensor, Sequence[str]], Tensor | tuple[Tensor, Parts]]
 
-# The module of this package that has each reward, imported only when it is used. A module has two functions:
-#   check(name, settings, prompts) -> the files that decide the reward's scores; refuses what cannot work, before any work
-#   load(name, settings, device, dtype) -> the Reward
-# `settings` is config.reward, whose section of the reward's name is its own.
+
+class RewardModule(Protocol):
+    """The functions that a module of this package has, for each of its rewards.
+
+    `name` is the reward's; a module may have several. `own` is its section of the settings, config.reward.<name>, or {}.
+    A module may also have NOT_DECISIVE, the keys of `own` that do not change a score: where a model lies, whose files are
+    known by their checksums, or how long to wait for an answer.
+    """
+
+    def check(self, name: str, own: Mapping[str, Any], prompts: Sequence[str]) -> None:
+        """Refuse what cannot work, before any work: a model that cannot be had, a package that is not installed, a setting,
+        a prompt that cannot be judged. The ValueError, OSError or ImportError says what to do.
+
+        `prompts` are those to come, as far as they are known. Sampling, selecting and judging each ask, so it is quick
+        and loads no model.
+        """
+
+    def files(self, name: str, own: Mapping[str, Any]) -> list[Path]:
+        """The files that decide the scores, always in the same order; [] where there are none."""
+
+    def load(self, name: str, own: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Reward:
+        """The reward, its model on `device` in `dtype`.
+
+        It is called with one batch after the other, all of one shape. The last one is filled up, as a rule by repeating its
+        last image and prompt, and what the reward says of those is dropped. An image's score depends on no other image, so
+        batches inside have a constant shape, too. An exception ends the run; the same command scores the stage anew.
+        """
+
+
+# The module of this package that has each reward. It is imported only when it is used.
 REWARDS = {
     "clip": "clip",
     "pickscore": "pickscore",
@@ -37,34 +67,29 @@ REWARDS = {
     "http": "http",
     "file": "file",
 }
-# Settings that do not say what a reward's scores are: where its files lie, which are known by their checksums, and patience.
-NOT_DECISIVE = ("model", "clip", "head", "captioner", "scorer", "timeout_sec", "num_retries")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def reward_weights(settings: Mapping) -> dict[str, float]:
-    """The rewards that are trained on, with their weights; one of weight 1 where there is no mixture."""
-    return dict(settings["weights"] or {settings["name"]: 1.0})
-
-
-def check_rewards(names: Sequence[str], settings: Mapping, prompts: Sequence[str] = ()) -> None:
+def check_rewards(names: Sequence[str], rewards: Rewards, prompts: Sequence[str] = ()) -> None:
     """Refuse an unknown reward, one whose model cannot be had, or one that cannot read the prompts, before any work."""
     for name in names:
-        reward_module(name).check(name, settings, prompts)
+        reward_module(name).check(name, rewards.own.get(name, {}), prompts)
 
 
-def load_reward(name: str, settings: Mapping, device: torch.device) -> Reward:
+def load_reward(name: str, rewards: Rewards, device: torch.device) -> Reward:
     """The reward of that name, which `check_rewards` lets pass, on that device."""
-    return reward_module(name).load(name, settings, device, resolve_dtype(settings["dtype"], device))
+    return reward_module(name).load(name, rewards.own.get(name, {}), device, resolve_dtype(rewards.dtype, device))
 
 
-def reward_identity(name: str, settings: Mapping) -> list[Any]:
-    """What decides a reward's numbers: its name, its settings, and the SHA-256 of its files, wherever they lie."""
-    own = {key: value for key, value in dict(settings.get(name, {})).items() if key not in NOT_DECISIVE}
-    return [name, own, [checksum(path) for path in reward_module(name).check(name, settings, ())]]
+def reward_identity(name: str, rewards: Rewards) -> list[Any]:
+    """What decides a reward's scores: its name, its settings, and the SHA-256 of its files, wherever they lie."""
+    module, own = reward_module(name), rewards.own.get(name, {})
+    passed_over = getattr(module, "NOT_DECISIVE", ())
+    decisive = {key: value for key, value in own.items() if key not in passed_over}
+    return [name, decisive, [checksum(path) for path in module.files(name, own)]]
 
 
-def reward_module(name: str) -> ModuleType:
+def reward_module(name: str) -> RewardModule:
     """The module that has the reward; a ValueError if there is none of that name."""
     if ":" not in name and name not in REWARDS:
         raise ValueError(f"unknown reward {name!r}; known: {', '.join(REWARDS)}, or your own as package.module:function")

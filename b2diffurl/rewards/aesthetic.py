@@ -7,6 +7,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +15,24 @@ from torch.nn.functional import normalize
 
 from b2diffurl.rewards import Reward
 from b2diffurl.rewards.clip import Clip
-from b2diffurl.runtime import files
-from b2diffurl.runtime.hub import locate, model_files
+from b2diffurl.runtime.files import read_tensors
+from b2diffurl.runtime.hub import locate, model_files, model_folder
+
+NOT_DECISIVE = ("clip", "head")
 
 
-def check(name: str, settings: Mapping, prompts: Sequence[str]) -> list[Path]:
-    return [head_file(settings["aesthetic"]["head"]), *model_files(settings["aesthetic"]["clip"])]
+def check(name: str, own: Mapping[str, Any], prompts: Sequence[str]) -> None:
+    head_file(own["head"])
+    model_folder(own["clip"])
 
 
-def load(name: str, settings: Mapping, device: torch.device, dtype: torch.dtype) -> Reward:
-    clip = Clip(settings["aesthetic"]["clip"], device, dtype)
-    head = load_head(head_file(settings["aesthetic"]["head"]), clip.model.config.projection_dim).to(device)
+def files(name: str, own: Mapping[str, Any]) -> list[Path]:
+    return [head_file(own["head"]), *model_files(own["clip"])]
+
+
+def load(name: str, own: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Reward:
+    clip = Clip(own["clip"], device, dtype)
+    head = load_head(head_file(own["head"]), clip.model.config.projection_dim).to(device)
 
     def aesthetic(images: Tensor, prompts: Sequence[str]) -> Tensor:
         return head(normalize(clip.embed_images(images), dim=-1)).squeeze(-1)
@@ -52,7 +60,7 @@ def load_head(path: Path, width: int) -> nn.Module:
     head = nn.Sequential(OrderedDict(layers=layers))
     try:
         if path.suffix == ".safetensors":
-            state = files.read_tensors(path)
+            state = read_tensors(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
         head.load_state_dict(state)

@@ -9,6 +9,7 @@ N images, L tokens of a text, E width of the scorer
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,25 +18,29 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, 
 from b2diffurl.rewards import Parts, Reward
 from b2diffurl.runtime.hub import load_whole, model_files, model_folder
 
+NOT_DECISIVE = ("captioner", "scorer")
 MAX_TOKENS = 128  # of prompt or caption in the scorer; longer ones are cut
 TEXT_BATCH_SIZE = 32
 
 
-def check(name: str, settings: Mapping, prompts: Sequence[str]) -> list[Path]:
+def check(name: str, own: Mapping[str, Any], prompts: Sequence[str]) -> None:
     if importlib.util.find_spec("torchmetrics") is None:
         raise ModuleNotFoundError("reward bertscore needs torchmetrics: pip install torchmetrics==1.9.0")
-    models = (settings["bertscore"]["captioner"], settings["bertscore"]["scorer"])
-    return [path for model in models for path in model_files(model)]
+    for model in (own["captioner"], own["scorer"]):
+        model_folder(model)
 
 
-def load(name: str, settings: Mapping, device: torch.device, dtype: torch.dtype) -> Reward:
-    chosen = settings["bertscore"]
-    captioner = Captioner(chosen["captioner"], chosen["question"], chosen["max_new_tokens"], device, dtype)
-    scorer = TextScorer(chosen["scorer"], chosen["num_layers"], device)
+def files(name: str, own: Mapping[str, Any]) -> list[Path]:
+    return [*model_files(own["captioner"]), *model_files(own["scorer"])]
+
+
+def load(name: str, own: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Reward:
+    captioner = Captioner(own["captioner"], own["question"], own["max_new_tokens"], device, dtype)
+    scorer = TextScorer(own["scorer"], own["num_layers"], device)
 
     def bertscore(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Parts]:
         captions = captioner(images)
-        references = [chosen["reference"].format(prompt=prompt) for prompt in prompts]
+        references = [own["reference"].format(prompt=prompt) for prompt in prompts]
         scores = scorer(captions, references)
         return scores["recall"], scores | {"caption": captions}
 

@@ -5,6 +5,7 @@ P distinct prompts, N images, E width of the embedding
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +15,20 @@ from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
 from b2diffurl.rewards import Reward
 from b2diffurl.runtime.hub import load_whole, model_files, model_folder
 
+NOT_DECISIVE = ("model",)
 TEXT_BATCH_SIZE = 32  # constant, so that a prompt's embedding does not depend on which others there are
 
 
-def check(name: str, settings: Mapping, prompts: Sequence[str]) -> list[Path]:
-    return model_files(settings["clip"]["model"])
+def check(name: str, own: Mapping[str, Any], prompts: Sequence[str]) -> None:
+    model_folder(own["model"])
 
 
-def load(name: str, settings: Mapping, device: torch.device, dtype: torch.dtype) -> Reward:
-    return Clip(settings["clip"]["model"], device, dtype)
+def files(name: str, own: Mapping[str, Any]) -> list[Path]:
+    return model_files(own["model"])
+
+
+def load(name: str, own: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Reward:
+    return Clip(own["model"], device, dtype)
 
 
 class Clip:

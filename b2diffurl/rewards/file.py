@@ -5,20 +5,25 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.rewards import Reward
-from b2diffurl.runtime import files
+from b2diffurl.runtime.files import write_bytes
 
 
-def check(name: str, settings: Mapping, prompts: Sequence[str]) -> list[Path]:
+def check(name: str, own: Mapping[str, Any], prompts: Sequence[str]) -> None:
+    """Nothing yet: the scores are asked for once there are images."""
+
+
+def files(name: str, own: Mapping[str, Any]) -> list[Path]:
     return []
 
 
-def load(name: str, settings: Mapping, device: torch.device, dtype: torch.dtype) -> Reward:
+def load(name: str, own: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Reward:
     raise ValueError("reward file has scores for the images of a stage only; other images need another reward")
 
 
@@ -30,7 +35,7 @@ def write_template(stage: Stage, prompts: Sequence[str]) -> None:
     table = csv.writer(text, lineterminator="\n")
     table.writerow(("id", "score", "image", "prompt"))
     table.writerows((n, "", stage.image(n).relative_to(stage.folder), prompt) for n, prompt in enumerate(prompts))
-    files.write_bytes(stage.wanted_scores, text.getvalue().encode())
+    write_bytes(stage.wanted_scores, text.getvalue().encode())
 
 
 def read_scores(path: Path, count: int) -> Tensor:

@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from http.client import HTTPException, HTTPResponse, IncompleteRead
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -23,6 +24,7 @@ from torch import Tensor
 from b2diffurl.rewards import Reward
 from b2diffurl.runtime.logs import logger
 
+NOT_DECISIVE = ("timeout_sec", "num_retries")
 FIRST_WAIT_SEC = 0.5  # before the first repetition; each further wait is twice as long
 AUTHORIZATION = "REWARD_HTTP_AUTHORIZATION"
 
@@ -37,21 +39,19 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 OPENER = urllib.request.build_opener(NoRedirect)
 
 
-def check(name: str, settings: Mapping, prompts: Sequence[str]) -> list[Path]:
-    chosen = settings["http"]
-    if not chosen["url"].startswith(("http://", "https://")):
-        raise ValueError(f"reward.http.url is {chosen['url']!r}; give that of a reward server, http://HOST:PORT/…")
-    if chosen["timeout_sec"] <= 0 or chosen["num_retries"] < 0:
-        raise ValueError("reward.http.timeout_sec must be positive and reward.http.num_retries not negative")
+def check(name: str, own: Mapping[str, Any], prompts: Sequence[str]) -> None:
+    if not own["url"].startswith(("http://", "https://")):
+        raise ValueError(f"reward.http.url is {own['url']!r}; give that of a reward server, http://HOST:PORT/…")
+
+
+def files(name: str, own: Mapping[str, Any]) -> list[Path]:
     return []
 
 
-def load(name: str, settings: Mapping, device: torch.device, dtype: torch.dtype) -> Reward:
-    chosen = dict(settings["http"])
-
+def load(name: str, own: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Reward:
     def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
         body = {"prompts": list(prompts), "images": [encode(image) for image in images]}
-        return read_scores(post(json.dumps(body).encode(), **chosen), chosen["url"], len(prompts))
+        return read_scores(post(json.dumps(body).encode(), **own), own["url"], len(prompts))
 
     return reward
 

@@ -6,12 +6,15 @@ import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from b2diffurl.rewards import Reward
 from b2diffurl.runtime.hub import locate
+
+NOT_DECISIVE = ("model",)
 
 
 @dataclass(frozen=True)
@@ -28,18 +31,22 @@ SCORERS = {
 }
 
 
-def check(name: str, settings: Mapping, prompts: Sequence[str]) -> list[Path]:
+def check(name: str, own: Mapping[str, Any], prompts: Sequence[str]) -> None:
     if importlib.util.find_spec("imscore") is None:
         raise ModuleNotFoundError(f"reward {name} needs the package imscore: pip install -r requirements-rewards.txt")
-    return sorted(model_folder(name, settings).glob("model*.safetensors"))
+    model_folder(own["model"])
 
 
-def load(name: str, settings: Mapping, device: torch.device, dtype: torch.dtype) -> Reward:
+def files(name: str, own: Mapping[str, Any]) -> list[Path]:
+    return sorted(model_folder(own["model"]).glob("model*.safetensors"))
+
+
+def load(name: str, own: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Reward:
     """Images go in as float32 in 0..1; the model keeps the precision in which the package loads it."""
     scorer = SCORERS[name]
     with tokenizers_of_transformers_4():
         kind = getattr(importlib.import_module(scorer.module), scorer.kind)
-        model = kind.from_pretrained(model_folder(name, settings)).to(device).eval()
+        model = kind.from_pretrained(model_folder(own["model"])).to(device).eval()
 
     def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
         pixels = images.permute(0, 3, 1, 2).to(device).float() / 255
@@ -51,9 +58,9 @@ def load(name: str, settings: Mapping, device: torch.device, dtype: torch.dtype)
     return reward
 
 
-def model_folder(name: str, settings: Mapping) -> Path:
+def model_folder(model: str) -> Path:
     """The directory of the model's weights; unlike models of transformers it may have no config.json."""
-    root = locate(settings[name]["model"], patterns=["*.json"], weights=["model*.safetensors"])
+    root = locate(model, patterns=["*.json"], weights=["model*.safetensors"])
     if not any(root.glob("model*.safetensors")):
         raise FileNotFoundError(f"{root} has no model.safetensors, in which the package imscore keeps weights.")
     return root

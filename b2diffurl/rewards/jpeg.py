@@ -3,6 +3,7 @@
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,11 +14,15 @@ from b2diffurl.rewards import Reward
 QUALITY = 95
 
 
-def check(name: str, settings: Mapping, prompts: Sequence[str]) -> list[Path]:
+def check(name: str, own: Mapping[str, Any], prompts: Sequence[str]) -> None:
+    """Nothing can be wrong."""
+
+
+def files(name: str, own: Mapping[str, Any]) -> list[Path]:
     return []
 
 
-def load(name: str, settings: Mapping, device: torch.device, dtype: torch.dtype) -> Reward:
+def load(name: str, own: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Reward:
     return compressibility if name == "jpeg_compressibility" else incompressibility
 
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +13,16 @@ from torch import Tensor
 from b2diffurl.rewards import Parts, Reward
 
 
-def check(name: str, settings: Mapping, prompts: Sequence[str]) -> list[Path]:
+def check(name: str, own: Mapping[str, Any], prompts: Sequence[str]) -> None:
+    import_function(name)
+
+
+def files(name: str, own: Mapping[str, Any]) -> list[Path]:
     source = getattr(importlib.import_module(import_function(name).__module__), "__file__", None)
     return [Path(source)] if source else []
 
 
-def load(name: str, settings: Mapping, device: torch.device, dtype: torch.dtype) -> Reward:
+def load(name: str, own: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Reward:
     function = import_function(name)
 
     @wraps(function)

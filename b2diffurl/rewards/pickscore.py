@@ -3,21 +3,28 @@ scale, before any softmax over candidates."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from b2diffurl.rewards import Reward
 from b2diffurl.rewards.clip import Clip
-from b2diffurl.runtime.hub import model_files
+from b2diffurl.runtime.hub import model_files, model_folder
+
+NOT_DECISIVE = ("model",)
 
 
-def check(name: str, settings: Mapping, prompts: Sequence[str]) -> list[Path]:
-    return model_files(settings["pickscore"]["model"])
+def check(name: str, own: Mapping[str, Any], prompts: Sequence[str]) -> None:
+    model_folder(own["model"])
 
 
-def load(name: str, settings: Mapping, device: torch.device, dtype: torch.dtype) -> Reward:
-    clip = Clip(settings["pickscore"]["model"], device, dtype)
+def files(name: str, own: Mapping[str, Any]) -> list[Path]:
+    return model_files(own["model"])
+
+
+def load(name: str, own: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Reward:
+    clip = Clip(own["model"], device, dtype)
     scale = clip.model.logit_scale.detach().float().exp()
 
     def pickscore(images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +13,16 @@ from b2diffurl.shapes import checker
 from b2diffurl.shapes.scene import parse
 
 
-def check(name: str, settings: Mapping, prompts: Sequence[str]) -> list[Path]:
+def check(name: str, own: Mapping[str, Any], prompts: Sequence[str]) -> None:
     for prompt in prompts:
         parse(prompt)
+
+
+def files(name: str, own: Mapping[str, Any]) -> list[Path]:
     return []
 
 
-def load(name: str, settings: Mapping, device: torch.device, dtype: torch.dtype) -> Reward:
+def load(name: str, own: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Reward:
     return shapes
 
 

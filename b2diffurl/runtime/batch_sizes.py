@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from ml_collections import ConfigDict
 
-from b2diffurl.experiment.folder import experiment_folder
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import logger
 
@@ -81,14 +79,22 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
-def sampling_sizes(config: ConfigDict, device: torch.device, num_rows: int, *, alone: bool = True) -> BatchSizes:
-    """Those of sampling batches of that many images."""
+def sampling_sizes(
+    root: Path,
+    device: torch.device,
+    num_rows: int,
+    *,
+    micro_batch_size: int,
+    decode_batch_size: int,
+    given: Sequence,
+    alone: bool = True,
+) -> BatchSizes:
+    """Those of sampling batches of `num_rows` images; a `micro_batch_size` of 0 is the whole batch."""
     sizes = {
-        "sample.micro_batch_size": min(config.sample.micro_batch_size or num_rows, num_rows),
-        "sample.decode_batch_size": config.sample.decode_batch_size,
+        "sample.micro_batch_size": min(micro_batch_size or num_rows, num_rows),
+        "sample.decode_batch_size": decode_batch_size,
     }
-    given = [config.pretrained.resolution, config.compile]
-    return BatchSizes(experiment_folder(config), device, sizes, alone=alone, given=given)
+    return BatchSizes(root, device, sizes, alone=alone, given=given)
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

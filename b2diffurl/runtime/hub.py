@@ -71,6 +71,22 @@ def locate(
     raise FileNotFoundError(f"{name} on the hub has none of the files {', '.join(weights)}")
 
 
+def find_local(name: str, file: str, *, revision: str = "main") -> Path | None:
+    """The local path of model `name`: its file, its directory, or its snapshot in the hub's cache if that has `file`.
+
+    None if it is not on this machine; nothing is asked for.
+    """
+    path = Path(os.path.expanduser(name))
+    if os.path.exists(path):
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, file, revision=revision)
+    return Path(found).parents[file.count("/")] if isinstance(found, str) else None
+
+
 def reachable(url: str) -> bool:
     """Whether anything answers at `url` within PROBE_TIMEOUT_SEC, name look-up and every address included."""
     answered = threading.Event()

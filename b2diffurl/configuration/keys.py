@@ -1,0 +1,181 @@
+"""Every key of config/stage_process.py, grouped as there: what it may be, and whether it may change once an experiment has
+begun."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from b2diffurl.algorithm.transition import STEP_WEIGHTS
+from b2diffurl.configuration.limits import (
+    Choice,
+    Folder,
+    Limit,
+    Mixture,
+    Name,
+    Names,
+    Number,
+    Steps,
+    Switch,
+    Text,
+    Unknown,
+    check_value,
+)
+from b2diffurl.configuration.settings import CURRICULA
+from b2diffurl.objectives import OBJECTIVES
+from b2diffurl.objectives.options import limits
+
+ALWAYS_THERE = object()  # the first version had the key
+HAD_NO_PART = object()  # what the key sets was not there, so that any value goes on
+
+
+@dataclass(frozen=True)
+class Key:
+    """What holds for one key."""
+
+    limit: Limit
+    may_change: bool = False  # from call to call of an experiment; else it stays as config.json has it
+    before: Any = ALWAYS_THERE  # of a key that came later: the value that does what was done without it, or HAD_NO_PART
+    renamed_from: str = ""  # what an earlier version called it
+    not_beside: tuple[str, ...] = ()  # given one of these, a record's value is not taken: it would outdo or not fit it
+
+
+# Ends too wide for any use keep out what would only exhaust memory, or overflow float32.
+COUNT, SIZE, SEED, WEIGHT = Number("[1, 1e9]"), Number("[0, 1e9]"), Number("[-2e18, 2e18]"), Number("[0, 1e6]")
+STEPS, SWITCH = Steps(), Switch()
+TEXT, TEXT_OR_NONE, LINES = Text(), Text(may_be_empty=True), Text(may_have_lines=True)
+
+# Where things lie may change: prompts and base model are known by their checksums. So may what only memory limits, though it
+# moves results by rounding; the same command gives the same bits.
+KEYS = {
+    # ---- the experiment ----
+    "preset": Key(TEXT_OR_NONE, may_change=True),
+    "exp_name": Key(Name(), may_change=True),
+    "run_name": Key(TEXT, may_change=True),
+    "seed": Key(SEED),
+    "save_path": Key(Folder(), may_change=True),
+    "log_path": Key(Folder(), may_change=True),
+    "allow_config_change": Key(SWITCH, may_change=True),
+    "num_processes": Key(Number("[0, 1e5]"), may_change=True),
+    "dev_id": Key(Number("[0, 1023]"), may_change=True),
+    "mixed_precision": Key(Choice(("auto", "no", "fp16", "bf16"))),
+    "allow_tf32": Key(SWITCH),
+    "compile": Key(SWITCH, may_change=True),
+    "num_threads": Key(Number("[0, 1024]"), may_change=True),
+    "track_with": Key(Names(("wandb", "tensorboard")), may_change=True, renamed_from="wandb"),
+    "wandb_mode": Key(Choice(("offline", "online")), may_change=True),
+    # ---- the schedule ----
+    "stage_cnt": Key(Number("[1, 1e5]"), may_change=True),
+    "curriculum": Key(Choice(CURRICULA), before="progressive"),
+    "split_step_left": Key(STEPS),
+    "split_step_right": Key(STEPS),
+    "split_step": Key(STEPS, may_change=True),
+    "resume_from": Key(TEXT_OR_NONE, may_change=True),
+    "split_time": Key(Number("[1, 1e4]")),
+    "sampling": Key(Choice(("branch", "independent")), before="branch"),
+    # ---- prompts ----
+    "prompt_file": Key(TEXT, may_change=True),
+    "prompt": Key(Text(may_be_empty=True, may_have_lines=True), not_beside=("prompt_file",)),
+    "prompt_random_choose": Key(Number("[0, 1]")),
+    # ---- the base model ----
+    "pretrained.family": Key(TEXT),
+    "pretrained.model": Key(TEXT, may_change=True),
+    "pretrained.revision": Key(TEXT, may_change=True),
+    "pretrained.variant": Key(TEXT_OR_NONE, may_change=True),
+    "pretrained.config": Key(TEXT_OR_NONE, may_change=True),
+    "pretrained.resolution": Key(Number("[0, 8192]")),
+    # ---- sampling ----
+    "sample.num_steps": Key(Number("[1, 1000]")),
+    "sample.eta": Key(Number("[0.001, 1]", "without noise there is no log-probability")),
+    "sample.prefix_eta": Key(Number("-1 or [0, 1]", "-1 is as sample.eta"), before=-1.0),
+    "sample.guidance_scale": Key(Number("[1, 1000]", "1 is no guidance")),
+    "sample.batch_size": Key(Number("[1, 1e5]")),
+    "sample.num_batches_per_epoch": Key(Number("[1, 1e6]")),
+    "sample.micro_batch_size": Key(SIZE, may_change=True),
+    "sample.decode_batch_size": Key(COUNT, may_change=True),
+    # ---- reward; the settings of rewards that are not trained on may change, too ----
+    "reward.name": Key(TEXT),
+    "reward.weights": Key(Mixture(), before=None, not_beside=("reward.name",)),
+    "reward.standardise": Key(SWITCH, before=False, not_beside=("reward.name", "reward.weights")),
+    "reward.watch": Key(Names(), may_change=True),
+    "reward.batch_size": Key(COUNT, may_change=True),
+    "reward.num_workers": Key(Number("[1, 1024]"), may_change=True),
+    "reward.dtype": Key(Choice(("auto", "float32", "float16", "bfloat16")), before="auto"),
+    "reward.clip.model": Key(TEXT, renamed_from="reward.model"),
+    "reward.pickscore.model": Key(TEXT),
+    "reward.aesthetic.clip": Key(TEXT),
+    "reward.aesthetic.head": Key(TEXT),
+    "reward.bertscore.captioner": Key(TEXT),
+    "reward.bertscore.question": Key(LINES),
+    "reward.bertscore.max_new_tokens": Key(Number("[1, 1e5]")),
+    "reward.bertscore.reference": Key(LINES),
+    "reward.bertscore.scorer": Key(TEXT),
+    "reward.bertscore.num_layers": Key(Number("[0, 1000]")),
+    "reward.image_reward.model": Key(TEXT),
+    "reward.hps_v2.model": Key(TEXT),
+    "reward.vqascore.model": Key(TEXT),
+    "reward.http.url": Key(TEXT_OR_NONE, may_change=True),
+    "reward.http.timeout_sec": Key(Number("(0, 1e6]"), may_change=True),
+    "reward.http.num_retries": Key(Number("[0, 20]"), may_change=True),
+    # ---- selection, and judging ----
+    "eval.history_cnt": Key(SIZE),
+    "eval.advantage": Key(Choice(("prompt", "group")), before="prompt"),
+    "eval.selection": Key(Choice(("pairs", "all")), before="pairs"),
+    "eval.pos_threshold": Key(Number("[-1e9, 1e9]")),
+    "eval.neg_threshold": Key(Number("[-1e9, 1e9]")),
+    "eval.prompt_file": Key(TEXT, may_change=True),
+    "eval.judge": Key(TEXT_OR_NONE, may_change=True),
+    "eval.diversity": Key(Names(), may_change=True),
+    "eval.inception.model": Key(TEXT, may_change=True),
+    "eval.num_images": Key(Number("[1, 1e6]"), may_change=True),
+    "eval.batch_size": Key(Number("[1, 1e6]"), may_change=True),
+    "eval.seed": Key(SEED, may_change=True),
+    "eval.every": Key(SIZE, may_change=True),
+    "eval.deployed.scheduler": Key(TEXT, may_change=True),
+    "eval.deployed.num_steps": Key(Number("[1, 1000]"), may_change=True),
+    "eval.deployed.eta": Key(Number("[0, 1]"), may_change=True),
+    "eval.deployed.guidance_scale": Key(Number("0 or [1, 1000]", "0 is as in training"), may_change=True),
+    # ---- training; what an objective alone has stands beside it, in b2diffurl/objectives ----
+    "train.objective": Key(Choice(tuple(OBJECTIVES))),
+    "train.num_epochs": Key(Number("[1, 1e5]")),
+    "train.batch_size": Key(COUNT),
+    "train.gradient_accumulation_steps": Key(COUNT),
+    "train.micro_batch_size": Key(COUNT, may_change=True),
+    "train.gradient_checkpointing": Key(SWITCH, may_change=True),
+    "train.timestep_fraction": Key(Number("(0, 1]"), before=1.0),
+    "train.unconditional_gradient": Key(SWITCH, before=True),
+    "train.learning_rate": Key(Number("[0, 1]")),
+    "train.adam_beta1": Key(Number("[0, 1)")),
+    "train.adam_beta2": Key(Number("[0, 1)")),
+    "train.adam_weight_decay": Key(Number("[0, 100]")),
+    "train.adam_epsilon": Key(Number("[1e-20, 1]")),
+    "train.use_8bit_adam": Key(SWITCH),
+    "train.max_grad_norm": Key(Number("(0, 1e12]")),
+    "train.beta1": Key(WEIGHT),
+    "train.beta2": Key(WEIGHT),
+    "train.adv_clip_max": Key(Number("(0, 1e6]")),
+    "train.step_weight": Key(Choice(STEP_WEIGHTS)),
+    "train.lora_rank": Key(Number("[1, 4096]")),
+    "train.save_interval": Key(COUNT),
+    **{
+        key: Key(Number(interval), before=HAD_NO_PART)
+        for key, interval in limits([objective.options for objective in OBJECTIVES.values()])
+    },
+    # ---- what stays on disk ----
+    "keep.samples": Key(SWITCH, may_change=True),
+    "keep.images": Key(Number("[-1, 1e9]"), may_change=True),
+}
+
+
+def flatten(nested: Mapping, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their keys, such as `train.learning_rate`; a mixture's weights are one value."""
+    flat = {}
+    for name, value in nested.items():
+        key = f"{prefix}{name}"
+        flat |= flatten(value, f"{key}.") if isinstance(value, Mapping) and key not in KEYS else {key: value}
+    return flat
+
+
+def check_values(flat: Mapping[str, Any]) -> None:
+    """Refuse a value that can work in no combination, with what is allowed."""
+    for key, value in flat.items():
+        check_value(key, value, KEYS[key].limit if key in KEYS else Unknown())

@@ -1,0 +1,138 @@
+"""What may change once an experiment has begun: its config.json against the settings that are asked for."""
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from b2diffurl.configuration.keys import ALWAYS_THERE, HAD_NO_PART, KEYS, flatten
+from b2diffurl.experiment.stage import Stage
+from b2diffurl.runtime import files
+from b2diffurl.runtime.logs import logger
+
+OF_ONE_CALL = ("run_name", "split_step", "resume_from", "preset")  # keys that say nothing of the experiment as a whole
+
+
+@dataclass(frozen=True)
+class Record:
+    """An experiment as its config.json is to hold it."""
+
+    stage: Stage  # that is worked on
+    content: dict[str, Any]  # config.json, but for the number of threads
+    changes: tuple[str, ...]  # what, allowed, differs from the config.json that is there, in words
+
+
+def read_record(root: Path) -> dict[str, Any] | None:
+    """The config.json of the experiment in folder `root`; None where none has begun."""
+    path = root / "config.json"
+    return files.read_json(path) if path.is_file() else None
+
+
+def make_record(
+    stage: Stage, asked: Mapping[str, Any], prompts: Sequence[str], preset: Mapping[str, Any] | None, begun: dict | None
+) -> Record:
+    """The record of an experiment with the settings `asked` of preset `preset` (None: not known), trained on `prompts`.
+
+    A ValueError where the experiment has `begun` with other settings, unless they may change.
+    """
+    content = {
+        "config": asked,
+        "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        "differs_from_preset": None if preset is None else preset_differences(asked, preset),
+    }
+    content = json.loads(json.dumps(content))  # as it will be read back: tuples are lists
+    changes = differences(begun, content) if begun else ()
+    if changes:
+        refuse_change(stage, changes, allowed=asked["allow_config_change"])
+    return Record(stage, content, changes)
+
+
+def preset_differences(asked: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """(value, preset's value) of each setting in which the two differ, by its key."""
+    here, there = flatten(asked), flatten(preset)
+    return {
+        key: (here[key], value)
+        for key, value in there.items()
+        if key in here and here[key] != value and key not in OF_ONE_CALL
+    }
+
+
+def differences(begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, ...]:
+    """Where the record `wanted` differs from that of an experiment that has begun, in words; not in what may change."""
+    now, before = flatten(wanted["config"]), recorded_settings(begun["config"])
+    free = {key for key, row in KEYS.items() if row.may_change} | unused_settings(now)
+    free |= {key for key, row in KEYS.items() if row.before is HAD_NO_PART and key not in before}
+    found = [
+        f"{key} is {now.get(key)!r}, was {before.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in free
+    ]
+    same_prompts = begun["prompts_sha256"] == wanted["prompts_sha256"]
+    return (*found,) if same_prompts else (*found, "the training prompts are others")
+
+
+def refuse_change(stage: Stage, changes: Sequence[str], *, allowed: bool) -> None:
+    """Refuse other settings unless they are allowed; and in the middle of a stage in any case."""
+    if not allowed:
+        raise ValueError(
+            f"{stage.root} belongs to another configuration: {'; '.join(changes)}. Go on with the recorded values, or give "
+            "the new experiment another exp_name; or, if you know what you do, --config.allow_config_change."
+        )
+    if stage.folder.exists() and not stage.finished("train"):
+        raise ValueError(
+            f"{stage.folder} is half done with another configuration: {'; '.join(changes)}. Finish it with the recorded "
+            "values, or delete it; a change counts from a stage's beginning."
+        )
+
+
+def recorded_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a config.json's `config` by today's keys, though an earlier version wrote it."""
+    added = {key: row.before for key, row in KEYS.items() if row.before not in (ALWAYS_THERE, HAD_NO_PART)}
+    renamed = {row.renamed_from: key for key, row in KEYS.items() if row.renamed_from}
+    return added | {renamed.get(key, key): value for key, value in flatten(config).items()}
+
+
+def unused_settings(settings: Mapping[str, Any]) -> set[str]:
+    """The keys that the reward leaves without effect: reward.name beside a mixture, and settings of other rewards."""
+    weights = settings["reward.weights"]
+    others = {key for key in settings if re.match(r"reward\.\w+\.", key)}
+    used = {key for key in others if key.split(".")[1] in (weights or [settings["reward.name"]])}
+    return others - used | ({"reward.name"} if weights else set())
+
+
+def take_recorded(config: ConfigDict, given: Collection[str]) -> None:
+    """Set what may not change as the experiment's config.json has it, if there is one; keys that are `given`, and those that
+    mean nothing beside them, stay."""
+    root = Path(config["save_path"], config["exp_name"])
+    begun = read_record(root)
+    if not begun:
+        return
+    before, now, path = recorded_settings(begun["config"]), flatten(config.to_dict()), root / "config.json"
+    kept = {key for key, row in KEYS.items() if row.may_change or not set(given).isdisjoint((key, *row.not_beside))}
+    taken = {key: before[key] for key in now if key not in kept and before.get(key, now[key]) != now[key]}
+    for name in (taken.get("reward.name", ""), *(taken.get("reward.weights") or {})):
+        if ":" in name:
+            raise ValueError(
+                f"{path} has the reward {name}, which is code of its own and is not run because a file says so. If you know "
+                f"it, give it yourself: --config.reward.name={name}, or --config.reward.weights"
+            )
+    if taken:
+        logger.info("as %s has it: %s", path, ", ".join(f"{key} {value!r}" for key, value in taken.items()))
+    config.update_from_flattened_dict(taken)
+
+
+def record_experiment(record: Record, num_threads: int) -> None:
+    """Write config.json the first time an experiment is run, or when it goes on otherwise, with what was different."""
+    root, index = record.stage.root, record.stage.index
+    begun = read_record(root)
+    if not begun:
+        files.write_record(root / "config.json", record.content | {"num_threads": num_threads})
+    elif record.changes and begun["config"] != record.content["config"]:
+        logger.warning("stage%d goes on with another configuration: %s", index, "; ".join(record.changes))
+        changed = [*begun.get("changed", []), {"stage": index, "changes": record.changes}]
+        files.write_record(root / "config.json", record.content | {"num_threads": begun["num_threads"], "changed": changed})

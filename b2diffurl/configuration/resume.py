@@ -1,0 +1,37 @@
+"""Where a stage starts from: which LoRA, and how many steps it trains."""
+
+import os
+from pathlib import Path
+
+from b2diffurl.configuration.settings import Schedule
+from b2diffurl.experiment.folder import find_lora
+from b2diffurl.experiment.stage import LORA_FILE, Stage
+
+
+def resume_source(stage: Stage, resume_from: str) -> Path | None:
+    """The LoRA file a stage starts from; None for a fresh LoRA.
+
+    A stage goes on from the one before it. `resume_from` ("": none) is where a run starts, so it counts for stage 0, for a
+    stage whose predecessor is not in this experiment, and where it names a checkpoint of that predecessor.
+    """
+    given = Path(os.path.expanduser(resume_from)) if resume_from else None
+    before = Stage(stage.root, stage.index - 1)
+    inside = given is not None and given.resolve().is_relative_to(before.folder.resolve())
+    if stage.index > 0 and not inside:
+        if before.finished("train"):
+            before.verify("train", "checkpoints")
+            return before.checkpoints()[-1] / LORA_FILE
+        if given is None or before.folder.exists():
+            raise ValueError(f"{stage.folder} follows {before.folder}, which is not trained yet. Run that stage first.")
+    return None if given is None else find_lora(given)
+
+
+def trained_steps(stage: Stage, schedule: Schedule) -> int:
+    """S of this stage: what it was sampled with, else what is scheduled."""
+    wanted = schedule.num_trained_steps(stage.index)
+    if not stage.finished("sample"):
+        return wanted
+    recorded = stage.manifest("sample")["num_trained_steps"]
+    if schedule.given and recorded != wanted:
+        raise ValueError(f"{stage.folder} was sampled with split_step {recorded}, not {wanted}. Use another exp_name.")
+    return recorded
