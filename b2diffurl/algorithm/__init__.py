@@ -1,1 +1,1 @@
-"""The mathematics of the method: torch alone, nothing of the package above it."""
+"""The mathematics of the method: pure functions of tensors, which import torch and nothing else of the package."""

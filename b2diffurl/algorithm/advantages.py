@@ -1,6 +1,6 @@
-"""From raw rewards to advantages (arXiv 2503.11240, section 4.2).
+"""From rewards to advantages (arXiv 2503.11240, section 4.2).
 
-K branches, N images, N = G*K in group-major order
+N images, K siblings in a group; the siblings of a group lie next to each other and share a prompt
 """
 
 import math
@@ -14,19 +14,24 @@ from torch import Tensor
 def normalise(
     rewards: Tensor, prompts: Sequence[str], history: Sequence[tuple[str, float]] = (), *, num_siblings: int = 0
 ) -> Tensor:
-    """Standardise each reward [N] by the mean and (unbiased) standard deviation of its prompt, [N] float32.
+    """Scores: each reward minus a baseline, over the standard deviation of its prompt's rewards, [N] -> [N] float32.
 
-    `history` holds (prompt, reward) of earlier stages. A prompt seen once, or whose rewards are all equal, scores 0.
-    With `num_siblings` K the mean is that of the K siblings instead: what their shared prefix decided drops out. The
-    scale stays the prompt's, so that siblings that hardly differ score about 0, not +-1.
+    A prompt's rewards are those in `rewards` and those in `history`, the (prompt, reward) of earlier stages. The baseline is
+    their mean; the deviation is the unbiased one. A prompt seen once, or whose rewards are all equal, scores 0.
+
+    With `num_siblings` K the baseline is the mean of the K siblings. The part of the reward that their shared prefix has
+    decided then drops out. The deviation stays the prompt's, so that siblings that hardly differ score about 0, not +-1.
     """
     seen = defaultdict(list)
     for prompt, reward in [*history, *zip(prompts, rewards.tolist(), strict=True)]:
         seen[prompt].append(reward)
+    # float64, because the rewards of a prompt may differ by little compared with their size.
     mean, std = {}, {}
-    for prompt, some in seen.items():
-        values = torch.tensor(some, dtype=torch.float64)
+    for prompt, prompt_rewards in seen.items():
+        values = torch.tensor(prompt_rewards, dtype=torch.float64)
         mean[prompt] = values.mean()
+        # Infinite where nothing can be learnt, so that the score is 0. Equal rewards are compared as they are: their
+        # computed deviation may be a rounding error instead of 0, and that of a single reward is NaN.
         std[prompt] = values.std() if values.max() > values.min() else math.inf
     if num_siblings:
         baseline = rewards.double().unflatten(0, (-1, num_siblings)).mean(1).repeat_interleave(num_siblings)
@@ -36,6 +41,6 @@ def normalise(
 
 
 def advantages(scores: Tensor, *, clip: float, positive_weight: float, negative_weight: float) -> Tensor:
-    """Normalised scores [N] clamped to +-clip, times positive_weight where > 0 and negative_weight elsewhere, [N]."""
+    """Scores clamped to +-clip, times `positive_weight` where they are > 0 and `negative_weight` elsewhere, [N] -> [N]."""
     weight = torch.where(scores > 0, positive_weight, negative_weight)
     return scores.clamp(-clip, clip) * weight

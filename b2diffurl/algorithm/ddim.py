@@ -11,19 +11,21 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 def make_transitions(
     timesteps: Tensor, alphas_cumprod: Tensor, final_alpha_bar: float, *, eta: float, prediction_type: str
 ) -> Transitions:
-    """The table of a decreasing list of timesteps [T], with sigma_t(eta) of equation 16.
+    """The table of DDIM's transitions at decreasing `timesteps` [T], with the sigma_t(eta) of equation 16.
 
-    `alphas_cumprod` [num_train_timesteps] is the training schedule; `final_alpha_bar` stands where the last step lands.
-    Each step leads to the next timestep of the list, whatever its spacing.
+    `alphas_cumprod` [num_train_timesteps] is the training schedule's alpha_bar. `final_alpha_bar` is alpha_bar after the
+    last step. Each step leads to the next timestep of the list, whatever the spacing. An unknown `prediction_type` raises a
+    ValueError.
     """
     timesteps = timesteps.long().cpu()
     alpha_bar = alphas_cumprod.cpu().double()[timesteps]
     alpha_bar_prev = torch.cat([alpha_bar[1:], torch.tensor([float(final_alpha_bar)], dtype=torch.float64)])
     variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
     sigma = eta * variance.clamp_min(0).sqrt()
+    # Where alpha_bar is about 0 and eta is 1, sigma^2 is nearly 1 - alpha_bar_prev. Rounding may make the difference < 0.
     signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     signal_prev, direction = alpha_bar_prev.sqrt(), (1 - alpha_bar_prev - sigma**2).clamp_min(0).sqrt()
-    # Equation 12 is mu = signal_prev x_0 + direction eps; x_0 and eps as each type has them in x_t and the output.
+    # Equation 12 is mu = signal_prev x_0 + direction eps. Each type gives x_0 and eps by x_t and the network's output.
     match prediction_type:
         case "epsilon":  # x_0 = (x_t - noise eps) / signal
             a, b = signal_prev / signal, direction - signal_prev * noise / signal

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Selected:
-    """One trajectory to train on: where it lies and its normalised score."""
+    """One trajectory to train on: its group, its branch in the group, and its normalised score."""
 
     group: int
     branch: int
@@ -20,10 +20,10 @@ class Selected:
 
 
 def select_pairs(scores: Tensor, *, pos_threshold: float, neg_threshold: float) -> list[Selected]:
-    """Keep of each group the best sibling if its score >= pos_threshold and the worst if < neg_threshold.
+    """Contrast pairs: of each group the best sibling if its score is >= pos_threshold, the worst if it is < neg_threshold.
 
-    scores [G,K] -> 0, 1 or 2 trajectories a group, best first; the lowest branch wins a tie. With
-    pos_threshold >= neg_threshold no sibling is both.
+    scores [G,K] -> 0, 1 or 2 trajectories of each group, the best first. Among equal scores the lowest branch is taken. With
+    pos_threshold >= neg_threshold no sibling is both best and worst.
     """
     selected = []
     for group, row in enumerate(scores.tolist()):
@@ -36,14 +36,14 @@ def select_pairs(scores: Tensor, *, pos_threshold: float, neg_threshold: float) 
 
 
 def select_all(scores: Tensor) -> list[Selected]:
-    """Keep every trajectory, scores [G,K]: plain policy gradient, without contrast pairs."""
+    """Every trajectory, scores [G,K]: plain policy gradient, without contrast pairs."""
     return [Selected(group, branch, score) for group, row in enumerate(scores.tolist()) for branch, score in enumerate(row)]
 
 
 def contrast_pairs(selected: Sequence[Selected]) -> list[tuple[int, int]]:
-    """(best, worst) of each group of which both were kept, as positions in `selected`, which holds what `select_pairs` kept:
-    a group's best first."""
-    members = defaultdict(list)
-    for position, one in enumerate(selected):
-        members[one.group].append(position)
-    return [(group[0], group[1]) for group in members.values() if len(group) == 2]
+    """(best, worst) of each group that kept both, as positions in `selected`, the result of `select_pairs`."""
+    positions = defaultdict(list)
+    for position, trajectory in enumerate(selected):
+        positions[trajectory.group].append(position)
+    # `select_pairs` puts a group's best sibling first.
+    return [(group[0], group[1]) for group in positions.values() if len(group) == 2]

@@ -1,9 +1,9 @@
-"""One step of any sampler as a Gaussian policy: affine in the state and in the network's output.
+"""One step of any sampler as a Gaussian policy, whose mean is affine in the state and in the network's output.
 
     p(x_prev | x_t) = N(mu, sigma^2),   mu = a x_t + b output
 
-A table holds a row for each step; ddim.py fills one. Sampling is `transition` plus noise, training is `transition` plus
-`log_prob`: there is no second formula, and nothing here asks which sampler it was.
+A table holds a row (timestep, a, b, sigma) for each step; ddim.py fills one. Sampling is `transition` plus noise. Training
+is `transition` plus `log_prob`. There is no second formula, and nothing here depends on which sampler filled the table.
 
     T sampler steps, i in 0..T-1 counts them in sampling order (from noise to image), the last S of them trained
     N rows, C x H x W latents
@@ -20,7 +20,10 @@ STEP_WEIGHTS = ("none", "leverage", "sigma")
 
 @dataclass(frozen=True)
 class Transitions:
-    """The T transitions of a sampler, in sampling order. Compute the coefficients in float64, for differences cancel."""
+    """The T transitions of a sampler, in sampling order.
+
+    Compute the coefficients in float64 before you round them: they contain differences of nearly equal numbers.
+    """
 
     timesteps: Tensor  # [T] int64, or float32 where the network takes fractions
     a: Tensor  # [T] float32, d mu / d x_t
@@ -36,29 +39,29 @@ class Transitions:
 
 
 def with_prefix(table: Transitions, prefix: Transitions, num_trained_steps: int) -> Transitions:
-    """The table with the rows of another, such as one of less noise, in the steps before the last S."""
+    """`table` with all but its last S rows taken from `prefix`, for a prefix of another eta."""
     split = table.num_steps - num_trained_steps
     pairs = ((prefix.timesteps, table.timesteps), (prefix.a, table.a), (prefix.b, table.b), (prefix.sigma, table.sigma))
     return Transitions(*(torch.cat([before[:split], trained[split:]]) for before, trained in pairs))
 
 
 def require_stochastic(table: Transitions, num_trained_steps: int) -> None:
-    """Refuse a training window in which a transition is deterministic, for its log-probability is undefined."""
+    """Raise a ValueError if one of the last S transitions is deterministic: it has no log-probability."""
     if not 1 <= num_trained_steps <= table.num_steps:
         raise ValueError(f"split_step is {num_trained_steps}, allowed is 1..{table.num_steps} (sample.num_steps)")
     window = slice(table.num_steps - num_trained_steps, None)
-    frozen = table.timesteps[window][table.sigma[window] <= 0].tolist()
-    if frozen:
+    deterministic = table.timesteps[window][table.sigma[window] <= 0].tolist()
+    if deterministic:
         raise ValueError(
-            f"the transitions from t = {frozen} have sigma = 0, so their log-probability is undefined. "
+            f"the transitions from t = {deterministic} have sigma = 0, so their log-probability is undefined. "
             "Set sample.eta > 0, and use a scheduler with set_alpha_to_one = false and steps_offset = 1."
         )
 
 
 def transition(table: Transitions, i: int | Tensor, x_t: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of p(x_prev | x_t). `i` is one step or a step for each row, [N].
+    """Mean and standard deviation of p(x_prev | x_t) at step i, which is one for all rows, or a tensor [N].
 
-    Returns mu [N,C,H,W] and sigma [N or 1,1,1,1], both float32.
+    Returns mu [N,C,H,W] and sigma [N or 1,1,1,1], both float32 also where the network computes in half precision.
     """
     shape = (-1,) + (1,) * (x_t.dim() - 1)
     a, b, sigma = (column[i].view(shape) for column in (table.a, table.b, table.sigma))
@@ -66,7 +69,10 @@ def transition(table: Transitions, i: int | Tensor, x_t: Tensor, model_output: T
 
 
 def log_prob(x_prev: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
-    """Log-density of N(mu, sigma^2) at x_prev [N,C,H,W], the mean (not the sum) over the latent dimensions: [N]."""
+    """Log-density of N(mu, sigma^2) at x_prev, as the mean (not the sum) over the latent dimensions: [N,C,H,W] -> [N].
+
+    The mean is DDPO's convention. An importance ratio is therefore the D-th root of the joint likelihood ratio.
+    """
     density = -0.5 * ((x_prev - mu) / sigma) ** 2 - sigma.log() - 0.5 * math.log(2 * math.pi)
     return density.flatten(1).mean(1)
 
@@ -74,21 +80,22 @@ def log_prob(x_prev: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
 def transition_kl(mu: Tensor, mu_ref: Tensor, sigma: Tensor) -> Tensor:
     """KL(N(mu, sigma^2) || N(mu_ref, sigma^2)) = |mu - mu_ref|^2 / (2 sigma^2), [N,C,H,W] -> [N].
 
-    Exact for equal variances; the mean (not the sum) over the latent dimensions, as in `log_prob`.
+    Exact, because the variances are equal. Like `log_prob` it is the mean (not the sum) over the latent dimensions.
     """
     return (0.5 * ((mu - mu_ref) / sigma) ** 2).flatten(1).mean(1)
 
 
 def leverage(table: Transitions) -> Tensor:
-    """|d mu / d output| / sigma of every step, [T]: how far a unit of network output moves the policy."""
+    """|d mu / d output| / sigma of every step, [T]: by how many sigmas a unit of network output moves the mean."""
     return table.b.abs() / table.sigma
 
 
 def step_weights(table: Transitions, num_trained_steps: int, kind: str) -> Tensor:
-    """Weight of each of the last S steps in the objective, [S], mean 1.
+    """The weight of each of the last S steps in the loss, [S], with mean 1.
 
-    `none` weighs all alike (the reference). `leverage` divides by the leverage. `sigma` weighs a step by the noise it
-    adds, for a step decides as much as its noise can change; it also evens out the steps' gradient norms.
+    `none`: all alike, as in the paper's code. `leverage`: inverse to the step's leverage. `sigma`: proportional to the noise
+    that the step adds, because a step can decide no more than its noise changes. `sigma` also evens out the steps' gradient
+    norms.
     """
     window = slice(table.num_steps - num_trained_steps, None)
     if kind == "none":

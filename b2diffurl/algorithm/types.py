@@ -1,4 +1,4 @@
-"""What the mathematics and its callers hand to each other.
+"""Types that the mathematics and its callers share.
 
 N rows, latents [N,C,H,W]
 """
@@ -7,6 +7,6 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-Conditions = dict[str, Tensor]  # what the network is conditioned on, by name: each [N, ...]
+Conditions = dict[str, Tensor]  # what the network is conditioned on, by name, such as text embeddings: each [N, ...]
 Predict = Callable[[Tensor, int], Tensor]  # (x_t [N,C,H,W], step) -> guided model output [N,C,H,W]
 Noise = Callable[[tuple[int, ...]], Tensor]  # shape -> standard normal noise

@@ -1,9 +1,9 @@
-"""Objectives: what one update minimises. Each is a pure function of tensors, in a module of its own beside its options.
+"""Objectives: the losses that an update can minimise. Each is a pure function of tensors, in a module with its options.
 
-The positional parameters of a loss are the terms that it asks for; terms.py says which there are, and computes them. Its
-keyword parameters are the fields of its options. It returns (loss [N], metrics): one number for each transition, or for each
-pair of transitions, and a dict of detached tensors whose last dimension is N. The trainer takes means, weighs steps and adds
-up. Log-probabilities are means over the D latent dimensions.
+The positional parameters of a loss are the terms that it asks for; terms.py lists and computes them. The keyword parameters
+are the fields of its options. A loss returns (loss, metrics). `loss` [N] has a number for each transition, or for each pair
+of transitions. `metrics` is a dict of detached tensors whose last dimension is N. The trainer weighs the steps and takes the
+mean. Log-probabilities are means over the D latent dimensions.
 """
 
 import inspect
@@ -23,33 +23,33 @@ from b2diffurl.objectives.terms import BASE_TERMS, require_known
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss, and what the trainer has to know of it."""
+    """A loss, and what the trainer and the checks of a configuration have to know about it."""
 
     loss: Callable[..., tuple[Tensor, dict[str, Tensor]]]
-    options: Any = options.NoOptions  # a dataclass; with its values once a configuration has been read
-    paired: bool = False  # terms are [2,N]: a group's best sibling and its worst
-    single_pass: bool = False  # sound for one pass over the selection only
+    options: Any = options.NoOptions  # the class in OBJECTIVES; an instance of it once a configuration has been read
+    paired: bool = False  # terms are [2,N]: a group's best sibling, then its worst
+    single_pass: bool = False  # does not correct for samples of an older policy, so one epoch only
 
     def __post_init__(self) -> None:
         require_known(self.terms)
 
     @property
     def terms(self) -> tuple[str, ...]:
-        """The names of the terms that the loss asks for, in its order."""
+        """The names of the terms that the loss asks for, in the order of its parameters."""
         parameters = inspect.signature(self.loss).parameters.values()
-        return tuple(one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD)
+        return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
 
     @property
     def needs_base(self) -> bool:
-        """Whether the frozen base policy has to be evaluated, too."""
+        """Whether the loss needs the frozen base policy, a second evaluation of the network."""
         return any(name in BASE_TERMS for name in self.terms)
 
     def read_options(self, train: Mapping[str, Any]) -> Any:
-        """The options in the section `train` of a configuration."""
+        """The options of this objective, read from the section `train` of a configuration."""
         return options.read(self.options, train)
 
     def __call__(self, *terms: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its metrics, by the options at hand."""
+        """The loss and its metrics with the options that `read_options` has returned."""
         return self.loss(*terms, **asdict(self.options))
 
 

@@ -13,19 +13,20 @@ from b2diffurl.objectives.options import option
 class D3poOptions:
     """Options of `d3po`."""
 
-    beta: float = option("dpo_beta", "[0, 1e6]")  # of mean log-ratios
+    beta: float = option("dpo_beta", "[0, 1e6]")  # the paper's beta times D, because log-ratios are means over D
 
 
 def d3po(log_prob: Tensor, old_log_prob: Tensor, base_log_prob: Tensor, *, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """-log sigmoid(beta (log p(w)/p_base(w) - log p(l)/p_base(l))) for the better transition w and the worse one l.
+    """-log sigmoid(beta (log p(w)/p_base(w) - log p(l)/p_base(l))), w the better and l the worse transition of a pair.
 
-    All arguments [2,N], w first; returns the loss of each pair [N]. Log-probs are means over D, so `beta` is D times the
-    beta of joint log-ratios. Metrics: `log_ratio` to the policy that sampled [2,N], `clipped` (1 where the sigmoid has cut
-    the gradient to less than a tenth of what it is at a margin of 0) and `margin`, the sigmoid's argument [N].
+    All arguments are [2,N], w first. Returns the loss of each pair [N] and three metrics: `log_ratio` [2,N] of the policy to
+    the one that sampled, `margin` [N], the sigmoid's argument, and `clipped` [N], 1 where the sigmoid has saturated: where
+    the gradient is less than a tenth of that at a margin of 0.
     """
     better, worse = log_prob - base_log_prob
     margin = beta * (better - worse)
     with torch.no_grad():
+        # The loss's gradient is proportional to sigmoid(-margin), which is 0.5 at a margin of 0.
         saturated = (torch.sigmoid(-margin) < 0.05).float()
         metrics = {"log_ratio": log_prob - old_log_prob, "clipped": saturated, "margin": margin.detach()}
     return -logsigmoid(margin), metrics

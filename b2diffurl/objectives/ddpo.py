@@ -12,16 +12,17 @@ from b2diffurl.objectives.options import option
 class DdpoOptions:
     """Options of `ddpo`."""
 
-    clip_range: float = option("eps", "[0, 1e6]")  # c: the ratio of mean likelihoods is clipped to 1 - c .. 1 + c
+    clip_range: float = option("eps", "[0, 1e6]")  # c: the importance ratio is clipped to 1 - c .. 1 + c
 
 
 def ddpo(
     log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, *, clip_range: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped surrogate (arXiv 1707.06347, equation 7), negated to be minimised.
+    """PPO's clipped surrogate (arXiv 1707.06347, equation 7), negated because it is minimised.
 
-    All arguments [N]; returns the loss of each pair [N] and its `log_ratio` and `clipped` (1 where clipping cuts the
-    gradient) [N]. Log-probs are means over D latent dimensions, so a clip range c bounds the joint log-ratio at D*ln(1+c).
+    All arguments are [N]. Returns the loss of each transition [N] and the metrics `log_ratio` [N] and `clipped` [N], 1 where
+    clipping makes the gradient 0. Log-probs are means over the D latent dimensions, so the clip range c bounds the joint
+    log-ratio at D ln(1+c).
     """
     log_ratio = log_prob - old_log_prob
     ratio = log_ratio.exp()

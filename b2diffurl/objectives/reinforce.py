@@ -5,10 +5,10 @@ from torch import Tensor
 
 
 def reinforce(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """-A log p, whose gradient is that of the expected reward where the policy is still the one that sampled.
+    """-A log p, whose gradient estimates that of the expected reward while the policy is the one that sampled.
 
-    All arguments [N]; returns the loss of each transition [N], and its `log_ratio` and `clipped` (always 0) [N]. Nothing
-    corrects for a policy that has moved on, so `log_ratio` says how far the samples have gone stale.
+    All arguments are [N]. Returns the loss of each transition [N] and the metrics `log_ratio` [N] and `clipped` [N], always
+    0. Nothing corrects for samples of an older policy; `log_ratio` says how far off-policy they have become.
     """
     with torch.no_grad():
         metrics = {"log_ratio": log_prob - old_log_prob, "clipped": torch.zeros_like(log_prob)}

@@ -1,13 +1,15 @@
-"""What an objective may ask for of M transitions: the positional parameters of a loss, by these names.
+"""The terms that an objective may ask for. A loss asks by naming its positional parameters after them.
 
-    log_prob        of the policy that is trained, with gradient
-    old_log_prob    of the policy that sampled
-    base_log_prob   of the frozen base policy
+    log_prob        log-probability under the policy that is trained, with gradient
+    old_log_prob    the same under the policy that sampled
+    base_log_prob   the same under the frozen base policy
     kl              KL(policy || base policy), with gradient
-    advantage       how much better the transition was than expected
+    advantage       how much better the transition was than the baseline
 
-Each is [M]. Log-probabilities and the KL are means over the latent dimensions. Terms of another kind of sample, such as a
-noised image, would be a second tuple of names and a second function here; an `Objective` would then say which kind it takes.
+Each is [M] for M transitions. Log-probabilities and the KL are means over the latent dimensions.
+
+An objective on another kind of sample, such as a noised image, needs a second tuple of names and a second function here. An
+`Objective` would then say which kind it takes.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +26,7 @@ PredictOutput = Callable[[], Tensor]  # () -> the guided model output [M,C,h,w] 
 
 
 def require_known(names: Sequence[str]) -> None:
-    """Refuse a loss that asks for a term which is not computed."""
+    """Raise a ValueError for a name that is not a term."""
     unknown = [name for name in names if name not in TRANSITION_TERMS]
     if unknown:
         raise ValueError(f"unknown term {unknown[0]!r} of an objective; known: {', '.join(TRANSITION_TERMS)}")
@@ -42,16 +44,18 @@ def transition_terms(
     predict: PredictOutput,
     predict_base: PredictOutput,
 ) -> tuple[Tensor, ...]:
-    """The terms of these names in their order, each [M].
+    """The terms that `names` asks for, in that order, each [M].
 
-    Each network is evaluated once, and only where a term needs it; the base policy's without gradient.
+    A network is evaluated at most once, and only if a term needs it. The base policy is evaluated without gradient.
     """
     require_known(names)
+    # The base policy first: it keeps no activations, so the two networks' memory does not add up.
     if any(name in BASE_TERMS for name in names):
         with torch.no_grad():
             mu_base, sigma = transition(table, i, x_t, predict_base())
     if "log_prob" in names or "kl" in names:
         mu, sigma = transition(table, i, x_t, predict())
+    # Functions, because not every tensor below exists: mu only if a term needs it.
     compute = {
         "log_prob": lambda: log_prob(x_prev, mu, sigma),
         "old_log_prob": lambda: old_log_prob,
