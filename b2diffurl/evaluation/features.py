@@ -1,10 +1,10 @@
-"""What diversity is measured in: features of images, a function of (images uint8 [N,H,W,3], prompts [N]) -> [N,E].
+"""The image features in which diversity is measured.
 
-A row for each name in FEATURES:
+The names in FEATURES, and the metric of each:
 
-    clip       embeddings of the CLIP of reward `clip`                        cosine
-    layout     where the things of the prompt are, by reward `shapes`         euclidean
-    inception  class probabilities by any image classifier of transformers    classes
+    clip       embeddings by the CLIP model of reward `clip`                           cosine
+    layout     places and sizes of the prompt's things, by the checker of `shapes`     euclidean
+    inception  class probabilities by any image classifier of transformers             classes
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,21 +19,21 @@ from b2diffurl.rewards import Reward, check_rewards, load_reward, reward_identit
 from b2diffurl.runtime.hub import checksum, load_whole, model_files, model_folder
 
 FEATURES = ("clip", "layout", "inception")
-REWARD_OF = {"clip": "clip", "layout": "shapes"}  # the reward that needs the same model and reads the same prompts
+REWARD_OF = {"clip": "clip", "layout": "shapes"}  # the reward with the same model, which reads the same prompts
 
 
 @dataclass(frozen=True)
 class Features:
-    """Features of an image, not finite where it has none, and the metric in which they are compared."""
+    """A function that computes features of images, and the metric that compares them."""
 
-    embed: Callable[[Tensor, Sequence[str]], Tensor]
-    metric: str  # cosine | euclidean, or classes: the features are probabilities, for the Inception Score
+    embed: Callable[[Tensor, Sequence[str]], Tensor]  # (uint8 [N,H,W,3], prompts [N]) -> [N,E]; NaN if an image has none
+    metric: str  # cosine | euclidean | classes: the features are class probabilities, for the Inception Score
 
 
 def load_features(
     name: str, judging: Judging, rewards: Rewards, device: torch.device, loaded: Mapping[str, Reward]
 ) -> Features:
-    """The features of that name. The model of a reward that is `loaded` already is shared."""
+    """Load the features `name`. They share the model of a reward that is `loaded` already, by its name."""
     check_features(name, judging, rewards)
     if name == "inception":
         return Features(load_classifier(judging.inception_model, device), "classes")
@@ -46,7 +46,7 @@ def load_features(
 
 
 def check_features(name: str, judging: Judging, rewards: Rewards, prompts: Sequence[str] = ()) -> None:
-    """Refuse unknown features, or those whose model cannot be had or whose prompts they cannot read."""
+    """Raise a ValueError if features are unknown, if their model cannot be had, or if they cannot read the prompts."""
     if not isinstance(name, str) or name not in FEATURES:
         raise ValueError(f"unknown features {name!r} in eval.diversity; known: {', '.join(FEATURES)}")
     try:
@@ -60,17 +60,18 @@ def check_features(name: str, judging: Judging, rewards: Rewards, prompts: Seque
 
 
 def features_identity(name: str, judging: Judging, rewards: Rewards) -> list[Any]:
-    """What decides the numbers of these features."""
+    """Everything that decides these features' numbers, for a checksum: names, settings, checksums of the model's files."""
     if name in REWARD_OF:
         return reward_identity(REWARD_OF[name], rewards)
     return [name, [checksum(path) for path in model_files(judging.inception_model, tokenizer=False)]]
 
 
 def load_classifier(model: str, device: torch.device) -> Callable[[Tensor, Sequence[str]], Tensor]:
-    """Class probabilities [N,E] of images by the classifier of that hub id or directory."""
+    """A function that gives class probabilities [N,E] of images. `model` is a classifier's hub id or directory."""
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     root = model_folder(model, tokenizer=False)
+    # Always float32 and PIL: the score must not depend on whether torchvision is installed.
     classifier = load_whole(AutoModelForImageClassification, root, torch.float32, device)
     processor = AutoImageProcessor.from_pretrained(root, backend="pil", trust_remote_code=False)
 

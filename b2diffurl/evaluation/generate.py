@@ -1,4 +1,4 @@
-"""Images to judge and to show: a policy's images of prompts, by training's sampler or by any scheduler of diffusers.
+"""Generate images to judge and to show, with training's sampler or with any scheduler of diffusers.
 
 N images
 """
@@ -21,13 +21,16 @@ from b2diffurl.runtime.batch_sizes import sampling_sizes
 
 
 def training_sampler(settings: Settings) -> SamplerSettings:
-    """That with which the policy is trained."""
+    """The sampler that the policy is trained with."""
     sampling = settings.sampling
     return SamplerSettings(sampling.num_steps, sampling.eta, sampling.guidance_scale)
 
 
 def deployed_sampler(settings: Settings) -> SamplerSettings:
-    """That with which people use the tuned model; a ValueError if diffusers has no such scheduler here."""
+    """The sampler that people will use the tuned model with, from `eval.deployed`.
+
+    A ValueError if the family knows no such scheduler, or if diffusers lacks a package for it.
+    """
     deployed = settings.judging.deployed
     kind = scheduler_class(deployed.scheduler, family(settings.model).schedulers())
     has_eta = "eta" in inspect.signature(kind.step).parameters
@@ -43,29 +46,30 @@ SAMPLERS = {"training": training_sampler, "deployed": deployed_sampler}
 
 
 def scheduler_class(name: str, known: Sequence[str]) -> Any:
-    """The scheduler of diffusers of that name, with or without `Scheduler` at its end; one of the `known`."""
+    """The scheduler class of diffusers with that name, which may lack the ending `Scheduler`. It must be one of `known`."""
     import diffusers
 
     full = name if name.endswith("Scheduler") else f"{name}Scheduler"
     if full not in known:
         raise ValueError(f"unknown eval.deployed.scheduler {name!r}; known: {', '.join(known)}")
     kind = getattr(diffusers, full)
+    # Where a package is missing, diffusers has a dummy class that lists it.
     if lacking := [package for package in getattr(kind, "_backends", ()) if not find_spec(package)]:
         raise ValueError(f"eval.deployed.scheduler {name!r} needs {lacking[0]}: pip install {lacking[0]}")
     return kind
 
 
 def make_scheduler(model: Model, settings: SamplerSettings, device: torch.device) -> Any:
-    """The deployed scheduler at its steps; a ValueError if it cannot make so many."""
+    """The deployed scheduler, set to its number of steps. A ValueError if it cannot make so many."""
     scheduler = model.scheduler(settings.scheduler)
     scheduler.set_timesteps(settings.num_steps, device=device)
     return scheduler
 
 
-def sample_images(settings: Settings, model: Model, prompts: list[str], chosen: SamplerSettings, batch: int) -> Tensor:
-    """Images uint8 [N,H,W,3] of one batch by the `chosen` sampler, from noise that follows from (eval.seed, batch) alone.
+def sample_images(settings: Settings, model: Model, prompts: list[str], sampler: SamplerSettings, batch: int) -> Tensor:
+    """Generate batch number `batch` of an evaluation: images uint8 [N,H,W,3], one for each prompt.
 
-    Every sampler starts from the same x_T.
+    The noise depends on (eval.seed, batch) alone, so every checkpoint and every sampler starts from the same x_T.
     """
     conditions, unconditional = model.encode(prompts), model.encode([""])
     device = next(iter(conditions.values())).device
@@ -78,7 +82,8 @@ def sample_images(settings: Settings, model: Model, prompts: list[str], chosen: 
         given=[settings.model.resolution, settings.compute.compile],
     )
 
-    def latents(micro_batch_size: int) -> Tensor:
+    def generate_latents(micro_batch_size: int) -> Tensor:
+        # Made anew for each attempt, so that one which ran out of memory leaves no trace in the noise.
         rng = generator(settings.judging.seed, "eval", batch)
         noise = noise_source(rng, device)
 
@@ -88,25 +93,26 @@ def sample_images(settings: Settings, model: Model, prompts: list[str], chosen: 
                 timesteps,
                 conditions,
                 unconditional,
-                guidance_scale=chosen.guidance_scale,
+                guidance_scale=sampler.guidance_scale,
                 micro_batch_size=micro_batch_size,
             )
 
         x_T = noise((len(prompts), *model.latent_shape))
-        if chosen.scheduler:
-            scheduler = make_scheduler(model, chosen, device)
-            return denoise_by(scheduler, predict_at(scheduler.timesteps), x_T, rng, chosen.eta)
-        sampler = model.sampler(chosen.num_steps, chosen.eta)
-        return denoise(predict_at(sampler.timesteps), sampler, x_T, noise, range(chosen.num_steps))
+        if sampler.scheduler:
+            scheduler = make_scheduler(model, sampler, device)
+            return denoise_by(scheduler, predict_at(scheduler.timesteps), x_T, rng, sampler.eta)
+        table = model.sampler(sampler.num_steps, sampler.eta)
+        return denoise(predict_at(table.timesteps), table, x_T, noise, range(sampler.num_steps))
 
-    found = sizes.fit("sample.micro_batch_size", latents)
-    return sizes.fit("sample.decode_batch_size", lambda size: decode(model, found, size))
+    latents = sizes.fit("sample.micro_batch_size", generate_latents)
+    return sizes.fit("sample.decode_batch_size", lambda size: decode(model, latents, size))
 
 
 def denoise_by(scheduler: Any, predict: Predict, x_T: Tensor, rng: torch.Generator, eta: float | None) -> Tensor:
-    """Run a scheduler of diffusers from standard normal noise x_T [N,C,h,w], as its pipelines do; some have an eta."""
-    takes = inspect.signature(scheduler.step).parameters
-    options = {key: value for key, value in (("eta", eta), ("generator", rng)) if key in takes}
+    """Run a scheduler of diffusers from standard normal noise x_T [N,C,h,w], as the pipelines of diffusers do."""
+    # Schedulers differ in what their `step` takes: not all have a generator, and few have an eta.
+    accepted = inspect.signature(scheduler.step).parameters
+    options = {key: value for key, value in (("eta", eta), ("generator", rng)) if key in accepted}
     x = x_T * scheduler.init_noise_sigma
     for i, timestep in enumerate(scheduler.timesteps):
         output = predict(scheduler.scale_model_input(x, timestep), i)

@@ -1,6 +1,6 @@
-"""What the images of an evaluation say: means, standard errors, differences to the base on the same noise.
+"""Statistics of an evaluation's images: means, standard errors, paired differences to the base model.
 
-N images; a value that is not finite is None
+N images. A value that is not finite is None in a result, because JSON has no NaN.
 """
 
 import math
@@ -22,51 +22,54 @@ def summarise(
     judge: str,
     values: Mapping[str, Tensor],
     scales: Scales | None,
-    asked: list[str],
+    image_prompts: list[str],
     num_prompts: int,
 ) -> dict[str, Any]:
-    """Means, errors and values of every reward's `values` [N], by its name, and of its parts, by `<name>/<part>`.
+    """The figures of an evaluation: of each its mean, its standard error (`<figure>_se`), and its value for every image.
 
-    `reward` is what is trained on, and `accuracy` what `judge` says. The parts of a mixture and watched rewards stand under
-    their own names.
+    `values` holds each reward [N] by its name, and its parts [N] by `<name>/<part>`. `reward` is what is trained on, and
+    `accuracy` is the reward that `judge` names. All parts, watched rewards and the rewards of a mixture stand under their
+    own names, too. `image_prompts` [N] are the images' prompts, taken from a file of `num_prompts`.
     """
     kept: dict[str, Tensor] = {}
-    if "file" not in rewards.weights:  # which has no scores for new images
+    if "file" not in rewards.weights:  # people or another program have scored the stage's images, but not these
         kept["reward"] = combine(values, rewards.weights, scales)
     if judge:
         kept["accuracy"] = values[judge]
     named = {*(rewards.weights if rewards.mixed else ()), *rewards.watched}
     kept |= {key: numbers for key, numbers in values.items() if "/" in key or key in named}
+    # These are always there, None if there is nothing to tell, so that readers of a result need not ask.
     nothing = dict.fromkeys(("reward", "reward_se", "accuracy", "accuracy_se"))
-    summary = {"n_images": len(asked), "n_prompts": num_prompts} | nothing
+    summary = {"n_images": len(image_prompts), "n_prompts": num_prompts} | nothing
     lists = {key: [value if math.isfinite(value) else None for value in numbers.tolist()] for key, numbers in kept.items()}
     for key, numbers in lists.items():
         summary[key], summary[f"{key}_se"] = mean_and_error(numbers)
-    return summary | {"shown_prompts": asked, "values": lists}
+    return summary | {"shown_prompts": image_prompts, "values": lists}
 
 
 def summarise_diversity(
-    features: Tensor, asked: list[str], right: list[float] | None, metric: str
+    features: Tensor, image_prompts: list[str], accuracy: list[float] | None, metric: str
 ) -> dict[str, dict[str, float]]:
-    """Diversity of features [N,E], by prompt: of class probabilities the Inception Score; of others the mean pairwise
-    distance of all its images, where there is a judge that of the right ones alone, and of a cosine also the Vendi score.
+    """Measures of the diversity of features [N,E]: {name of the measure: {prompt: value}}.
 
-    Right is what the judge gives more than 1/2. Wrong images differ from right ones, so a model that makes fewer of them is
-    less diverse for a good reason.
+    For `classes` the one measure, `all`, is the Inception Score. For other metrics `all` is the mean pairwise distance, and
+    `right` the same among correct images, which have an `accuracy` [N] above 1/2. `cosine` adds `vendi`, the Vendi score.
     """
     if metric == "classes":
-        return {"all": inception_score(features, asked)}
-    found = {"all": mean_pairwise_distance(features, asked, metric=metric)}
+        return {"all": inception_score(features, image_prompts)}
+    measures = {"all": mean_pairwise_distance(features, image_prompts, metric=metric)}
     if metric == "cosine":
-        found["vendi"] = vendi_score(features, asked)
-    if right is not None:
-        rows = [n for n, value in enumerate(right) if value > 0.5]
-        found["right"] = mean_pairwise_distance(features[rows], [asked[n] for n in rows], metric=metric)
-    return found
+        measures["vendi"] = vendi_score(features, image_prompts)
+    # Wrong images differ from right ones. A model that makes fewer of them is less diverse for a good reason, so the right
+    # ones are measured alone, too, if there is a judge.
+    if accuracy is not None:
+        rows = [n for n, value in enumerate(accuracy) if value > 0.5]
+        measures["right"] = mean_pairwise_distance(features[rows], [image_prompts[n] for n in rows], metric=metric)
+    return measures
 
 
 def mean_and_error(numbers: Sequence[float | None]) -> tuple[float | None, float | None]:
-    """Mean and its standard error, of those that are numbers; None of nothing, and no error of one."""
+    """Mean and standard error of the numbers that are not None. The error of one number, and both of none, are None."""
     numbers = [number for number in numbers if number is not None]
     if not numbers:
         return None, None
@@ -76,15 +79,16 @@ def mean_and_error(numbers: Sequence[float | None]) -> tuple[float | None, float
 
 
 def paired_difference(after: Sequence[float | None], before: Sequence[float | None]) -> tuple[float | None, float | None]:
-    """Mean of after - before, value by value where both are numbers, and its standard error."""
+    """Mean and standard error of after - before, over the pairs in which neither is None."""
     pairs = zip(after, before, strict=True)
     return mean_and_error([new - old for new, old in pairs if new is not None and old is not None])
 
 
 def add_differences(results: list[dict[str, Any]]) -> None:
-    """Beside each checkpoint's figures the mean paired difference to the base under the same conditions, and its error.
+    """Add to each result its mean diversities, and every figure's difference to the base: `<figure>_gain`, with its error.
 
-    Values are paired by image. Diversity is paired by prompt, over those that both have; its mean is over all that it has.
+    The base's result must have the same conditions. Values are paired by image, because images start from the same noise.
+    Diversities are paired by prompt, over the prompts that both have; their own means are over all prompts.
     """
     base = {result["conditions"]: result for result in results if result["checkpoint"] == "base"}
     for result in results:
@@ -95,33 +99,36 @@ def add_differences(results: list[dict[str, Any]]) -> None:
             continue
         for key, numbers in result["values"].items():
             if key not in against["values"]:
-                continue  # a part that a reward gives for some images alone
+                continue  # a part that a reward returns for some images only
             result[f"{key}_gain"], result[f"{key}_gain_se"] = paired_difference(numbers, against["values"][key])
         before = dict(diversities(against))
         for name, after in diversities(result):
-            both = [prompt for prompt in after if prompt in before[name]]
-            gain = paired_difference([after[prompt] for prompt in both], [before[name][prompt] for prompt in both])
+            shared = [prompt for prompt in after if prompt in before[name]]
+            gain = paired_difference([after[prompt] for prompt in shared], [before[name][prompt] for prompt in shared])
             result[f"{name}_gain"], result[f"{name}_gain_se"] = gain
 
 
 def diversities(result: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
-    """(name, figure by prompt) of each diversity in a result: diversity/<features>, and with _right or _vendi after it."""
-    for features, found in result["diversity"].items():
-        for which, groups in found.items():
-            yield f"diversity/{features}" + ("" if which == "all" else f"_{which}"), groups
+    """(name, {prompt: value}) of each diversity in a result. Names are diversity/<features>, also with _right or _vendi."""
+    for features, measures in result["diversity"].items():
+        for measure, values in measures.items():
+            yield f"diversity/{features}" + ("" if measure == "all" else f"_{measure}"), values
 
 
 def name_best(results: Sequence[dict[str, Any]], sampler: str) -> dict[str, Any]:
-    """Of the results with that sampler on held-out prompts, or if there are none on the first set, that with the highest
-    accuracy where there is a judge, else reward; the earliest of equals. It is logged."""
+    """The best of the results, which is also logged: the one with the highest accuracy, or reward if there is no judge.
+
+    Only results with `sampler` on held-out prompts are compared, or on the first prompt set if there are none. Of equals the
+    earliest checkpoint wins. A ValueError if no result has such a figure.
+    """
     sets = [result["prompts"] for result in results]
     prompts = "test" if "test" in sets else sets[0]
     results = [row for row in results if (row["sampler"], row["prompts"]) == (sampler, prompts)]
     figure = "accuracy" if results[0]["accuracy"] is not None else "reward"
     judged = [result for result in results if result[figure] is not None]
     if not judged:
-        raise ValueError("neither a reward nor a judge scored these images, so none of them is best; see eval.judge")
-    found = max(judged, key=lambda result: result[figure])
-    what = f"{figure} {with_error(found, figure)} on {found['prompts']} prompts"
-    logger.info("eval best of %d checkpoints: %s, %s; %s", len(judged), found["checkpoint"], what, found["lora"])
-    return found
+        raise ValueError("neither a reward nor a judge scored these images, so no checkpoint is best. Set eval.judge.")
+    best = max(judged, key=lambda result: result[figure])
+    value = f"{figure} {with_error(best, figure)} on {best['prompts']} prompts"
+    logger.info("eval best of %d checkpoints: %s, %s; %s", len(judged), best["checkpoint"], value, best["lora"])
+    return best

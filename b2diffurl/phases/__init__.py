@@ -1,1 +1,1 @@
-"""The verbs, one a script, and what they share."""
+"""The phases of a stage, one for each script: sample, select, train, evaluate; and what they share."""

@@ -1,4 +1,4 @@
-"""Judge checkpoints, and show what was found in report and trackers."""
+"""The evaluate phase: judge checkpoints, and bring the report and the trackers up to date."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,16 +15,19 @@ from b2diffurl.reporting.trackers import track
 def judge(
     settings: Settings, checkpoints: Sequence[str], prompt_sets: Sequence[str], samplers: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Evaluate these checkpoints, as `measure.evaluate` does, and show the results."""
+    """Judge checkpoints on prompt sets with samplers, all given by name, and update report and trackers.
+
+    `measure.evaluate` says which names there are. Returns one result for each combination.
+    """
     results = evaluate(settings, checkpoints, prompt_sets, named_samplers(settings, samplers))
     show(settings)
     return results
 
 
 def judge_due(settings: Settings, index: int) -> None:
-    """After stage `index`: judge it and the base on held-out prompts, if it is its turn by eval.every, and show the run.
+    """After the training of stage `index`: judge it and the base if eval.every says so, and update report and trackers.
 
-    Where a later stage has been trained already, there is nothing to do.
+    They are judged on held-out prompts with training's sampler. Nothing happens if a later stage has been trained already.
     """
     trained = finished_stages(settings.output.root, "train")
     if not trained or trained[-1].index != index:
@@ -36,13 +39,13 @@ def judge_due(settings: Settings, index: int) -> None:
 
 
 def draw_prompt(settings: Settings, checkpoint: str, prompt: str, sampler: str) -> Path:
-    """A picture of one prompt's images by the base and by the checkpoint, on the same noise; returns its path."""
+    """Draw images of one prompt by the base and by the checkpoint, on the same noise, and return the picture's path."""
     chosen = named_samplers(settings, [sampler])[sampler]
     images = prompt_images(settings, checkpoint, prompt, chosen)
     return page.draw_prompt(settings.output.root, prompt, images, sampler)
 
 
 def show(settings: Settings) -> None:
-    """Bring report and trackers up to date."""
+    """Update report and trackers from the experiment's files."""
     page.refresh(settings.output.root)
     track(settings.output)

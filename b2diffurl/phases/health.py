@@ -1,7 +1,7 @@
-"""Signs that a run goes wrong, in words: pure functions of what metrics and manifests hold of its stages.
+"""Warnings that a run goes wrong: pure functions of the metrics and manifests of its stages.
 
-Numbers that are not finite stop a run. These only warn: in the log when they happen, and in the manifest of the phase, from
-which report and forecast take them. The same figures give the same words.
+Numbers that are not finite stop a run. These signs only warn: in the log as soon as they show, and in the phase's manifest,
+where the report and the forecast find them. The same figures give the same words, so a repeated phase warns alike.
 """
 
 import math
@@ -12,17 +12,20 @@ from itertools import takewhile
 from statistics import median
 from typing import Any
 
-FAR = 10.0  # times the median. In 13 runs of the embedded world that went well no update was beyond 6 (docs/evaluation.md)
-MIN_UPDATES = 10  # before a median says what is usual
-WINDOW = 100  # latest updates that it is of: those long ago trained fewer steps of another policy
-MIN_LOG_RATIO = 1e-4  # DDPO's clip range, the smallest in use: below it no policy has moved far, whatever the median
-MAX_SKIPPED = 10  # updates in a row; fp16's scale halves with each, and 10 of them make a thousandth of it
-FEW = 0.1  # of groups: where no more than these have any spread of rewards, next to nothing says what to do better
-MAX_FALL = 1.0  # standard deviations of rewards that a stage's mean may lie below the best before it
-MAX_FALL_SE = 6.0  # and as many of them over the root of the number of groups, where these are few
-MAX_TWINS = 0.05  # of groups: now and then two siblings may be equally blank
+# An update is far off above so many times the median. In 13 good runs of the shapes world none was above 6 (evaluation.md).
+FAR = 10.0
+MIN_UPDATES = 10  # a median of fewer updates does not say what is usual
+WINDOW = 100  # the median is of so many latest updates: older ones trained fewer steps, and another policy
+MIN_LOG_RATIO = 1e-4  # DDPO's clip range, the smallest in use: a policy that has moved less has not moved far
+MAX_SKIPPED = 10  # updates in a row. fp16's loss scale halves with each; after 10 it is a thousandth
+FEW = 0.1  # share of the groups: if no more of them have any spread of rewards, there is next to nothing to learn from
+# How far a stage's mean reward may lie below the best stage before it, in standard deviations of the rewards: the larger of
+# these two. The second depends on the number of groups G, because few groups make a mean uncertain.
+MAX_FALL = 1.0
+MAX_FALL_SE = 6.0  # divided by sqrt(G)
+MAX_TWINS = 0.05  # share of the groups: now and then two siblings may both be blank
 
-Warned = dict[str, str]  # kind: in two or three words; what: the figures; advice: what to try
+Warned = dict[str, str]  # kind: the sign, in two or three words; what: the figures; advice: what to try
 
 ELSEWHERE = "a new experiment with resume_from at the last good stage's checkpoints"
 ADVICE = {
@@ -41,11 +44,13 @@ ADVICE = {
 
 
 def warn(kind: str, what: str) -> Warned:
+    """A warning of this kind, with its advice."""
     return {"kind": kind, "what": what, "advice": ADVICE[kind]}
 
 
-def in_words(one: Warned) -> str:
-    return f"{one['what']}. Try {one['advice']}."
+def in_words(warning: Warned) -> str:
+    """A warning as a line of the log."""
+    return f"{warning['what']}. Try {warning['advice']}."
 
 
 # ---- updates ----
@@ -53,39 +58,42 @@ def in_words(one: Warned) -> str:
 
 @dataclass(frozen=True)
 class Figure:
-    """One of an update: can be compared with those of updates that trained the step which decides it."""
+    """What a measure reads from an update. If one timestep decides the value, only updates that trained it compare."""
 
     value: float
-    steps: tuple[int, ...] = ()  # timesteps that the update trained
-    decisive: int | None = None  # None: no single one
+    steps: tuple[int, ...] = ()  # the timesteps that the update trained
+    decisive: int | None = None  # the timestep that decides the value; None: no single one does
 
 
 @dataclass
 class Measure:
-    """A figure of a stage's updates, each compared with the running median of those before."""
+    """Compares one figure of each update with the running median of the updates before it."""
 
-    kind: str
-    name: str
-    read: Callable[[Mapping[str, Any]], Figure | None]
-    usual: deque[Figure]
-    floor: float = 0.0  # below it no value is far
+    kind: str  # of the warning
+    name: str  # of the figure, in words
+    read: Callable[[Mapping[str, Any]], Figure | None]  # None: this update does not count
+    latest: deque[Figure]  # of the updates before
+    floor: float = 0.0  # no value below it is far off
     num_seen: int = 0
     num_far: int = 0
     worst: tuple[float, float] = (0.0, 0.0)  # (value, median)
 
     def see(self, update: Mapping[str, Any]) -> None:
+        """Count the next update, and whether it is far off."""
         figure = self.read(update)
         if figure is None:
             return
-        alike = [one.value for one in self.usual if figure.decisive is None or figure.decisive in one.steps]
-        usual = median(alike) if len(alike) >= MIN_UPDATES else 0.0
-        self.usual.append(figure)
+        comparable = [one.value for one in self.latest if figure.decisive is None or figure.decisive in one.steps]
+        usual = median(comparable) if len(comparable) >= MIN_UPDATES else 0.0
+        self.latest.append(figure)
         self.num_seen += 1
+        # A median of 0 says nothing: for instance, all gradients may have been clipped away.
         if usual and figure.value > max(FAR * usual, self.floor):
             self.num_far += 1
             self.worst = max(self.worst, (figure.value, usual))
 
     def warnings(self) -> list[Warned]:
+        """At most one, with the worst update so far."""
         if not self.num_far:
             return []
         value, usual = self.worst
@@ -94,13 +102,17 @@ class Measure:
 
 
 def gradient_norm(update: Mapping[str, Any]) -> Figure | None:
+    """The norm of an update's gradient; None if the update was skipped."""
     return None if was_skipped(update) else Figure(update["grad_norm"])
 
 
 def log_ratio(update: Mapping[str, Any]) -> Figure | None:
-    """The mean of the step where it is largest, for that of a single transition is far from its median now and then in runs
-    that go well. Not of a stage's first update, whose policy has not moved yet. One step makes it, as others do not where
-    train.timestep_fraction leaves it out."""
+    """The mean |log-ratio| of the timestep where it is largest, which is also the decisive one; None for a first update.
+
+    It is a mean, because in runs that go well a single transition is now and then far above the median. A stage's first
+    update does not count: its policy has not moved yet. With train.timestep_fraction an update may leave the decisive
+    timestep out, and then has a much smaller log-ratio.
+    """
     if update["first"]:
         return None
     by_step = dict(zip(update["timesteps"], update["log_ratio_per_step"], strict=True))
@@ -109,19 +121,19 @@ def log_ratio(update: Mapping[str, Any]) -> Figure | None:
 
 
 def was_skipped(update: Mapping[str, Any]) -> bool:
-    """By fp16's scaler, which skips an update whose gradient is not finite."""
+    """Whether fp16's loss scaler has skipped the update, because its gradient was not finite."""
     return update["grad_norm"] is None
 
 
 class UpdateWatch:
-    """Sees a stage's updates one after the other, as metrics/train.jsonl has them."""
+    """Watches a stage's updates, given one after the other in the form of metrics/train.jsonl."""
 
     def __init__(self, earlier: Sequence[Mapping[str, Any]], *, clip_range: float):
-        """`earlier`: the latest updates of the stages before, in order."""
+        """`earlier` are the latest updates of the stages before. A first log-ratio above `clip_range` is warned of."""
 
         def measure(kind: str, name: str, read: Callable, **more: float) -> Measure:
-            found = (read(update) for update in earlier)
-            return Measure(kind, name, read, deque((figure for figure in found if figure), WINDOW), **more)
+            figures = (read(update) for update in earlier)
+            return Measure(kind, name, read, deque((figure for figure in figures if figure), WINDOW), **more)
 
         self.measures = (
             measure("Gradient norm", "gradient norm", gradient_norm),
@@ -129,12 +141,13 @@ class UpdateWatch:
         )
         self.clip_range = clip_range
         self.first: list[Warned] = []
-        self.skipped = len(list(takewhile(was_skipped, reversed(earlier))))  # in a row
-        self.most_skipped = 0  # in a row, of which some were in this stage
+        # Skipped updates in a row: up to now, and at most. A row that began in the stage before goes on.
+        self.skipped = len(list(takewhile(was_skipped, reversed(earlier))))
+        self.most_skipped = 0  # not of a row that ended in the stage before
 
     def see(self, update: Mapping[str, Any]) -> list[Warned]:
-        """What this update gives cause to warn of, and none before it in the stage did."""
-        known = {one["kind"] for one in self.warnings()}
+        """The warnings that this update adds: those of a kind that the stage has not had yet."""
+        known = {warning["kind"] for warning in self.warnings()}
         if update["first"] and update["max_abs_log_ratio"] > self.clip_range:
             what = f"max |log-ratio| {update['max_abs_log_ratio']:.1e} at the first update, where it should be about 0"
             self.first = [warn("First log-ratio", f"{what}, is beyond the clip range {self.clip_range:g}")]
@@ -142,25 +155,27 @@ class UpdateWatch:
             measure.see(update)
         self.skipped = self.skipped + 1 if was_skipped(update) else 0
         self.most_skipped = max(self.most_skipped, self.skipped)
-        return [one for one in self.warnings() if one["kind"] not in known]
+        return [warning for warning in self.warnings() if warning["kind"] not in known]
 
     def warnings(self) -> list[Warned]:
-        """Of the stage so far, at most one of a kind."""
-        found = [*self.first, *(one for measure in self.measures for one in measure.warnings())]
+        """The warnings of the stage so far, at most one of each kind."""
+        warnings = [*self.first, *(warning for measure in self.measures for warning in measure.warnings())]
         if self.most_skipped >= MAX_SKIPPED:
-            found.append(warn("Skipped updates", f"{self.most_skipped} updates in a row were skipped, for fp16 overflowed"))
-        return found
+            what = f"{self.most_skipped} updates in a row were skipped, because fp16 overflowed"
+            warnings.append(warn("Skipped updates", what))
+        return warnings
 
 
 # ---- scored stages ----
 
 
 def stage_warnings(earlier: Sequence[Mapping[str, Any]], scored: Mapping[str, Any]) -> list[Warned]:
-    """Of a stage that has been scored, and `earlier` ones, as the manifests of their select phases have them."""
+    """The warnings about a scored stage. Its figures and those of `earlier` stages are given as in select manifests."""
     return [*fallen_reward(earlier, scored), *groups_alike(earlier, scored)]
 
 
 def fallen_reward(earlier: Sequence[Mapping[str, Any]], scored: Mapping[str, Any]) -> list[Warned]:
+    """A warning if the mean reward is far below the best stage's before."""
     best = max(earlier, key=lambda one: one["reward_mean"], default=scored)
     fall, spread = best["reward_mean"] - scored["reward_mean"], max(best["reward_std"], scored["reward_std"])
     if fall <= max(MAX_FALL, MAX_FALL_SE / math.sqrt(scored["num_groups"])) * spread:
@@ -170,14 +185,17 @@ def fallen_reward(earlier: Sequence[Mapping[str, Any]], scored: Mapping[str, Any
 
 
 def groups_alike(earlier: Sequence[Mapping[str, Any]], scored: Mapping[str, Any]) -> list[Warned]:
-    found = []
+    """Warnings if the siblings of most groups have the same reward, or those of some groups are identical images."""
+    warnings = []
     flat, twins, groups = (scored[key] for key in ("num_flat_groups", "num_twin_groups", "num_groups"))
+    # The share of groups that usually have a spread of rewards. It must have been twice the limit: otherwise a reward of 0
+    # or 1, whose share goes up and down about any limit, would warn again and again.
     spread = median(1 - one["num_flat_groups"] / one["num_groups"] for one in earlier) if earlier else 0.0
-    lost = groups - flat <= FEW * groups and spread >= 2 * FEW  # twice: a reward of 0 or 1 goes to and fro about any limit
+    lost = groups - flat <= FEW * groups and spread >= 2 * FEW
     if flat == groups or lost:
         before = f", usual before: {1 - spread:.0%}" if earlier else ""
         what = f"rewards are the same for all siblings in {flat} of {groups} groups"
-        found.append(warn("Rewards of siblings", what + before))
+        warnings.append(warn("Rewards of siblings", what + before))
     if twins > MAX_TWINS * groups:
-        found.append(warn("Identical images", f"{twins} of {groups} groups have siblings whose images are identical"))
-    return found
+        warnings.append(warn("Identical images", f"{twins} of {groups} groups have siblings whose images are identical"))
+    return warnings

@@ -1,4 +1,4 @@
-"""Refuse at the start what a later phase would refuse, before hours of work are lost to it."""
+"""Checks at the start of a run: what a later phase would refuse is refused before hours of work are lost."""
 
 from importlib.util import find_spec
 
@@ -11,19 +11,20 @@ from b2diffurl.rewards import check_rewards
 
 
 def check_later_phases(plan: Plan) -> None:
-    """Refuse what selecting, training or judging would refuse. What needs the model itself comes after it is loaded."""
+    """Raise the error that selecting, training or judging would raise later, as far as it shows without loading a model."""
     settings = plan.settings
     check_optimizer(settings)
     check_rewards([*settings.rewards.weights, *settings.rewards.watched], settings.rewards, plan.prompts)
     if settings.judging.judge:
+        # The judge scores held-out prompts, too, and may be unable to read one of them.
         held_out = load_prompts(settings.prompts.held_out_file)
         check_rewards([settings.judging.judge], settings.rewards, [*plan.prompts, *held_out])
     for name in settings.judging.diversity:
         check_features(name, settings.judging, settings.rewards, plan.prompts)
-    deployed_sampler(settings)
+    deployed_sampler(settings)  # for the error that it raises if diffusers has no such scheduler
 
 
 def check_optimizer(settings: Settings) -> None:
-    """Refuse an optimizer that is not installed, before there is something to train on."""
+    """Raise an ImportError if the optimizer's package is not installed."""
     if settings.training.optimizer.use_8bit and not find_spec("bitsandbytes"):
         raise ImportError("train.use_8bit_adam is True, which needs bitsandbytes: pip install bitsandbytes")

@@ -1,6 +1,7 @@
-"""Branch-sample one stage: trajectories of the trained window and their images.
+"""The sample phase: branch-sample one stage's trajectories, and decode their images.
 
-G groups a batch, K branches, S trained steps, N = G*K images a batch
+G groups in a batch, K branches, N = G*K images in a batch
+T sampler steps, the last S of them trained
 """
 
 import json
@@ -43,8 +44,11 @@ from b2diffurl.runtime.threads import Behind
 
 
 def sample_stage(plan: Plan) -> None:
-    """Sample every batch of the stage that is not on disk yet; processes share them, and none depends on which has it."""
-    check_later_phases(plan)
+    """Sample the stage's batches that are not on disk yet, and write the phase's manifest.
+
+    Processes take the batches in turn. A batch's numbers do not depend on which process samples it.
+    """
+    check_later_phases(plan)  # also if this phase is finished: a later one may not be
     stage = plan.stage
     if stage.finished("sample"):
         logger.info("stage%d sample: already finished", stage.index)
@@ -55,6 +59,7 @@ def sample_stage(plan: Plan) -> None:
     accelerator = make_accelerator(plan.settings.compute)
     model, sampler = load_sampled_policy(plan, accelerator)
     facts = stage_facts(plan, model, accelerator)
+    # Every process reads all batches before `begin_stage` lets any of them write, so they agree on what is missing.
     missing = [batch for batch in range(plan.settings.sampling.num_batches) if not is_sampled(stage, batch, facts["policy"])]
     begin_stage(plan, model, accelerator)
     logger.info(
@@ -64,35 +69,43 @@ def sample_stage(plan: Plan) -> None:
     sizes = batch_sizes(plan, accelerator)
     if missing:
         warm_up(plan, model, sampler, sizes)
-    loaded = time.perf_counter()
+    loaded = time.perf_counter()  # after compiling, which would make the forecast of the sampling too long
     share = len(missing) / plan.settings.sampling.num_batches
     seconds = {"load": loaded - started, "sample": 0.0, "decode": 0.0, "write": 0.0, "share": share}
-    if accelerator.num_processes > 1:  # before another process has written a batch
+    # No batch may exist without config.json. One process writes it just before its first batch, so that a run which fails
+    # earlier leaves no experiment behind. With several, another process could be the first to write a batch.
+    if accelerator.num_processes > 1:
         if accelerator.is_main_process:
             record_experiment(plan.record, torch.get_num_threads())
         accelerator.wait_for_everyone()
-    todo = missing[accelerator.process_index :: accelerator.num_processes]
-    with progress_bar(len(todo) * images_per_batch(plan), f"stage{stage.index} sample", "images") as bar, Behind() as writer:
-        sampling = BatchSampler(plan, model, sampler, sizes, facts["policy"], writer, bar, seconds)
-        sample_batches(sampling, todo, accelerator)
-    accelerator.wait_for_everyone()
+    batches = missing[accelerator.process_index :: accelerator.num_processes]
+    num_images = len(batches) * images_per_batch(plan)
+    with progress_bar(num_images, f"stage{stage.index} sample", "images") as bar, Behind() as writer:
+        batch_sampler = BatchSampler(plan, model, sampler, sizes, facts["policy"], writer, bar, seconds)
+        sample_batches(batch_sampler, batches, accelerator)
+    accelerator.wait_for_everyone()  # the manifest lists the batches of all processes
     if accelerator.is_main_process:
         seconds["sample"] = time.perf_counter() - loaded
         finish(
             plan, facts | {"batch_sizes": sizes.sizes} | peak_memory(accelerator.device), seconds, num_sampled=len(missing)
         )
-    accelerator.wait_for_everyone()  # until the phase is finished for all
+    accelerator.wait_for_everyone()  # no process goes on to the next phase before the manifest is written
     accelerator.end_training()
 
 
 def restore_record(plan: Plan) -> None:
     """Write config.json again if it was lost after the stage had been sampled."""
+    # The rank is torchrun's: a finished phase starts no accelerator to ask.
     if int(os.environ.get("RANK", 0)) == 0 and not (plan.stage.root / "config.json").is_file():
         record_experiment(plan.record, plan.stage.manifest("sample")["num_threads"])
 
 
 def load_sampled_policy(plan: Plan, accelerator: Accelerator) -> tuple[Model, Transitions]:
-    """The policy that samples, and its steps: stochastic at the trained ones, before them as sample.prefix_eta says."""
+    """Load the policy that the stage samples with, and make the table of its T transitions.
+
+    The last S transitions take `sample.eta` and must be stochastic (else a ValueError). Those of the prefix take
+    `sample.prefix_eta` if it is set.
+    """
     sampling = plan.settings.sampling
     model = load_policy(
         plan.settings.model,
@@ -101,20 +114,22 @@ def load_sampled_policy(plan: Plan, accelerator: Accelerator) -> tuple[Model, Tr
         seed=plan.settings.schedule.seed,
         compile=plan.settings.compute.compile,
     )
+    # evaluation_mode: nothing is wrapped around the network to average gradients, because there are none.
     model.network = accelerator.prepare_model(model.network, evaluation_mode=True)
     sampler = model.sampler(sampling.num_steps, sampling.eta)
     require_stochastic(sampler, plan.num_trained_steps)
     if sampling.prefix_eta >= 0:
         sampler = with_prefix(sampler, model.sampler(sampling.num_steps, sampling.prefix_eta), plan.num_trained_steps)
-    make_scheduler(model, deployed_sampler(plan.settings), accelerator.device)  # refused now rather than when it is judged
+    # Not needed here. But a deployed sampler that cannot be made is refused now, rather than at the first evaluation.
+    make_scheduler(model, deployed_sampler(plan.settings), accelerator.device)
     return model, sampler
 
 
 def begin_stage(plan: Plan, model: Model, accelerator: Accelerator) -> None:
-    """Remove what an interrupted run left half written; in a new experiment warn of prompts that the model cuts."""
+    """Delete the half-written files of an interrupted run. In a new experiment, name prompts too long for the model."""
     if accelerator.is_main_process:
         files.remove_temporaries(plan.stage.folder)
-    accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()  # before another process writes a temporary file, which would be deleted, too
     if accelerator.is_main_process and not (plan.stage.root / "config.json").is_file():
         warn_of_cut_prompts(model, named_prompts(plan.settings.prompts, "train"))
 
@@ -124,7 +139,7 @@ def images_per_batch(plan: Plan) -> int:
 
 
 def batch_sizes(plan: Plan, accelerator: Accelerator) -> BatchSizes:
-    """How many images the network and the decoder take at once."""
+    """How many images the network and the decoder take at once: as configured, or what has been found to fit."""
     settings = plan.settings
     return sampling_sizes(
         plan.stage.root,
@@ -138,7 +153,10 @@ def batch_sizes(plan: Plan, accelerator: Accelerator) -> BatchSizes:
 
 
 def warm_up(plan: Plan, model: Model, sampler: Transitions, sizes: BatchSizes) -> None:
-    """Compile the network, if it is to be compiled, for prefixes and for branches before the first batch."""
+    """If the network is to be compiled, compile it before the first batch, for each number of rows it will see.
+
+    torch.compile makes a program for each. Prefixes have G rows and branches G*K, both cut into micro-batches.
+    """
     sampling = plan.settings.sampling
     with compiling(plan.settings.compute.compile, f"stage{plan.stage.index} sample") as wanted:
         if wanted:
@@ -146,8 +164,8 @@ def warm_up(plan: Plan, model: Model, sampler: Transitions, sizes: BatchSizes) -
             predict = predictor(model, sampler.timesteps, embeds, embeds, guidance_scale=sampling.guidance_scale)
 
             def warm(x_t: Tensor, size: int) -> None:
-                for part in {min(size, len(x_t)), len(x_t) % size} - {0}:  # whole micro-batches, and what is left
-                    predict(x_t[:part], 0).cpu()
+                for part in {min(size, len(x_t)), len(x_t) % size} - {0}:  # a whole micro-batch, and the last one
+                    predict(x_t[:part], 0).cpu()  # to the CPU, to wait until the network has really run
 
             for rows in (sampling.num_groups, images_per_batch(plan)):
                 x_t = torch.zeros(rows, *model.latent_shape, device=sampler.sigma.device)
@@ -156,68 +174,77 @@ def warm_up(plan: Plan, model: Model, sampler: Transitions, sizes: BatchSizes) -
 
 @dataclass
 class BatchSampler:
-    """Samples the batches of one stage, one after the other."""
+    """Samples the batches of one stage, one after the other; its fields are what they share."""
 
     plan: Plan
     model: Model
     sampler: Transitions
     sizes: BatchSizes
-    policy: dict[str, Any]  # metadata of every batch's file
-    writer: Behind  # encodes and writes a batch while the next one is sampled
-    bar: tqdm  # counts images, a step of one as its share of the network's evaluations
-    seconds: dict[str, float]  # decode, and write: waited for the writer
+    policy: dict[str, Any]  # what identifies the policy, for the metadata of every batch's file
+    writer: Behind  # writes a batch's files while the next batch is sampled
+    bar: tqdm  # counts images; each network evaluation adds a fraction of one
+    seconds: dict[str, float]  # adds up: decode; write, the time spent waiting for the writer
 
     @cached_property
     def unconditional(self) -> Conditions:
         return self.model.encode([""])
 
-    def do(self, batch: int, *, record: bool) -> None:
-        """Sample one batch from noise that follows from (seed, stage, batch) alone; its file is the last thing written.
+    def sample(self, batch: int, *, record: bool) -> None:
+        """Sample one batch, with noise that depends on (seed, stage, batch) alone, and give its files to the writer.
 
-        With `record` the experiment's config.json is written as soon as there is something that depends on it.
+        The batch's own file is written after its images, so where it exists they do. With `record` the experiment's
+        config.json is written first.
         """
         prompts = self.prompts(batch)
+        # Groups may share a prompt: each distinct one is encoded, and stored, once.
         distinct = list(dict.fromkeys(prompts))
         conditions = self.model.encode(distinct)
         rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
-        of_groups = {name: value[rows] for name, value in conditions.items()}
+        group_conditions = {name: value[rows] for name, value in conditions.items()}
         latents, log_probs, prefix = self.sizes.fit(
-            "sample.micro_batch_size", lambda size: self.trajectories(batch, of_groups, size)
+            "sample.micro_batch_size", lambda size: self.trajectories(batch, group_conditions, size)
         )
+        # Before decoding, which would refuse the same latents with less to say about where they went wrong.
         require_finite(latents, log_probs, prompts, self.plan.stage, batch)
         self.bar.set_postfix_str("decoding")
         with timed(self.seconds, "decode"):
             images = self.decode_batch(batch, latents[:, :, -1].flatten(0, 1))
-            shows_tree = batch == 0 and self.plan.settings.sampling.shared_prefix
-            sheet = decode_tree(prompts[0], prefix, latents[0], self.decode) if shows_tree else None
+            # The report shows a stage's first group as a tree of branches.
+            draws_tree = batch == 0 and self.plan.settings.sampling.shared_prefix
+            tree = decode_tree(prompts[0], prefix, latents[0], self.decode) if draws_tree else None
         self.bar.set_postfix_str("")
         if record:
             record_experiment(self.plan.record, torch.get_num_threads())
-        stage, window = self.plan.stage, self.sampler.timesteps[-self.plan.num_trained_steps :]
+        stage, timesteps = self.plan.stage, self.sampler.timesteps[-self.plan.num_trained_steps :]
 
         def write() -> None:
             written = [stage.image(batch * len(images) + n) for n in range(len(images))]
             for path, image in zip(written, images, strict=True):
                 files.write_image(path, image)
-            written += save_tree(stage, sheet) if sheet else []
-            states = latents, log_probs, window
-            save_batch(stage.batch(batch), *states, prompts, conditions, self.unconditional, self.policy, written)
+            written += save_tree(stage, tree) if tree else []
+            trajectories = latents, log_probs, timesteps
+            save_batch(stage.batch(batch), *trajectories, prompts, conditions, self.unconditional, self.policy, written)
 
+        # Waits until the batch before is written, so that at most two batches are in memory.
         with timed(self.seconds, "write"):
             self.writer.do(write)
 
     def prompts(self, batch: int) -> list[str]:
-        """One prompt a group."""
+        """The batch's prompts, one for each group."""
         settings, index = self.plan.settings, self.plan.stage.index
-        at_random = settings.prompts.at_random
-        choice = generator(settings.schedule.seed, index, "prompts", batch) if at_random else None
-        turn = index * settings.sampling.num_batches + batch  # stages go on through the list where one stopped
-        return batch_prompts(list(self.plan.prompts), settings.sampling.num_groups, turn, choice)
+        rng = generator(settings.schedule.seed, index, "prompts", batch) if settings.prompts.at_random else None
+        # Without `rng` prompts are taken in turn. Batches are counted over stages, so that each stage continues the list.
+        global_batch = index * settings.sampling.num_batches + batch
+        return batch_prompts(list(self.plan.prompts), settings.sampling.num_groups, global_batch, rng)
 
     def trajectories(self, batch: int, conditions: Conditions, micro_batch_size: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """States of the trained window [G,K,S+1,C,h,w], log_probs [G,K,S], and the first group's states before it."""
+        """Sample a batch: states of the trained window [G,K,S+1,C,h,w], log_probs [G,K,S], and the first group's prefix.
+
+        The prefix is a list of states [1,C,h,w], one before each of its steps, for the picture of the branches.
+        """
         sampling, num_trained_steps = self.plan.settings.sampling, self.plan.num_trained_steps
         seed = self.plan.settings.schedule.seed
+        # Made here and not once a stage: a batch that is repeated in smaller micro-batches starts from the same noise.
         noise = noise_source(generator(seed, self.plan.stage.index, "sample", batch), self.sampler.sigma.device)
         predict = predictor(
             self.model,
@@ -230,16 +257,16 @@ class BatchSampler:
         budget = Budget.of(self.plan.settings)
         images_per_evaluation = budget.num_images / budget.num_evaluations(num_trained_steps)
 
-        def predict_and_show(x_t: Tensor, i: int) -> Tensor:
+        def predict_with_bar(x_t: Tensor, i: int) -> Tensor:
             output = predict(x_t, i)
             self.bar.update(len(x_t) * images_per_evaluation)
             return output
 
-        # Independent siblings are groups of one branch each, put together afterwards.
+        # Siblings that share no prefix are sampled as G*K groups of one branch, and put into G groups below.
         branches = sampling.num_branches if sampling.shared_prefix else 1
         prefix: list[Tensor] = []
         latents, log_probs = branch_sample(
-            recording_prefix(predict_and_show, self.sampler.num_steps - num_trained_steps, prefix),
+            recording_prefix(predict_with_bar, self.sampler.num_steps - num_trained_steps, prefix),
             self.sampler,
             noise((sampling.num_groups * sampling.num_branches // branches, *self.model.latent_shape)),
             noise,
@@ -250,46 +277,54 @@ class BatchSampler:
         return *(states.flatten(0, 1).unflatten(0, grouped) for states in (latents, log_probs)), prefix
 
     def decode_batch(self, batch: int, latents: Tensor) -> Tensor:
-        """Images uint8 [N,H,W,3]; a FloatingPointError where the decoder overflows, after the latents have been kept."""
+        """Images uint8 [N,H,W,3] of latents [N,C,h,w].
+
+        If the decoder overflows, the latents are written to the stage's debug/ and a FloatingPointError names the images.
+        """
         try:
             return self.decode(latents)
         except FloatingPointError as error:
             path, ids = self.plan.stage.batch(batch), range(batch * len(latents), (batch + 1) * len(latents))
-            said = f"{path}: among images {listed(ids)} {error}"
-            raise not_finite(self.plan.stage, path.stem, said, {"latents": latents}, {"images": list(ids)}) from None
+            message = f"{path}: among images {listed(ids)} {error}"
+            raise not_finite(self.plan.stage, path.stem, message, {"latents": latents}, {"images": list(ids)}) from None
 
     def decode(self, latents: Tensor) -> Tensor:
+        """Images uint8 [N,H,W,3], decoded in pieces that fit into memory."""
         return self.sizes.fit("sample.decode_batch_size", lambda size: decode(self.model, latents, size))
 
 
-def sample_batches(sampling: BatchSampler, todo: Sequence[int], accelerator: Accelerator) -> None:
-    """Batch after batch until all are written; in an experiment's first stage the first one says how long a run takes."""
-    plan, started = sampling.plan, time.perf_counter()
-    for batch in todo:
-        sampling.do(batch, record=accelerator.is_main_process)
-        if batch == todo[0] and not finished_stages(plan.stage.root, "train"):
+def sample_batches(batch_sampler: BatchSampler, batches: Sequence[int], accelerator: Accelerator) -> None:
+    """Sample these batches and wait until they are written. After the first one, log a forecast of the whole run.
+
+    The forecast is left out where a stage has been trained before: it has logged a better one.
+    """
+    plan, started = batch_sampler.plan, time.perf_counter()
+    for batch in batches:
+        batch_sampler.sample(batch, record=accelerator.is_main_process)
+        if batch == batches[0] and not finished_stages(plan.stage.root, "train"):
+            # Each process samples a batch in that time.
             batch_sec = (time.perf_counter() - started) / accelerator.num_processes
-            load_sec = sampling.seconds["load"]
-            said = first_batch_text(plan.settings, plan.num_trained_steps, batch_sec, load_sec)
-            logger.info("stage%d sample: %s", plan.stage.index, said)
-    with timed(sampling.seconds, "write"):
-        sampling.writer.wait()
+            load_sec = batch_sampler.seconds["load"]
+            forecast = first_batch_text(plan.settings, plan.num_trained_steps, batch_sec, load_sec)
+            logger.info("stage%d sample: %s", plan.stage.index, forecast)
+    with timed(batch_sampler.seconds, "write"):
+        batch_sampler.writer.wait()
 
 
 def require_finite(latents: Tensor, log_probs: Tensor, prompts: list[str], stage: Stage, batch: int) -> None:
-    """A FloatingPointError names the images whose log-probability is not finite, after their states have been kept."""
+    """Stop if a log-probability is not finite: write the states of its group to debug/, raise a FloatingPointError."""
     bad = (~log_probs.isfinite()).any(2)  # [G,K]
     if bad.any():
         groups = bad.any(1).nonzero().flatten().tolist()
         ids = (batch * bad.numel() + bad.flatten().nonzero().flatten()).tolist()
         tensors = {"latents": latents[groups], "log_probs": log_probs[groups]}
         facts = {"images": ids, "groups": groups, "prompts": [prompts[g] for g in groups]}
-        said = f"{stage.batch(batch)}: log-probabilities of images {listed(ids)}, groups {listed(groups)}, are not finite"
-        raise not_finite(stage, stage.batch(batch).stem, said, tensors, facts)
+        message = f"{stage.batch(batch)}: log-probabilities of images {listed(ids)}, groups {listed(groups)}, are not finite"
+        raise not_finite(stage, stage.batch(batch).stem, message, tensors, facts)
 
 
 def stage_facts(plan: Plan, model: Model, accelerator: Accelerator) -> dict[str, Any]:
-    """What the manifest records; `policy` is what the batches on disk must agree on."""
+    """The facts for the phase's manifest. `policy` is the part on which all batches on disk must agree."""
     settings, budget = plan.settings, Budget.of(plan.settings)
     policy = {
         "num_trained_steps": plan.num_trained_steps,
@@ -305,6 +340,7 @@ def stage_facts(plan: Plan, model: Model, accelerator: Accelerator) -> dict[str,
         "num_evaluations": budget.num_evaluations(plan.num_trained_steps),
         "policy": policy,
         "batch_shape": [settings.sampling.num_groups, settings.sampling.num_branches, *model.latent_shape],
+        # Through JSON and back: a scheduler's configuration may hold what JSON cannot, which becomes text.
         "scheduler": json.loads(json.dumps(model.scheduler_config, default=str)),
         "mixed_precision": accelerator.mixed_precision,
         "device": str(accelerator.device),
@@ -314,9 +350,9 @@ def stage_facts(plan: Plan, model: Model, accelerator: Accelerator) -> dict[str,
 
 
 def is_sampled(stage: Stage, batch: int, policy: dict[str, Any]) -> bool:
-    """Whether a batch is on disk as it was written.
+    """Whether a batch is on disk, undamaged and sampled with `policy`.
 
-    A damaged one is sampled again. A ValueError refuses one that another policy sampled, or another S.
+    False with a warning for a damaged one: it is sampled again. A ValueError if another policy sampled it, or another S.
     """
     path = stage.batch(batch)
     if not path.is_file():
@@ -324,10 +360,11 @@ def is_sampled(stage: Stage, batch: int, policy: dict[str, Any]) -> bool:
     if damage := batch_damage(path):
         logger.warning("stage%d sample: batch %d is sampled again: %s", stage.index, batch, damage)
         return False
-    found = files.read_metadata(path)
-    found.setdefault("mixed_precision", policy["mixed_precision"])  # which earlier versions did not record
-    different = [f"{key} ({found.get(key)}, now {value})" for key, value in policy.items() if found.get(key) != value]
+    recorded = files.read_metadata(path)
+    recorded.setdefault("mixed_precision", policy["mixed_precision"])  # which earlier versions did not record
+    different = [f"{key} ({recorded.get(key)}, now {value})" for key, value in policy.items() if recorded.get(key) != value]
     if different:
+        # The number of trained steps may have changed though the user never named it.
         why = "; stage_cnt and split_step_left and _right decide it" if "num_trained_steps" in different[0] else ""
         raise ValueError(
             f"{path} was sampled with another {', '.join(different)}{why}. Give what it was sampled with, delete "
@@ -337,8 +374,9 @@ def is_sampled(stage: Stage, batch: int, policy: dict[str, Any]) -> bool:
 
 
 def finish(plan: Plan, facts: dict[str, Any], seconds: dict[str, float], *, num_sampled: int) -> None:
-    """Write prompts.json, metrics and, last, the manifest."""
+    """Write prompts.json, the metrics and, last, the manifest, with which the phase counts as finished."""
     stage, sampling = plan.stage, plan.settings.sampling
+    # From the batches on disk, not from memory: an earlier run, or another process, may have sampled them.
     batches = [stage.batch(batch) for batch in range(sampling.num_batches)]
     prompts = [prompt for path in batches for prompt in batch_image_prompts(path, sampling.num_branches)]
     files.write_json(stage.prompts, prompts)
@@ -348,13 +386,13 @@ def finish(plan: Plan, facts: dict[str, Any], seconds: dict[str, float], *, num_
     spent = {key: seconds[key] for key in ("load", "sample", "decode", "write")}
     Metrics(stage.metrics("sample")).log("sample", stage=stage.index, **counts, **spent)
     stage.write_manifest("sample", facts | {"seconds": seconds}, [*written, stage.metrics("sample")])
-    rate = num_sampled * images_per_batch(plan) / seconds["sample"]
+    rate = num_sampled * images_per_batch(plan) / seconds["sample"]  # of the images that this run has sampled
     done = "stage%d sample: done in %.1f s, %d images, %.1f images/s"
     logger.info(done, stage.index, seconds["sample"], len(prompts), rate)
 
 
 def batch_image_prompts(path: Path, num_branches: int) -> Iterator[str]:
     """The prompt of each image of a batch on disk, in order."""
-    ids, distinct = read_batch_prompts(path)
-    for n in ids:
+    prompt_ids, distinct = read_batch_prompts(path)  # of each group
+    for n in prompt_ids:
         yield from [distinct[n]] * num_branches

@@ -1,4 +1,4 @@
-"""What the rewards say of a stage's images: those that are trained on, their parts, and the watched ones.
+"""Score a stage's images: by the rewards that are trained on, with their parts, and by the watched ones.
 
 N images
 """
@@ -28,102 +28,114 @@ from b2diffurl.runtime.threads import ahead
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one stage's images."""
+    """The scores of a stage's images by all rewards."""
 
-    rewards: Tensor  # float32 [N], trained on
-    parts: Parts  # of the reward; those of a mixture by name, and name/part
-    watch: Parts  # watched rewards by name, and name/part
-    scales: Scales | None  # in whose units a mixture's parts were taken
-    seconds: dict[str, float]  # load: of the models; score
-    batch_sizes: dict[str, int]  # images a reward saw at once, by its name
+    rewards: Tensor  # float32 [N], what is trained on: one reward, or the weighted sum of a mixture
+    parts: Parts  # each [N]: of one reward by part; of a mixture each reward by name, and its parts as name/part
+    watch: Parts  # the watched rewards by name, and their parts as name/part
+    scales: Scales | None  # mean and deviation by which a mixture's rewards were standardised; None: they were not
+    seconds: dict[str, float]  # load: for loading the models; score: for scoring
+    batch_sizes: dict[str, int]  # images that a reward saw at once, by its name
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What one reward says of a stage's images, and how it was asked."""
+    """The scores of a stage's images by one reward, and how long it took."""
 
     rewards: Tensor  # float32 [N]; empty in every process but the first
     parts: Parts
     load_sec: float = 0.0
     score_sec: float = 0.0
-    batch_size: int = 0  # images it saw at once; 0: its scores were made elsewhere
+    batch_size: int = 0  # images that the reward saw at once; 0: its scores were made elsewhere
 
     def by_name(self, name: str) -> Parts:
+        """The rewards under `name`, and their parts under name/part."""
         return by_name(name, self.rewards, self.parts)
 
 
 @dataclass(frozen=True)
 class Batches:
-    """A stage's images in batches of one shape, each known by the id of its first image.
+    """A stage's images cut into batches of one size. A batch is identified by the id of its first image, its `start`.
 
-    The last batch is filled up by repeating the stage's last image.
+    The last batch is padded by repeating the stage's last image, because a network's rounding depends on the batch size.
     """
 
     stage: Stage
     prompts: Sequence[str]  # [N]
-    batch_size: int  # images in each, if there are as many
-    process: int = 0  # of `num_processes`, which take the batches in turn
+    batch_size: int  # images in a batch, at most
+    process: int = 0  # this process; processes take the batches in turn
     num_processes: int = 1
 
     @property
     def size(self) -> int:
+        """Images in a batch, repeated ones included."""
         return min(self.batch_size, len(self.prompts))
 
     @property
     def starts(self) -> range:
-        """The batches of this process."""
+        """The id of the first image of each of this process's batches."""
         return range(0, len(self.prompts), self.size)[self.process :: self.num_processes]
 
     def count(self, start: int) -> int:
-        """Images of a batch, the repeated ones left out."""
+        """Images in a batch, repeated ones left out."""
         return min(self.size, len(self.prompts) - start)
 
     def ids(self, start: int) -> list[int]:
+        """The images in a batch, repeated ones included."""
         return [min(n, len(self.prompts) - 1) for n in range(start, start + self.size)]
 
     def paths(self, start: int) -> list[Path]:
         return [self.stage.image(n) for n in self.ids(start)]
 
     def place(self, start: int) -> str:
-        """For people: `batch 2: images 8 to 11 of …`."""
+        """A batch in words, for errors: `batch 2: images 8 to 11 of …`."""
         return f"batch {start // self.size}: images {start} to {start + self.count(start) - 1} of {self.stage.images}"
 
 
 def score_stage(rewards: Rewards, stage: Stage, prompts: list[str], accelerator: Accelerator) -> Scores | None:
-    """Score every image by every reward, one model after the other, and write scores.jsonl. Processes share the batches, and
-    the first one has the scores.
+    """Score every image by every reward and write scores.jsonl. Returns the scores in the first process, else None.
 
-    A FloatingPointError names the images whose score is not finite, after all scores have been written.
+    Processes share the batches. If a score is not finite, a FloatingPointError names the images after all scores have been
+    written.
     """
     weights, watched = rewards.weights, rewards.watched
-    found = {name: score_by(name, rewards, stage, prompts, accelerator) for name in (*weights, *watched)}
+    # One reward after the other, so that only one model is in memory.
+    scored = {name: score_by(name, rewards, stage, prompts, accelerator) for name in (*weights, *watched)}
     if not accelerator.is_main_process:
         return None
-    values = {name: found[name].rewards for name in weights}
+    values = {name: scored[name].rewards for name in weights}
+    # The first stage's scales hold for the whole experiment: a stage's own would hide that the reward rises.
     scales = (recorded_scales(stage.root) or measure_scales(values)) if rewards.standardise else None
-    named = {key: value for name in weights for key, value in found[name].by_name(name).items()}
+    named = {key: value for name in weights for key, value in scored[name].by_name(name).items()}
+    load_sec, score_sec = sum(one.load_sec for one in scored.values()), sum(one.score_sec for one in scored.values())
     scores = Scores(
         rewards=combine(values, weights, scales),
-        parts=named if rewards.mixed else found[next(iter(weights))].parts,
-        watch={key: value for name in watched for key, value in found[name].by_name(name).items()},
+        parts=named if rewards.mixed else scored[next(iter(weights))].parts,
+        watch={key: value for name in watched for key, value in scored[name].by_name(name).items()},
         scales=scales,
-        seconds={"load": sum(one.load_sec for one in found.values()), "score": sum(one.score_sec for one in found.values())},
-        batch_sizes={name: one.batch_size for name, one in found.items() if one.batch_size},
+        seconds={"load": load_sec, "score": score_sec},
+        batch_sizes={name: one.batch_size for name, one in scored.items() if one.batch_size},
     )
+    # Written before they are checked, so that the user can see the scores that stop the run.
     write_scores(stage, prompts, scores)
-    require_finite_scores(stage, prompts, found, scores)
+    require_finite_scores(stage, prompts, scored, scores)
     return scores
 
 
-def require_finite_scores(stage: Stage, prompts: list[str], found: dict[str, Scored], scores: Scores) -> None:
-    """Parts need not be finite."""
-    named = {name: one.rewards for name, one in found.items()} | {"(weighted sum)": scores.rewards}
+def require_finite_scores(stage: Stage, prompts: list[str], scored: dict[str, Scored], scores: Scores) -> None:
+    """Stop if a reward is not finite: write its images' scores to debug/, raise a FloatingPointError.
+
+    The parts of a reward may be NaN, for images that lack one.
+    """
+    # The sum of finite rewards can overflow.
+    named = {name: one.rewards for name, one in scored.items()} | {"(weighted sum)": scores.rewards}
     try:
         for name, rewards in named.items():
             require_finite(name, rewards, f"of {stage.images}; see {stage.scores}")
     except FloatingPointError as error:
+        # The error names the images of one reward. The evidence is of the images that any reward has spoiled.
         bad = [n for n in range(len(prompts)) if not all(rewards[n].isfinite() for rewards in named.values())]
-        values = {key: value for name, one in found.items() for key, value in one.by_name(name).items()} | named
+        values = {key: value for name, one in scored.items() for key, value in one.by_name(name).items()} | named
         tensors = {key: value[bad] for key, value in values.items() if isinstance(value, Tensor)}
         texts = {key: [value[n] for n in bad] for key, value in values.items() if isinstance(value, list)}
         facts = {"images": bad, "prompts": [prompts[n] for n in bad], "texts": texts}
@@ -131,14 +143,15 @@ def require_finite_scores(stage: Stage, prompts: list[str], found: dict[str, Sco
 
 
 def score_by(name: str, rewards: Rewards, stage: Stage, prompts: list[str], accelerator: Accelerator) -> Scored:
-    """One reward's scores, in the first process. Its model is gone when this returns."""
-    if name == "file":
+    """Score a stage's images by the reward `name`; the first process gets the scores. Its model is freed on return."""
+    if name == "file":  # people or another program have made the scores
         return Scored(read_scores(stage.given_scores, len(prompts)), {})
     started = time.perf_counter()
     reward = load_reward(name, rewards, accelerator.device)
     loaded = time.perf_counter()
     logger.info("stage%d select: scoring %d images by %s", stage.index, len(prompts), name)
     wanted = {"reward.batch_size": rewards.batch_size}
+    # `given`: what fits depends on the reward's model, so a size is kept for each reward.
     sizes = BatchSizes(stage.root, accelerator.device, wanted, alone=accelerator.num_processes == 1, given=[name])
 
     def score_share(batch_size: int) -> list[tuple[Tensor, Parts]]:
@@ -151,8 +164,8 @@ def score_by(name: str, rewards: Rewards, stage: Stage, prompts: list[str], acce
 
 
 def score_images(name: str, reward: Reward, batches: Batches, *, num_workers: int) -> list[tuple[Tensor, Parts]]:
-    """Rewards and parts of each batch; `num_workers` threads read the next one's images meanwhile."""
-    found = []
+    """Rewards and parts of each batch. While one is scored, `num_workers` threads read the images of the next."""
+    scored = []
     title, num_images = f"stage{batches.stage.index} score {name}", sum(map(batches.count, batches.starts))
     with progress_bar(num_images, title, "images") as bar, ThreadPoolExecutor(num_workers) as pool:
 
@@ -163,13 +176,17 @@ def score_images(name: str, reward: Reward, batches: Batches, *, num_workers: in
         for start, images in ahead(read, batches.starts):
             prompts = [batches.prompts[n] for n in batches.ids(start)]
             with noting(f"reward {name}, {batches.place(start)}"):
-                found.append(score(reward, images, prompts, batches.count(start)))
+                scored.append(score(reward, images, prompts, batches.count(start)))
             bar.update(batches.count(start))
-    return found
+    return scored
 
 
 def gather(stage: Stage, batches: list[tuple[Tensor, Parts]], accelerator: Accelerator) -> list[tuple[Tensor, Parts]]:
-    """In the first process the batches of all, in order; they come by files, as JSON, which keeps every float32."""
+    """The batches of all processes, in order, in the first process. The other processes get their own back.
+
+    They pass through JSON files, because parts may be text, which a collective operation cannot send. JSON keeps every bit
+    of a float32.
+    """
     if accelerator.num_processes == 1:
         return batches
     paths = [stage.folder / f"scores_of_process_{rank}.json{files.TEMPORARY}" for rank in range(accelerator.num_processes)]
@@ -181,11 +198,12 @@ def gather(stage: Stage, batches: list[tuple[Tensor, Parts]], accelerator: Accel
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shares = [json.loads(path.read_text()) for path in paths]
+        # Processes took the batches in turn, so the first batch of each comes before the second of any.
         ordered = [share[turn] for turn in range(len(shares[0])) for share in shares if turn < len(share)]
         batches = [(as_tensor(rewards), {key: as_part(value) for key, value in parts.items()}) for rewards, parts in ordered]
         for path in paths:
             path.unlink()
-    accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()  # before another process writes its scores by the next reward
     return batches
 
 
@@ -194,10 +212,12 @@ def as_tensor(values: list[float]) -> Tensor:
 
 
 def as_part(values: list) -> Tensor | list[str]:
+    """A reward's part from JSON: a list of strings as it is, numbers as a tensor."""
     return values if values and isinstance(values[0], str) else as_tensor(values)
 
 
 def write_scores(stage: Stage, prompts: list[str], scores: Scores) -> None:
+    """Write scores.jsonl, a row for each image. A number that is not finite becomes null."""
     rows = []
     for n, (prompt, reward) in enumerate(zip(prompts, scores.rewards.tolist(), strict=True)):
         row = {"id": n, "prompt": prompt, "reward": files.finite(reward), "parts": nth(scores.parts, n)}
@@ -206,4 +226,5 @@ def write_scores(stage: Stage, prompts: list[str], scores: Scores) -> None:
 
 
 def nth(parts: Parts, n: int) -> dict[str, float | str | None]:
+    """The parts of image n, for JSON."""
     return {key: files.finite(value[n].item()) if isinstance(value, Tensor) else value[n] for key, value in parts.items()}

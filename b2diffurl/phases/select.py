@@ -1,6 +1,6 @@
-"""Score one stage's images and pick what is trained on: contrast pairs, or all.
+"""The select phase: score one stage's images and select the trajectories to train on, contrast pairs or all.
 
-G groups, K branches, N = G*K images
+G groups, K branches (siblings) in a group, N = G*K images
 """
 
 from pathlib import Path
@@ -27,20 +27,20 @@ from b2diffurl.runtime.batch_sizes import peak_memory
 from b2diffurl.runtime.device import make_accelerator
 from b2diffurl.runtime.logs import logger
 
-ROUNDING = 1e-6  # of a reward: a scorer's models move equal images by as much from one place in a batch to another
+ROUNDING = 1e-6  # relative: by about as much a scorer's rewards of equal images differ with their place in the batch
 
 
 def select_stage(plan: Plan) -> None:
-    """Write scores.jsonl, selection.json and the manifest of the select phase.
+    """Score the stage's images, select trajectories, and write scores.jsonl, selection.json and the phase's manifest.
 
-    Where scores are made elsewhere (reward `file`) and are not there yet, say so and return with the phase unfinished.
+    If the scores are made elsewhere (reward `file`) and are not there yet, log where to put them and return. The phase is
+    then unfinished.
     """
     stage, rewards = plan.stage, plan.settings.rewards
-    named = [*rewards.weights, *rewards.watched]
-    check_rewards(named, rewards)
+    check_rewards([*rewards.weights, *rewards.watched], rewards)
     if stage.finished("select"):
         logger.info("stage%d select: already finished", stage.index)
-        clean_up(plan)
+        clean_up(plan)  # a run killed between the manifest and its own clean_up has left files
         return
     files.require_writable(stage.folder)
     sampled = stage.manifest("sample")
@@ -49,7 +49,7 @@ def select_stage(plan: Plan) -> None:
     if accelerator.is_main_process:
         files.remove_temporaries(stage.folder)
         stage.verify("sample", stage.images.name, stage.prompts.name, stage.samples.name)
-        # Before the images are scored, which a damaged history would make vain.
+        # Read before scoring: a damaged file is then refused before the work and not after it.
         history = score_history(stage, plan.settings.selection.num_history_stages)
     accelerator.wait_for_everyone()
     prompts = files.read_json(stage.prompts)
@@ -58,7 +58,7 @@ def select_stage(plan: Plan) -> None:
             ask_for_scores(stage, prompts)
     elif scores := score_stage(rewards, stage, prompts, accelerator):
         finish(plan, prompts, scores, history, sampled, accelerator)
-    accelerator.wait_for_everyone()  # until the phase is finished for all
+    accelerator.wait_for_everyone()  # no process goes on to the next phase before the manifest is written
     accelerator.end_training()
 
 
@@ -70,16 +70,16 @@ def finish(
     sampled: dict[str, Any],
     accelerator: Accelerator,
 ) -> None:
-    """Select, copy what is selected, and write the manifest, last."""
+    """Select, copy the selected trajectories, log and write metrics, and write the manifest after all other files."""
     stage, num_branches = plan.stage, plan.settings.sampling.num_branches
-    chosen = choose(plan.settings.selection, num_branches, scores.rewards, prompts, history)
-    written = write_selection(plan, chosen)
+    selected = select_trajectories(plan.settings.selection, num_branches, scores.rewards, prompts, history)
+    written = write_selection(plan, selected)
     with timed(scores.seconds, "write"):
-        written += save_selected(stage, chosen, plan.settings.sampling.num_groups)
-    summary = summarise(scores, chosen, num_branches, plan.settings.selection)
+        written += save_selected(stage, selected, plan.settings.sampling.num_groups)
+    summary = summarise(scores, selected, num_branches, plan.settings.selection)
     summary |= {"num_twin_groups": num_twin_groups(stage, sampled, len(prompts), num_branches)}
     Metrics(stage.metrics("select")).log("select", stage=stage.index, **summary, **scores.seconds)
-    warned = stage_warnings(earlier_summaries(stage), summary)
+    warnings = stage_warnings(earlier_summaries(stage), summary)
     facts = {
         "seconds": scores.seconds,
         "reward": dict(plan.settings.rewards.weights),
@@ -91,52 +91,61 @@ def finish(
         "seed": sampled["seed"],
         "num_processes": accelerator.num_processes,
         "batch_sizes": scores.batch_sizes,
-        "warnings": warned,
+        "warnings": warnings,
         **peak_memory(accelerator.device),
     }
     stage.write_manifest("select", facts, [stage.scores, *written, stage.metrics("select")])
-    clean_up(plan)
+    clean_up(plan)  # only now: until the manifest is written a killed run has to read the trajectories again
     log_summary(plan, summary, sum(scores.seconds.values()))
-    for one in warned:
-        logger.warning("stage%d select: %s", stage.index, in_words(one))
+    for warning in warnings:
+        logger.warning("stage%d select: %s", stage.index, in_words(warning))
 
 
-def choose(
+def select_trajectories(
     selection: Selection, num_branches: int, rewards: Tensor, prompts: list[str], history: list[tuple[str, float]]
 ) -> list[Selected]:
-    """What is trained on: by scores relative to the prompt, or to the siblings, each group's best and worst, or all."""
+    """The trajectories to train on: of each group the best and the worst if they pass the thresholds, or all.
+
+    Scores are normalised rewards, relative to the prompt's mean or to that of the siblings.
+    """
     num_siblings = {"prompt": 0, "group": num_branches}[selection.baseline]
     scores = normalise(rewards, prompts, history, num_siblings=num_siblings).unflatten(0, (-1, num_branches))
     return select_all(scores) if selection.which == "all" else select_pairs(scores, **selection.thresholds)
 
 
-def write_selection(plan: Plan, chosen: list[Selected]) -> list[Path]:
-    """selection.json: each chosen image with its score and its advantage; deletes what an interrupted selection copied."""
+def write_selection(plan: Plan, selected: list[Selected]) -> list[Path]:
+    """Write selection.json, each selected image with its score and its advantage. Returns the file in a list.
+
+    Deletes the trajectories that an interrupted selection has copied.
+    """
     stage, selection = plan.stage, plan.settings.selection
     weighted = advantages(
-        torch.tensor([one.score for one in chosen]),
+        torch.tensor([one.score for one in selected]),
         clip=selection.max_advantage,
         positive_weight=selection.positive_weight,
         negative_weight=selection.negative_weight,
     )
-    ids = [one.group * plan.settings.sampling.num_branches + one.branch for one in chosen]
+    ids = [one.group * plan.settings.sampling.num_branches + one.branch for one in selected]
     require_finite_advantages(stage, weighted, ids)
     rows = [
         {"id": image, "group": one.group, "branch": one.branch, "score": one.score, "advantage": advantage}
-        for image, one, advantage in zip(ids, chosen, weighted.tolist(), strict=True)
+        for image, one, advantage in zip(ids, selected, weighted.tolist(), strict=True)
     ]
     files.write_json(stage.selection, rows)
+    # If its scores were others, it may have copied from batches that this one does not, and nothing would overwrite those.
     delete_batches(stage.selected)
     return [stage.selection]
 
 
 def earlier_summaries(stage: Stage) -> list[dict[str, Any]]:
-    """The manifests of the earlier stages' select phases; those of the first version, which lack figures, are left out."""
+    """The manifests of the earlier stages' select phases, in order."""
     manifests = [one.manifest("select") for one in finished_stages(stage.root, "select") if one.index < stage.index]
+    # Those that the first version wrote lack figures that the warnings need.
     return [manifest for manifest in manifests if "num_twin_groups" in manifest]
 
 
 def log_summary(plan: Plan, summary: dict[str, Any], seconds: float) -> None:
+    """The line that ends the phase. A watched reward is given by its mean."""
     watched = "".join(f", {name} {summary[f'watch/{name}_mean']:.4f}" for name in plan.settings.rewards.watched)
     logger.info(
         "stage%d select: done in %.1f s, reward %.4f (sd %.4f, in groups %.4f)%s, kept %d of %d images, %d good, %d bad",
@@ -146,21 +155,25 @@ def log_summary(plan: Plan, summary: dict[str, Any], seconds: float) -> None:
 
 
 def clean_up(plan: Plan) -> None:
-    """Delete the stage's trajectories, of which the selected ones have been copied, unless they are to be kept."""
+    """Delete the stage's trajectories, unless the user keeps them. The selected ones have been copied."""
     if not plan.settings.output.keep_samples:
         delete_batches(plan.stage.samples)
 
 
 def require_finite_advantages(stage: Stage, weighted: Tensor, ids: list[int]) -> None:
-    """A FloatingPointError names the images whose advantage is not finite, after all of them have been kept."""
-    bad = [image for image, one in zip(ids, weighted, strict=True) if not one.isfinite()]
+    """Stop if an advantage is not finite: write all advantages to debug/, raise a FloatingPointError with the images.
+
+    Scores are clamped, but the weights train.beta1 and train.beta2 may overflow.
+    """
+    bad = [image for image, advantage in zip(ids, weighted, strict=True) if not advantage.isfinite()]
     if bad:
-        said = f"{stage.folder}: the advantages of images {listed(bad)}, with train.beta1 and train.beta2, are not finite"
-        raise not_finite(stage, "advantages", said, {"advantages": weighted}, {"images": bad, "selected": ids})
+        message = f"{stage.folder}: the advantages of images {listed(bad)}, with train.beta1 and train.beta2, are not finite"
+        raise not_finite(stage, "advantages", message, {"advantages": weighted}, {"images": bad, "selected": ids})
 
 
 def num_twin_groups(stage: Stage, sampled: dict, num_images: int, num_siblings: int) -> int:
-    """Groups with two equal images, by the checksums of their files: one writer makes one file of the same pixels."""
+    """The number of groups that have two identical images: a sign that the model has collapsed."""
+    # The checksums of the image files will do: the same pixels make the same file.
     names = [str(stage.image(n).relative_to(stage.folder)) for n in range(num_images)]
     sums = [sampled["files"][name]["sha256"] for name in names]
     groups = (sums[start : start + num_siblings] for start in range(0, num_images, num_siblings))
@@ -168,7 +181,7 @@ def num_twin_groups(stage: Stage, sampled: dict, num_images: int, num_siblings: 
 
 
 def ask_for_scores(stage: Stage, prompts: list[str]) -> None:
-    """Write the table that people fill with scores, and say where it is."""
+    """Write the table that people fill with scores, and log where it is."""
     write_template(stage, prompts)
     logger.info(
         "stage%d select: waiting for the scores of %d images. Images: %s; ids and prompts: %s. Fill its column "
@@ -178,30 +191,31 @@ def ask_for_scores(stage: Stage, prompts: list[str]) -> None:
 
 
 def score_history(stage: Stage, count: int) -> list[tuple[str, float]]:
-    """(prompt, reward) of up to `count` stages before this one."""
+    """(prompt, reward) of every image of the `count` stages before this one, as far as they have been scored."""
     history = []
-    for before in (Stage(stage.root, index) for index in range(max(0, stage.index - count), stage.index)):
-        if before.finished("select"):
-            before.verify("select", before.scores.name)
-            history += [(row["prompt"], row["reward"]) for row in files.read_json_lines(before.scores)]
+    for earlier in (Stage(stage.root, index) for index in range(max(0, stage.index - count), stage.index)):
+        if earlier.finished("select"):
+            earlier.verify("select", earlier.scores.name)
+            history += [(row["prompt"], row["reward"]) for row in files.read_json_lines(earlier.scores)]
     return history
 
 
-def summarise(scores: Scores, chosen: list[Selected], num_siblings: int, selection: Selection) -> dict[str, float | int]:
+def summarise(scores: Scores, selected: list[Selected], num_siblings: int, selection: Selection) -> dict[str, float | int]:
     """The stage's figures for log, metrics and manifest."""
     rewards = scores.rewards
-    means = scores.parts | {f"watch/{key}": value for key, value in scores.watch.items()}
-    means = {key: value for key, value in means.items() if isinstance(value, Tensor) and value.isfinite().any()}
-    inside = rewards.unflatten(0, (-1, num_siblings))
-    spread, size = inside.amax(1) - inside.amin(1), inside.abs().amax(1)
+    averaged = scores.parts | {f"watch/{key}": value for key, value in scores.watch.items()}
+    # A part may be text, or lack a value for some images. A mean is of the images that have one.
+    averaged = {key: value for key, value in averaged.items() if isinstance(value, Tensor) and value.isfinite().any()}
+    grouped = rewards.unflatten(0, (-1, num_siblings))  # [G,K]
+    spread, size = grouped.amax(1) - grouped.amin(1), grouped.abs().amax(1)
     return {
         "num_images": len(rewards),
-        "num_groups": len(inside),
+        "num_groups": len(grouped),
         "num_flat_groups": int((spread <= ROUNDING * size).sum()) if num_siblings > 1 else 0,
-        "num_selected": len(chosen),
-        "num_best": sum(one.score >= selection.pos_threshold for one in chosen),
-        "num_worst": sum(one.score < selection.neg_threshold for one in chosen),
+        "num_selected": len(selected),
+        "num_best": sum(one.score >= selection.pos_threshold for one in selected),
+        "num_worst": sum(one.score < selection.neg_threshold for one in selected),
         "reward_mean": rewards.mean().item(),
         "reward_std": rewards.std().item() if len(rewards) > 1 else 0.0,
-        "reward_group_std": inside.std(1).mean().item() if num_siblings > 1 else 0.0,
-    } | {f"{key}_mean": value[value.isfinite()].mean().item() for key, value in means.items()}
+        "reward_group_std": grouped.std(1).mean().item() if num_siblings > 1 else 0.0,
+    } | {f"{key}_mean": value[value.isfinite()].mean().item() for key, value in averaged.items()}

@@ -1,7 +1,7 @@
-"""Train on one stage's selected trajectories: epochs of updates (trainer.py), their metrics, a checkpoint now and then.
+"""The train phase: epochs of updates (trainer.py) on one stage's selected trajectories, with metrics and checkpoints.
 
 N trajectories, S trained steps
-U units: what one term of the loss is of, a trajectory, or a group's best and worst
+U units: the loss has one term for each unit and step. A unit is a trajectory, or a contrast pair if the objective is paired
 """
 
 import math
@@ -21,7 +21,7 @@ from b2diffurl.experiment.checkpoints import read_state, save_checkpoint, whole_
 from b2diffurl.experiment.metrics import Metrics, read_events
 from b2diffurl.experiment.stage import LORA_FILE, Stage, delete_batches
 from b2diffurl.experiment.stage_table import updates_before
-from b2diffurl.experiment.trajectories import SelectedTrajectories
+from b2diffurl.experiment.trajectories import SelectedTrajectories, Trajectories
 from b2diffurl.models import Model
 from b2diffurl.models.policy import compiling, load_policy
 from b2diffurl.phases.health import WINDOW, UpdateWatch, in_words
@@ -38,22 +38,25 @@ from b2diffurl.runtime.threads import ahead
 class TrainingData:
     """What a stage trains on."""
 
-    stored: SelectedTrajectories
+    stored: SelectedTrajectories  # on disk
     advantages: Tensor  # [N,S]
-    units: Tensor  # rows of the selected: [U], or each group's (best, worst) [U,2]
+    units: Tensor  # [U] or [U,2]: each unit's trajectory, or each pair's (best, worst), by position among the selected
 
     @property
     def num_trajectories(self) -> int:
-        """In one epoch."""
+        """Trajectories in one epoch: all N, or with a paired objective those of groups that kept both siblings."""
         return self.units.numel()
 
 
 def train_stage(plan: Plan) -> None:
-    """Train over the stage's selection, from its last checkpoint if it was interrupted."""
+    """Train on the stage's selected trajectories, write checkpoints, metrics and the phase's manifest.
+
+    A training that was interrupted goes on from its last checkpoint.
+    """
     stage = plan.stage
     if stage.finished("train"):
         logger.info("stage%d train: already finished", stage.index)
-        clean_up(plan)
+        clean_up(plan)  # a run killed between the manifest and its own clean_up has left files
         return
     started = time.perf_counter()
     files.require_writable(stage.folder)
@@ -63,37 +66,41 @@ def train_stage(plan: Plan) -> None:
         raise ValueError(f"{stage.selected} is missing. Delete {stage.manifest_path('select')} and run run_select.py again.")
     accelerator = make_accelerator(plan.settings.compute)
     require_same_precision(stage, sampled["mixed_precision"], accelerator.mixed_precision)
+    # Checkpoints of a stage that is not finished are those of an interrupted training.
     interrupted = whole_checkpoints(stage.checkpoints())
     source = interrupted[-1] / LORA_FILE if interrupted else plan.resume_from
-    seed, compiles = plan.settings.schedule.seed, plan.settings.compute.compile
-    model = load_policy(plan.settings.model, accelerator, source, seed=seed, compile=compiles, decoder=False)
+    seed, compiled = plan.settings.schedule.seed, plan.settings.compute.compile
+    model = load_policy(plan.settings.model, accelerator, source, seed=seed, compile=compiled, decoder=False)
     check_policy(plan, sampled["policy"], model)
     trainer = make_trainer(plan, accelerator, model, source)
-    done = read_state(source)["epoch"] if interrupted else 0
+    epochs_done = read_state(source)["epoch"] if interrupted else 0
     if accelerator.is_main_process:
         files.remove_temporaries(stage.folder)
-    accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()  # before another process writes a temporary file, which would be deleted, too
     limit = plan.settings.training.max_first_log_ratio
-    log = UpdateLog(stage, limit, source if interrupted else None, done, writes=accelerator.is_main_process)
+    log = UpdateLog(stage, limit, source if interrupted else None, epochs_done, writes=accelerator.is_main_process)
     trainer.num_updates = log.num_kept
     data = read_data(plan)
-    with compiling(compiles, f"stage{stage.index} train") as wanted:
+    with compiling(compiled, f"stage{stage.index} train") as wanted:
         if wanted and len(data.units):
             warm_up(trainer, data.stored, data.units[:1])
     loaded = time.perf_counter()
     if len(data.units):
-        train_epochs(plan, trainer, log, data, done)
-    else:
+        train_epochs(plan, trainer, log, data, epochs_done)
+    else:  # the next stage starts from this one's checkpoint, so there must be one
         logger.info("stage%d train: nothing to train on, the weights go on unchanged", stage.index)
         save(plan, trainer, plan.settings.training.num_epochs)
     if accelerator.is_main_process:
         seconds = {"load": loaded - started, "train": time.perf_counter() - loaded}
-        finish(plan, trainer, log, sampled, seconds | {"share": 1 - done / plan.settings.training.num_epochs})
-    accelerator.wait_for_everyone()
+        # The share of the epochs that these seconds were spent on, for forecasts.
+        seconds["share"] = 1 - epochs_done / plan.settings.training.num_epochs
+        finish(plan, trainer, log, sampled, seconds)
+    accelerator.wait_for_everyone()  # no process goes on to the next phase before the manifest is written
     accelerator.end_training()
 
 
 def require_same_precision(stage: Stage, sampled: str, now: str) -> None:
+    """Raise a ValueError unless the stage was sampled in this precision: otherwise the first importance ratio is not 1."""
     if sampled != now:
         raise ValueError(
             f"{stage.folder} was sampled with mixed_precision {sampled}, not {now}: the ratios would be off. Train on the "
@@ -102,23 +109,34 @@ def require_same_precision(stage: Stage, sampled: str, now: str) -> None:
 
 
 def check_policy(plan: Plan, sampled: dict, model: Model) -> None:
-    """The policy that is trained must be the one that sampled."""
+    """Raise a ValueError unless the policy that will be trained is the one that sampled: the same base, the same LoRA."""
     if model.fingerprint != sampled["base_model_sha256"]:
-        raise ValueError(f"{plan.stage.folder} was sampled with another base model than the one at hand.")
+        raise ValueError(
+            f"{plan.stage.folder} was sampled with another base model than {plan.settings.model.name}. Set pretrained.model "
+            f"to the one that it was sampled with, or delete {plan.stage.folder} to sample it anew."
+        )
     if (files.sha256(plan.resume_from) if plan.resume_from else "") != sampled["lora_sha256"]:
-        raise ValueError(f"{plan.stage.folder} was sampled with another LoRA than {plan.resume_from or 'a fresh one'}.")
+        raise ValueError(
+            f"{plan.stage.folder} was sampled with another LoRA than {plan.resume_from or 'a fresh one'}. Give the one that "
+            f"it was sampled with, or delete {plan.stage.folder} to sample it anew."
+        )
 
 
 class UpdateLog:
-    """A stage's updates in metrics/train.jsonl, which one process `writes`, and what is noticed about them."""
+    """Writes a stage's updates to metrics/train.jsonl and logs warnings about them."""
 
-    def __init__(self, stage: Stage, clip_range: float, interrupted: Path | None, done: int, *, writes: bool):
-        """Begins with the `done` epochs of an `interrupted` training, named by its last checkpoint's LoRA; what came after
-        them is dropped."""
+    def __init__(self, stage: Stage, clip_range: float, interrupted: Path | None, epochs_done: int, *, writes: bool):
+        """Start the log, or continue that of an interrupted training.
+
+        `interrupted` is the LoRA file of the last checkpoint, written after `epochs_done` epochs. Updates that came later
+        are dropped from the file: they will be made again. A ValueError if earlier ones are missing. Only the process with
+        `writes` writes and warns.
+        """
         self.stage, self.watch = stage, UpdateWatch(updates_before(stage, WINDOW), clip_range=clip_range)
         path, kept, self.num_kept = stage.metrics("train"), [], 0
-        with suppress(ValueError, KeyError, TypeError):  # damaged: said below
-            kept = [event for event in read_events(path) if event["epoch"] <= done] if interrupted else []
+        # A damaged file stops the loop early. Then too few updates are kept, and the check below refuses the file.
+        with suppress(ValueError, KeyError, TypeError):
+            kept = [event for event in read_events(path) if event["epoch"] <= epochs_done] if interrupted else []
             for event in kept:
                 self.watch.see(event)
                 self.num_kept += 1
@@ -130,34 +148,38 @@ class UpdateLog:
         self.metrics = Metrics(path, keep=kept) if writes else None
 
     def add(self, update: dict) -> None:
-        """Write it; and say how far the first one's ratio is from 1, which it should be, for the policy is the one that
-        sampled, and what is wrong."""
+        """Write an update's metrics. Log the first update's largest log-ratio, and warnings that are new.
+
+        At the first update the policy is still the one that sampled, so its log-ratios should be about 0.
+        """
         if self.metrics is None:
             return
         self.metrics.log("update", **update)
         if update["first"]:
-            what = "stage%d train: max |log-ratio| at the first update %.1e"
-            logger.info(what, self.stage.index, update["max_abs_log_ratio"])
-        for one in self.watch.see(update):
-            logger.warning("stage%d train: %s", self.stage.index, in_words(one))
+            message = "stage%d train: max |log-ratio| at the first update %.1e"
+            logger.info(message, self.stage.index, update["max_abs_log_ratio"])
+        for warning in self.watch.see(update):
+            logger.warning("stage%d train: %s", self.stage.index, in_words(warning))
 
 
 def read_data(plan: Plan) -> TrainingData:
-    """The stage's selected trajectories, the advantages of all their transitions, and what the objective's terms are of."""
+    """The stage's selected trajectories, the advantages of their transitions, and the units of the loss."""
     rows = files.read_json(plan.stage.selection)
     selected = [Selected(row["group"], row["branch"], row["score"]) for row in rows]
     of_trajectory = torch.tensor([row["advantage"] for row in rows])
     return TrainingData(
         stored=SelectedTrajectories(plan.stage, selected, plan.settings.sampling.num_groups),
+        # There is one reward for a trajectory, so all its transitions have the same advantage.
         advantages=of_trajectory.unsqueeze(1).expand(-1, plan.num_trained_steps),
         units=make_units(selected, paired=plan.settings.training.objective.paired),
     )
 
 
-def train_epochs(plan: Plan, trainer: Trainer, log: UpdateLog, data: TrainingData, done: int) -> None:
-    """The epochs after `done`: every unit once an epoch, in an order from (seed, stage, epoch).
+def train_epochs(plan: Plan, trainer: Trainer, log: UpdateLog, data: TrainingData, epochs_done: int) -> None:
+    """Train the epochs that remain after `epochs_done`, with a checkpoint every `save_interval` and after the last.
 
-    In memory are an update's trajectories, and the next one's, which are read meanwhile.
+    An epoch takes every unit once, in an order that depends on (seed, stage, epoch) alone. While an update is computed the
+    trajectories of the next one are read, so those of at most two updates are in memory.
     """
     training, seed, index = plan.settings.training, plan.settings.schedule.seed, plan.stage.index
     units, num_steps = data.units, Budget.of(plan.settings).num_chosen_steps(plan.num_trained_steps)
@@ -165,47 +187,53 @@ def train_epochs(plan: Plan, trainer: Trainer, log: UpdateLog, data: TrainingDat
         "stage%d train: training on %d trajectories, %d of their %d steps, from %s",
         index, data.num_trajectories, num_steps, plan.num_trained_steps, plan.start,
     )  # fmt: skip
-    size = max(1, training.num_trajectories // units[0].numel())
-    deals = [
+    size = max(1, training.num_trajectories // units[0].numel())  # units in an update
+    planned = [
         (epoch, number, units[rows])
-        for epoch in range(done + 1, training.num_epochs + 1)
+        for epoch in range(epochs_done + 1, training.num_epochs + 1)
         for number, rows in enumerate(update_rows(len(units), size, generator(seed, index, "train", epoch)))
     ]
-    num_transitions = (training.num_epochs - done) * data.num_trajectories * num_steps
+
+    def read(update: tuple[int, int, Tensor]) -> Trajectories:
+        return data.stored.read(update[2].flatten().tolist())
+
+    num_transitions = (training.num_epochs - epochs_done) * data.num_trajectories * num_steps
     with progress_bar(num_transitions, f"stage{index} train", "transitions") as trainer.bar:
-        for (epoch, number, dealt), trajectories in ahead(lambda deal: data.stored.read(deal[2].flatten().tolist()), deals):
+        for (epoch, number, chosen), trajectories in ahead(read, planned):
+            # Drawn for each update by a key of its own, so that a resumed training draws the same steps.
             steps = choose_steps(plan.num_trained_steps, num_steps, generator(seed, index, "steps", epoch, number))
             first = trainer.num_updates == 0
-            local = torch.arange(dealt.numel()).view(dealt.shape)
-            advantages = data.advantages[dealt.flatten()]
+            # The trainer sees only this update's trajectories, which are numbered from 0.
+            local = torch.arange(chosen.numel()).view(chosen.shape)
+            advantages = data.advantages[chosen.flatten()]
             report = trainer.update(trajectories.to(trainer.accelerator.device), advantages, local, steps)
-            log.add({"epoch": epoch, "num_trajectories": dealt.numel(), "first": first} | report)
-            ends = (number + 1) * size >= len(units)
-            if ends and (epoch % plan.settings.output.save_interval == 0 or epoch == training.num_epochs):
+            log.add({"epoch": epoch, "num_trajectories": chosen.numel(), "first": first} | report)
+            ends_epoch = (number + 1) * size >= len(units)
+            if ends_epoch and (epoch % plan.settings.output.save_interval == 0 or epoch == training.num_epochs):
                 save(plan, trainer, epoch)
 
 
 def choose_steps(num_trained_steps: int, count: int, rng: torch.Generator) -> list[int]:
-    """`count` of the S steps, every one as likely, in sampling order."""
+    """Draw `count` of the S steps, uniformly and without replacement, in sampling order."""
     return sorted(torch.randperm(num_trained_steps, generator=rng)[:count].tolist())
 
 
 def make_units(selected: list[Selected], *, paired: bool) -> Tensor:
-    """What the loss has one term for, as rows of `selected`: each trajectory [N], or each group's (best, worst) [P,2]."""
+    """The units of the loss, as positions in `selected`: each trajectory [U], or each contrast pair (best, worst) [U,2]."""
     return torch.tensor(contrast_pairs(selected), dtype=torch.int64) if paired else torch.arange(len(selected))
 
 
-def update_rows(num_units: int, effective: int, rng: torch.Generator) -> list[Tensor]:
-    """Deal a permutation of the units to ceil(U / effective) updates of nearly equal size.
+def update_rows(num_units: int, size: int, rng: torch.Generator) -> list[Tensor]:
+    """Split a random permutation of the U units into ceil(U / size) updates of nearly equal size.
 
-    Nearly equal, for AdamW makes as long a step on a remainder of one trajectory as on a full batch.
+    They are nearly equal because AdamW makes as long a step on a remainder of one trajectory as on a full batch.
     """
     order = torch.randperm(num_units, generator=rng)
-    return list(order.tensor_split(math.ceil(num_units / effective)))
+    return list(order.tensor_split(math.ceil(num_units / size)))
 
 
 def save(plan: Plan, trainer: Trainer, epoch: int) -> None:
-    """Write checkpoint_<n> after `epoch`: n = epoch / save_interval, rounded up for a last odd epoch."""
+    """Write checkpoint_<n> after `epoch`, n = epoch / save_interval, rounded up for a last epoch between two intervals."""
     accelerator, model = trainer.accelerator, trainer.model
     if accelerator.is_main_process:
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
@@ -217,7 +245,7 @@ def save(plan: Plan, trainer: Trainer, epoch: int) -> None:
 
 
 def finish(plan: Plan, trainer: Trainer, log: UpdateLog, sampled: dict, seconds: dict) -> None:
-    """Write the manifest, and only then delete what is not to be kept."""
+    """Write the manifest, delete what the user does not keep, and log how the training went."""
     stage, accelerator = plan.stage, trainer.accelerator
     updates = read_events(stage.metrics("train"), "update")
     last = stage.checkpoints()[-1]
@@ -239,7 +267,8 @@ def finish(plan: Plan, trainer: Trainer, log: UpdateLog, sampled: dict, seconds:
     } | peak_memory(accelerator.device)
     written = [path for folder in stage.checkpoints() for path in folder.iterdir()]
     stage.write_manifest("train", facts, [*written, stage.metrics("train")])
-    clean_up(plan)
+    clean_up(plan)  # only now: until the manifest is written a killed run has to read the trajectories again
+    # Means over the stage's updates. A gradient norm is None where fp16's scaler skipped the update.
     norm, clipped = (
         sum(update[key] or 0.0 for update in updates) / max(1, len(updates)) for key in ("grad_norm", "clip_fraction")
     )
@@ -251,7 +280,7 @@ def finish(plan: Plan, trainer: Trainer, log: UpdateLog, sampled: dict, seconds:
 
 
 def clean_up(plan: Plan) -> None:
-    """Delete the stage's trajectories and images beyond what is to be kept."""
+    """Delete the stage's trajectories, and its images from number `keep.images` on, unless the user keeps them."""
     stage, output = plan.stage, plan.settings.output
     if not output.keep_samples:
         delete_batches(stage.samples)

@@ -1,7 +1,10 @@
-"""One update of the LoRA: the gradient of the mean loss over units and steps, however memory and processes cut it up.
+"""One update of the LoRA by gradient accumulation over micro-batches, steps and processes.
+
+The gradient is that of the mean loss over units and steps. How memory and processes cut the update up changes it by rounding
+alone.
 
 N trajectories, S trained steps, s of them in an update, W processes
-U units: what one term of the loss is of, a trajectory, or a group's best and worst
+U units: the loss has one term for each unit and step. A unit is a trajectory, or a contrast pair if the objective is paired
 B micro-batches of M units
 """
 
@@ -33,7 +36,7 @@ from b2diffurl.runtime.logs import logger
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """The objective's loss of stored transitions under the policy as it now is."""
+    """The objective's loss of stored transitions under the current policy."""
 
     model: Model
     table: Transitions
@@ -43,11 +46,16 @@ class PolicyLoss:
     unconditional_gradient: bool
 
     def __call__(self, trajectories: Trajectories, advantages: Tensor, units: Tensor, steps: Tensor) -> StepValues:
-        """Of `units` [M] or [M,2] at some of the S steps [s], in one pass; `advantages` [N,S]. All are on one device."""
-        shape = units.movedim(0, -1).shape  # [M], or of pairs [2,M]: all the best, then the worst
+        """The loss of `units` [M] or [M,2] at `steps` [s], some of 0..S-1, in one pass through the network.
+
+        `units` are rows of `trajectories`, as are those of `advantages` [N,S]. All tensors are on one device.
+        """
+        shape = units.movedim(0, -1).shape  # [M], or [2,M] for pairs: all the best, then the worst
         rows = units.movedim(0, -1).flatten()
-        step = steps.repeat_interleave(len(rows))  # [s*M] or [s*2M]
+        # One transition for each row and step: [s*M] or [s*2M], step by step.
+        step = steps.repeat_interleave(len(rows))
         rows = rows.repeat(len(steps))
+        # Trajectories store the last S steps; the table counts all T.
         i = self.table.num_steps - len(self.step_weight) + step
         x_t, x_prev = trajectories.latents[rows, step], trajectories.latents[rows, step + 1]
         predict = partial(self.predict, trajectories, rows, x_t, self.table.timesteps[i])
@@ -67,13 +75,14 @@ class PolicyLoss:
             predict=predict,
             predict_base=predict_base,
         )
-        by_step = zip(*(term.view(len(steps), *shape) for term in terms), strict=True)
-        losses, metrics = zip(*(self.objective(*of_step) for of_step in by_step), strict=True)
+        # The objective takes terms [M] or [2,M] of one step, so it is called for each.
+        terms_by_step = zip(*(term.view(len(steps), *shape) for term in terms), strict=True)
+        losses, metrics = zip(*(self.objective(*step_terms) for step_terms in terms_by_step), strict=True)
         stacked = {name: torch.stack([each[name] for each in metrics]) for name in metrics[0]}
         return StepValues(torch.stack(losses), stacked.pop("log_ratio"), stacked.pop("clipped"), stacked)
 
     def predict(self, trajectories: Trajectories, rows: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
-        """The network's guided output at x_t under the conditions of the trajectories `rows`."""
+        """The network's guided output at x_t, with the prompts of the trajectories `rows`."""
         return self.model.predict(
             x_t,
             timesteps,
@@ -84,14 +93,14 @@ class PolicyLoss:
         )
 
     def timesteps(self, steps: Sequence[int]) -> list[int]:
-        """What the scheduler calls these of the S steps."""
+        """The timesteps of the sampler at `steps`, some of 0..S-1."""
         window = self.table.timesteps[-len(self.step_weight) :].tolist()
         return [window[step] for step in steps]
 
 
 @dataclass
 class Trainer:
-    """Everything an update needs; the tensors it is computed from are arguments."""
+    """Makes updates. It holds the policy, its loss and its optimizer; an update's trajectories are arguments."""
 
     stage: Stage
     accelerator: Accelerator
@@ -99,28 +108,30 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     max_grad_norm: float
     sizes: BatchSizes  # train.micro_batch_size: transitions the network sees at once
-    constant_shape: bool = False  # micro-batches have the same shape in all updates, filled up
-    num_updates: int = 0
-    bar: tqdm = field(default_factory=partial(tqdm, disable=True))  # counts transitions, of all processes
+    constant_shape: bool = False  # pad micro-batches to the same shape in all updates, for a compiled network
+    num_updates: int = 0  # of this stage
+    bar: tqdm = field(default_factory=partial(tqdm, disable=True))  # counts the transitions of all processes
 
     @property
     def model(self) -> Model:
         return self.loss.model
 
     def update(self, trajectories: Trajectories, advantages: Tensor, units: Tensor, steps: Sequence[int]) -> dict:
-        """One optimizer step on `units`, trajectories [U] or pairs of them [U,2], and those of their S `steps`, by the
-        advantages [N,S] of all transitions; returns the metrics, of all processes' shares.
+        """Make one optimizer step on `units` [U] or [U,2], rows of `trajectories`, at `steps`, some of 0..S-1.
 
-        A stage's first update goes step by step, so that its metrics have each step's gradient.
+        `advantages` [N,S] are those of all transitions of `trajectories`. Every process is given the whole update, computes
+        its share, and returns the metrics over all processes. Raises a FloatingPointError if a number is not finite.
         """
+        # A stage's first update never mixes steps in a micro-batch, so that its metrics have each step's gradient norm.
         apart = self.num_updates == 0
 
         def accumulate(size: int) -> UpdateReport:
-            self.optimizer.zero_grad()
+            self.optimizer.zero_grad()  # of an attempt that ran out of memory
             return self.accumulate(trajectories, advantages, units, steps, size=size, apart=apart)
 
         report = self.sizes.fit("train.micro_batch_size", accumulate)
-        gradient = self.gradient()  # as it is: clipping to a norm that is not finite spoils all of it
+        # A copy from before clipping, for the evidence: clipping by a norm that is not finite spoils all of the gradient.
+        gradient = self.gradient()
         norm = self.accelerator.clip_grad_norm_(list(self.model.trainable().values()), self.max_grad_norm)
         self.require_finite(report, norm, gradient, trajectories)
         self.optimizer.step()
@@ -133,33 +144,38 @@ class Trainer:
     def accumulate(
         self, trajectories: Trajectories, advantages: Tensor, units: Tensor, steps: Sequence[int], *, size: int, apart: bool
     ) -> UpdateReport:
-        """Add up the gradient of the mean loss over all units and `steps`, at most `size` transitions at once.
+        """Accumulate the gradient of the mean loss over all units and `steps`, at most `size` transitions at once.
 
-        A micro-batch holds transitions of one step, or, where one has room for all units and steps need not be kept `apart`,
-        of several. Only where they share none does the report have each step's own gradient norm.
+        A micro-batch holds units at one step. If all units of this process fit into one, it may hold several steps, unless
+        steps are to be kept `apart`. The report has each step's own gradient norm only if no two steps shared a micro-batch.
         """
         num_processes, siblings = self.accelerator.num_processes, units[0].numel()
-        room = max(1, size // siblings)  # units
+        room = max(1, size // siblings)  # units that fit into a micro-batch
         cut, counts = micro_batches(units, self.accelerator.process_index, num_processes, room, constant=self.constant_shape)
-        num_counted = counts.sum(1).int().tolist()
+        num_real = counts.sum(1).int().tolist()  # units of each micro-batch, padding left out
         at_once = 1 if apart or len(cut) > 1 else max(1, room // cut.shape[1])  # steps in a micro-batch
-        device = trajectories.latents.device  # where everything goes once, for each copy there makes the host wait
+        # Move everything to the device now: a copy inside the loop would make the CPU wait for the GPU each time.
+        device = trajectories.latents.device
         cut, counts = cut.to(device), counts.to(device)
         loss = partial(self.loss, trajectories, advantages.to(device))
         chunks = torch.tensor(list(steps), device=device).split(at_once)
+        # The sum of losses becomes their mean. Times W, because processes average their gradients instead of adding them up.
         scale = num_processes / (len(units) * len(steps))
-        found, norms, after = [], [], self.gradient()
-        for some in chunks:
+        step_values, norms, after = [], [], self.gradient()
+        for chunk in chunks:
             parts = []
             for number in range(len(cut)):
-                last = number == len(cut) - 1 and (apart or some is chunks[-1])  # when processes add up
-                parts.append(self.add_gradient(loss, cut[number], counts[number], some, scale, last=last))
-                self.bar.update(len(some) * num_counted[number] * siblings * num_processes)
-            found.append(join(parts, -1))
+                # Processes exchange gradients as rarely as possible: once an update, or once a step if steps are kept apart.
+                last = number == len(cut) - 1 and (apart or chunk is chunks[-1])
+                parts.append(self.add_gradient(loss, cut[number], counts[number], chunk, scale, last=last))
+                self.bar.update(len(chunk) * num_real[number] * siblings * num_processes)
+            step_values.append(join(parts, -1))
+            # The norm of what this step has added, if the gradient is that of all processes by now.
             if at_once == 1 and (apart or num_processes == 1):
                 before, after = after, self.gradient()
                 norms.append((after - before).norm())
-        units, values = of_all_processes(cut.flatten(0, 1), join(found, 0), counts.flatten(), self.accelerator.gather)
+        values = join(step_values, 0)
+        units, values = of_all_processes(cut.flatten(0, 1), values, counts.flatten(), self.accelerator.gather)
         step_norms = torch.stack(norms) / self.gradient_scale() if norms else None
         return UpdateReport(units, self.loss.timesteps(steps), values, step_norms)
 
@@ -173,16 +189,18 @@ class Trainer:
         *,
         last: bool,
     ) -> StepValues:
-        """Add `scale` times the gradient of the weighted loss of `units` [M] that count, at `steps` [s]; with the `last` one
-        processes add up theirs."""
+        """Add `scale` times the gradient of the weighted loss of `units` [M] at `steps` [s]. Padding has `counts` [M] of 0.
+
+        With `last` the processes average the gradients that they have accumulated.
+        """
         with nullcontext() if last else self.accelerator.no_sync(self.model.network):
             values = loss(units, steps)
-            of_steps = (values.loss * counts).sum(1)
-            self.accelerator.backward((of_steps * self.loss.step_weight[steps]).sum() * scale)
+            step_losses = (values.loss * counts).sum(1)  # [s]
+            self.accelerator.backward((step_losses * self.loss.step_weight[steps]).sum() * scale)
         return replace(values, loss=values.loss.detach())
 
     def gradient(self) -> Tensor:
-        """The accumulated gradient, flat."""
+        """A copy of the accumulated gradient of all parameters, as one vector."""
         grads = [
             torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             for parameter in self.model.trainable().values()
@@ -190,18 +208,19 @@ class Trainer:
         return torch.cat([grad.flatten() for grad in grads])
 
     def gradient_scale(self) -> float:
-        """What fp16's loss scaling multiplies gradients by."""
+        """The factor by which fp16's loss scaling multiplies gradients; 1 in other precisions."""
         return self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
 
     def require_finite(self, report: UpdateReport, norm: Tensor, gradient: Tensor, trajectories: Trajectories) -> None:
-        """Stop on a non-finite loss or log-probability; and on a non-finite `gradient`, as it was before its `norm` was
-        clipped, except under fp16, whose scaler skips that update.
+        """Stop if a loss, log-probability or gradient is not finite: write evidence to debug/, raise a FloatingPointError.
 
-        A gradient is a mean over all processes: where it is not finite each of them stops on its own.
+        `norm` and `gradient` are from before clipping. A gradient may overflow under fp16: the loss scaler skips the update.
         """
+        # Losses are gathered and gradients averaged over all processes, so every process comes to the same verdict.
         if report.values.finite.all() and (norm.isfinite() or self.accelerator.scaler):
             return
         parameters = self.model.trainable()
+        # The copy is from before accelerate took fp16's loss scale out of the gradient.
         parts = (gradient / self.gradient_scale()).split([parameter.numel() for parameter in parameters.values()])
         gradients = {name: part.view_as(parameters[name]) for name, part in zip(parameters, parts, strict=True)}
         rank = self.accelerator.process_index
@@ -209,7 +228,7 @@ class Trainer:
 
 
 def warm_up(trainer: Trainer, stored: SelectedTrajectories, units: Tensor) -> None:
-    """Have a network that is compiled be so before the first update: by one step of a micro-batch, filled up."""
+    """Compile a network that is to be compiled before the first update, by one full micro-batch at one step."""
     device = trainer.accelerator.device
     trajectories = stored.read(units.flatten().tolist()).to(device)
     local = torch.arange(units.numel()).view(units.shape)
@@ -222,11 +241,11 @@ def warm_up(trainer: Trainer, stored: SelectedTrajectories, units: Tensor) -> No
             values.loss.sum().backward()
 
     trainer.sizes.fit("train.micro_batch_size", one_step)
-    trainer.optimizer.zero_grad()
+    trainer.optimizer.zero_grad()  # compiling needed a backward pass, whose gradient means nothing
 
 
 def make_trainer(plan: Plan, accelerator: Accelerator, model: Model, source: Path | None) -> Trainer:
-    """Optimizer (with the state saved beside `source`), prepared network, sampler and objective."""
+    """The trainer of a stage, with the optimizer state that was saved beside the LoRA `source`, if there is one."""
     sampling, training = plan.settings.sampling, plan.settings.training
     table = model.sampler(sampling.num_steps, sampling.eta)
     require_stochastic(table, plan.num_trained_steps)
@@ -234,6 +253,7 @@ def make_trainer(plan: Plan, accelerator: Accelerator, model: Model, source: Pat
         model.checkpoint_gradients()
     parameters = model.trainable()
     optimizer = make_optimizer(training.optimizer, list(parameters.values()), scaled=accelerator.scaler is not None)
+    # A LoRA from elsewhere, to which resume_from may point, has no state beside it: AdamW then starts afresh.
     state = read_state(source) if source else None
     if state:
         load_optimizer(source, optimizer, list(parameters))
@@ -261,8 +281,11 @@ def make_trainer(plan: Plan, accelerator: Accelerator, model: Model, source: Pat
 
 
 def make_optimizer(optimizer: Optimizer, parameters: list[Tensor], *, scaled: bool) -> torch.optim.Optimizer:
-    """AdamW; on CUDA one kernel for all of a LoRA's small matrices, but not under fp16's `scaled` loss: accelerate would not
-    hear from it that an update was skipped."""
+    """AdamW, or bitsandbytes' 8-bit AdamW. `scaled` says that fp16's loss scaling is on.
+
+    On CUDA AdamW is fused, one kernel for all of a LoRA's small matrices. Not with loss scaling: the fused optimizer skips
+    updates by itself, and accelerate would not notice.
+    """
     if optimizer.use_8bit:
         try:
             from bitsandbytes.optim import AdamW8bit as AdamW
@@ -282,17 +305,17 @@ def make_optimizer(optimizer: Optimizer, parameters: list[Tensor], *, scaled: bo
 def micro_batches(
     units: Tensor, process: int, num_processes: int, size: int, *, constant: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """One process's share of an update, in B micro-batches of M <= `size` units: units [B,M] or [B,M,2], counts [B,M]; of
-    M = `size` in every update where it is `constant`.
+    """Cut one process's share of an update into B micro-batches of M <= `size` units.
 
-    Every process gets as many micro-batches of the same shape, filled up with units that count 0, so that none waits for
-    another and no trajectory is lost or counted twice.
+    Returns units [B,M] or [B,M,2] and counts [B,M], 0 for padding and 1 elsewhere. With `constant` M = `size` in every
+    update. All processes get the same B and M: they exchange gradients equally often, and none waits in vain for another.
     """
     share = math.ceil(len(units) / num_processes)
-    number = math.ceil(share / size)
-    length = (size if constant else math.ceil(share / number)) * number
-    mine = units[process * share : (process + 1) * share]
-    missing = length - len(mine)
-    counts = torch.cat([torch.ones(len(mine)), torch.zeros(missing)])
-    mine = torch.cat([mine, units[:1].expand(missing, *units.shape[1:])])
-    return mine.unflatten(0, (number, -1)), counts.view(number, -1)
+    number = math.ceil(share / size)  # B
+    length = (size if constant else math.ceil(share / number)) * number  # B*M
+    own = units[process * share : (process + 1) * share]
+    missing = length - len(own)
+    counts = torch.cat([torch.ones(len(own)), torch.zeros(missing)])
+    # Any unit will do for padding. The share of the last process may be empty, so take the first unit of the update.
+    own = torch.cat([own, units[:1].expand(missing, *units.shape[1:])])
+    return own.unflatten(0, (number, -1)), counts.view(number, -1)

@@ -1,6 +1,6 @@
-"""What is said of an update: its metrics, and its evidence when it is not finite.
+"""The metrics of an update, and the evidence that is kept if one of its numbers is not finite.
 
-U units: what one term of the loss is of, a trajectory, or a group's best and worst
+U units: the loss has one term for each unit and step. A unit is a trajectory, or a contrast pair if the objective is paired
 s steps of the update, W processes
 """
 
@@ -19,27 +19,30 @@ from b2diffurl.runtime import files
 
 @dataclass(frozen=True)
 class StepValues:
-    """The loss of U units at s steps, and the objective's metrics of them."""
+    """The losses of U units at s steps, and the metrics that the objective returns beside them."""
 
     loss: Tensor  # [s,U]
-    log_ratio: Tensor  # [s,U], or of pairs [s,2,U]
-    clipped: Tensor  # [s,U]: 1 where the loss has cut the gradient
-    others: dict[str, Tensor]  # the objective's own, by name, such as `kl`: each [s,U] or [s,2,U]
+    log_ratio: Tensor  # [s,U], or [s,2,U] for pairs
+    clipped: Tensor  # [s,U], 1 where the objective has clipped the gradient
+    others: dict[str, Tensor]  # metrics that only some objectives have, by name, such as `kl`: each [s,U] or [s,2,U]
 
     @property
     def finite(self) -> Tensor:
-        """Whether the loss and the log-probabilities of each unit are finite at each step, [s,U]."""
+        """Whether the loss and the log-ratio of each unit are finite at each step, [s,U]; a pair has two log-ratios."""
         ratios = self.log_ratio.reshape(len(self.loss), -1, self.loss.shape[1])
         return self.loss.isfinite() & ratios.isfinite().all(1)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "StepValues":
-        """`change` of every tensor, in an order that all processes share."""
+        """The same values with `change` applied to every tensor.
+
+        The order is fixed, so that `change` may be a collective operation, which all processes call in the same order.
+        """
         first = (change(value) for value in (self.loss, self.log_ratio, self.clipped))
         return StepValues(*first, {name: change(value) for name, value in self.others.items()})
 
 
 def join(parts: Sequence[StepValues], dim: int) -> StepValues:
-    """Values of several micro-batches: of other units, along dim -1, or of other steps, along dim 0."""
+    """Concatenate the values of several micro-batches: along dim -1 other units, along dim 0 other steps."""
     names = ("loss", "log_ratio", "clipped")
     first = (torch.cat([getattr(part, name) for part in parts], dim) for name in names)
     return StepValues(*first, {name: torch.cat([part.others[name] for part in parts], dim) for name in parts[0].others})
@@ -48,38 +51,40 @@ def join(parts: Sequence[StepValues], dim: int) -> StepValues:
 def of_all_processes(
     units: Tensor, values: StepValues, counts: Tensor, gather: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, StepValues]:
-    """The units of all processes and their values, without those that only fill up micro-batches: they have `counts` 0."""
+    """Gather the units of all processes and their values. Padding, with `counts` of 0, is left out."""
     real = gather(counts).nonzero().flatten()
 
-    def together(value: Tensor) -> Tensor:
+    def gather_units(value: Tensor) -> Tensor:
+        # `gather` joins along the first dimension, here the steps; the units are the last one.
         parts = gather(value).unflatten(0, (-1, len(value)))  # [W,s,U] or [W,s,2,U]
         return parts.movedim(0, -2).flatten(-2)[..., real]
 
-    return gather(units)[real], values.each(together)
+    return gather(units)[real], values.each(gather_units)
 
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """What an update was computed from, of all processes."""
+    """What an update was computed from, over all processes."""
 
     units: Tensor  # [U] or [U,2], rows of the update's trajectories
     timesteps: list[int]  # [s]
     values: StepValues
-    step_norms: Tensor | None  # [s] norm of the gradient that each step alone adds; None where steps share micro-batches
+    step_norms: Tensor | None  # [s] norm of each step's own gradient; None if steps have shared a micro-batch
 
     def metrics(self, norm: Tensor) -> dict[str, Any]:
-        """As metrics/train.jsonl has them, over all units and for each timestep; `norm` is that of the whole gradient.
+        """The update's metrics for metrics/train.jsonl: means over all units, and for each timestep.
 
-        Everything comes from the device in one transfer.
+        `norm` is the norm of the whole gradient. It becomes None if it is not finite, which JSON cannot hold.
         """
         values, names = self.values, list(self.values.others)
         figures = [values.loss, values.clipped, values.log_ratio.abs(), *values.others.values()]
         rows = [torch.stack([step.flatten().mean() for step in figure]) for figure in figures]
         largest = torch.stack([step.abs().max() for step in values.log_ratio])
         norms = [] if self.step_norms is None else [self.step_norms]
+        # One table [rows,s] of all figures, because each transfer from the device makes the CPU wait.
         table = [norm.expand(len(largest)), largest, *rows, *norms]
         (total, *_), largest, loss, clipped, log_ratio, *more = torch.stack([row.float() for row in table]).tolist()
-        others = dict(zip(names, more, strict=False))
+        others = dict(zip(names, more, strict=False))  # `more` may end with the steps' gradient norms
         metrics = {name: mean(row) for name, row in others.items()} | {
             **{f"{name}_per_step": row for name, row in others.items()},
             "loss": mean(loss),
@@ -105,10 +110,10 @@ def refusal(
     number: int,
     rank: int,
 ) -> FloatingPointError:
-    """The error to raise on an update that is not finite, with its evidence in debug/update_<number>_rank<rank>.safetensors.
+    """Write the evidence of an update that is not finite to debug/ and return the error to raise.
 
-    That is of the units whose loss or log-probability is not finite; where only the gradient is not, of all of them.
-    `gradients` are by parameter, as they were before their `norm` was clipped.
+    The file is update_<number>_rank<rank>.safetensors. It has the states of the units whose loss or log-ratio is not finite,
+    or of all units if only the gradient is not. `gradients`, by parameter, and their `norm` are from before clipping.
     """
     fine = report.values.finite.all(0).cpu()  # [U]
     units = report.units.cpu()
@@ -118,19 +123,19 @@ def refusal(
         "latents": trajectories.latents[rows],
         "log_probs": trajectories.log_probs[rows],
         "losses": report.values.loss.T.contiguous(),  # [U,s]
-        "log_ratios": report.values.log_ratio.flatten(1).T.contiguous(),  # [U,s], of pairs [2U,s]
+        "log_ratios": report.values.log_ratio.flatten(1).T.contiguous(),  # [U,s], or [2U,s] for pairs
     }
     facts = {"update": number, "timesteps": report.timesteps, "grad_norm": str(norm.item())}
     facts |= {"images": ids, "images_of_losses": trajectories.ids[units].tolist()}
-    what = f"the loss or log-probability of images {listed(ids)} is not finite"
+    problem = f"the loss or log-probability of images {listed(ids)} is not finite"
     if fine.all():
-        what = f"the gradient is not finite, though the losses of images {listed(ids)} are"
-    said = f"stage{stage.index}, update {number}: {what}"
-    return not_finite(stage, f"update_{number:05d}_rank{rank}", said, tensors | spoiled(gradients), facts)
+        problem = f"the gradient is not finite, though the losses of images {listed(ids)} are"
+    message = f"stage{stage.index}, update {number}: {problem}"
+    return not_finite(stage, f"update_{number:05d}_rank{rank}", message, tensors | spoiled(gradients), facts)
 
 
 def spoiled(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of each parameter whose gradient is not finite `gradient.<name>`; of all where their norm alone overflowed."""
+    """The gradients that are not finite, as `gradient.<name>`; all of them if only their norm has overflowed."""
     named = {f"gradient.{name}": gradient for name, gradient in gradients.items()}
     return {name: gradient for name, gradient in named.items() if not gradient.isfinite().all()} or named
 
