@@ -51,14 +51,14 @@ def main() -> None:
     args = parser.parse_args()
     try:
         if args.push:
-            check_login(args.push)
+            check_login(args.push)  # before the export, which may take minutes
         root = find_experiment(args.experiment)
         out = export(root, args.checkpoint, args.format, base=args.base, out=args.out, repository=args.push)
         print(f"export: {out}")
         if args.push:
             print(f"export: {push(out, args.push, private=args.private)}")
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(130)  # 128 + SIGINT, as shells have it
     except (ValueError, OSError, ImportError, SafetensorError) as error:
         die(f"export: {error}", hint=f"{remedy(error, '--out')}; --help lists the options.")
 
@@ -116,13 +116,14 @@ def export(
 def require_base(lora: Path, model: ModelSettings, *, required: bool) -> None:
     """Refuse a base model that is not the one the LoRA was trained on.
 
-    A base model that the export does not need (`required` False) is only checked if it is on this machine: nothing is
+    A base model that the export does not need (`required` False) is only checked if it is a local path: nothing is
     downloaded for the check.
     """
-    trained_on = (read_state(lora) or {}).get("base_model_sha256")
+    trained_on = (read_state(lora) or {}).get("base_model_sha256")  # None for a LoRA from elsewhere
     if not required and not (trained_on and Path(model.name).expanduser().exists()):
         return
     try:
+        # By the weights' checksum and not by name: a model may have moved, or its files may have been replaced.
         fingerprint = base_fingerprint(model)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error} It is the base model. Say where it is now by --base.") from None
@@ -172,7 +173,7 @@ def check_login(repository: str) -> None:
         whoami()
     except (HfHubHTTPError, LocalTokenNotFoundError) as error:
         raise ValueError(f"the hub does not know you ({error}) Log in first: hf auth login") from None
-    except (HTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:  # no answer at all: after HfHubHTTPError, which is one of these
         raise ValueError(
             f"the hub cannot be reached ({error}), so nothing can be uploaded; without --push it is exported"
         ) from None

@@ -29,7 +29,7 @@ def start(config: ConfigDict) -> None:
     if flags.FLAGS.dry_run:
         print(dry_run.describe(plan))
         return
-    if owner := lock.owner():
+    if owner := lock.owner():  # 0 on the other machines of a cluster, which leave the lock to the first one
         lock.take(plan.stage.root, owner)
     print(plan.stage.root)
     for call in calls(plan.settings.schedule.num_stages, waits=plan.settings.rewards.made_elsewhere):

@@ -468,7 +468,7 @@ def test_disk_is_counted_by_kind_without_the_report(root):
 
 def test_facts_are_on_the_page(root):
     html = (root / "report.html").read_text()
-    for text in ("torch", torch.__version__, "images sampled a second", "cpu_cores", "sample: load"):
+    for text in ("torch", torch.__version__, "images sampled per second", "cpu_cores", "sample: load"):
         assert text in html
 
 

@@ -94,6 +94,7 @@ def with_error(row: Mapping[str, Any], key: str, *, signed: bool = False) -> str
     if value is None:
         return ""
     percent, unit = (100, " points" if signed else " %") if key.startswith("accuracy") else (1, "")
+    # log10(error) tells where its first digit is, one decimal more its second.
     decimals = 1 if unit else min(6, max(0, 1 - math.floor(math.log10(error)))) if error else 4
     spread = "" if error is None else f" ± {percent * error:.{decimals}f}"
     return f"{percent * value:{sign}.{decimals}f}{spread}{unit}"

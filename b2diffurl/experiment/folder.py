@@ -25,7 +25,7 @@ EXPERIMENTS = Path("model/lora")  # where an experiment is looked for by its nam
 
 def find_experiment(name: str) -> Path:
     """The folder of an experiment, by folder or by name; a FileNotFoundError lists the experiments of model/lora."""
-    for root in (Path(os.path.expanduser(name)), EXPERIMENTS / name):
+    for root in (Path(os.path.expanduser(name)), EXPERIMENTS / name):  # a folder before a name
         if (root / "config.json").is_file():
             return root
     raise FileNotFoundError(f"no experiment {name!r}. Give its folder, or its name. {known_experiments(EXPERIMENTS)}")

@@ -42,6 +42,7 @@ def holding(root: Path) -> Iterator[None]:
         yield
         return
     take(root, owner())
+    # A daemon thread: it must not keep a process alive that ends by an error.
     ended = threading.Event()
     threading.Thread(target=keep_marking, args=(root, owner(), ended), daemon=True).start()
     try:
@@ -151,7 +152,7 @@ def boot_and_container() -> str:
 def clock_of_disk(folder: Path) -> float:
     """The time now by the clock that stamps files in `folder`. On a shared disk that is another machine's clock."""
     try:
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.TemporaryFile(dir=folder) as file:  # a new file gets its time from the disk's machine
             return os.fstat(file.fileno()).st_mtime
     except OSError:
         return time.time()
@@ -163,9 +164,10 @@ def started(process: int) -> str:
     An id alone is not enough: after a process has ended, the system gives its id to another one.
     """
     try:
-        if not Path("/proc/self/stat").is_file():
-            os.kill(process, 0)
+        if not Path("/proc/self/stat").is_file():  # macOS: only whether it runs can be told
+            os.kill(process, 0)  # signal 0 sends nothing, and raises if there is no such process
             return "running"
+        # Field 2 is the program's name in brackets, which may hold spaces and brackets itself.
         state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""

@@ -130,7 +130,7 @@ class Stage:
         """Whether the phase has written its manifest, which it does last."""
         path = self.manifest_path(phase)
         if path.is_dir():
-            raise ValueError(
+            raise ValueError(  # else the phase would run again, and fail only when it writes the manifest
                 f"{path} is a folder; it must be that phase's record. Move it away, then run run_{phase}.py again"
             )
         return path.is_file()
@@ -154,6 +154,7 @@ class Stage:
 
         `folders` limits this to files in those folders of the stage, or of those names: "samples", "prompts.json".
         """
+        # By checksum and not by time: copying an experiment changes the times of its files.
         for name, expected in self.manifest(phase)["files"].items():
             path = self.folder / name
             if folders and Path(name).parts[0] not in folders:

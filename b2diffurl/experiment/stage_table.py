@@ -104,7 +104,7 @@ def per_step_rows(root: Path, key: str) -> dict[int, dict[int, float]]:
     for stage in finished_stages(root, "train"):
         updates = [update for update in read_events(stage.metrics("train"), "update") if key in update]
         if updates:
-            columns = defaultdict(list)
+            columns = defaultdict(list)  # {timestep: its value in each update}
             for update in updates:
                 for t, value in zip(update["timesteps"], update[key], strict=True):
                     columns[t].append(value)

@@ -65,7 +65,7 @@ def save_batch(
 
     `metadata` says what it was sampled with: batches of one stage must agree on it.
     """
-    distinct = list(dict.fromkeys(prompts))
+    distinct = list(dict.fromkeys(prompts))  # a batch may ask for a prompt several times; it is stored once
     tensors = {
         "latents": latents,
         "log_probs": log_probs,
@@ -75,6 +75,7 @@ def save_batch(
     tensors |= {f"condition.{name}": value for name, value in conditions.items()}
     tensors |= {f"unconditional.{name}": value for name, value in unconditional.items()}
     metadata = metadata | {"prompts": distinct}
+    # Relative to the stage's folder, so that an experiment can be moved.
     metadata["files"] = {str(other.relative_to(path.parents[1])): files.sha256(other) for other in beside}
     files.write_tensors(path, tensors, metadata | {"sha256": files.tensors_sha256(tensors, metadata)})
 
@@ -87,6 +88,7 @@ def batch_damage(path: Path) -> str:
         return str(error)
     if "sha256" not in metadata:
         return f"{path} has no checksum; an earlier version wrote it"
+    # Of the content and not of the file: the checksum itself stands in the file's metadata.
     if metadata.pop("sha256") != files.tensors_sha256(tensors, metadata):
         return f"{path} is not what was written (checksum)"
     for name, expected in metadata["files"].items():

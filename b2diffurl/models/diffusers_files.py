@@ -92,7 +92,7 @@ def find_here(model: ModelSettings, spec: PipelineSpec) -> tuple[list[Path], dic
 
     Downloads nothing. Parts without weights have no config here.
     """
-    probe = f"{spec.network}/config.json"
+    probe = f"{spec.network}/config.json"  # the hub's cache is asked for a file, not for a model
     root = find_local(model.name, probe, revision=model.revision)
     single = root is not None and root.is_file()
     configs = find_local(model.config, probe) if single else root
@@ -129,13 +129,14 @@ def load_directory(
 
     The classes are the family's: its JSON files may name others, even code of their own, and are not asked.
     """
+    # Said here: diffusers would say that some file of some part is missing.
     missing = [name for name in spec.folders if name in (*wanted, "scheduler") and not (root / name).is_dir()]
     if missing:
         raise FileNotFoundError(f"{root} has no {missing[0]}/. A model directory holds {', '.join(spec.folders)}.")
     for name in spec.weights:
         if name in wanted:
             weight_files(root / name, variant)  # raises if there are none, before gigabytes of another part are read
-    options = {"variant": variant or None, "use_safetensors": True, "dtype": dtype}
+    options = {"variant": variant or None, "use_safetensors": True, "dtype": dtype}  # use_safetensors: never a pickle
     parts = {}
     for name in wanted:
         package, kind = spec.classes[name]
@@ -151,6 +152,7 @@ def load_single_file(
     import diffusers
 
     check_index(configs / "model_index.json", spec)
+    # A part that is given as None is not loaded.
     left_out = dict.fromkeys([*spec.unused, *(name for name in spec.classes if name not in wanted)])
     pipeline = getattr(diffusers, spec.pipeline).from_single_file(
         str(root), config=str(configs), dtype=dtype, local_files_only=True, **left_out

@@ -70,7 +70,7 @@ def load_lora(network: nn.Module, path: Path, spec: LoraSpec) -> None:
     """Copy a LoRA file of any program into the network's LoRA; a ValueError says which keys or shapes do not fit."""
     parameters = {spec.key(name): parameter for name, parameter in lora_parameters(network).items()}
     state = files.read_tensors(path)
-    if state.keys() != parameters.keys():
+    if state.keys() != parameters.keys():  # not diffusers' own format; read it as that of another program
         state = foreign_lora(path, spec)
     if state.keys() != parameters.keys():
         odd = sorted(state.keys() ^ parameters.keys())
@@ -83,6 +83,7 @@ def load_lora(network: nn.Module, path: Path, spec: LoraSpec) -> None:
         if state[key].shape != parameter.shape:
             shapes = f"{tuple(state[key].shape)}, not {tuple(parameter.shape)}"
             raise ValueError(f"{path} does not fit: {key} is {shapes}. Set train.lora_rank to its rank.")
+        # The network has alpha = rank, so another scale goes into B.
         parameter.data.copy_(state[key] * scale if ".lora_B." in key else state[key])
 
 
@@ -110,7 +111,7 @@ def read_lora(path: Path, spec: LoraSpec) -> State:
     odd = [key for key in state if not spec.has_key(key)]
     if odd or not state:
         raise ValueError(f"{path} is no LoRA on a {spec.title}: it holds {odd[0] if odd else 'nothing'}.")
-    ranks = {len(value) for key, value in state.items() if ".lora_A." in key}
+    ranks = {len(value) for key, value in state.items() if ".lora_A." in key}  # A is [r,in]
     if len(ranks) > 1:
         raise ValueError(f"{path} has layers of ranks {sorted(ranks)}; only a LoRA of one rank can be exported.")
     scale = recorded_scale(path, spec)

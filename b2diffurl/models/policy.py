@@ -51,6 +51,7 @@ def load_policy(
         policy = load_base(model, accelerator, seed=seed, compile=compile, decoder=decoder or _kept is not None)
         if _kept is not None:
             _kept[key] = policy
+    # The LoRA is no part of the key: it is loaded into the same model anew in each phase.
     if lora is not None:
         require_whole(lora)
         check_base(lora, model, policy.fingerprint)
@@ -63,6 +64,7 @@ def load_base(model: ModelSettings, accelerator: Accelerator, *, seed: int, comp
     dtype = DTYPES[accelerator.mixed_precision]
     base = family(model).load(model, device=accelerator.device, dtype=dtype, seed=seed, decoder=decoder)
     if compile:
+        # torch.compile generates C++ on the CPU; on a GPU Triton compiles a C launcher.
         compilers = ("g++", "clang++") if accelerator.device.type == "cpu" else ("gcc", "clang", "cc")
         if not any(shutil.which(name) for name in compilers):
             raise ValueError(f"compile needs a compiler, {' or '.join(compilers)}. Install one, or take compile=False.")
@@ -119,6 +121,7 @@ def predictor(
         outputs = []
         for start in range(0, len(x_t), rows):
             part = slice(start, start + rows)
+            # Group-major rows: group g's branches are rows g*K to g*K + K-1, so each condition is repeated in place.
             repeated = {
                 name: value.repeat_interleave(len(x_t) // len(value), dim=0)[part] for name, value in conditions.items()
             }

@@ -69,11 +69,11 @@ def sizes(model: ModelSettings) -> Sizes | None:
         return None
     weights, configs = local
     unet, vae, text = (configs[part] for part in ("unet", "vae", "text_encoder"))
-    side = model.resolution // LATENT_PX or unet["sample_size"]
+    side = model.resolution // LATENT_PX or unet["sample_size"]  # resolution 0: the model's own
     return Sizes(
         latent_shape=(unet["in_channels"], side, side),
         image_px=side * 2 ** (len(vae["block_out_channels"]) - 1),
-        embedding=text["max_position_embeddings"] * text["hidden_size"],
+        embedding=text["max_position_embeddings"] * text["hidden_size"],  # L * E: prompts are padded to full length
         lora=lora.count_numbers(weights, LORA),
     )
 
@@ -172,6 +172,7 @@ class StableDiffusion:
             max_length=self.tokenizer.model_max_length,
             return_tensors="pt",
         )
+        # Few text encoders want a mask; the pipeline of diffusers asks in the same way.
         mask = None
         if getattr(self.text_encoder.config, "use_attention_mask", False):
             mask = tokens.attention_mask.to(self.text_encoder.device)
@@ -195,6 +196,7 @@ class StableDiffusion:
         timesteps = timesteps.expand(len(x_t))
         if guidance_scale == 1:  # guidance would return the conditional output, at twice the cost
             return self.network(x_t, timesteps, embeds, return_dict=False)[0].float()
+        # Classifier-free guidance, arXiv 2207.12598: eps = eps(empty) + scale * (eps(prompt) - eps(empty)).
         no_embeds = unconditional["prompt_embeds"].expand_as(embeds)
         if unconditional_gradient:
             rows = torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), torch.cat([no_embeds, embeds])
@@ -242,7 +244,7 @@ class StableDiffusion:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         images = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
-        if not images.isfinite().all():
+        if not images.isfinite().all():  # a VAE may overflow in fp16
             raise FloatingPointError("the VAE decoded to non-finite values; use --config.mixed_precision=bf16 or no")
         images = (images.float() / 2 + 0.5).clamp(0, 1) * 255
         return images.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()

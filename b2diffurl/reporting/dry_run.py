@@ -23,7 +23,7 @@ def describe(plan: Plan) -> str:
     steps = budget.planned_steps(plan.stage.root)
     device, precision = device_text(settings.compute)
     base = family(settings.model).sizes(settings.model)
-    embedding_bytes = 4 if precision == "float32" else 2
+    embedding_bytes = 4 if precision == "float32" else 2  # embeddings are stored in the text encoder's precision
     volumes = [trajectory_bytes(settings, base, S, len(plan.prompts), embedding_bytes) for S in steps] if base else []
     facts = plan_facts(plan, budget) | {"device": f"{device}, {precision}"}
     lines = [f"{name:<13}{fact}" for name, fact in facts.items()]
@@ -85,7 +85,7 @@ def stage_table(budget: Budget, steps: Sequence[int], volumes: Sequence[int]) ->
     updates = f"updates{', at most' if budget.at_most else ''}"
     rows = [["a stage", f"S of {budget.sampling.num_steps}", "images", "network evaluations", updates, "trajectories"]]
     for num_steps, members in sorted(stages.items()):
-        volume = size(volumes[members[0]]) if volumes else "?"
+        volume = size(volumes[members[0]]) if volumes else "?"  # stages of the same S have the same volume
         counts = [budget.num_images, budget.num_evaluations(num_steps), budget.most_updates]
         rows.append([stages_text(members), str(num_steps), *(f"{count:,}" for count in counts), volume])
     totals = [len(steps) * budget.num_images, sum(budget.num_evaluations(num_steps) for num_steps in steps)]
@@ -136,7 +136,7 @@ def trajectory_bytes(settings: Settings, base: Sizes, num_trained_steps: int, nu
     """
     sampling = settings.sampling
     numbers = (num_trained_steps + 1) * math.prod(base.latent_shape) + num_trained_steps
-    prompts = min(sampling.num_groups, num_prompts) + 1
+    prompts = min(sampling.num_groups, num_prompts) + 1  # a batch stores each distinct prompt once
     batch = 8 * (num_trained_steps + sampling.num_groups) + prompts * base.embedding * embedding_bytes
     return 4 * numbers * Budget.of(settings).num_images + batch * sampling.num_batches
 

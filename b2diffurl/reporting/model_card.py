@@ -180,7 +180,7 @@ def evaluation_results(exported: Exported, judged: list[tuple[Row, Row]]) -> lis
             task_type="text-to-image",
             dataset_type="prompts",
             dataset_name=f"{prompt_file(exported, row['prompts'])} ({set_title(row['prompts'])})",
-            dataset_split=row["prompts"] if row["prompts"] in SETS else None,
+            dataset_split=row["prompts"] if row["prompts"] in SETS else None,  # a prompt file is no split
             metric_type=key,
             metric_name=f"{key} ({describe_sampler(row)})",
             metric_value=round(row[key], 6),
@@ -204,7 +204,7 @@ def show_pictures(folder: Path, exported: Exported, judged: list[tuple[Row, Row]
 
     The deployed sampler's evaluation comes first: that is how readers will sample.
     """
-    for row, _ in sorted(judged, key=lambda pair: pair[0]["sampler"] != "deployed"):
+    for row, _ in sorted(judged, key=lambda pair: pair[0]["sampler"] != "deployed"):  # stable: held-out prompts stay first
         source = exported.root / row["folder"]
         pictures = sorted(source.glob("[0-9]*.png"))[:NUM_PICTURES]
         if pictures:
@@ -251,12 +251,12 @@ def usage(exported: Exported) -> dict[str, Any]:
     scheduler = deployed.get("scheduler", "DDIMScheduler")
     size = exported.model.resolution
     options = {"num_inference_steps": chosen["num_steps"], "guidance_scale": chosen["guidance_scale"]}
-    options |= {"eta": eta} if eta else {}
-    options |= {"height": size, "width": size} if size else {}
+    options |= {"eta": eta} if eta else {}  # 0 is the pipeline's default
+    options |= {"height": size, "width": size} if size else {}  # else the pipeline's own size, which is training's
     return {
         "scheduler": scheduler if scheduler.endswith("Scheduler") else f"{scheduler}Scheduler",
         "options": ", ".join(f"{key}={value}" for key, value in options.items()),
-        "where": exported.repository or f"path/to/{exported.form}",
+        "where": exported.repository or f"path/to/{exported.form}",  # a placeholder: the folder's path must not be published
         "load": "from_single_file" if exported.base.endswith(".safetensors") else "from_pretrained",
     }
 

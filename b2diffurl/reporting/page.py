@@ -122,7 +122,7 @@ def figure_table(evaluations: Sequence[Row]) -> list[dict[str, Any]]:
     lines = []
     for place, (prompts, sampler) in enumerate(judged_sets(evaluations)):
         rows = [row for row in evaluations if (row["prompts"], row["sampler"]) == (prompts, sampler)]
-        base, tuned = base_and_tuned(rows)
+        base, tuned = base_and_tuned(rows)  # either may be missing: a figure of one alone is shown, too
         for key in figures_of([row for row in (base, tuned) if row]):
             lines.append(
                 {
@@ -183,9 +183,10 @@ def draw_trees(root: Path) -> list[str]:
     a loser, or if there are none, the first and the last of all.
     """
     stages = [stage for stage in finished_stages(root, "select") if load_tree(stage)]
-    telling = [stage for stage in stages if len(set(marks(stage).values())) == 2] or stages
+    telling = [stage for stage in stages if len(set(marks(stage).values())) == 2] or stages  # with winner and loser
     drawn = []
-    for name, stage in zip(("branches", "branches_last"), dict.fromkeys((*telling[:1], *telling[-1:])), strict=False):
+    ends = dict.fromkeys((*telling[:1], *telling[-1:]))  # one stage if there is only one
+    for name, stage in zip(("branches", "branches_last"), ends, strict=False):
         tree, scores = load_tree(stage), files.read_json_lines(stage.scores)
         trained = stage.manifest("sample")["num_trained_steps"]
         what = f"{len(tree.branches)} branches, the last {trained} steps apart"
@@ -220,6 +221,7 @@ def galleries(root: Path, evaluations: Sequence[Row]) -> list[dict[str, Any]]:
         pairs, name, title = read_pairs(root, base, tuned), set_name(prompts), set_title(prompts)
         first = pairs[:NUM_PAIRS]
         shown.append(gallery(root, f"before_after_{name}", f"{title}: the first {len(first)}", base, tuned, first))
+        # A pair that is neither better nor worse belongs to neither extreme, even if there are few others.
         changed = sorted((pair for pair in pairs if change(pair) is not None), key=change)
         worse = [pair for pair in changed if change(pair) < (0, 0)]
         better = [pair for pair in reversed(changed) if change(pair) > (0, 0)]
@@ -234,7 +236,7 @@ def read_pairs(root: Path, base: Row, tuned: Row) -> list[Pair]:
     """The image pairs of two evaluations under the same conditions, so that image n is on the same noise in both."""
     results = [files.read_json(root / row["folder"] / "result.json") for row in (base, tuned)]
     rewards = list(zip(*(one["values"].get("reward", [None] * one["n_images"]) for one in results), strict=True))
-    verdicts = [one["values"].get("accuracy") for one in results]
+    verdicts = [one["values"].get("accuracy") for one in results]  # None without a judge
     return [
         Pair(
             prompt,
@@ -358,6 +360,7 @@ def disk_usage(root: Path) -> dict[str, int]:
         parts = path.relative_to(root).parts
         if path.is_file() and not path.name.endswith(files.TEMPORARY) and parts[0] not in ("report", "report.html"):
             inside = len(parts) > 2 and parts[0].startswith("stage")
+            # samples, images, … of all stages add up; a file directly in a stage's folder is one of the other files.
             kind = parts[1] if inside else parts[0] if len(parts) > 1 else "other files"
             kind = "other files" if kind.startswith("stage") else kind
             sizes[kind] = sizes.get(kind, 0) + path.stat().st_size

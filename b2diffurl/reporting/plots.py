@@ -46,7 +46,7 @@ STYLE: dict[str, Any] = {
     "lines.markersize": 3.5,
     "legend.frameon": False,
     "legend.fontsize": 8,
-    "svg.fonttype": "none",
+    "svg.fonttype": "none",  # text stays text, which the page can set in its own font and people can search
     "figure.dpi": 100,
 }
 PANEL_INCHES = (4.0, 2.9)
@@ -138,7 +138,7 @@ def draw_series(axes: Axes, x: Sequence[float], rows: Sequence[Row], key: str, *
     )
     if steps:
         axes.yaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
-        axes.set_ylim(0, 1.15 * max((value for _, value in points), default=0) or 1)
+        axes.set_ylim(0, 1.15 * max((value for _, value in points), default=0) or 1)  # 1: an axis needs a length
 
 
 def draw_share(axes: Axes, x: Sequence[float], rows: Sequence[Row], key: str) -> None:
@@ -205,6 +205,7 @@ def draw_seconds(axes: Axes, x: Sequence[float], rows: Sequence[Row]) -> None:
     loading = [
         key for key in sorted({key for row in rows for key in row}) if key.startswith("seconds/") and key.endswith("/load")
     ]
+    # Loading of all phases together: it does not grow with the stage.
     seconds["load"] = [sum(row.get(key, 0.0) for key in loading) for row in rows]
     # Bars stand at the queries, so the smallest distance between two stages decides their width.
     width = (x[0] if len(x) == 1 else min(np.diff(x))) * 0.7
@@ -267,7 +268,7 @@ def heat_map(title: str, values: Mapping[int, Mapping[int, float]], *, log: bool
     mesh = axes.pcolormesh(
         np.arange(len(stages) + 1) - 0.5, np.arange(len(timesteps) + 1) - 0.5, grid, cmap="viridis", norm=norm
     )
-    axes.invert_yaxis()
+    axes.invert_yaxis()  # noise, the largest t, on top
     axes.set_yticks(range(len(timesteps)), [str(t) for t in timesteps])
     axes.set_xticks(thin(range(len(stages))), [str(stages[n]) for n in thin(range(len(stages)))])
     axes.set(xlabel="stage", ylabel="timestep t", title=title)
@@ -366,6 +367,7 @@ def pairs_figure(title: str, labels: Sequence[str], pairs: Sequence[Pair]) -> Fi
             if pair.rewards[row] is not None:
                 axes.text(left + 0.5, top + 1.04, short(pair.rewards[row]), ha="center", va="top", fontsize=8, color=FAINT)
     for column, pair in enumerate(pairs):
+        # Prompts are text: a pair of $ must not be read as a formula (parse_math).
         text = textwrap.fill(pair.prompt, 20, max_lines=4)
         axes.text(column * 1.18 + 0.5, 2.5, text, ha="center", va="top", fontsize=7.5, linespacing=1.25, parse_math=False)
     return figure
@@ -419,10 +421,10 @@ def to_svg(figure: Figure, name: str) -> str:
     the same text.
     """
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
+    with matplotlib.rc_context({"svg.hashsalt": name}):  # else the ids in it are random
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
+    svg = svg[svg.index("<svg") :]  # without XML header and doctype, which have no place inside a page
     for colour, variable in ((INK, "--ink"), (FAINT, "--faint"), (GRID, "--grid")):
         svg = svg.replace(colour, f"var({variable})")
     return svg.replace("<svg", '<svg role="img"', 1)

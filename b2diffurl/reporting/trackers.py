@@ -58,7 +58,7 @@ def track(output: Output) -> None:
         return
     for name in output.trackers:
         try:
-            if find_spec(name) is None:
+            if find_spec(name) is None:  # both are optional packages
                 raise ModuleNotFoundError(f"it is not installed. To have it: pip install {name}")
             TRACKERS[name](output)
         except Exception as error:  # any error at all: a view of the run must not stop the run
@@ -121,7 +121,7 @@ def pictures(root: Path) -> dict[str, list[tuple[Path, str]]]:
         for row in files.read_json_lines(newest.scores)[:NUM_IMAGES]
     ]
     images = {"images/stage": shown}
-    judged = [row for row in evaluation_rows(root, prompts="test") if row["stage"] is not None]
+    judged = [row for row in evaluation_rows(root, prompts="test") if row["stage"] is not None]  # without the base
     if judged and (root / judged[-1]["folder"] / "result.json").is_file():
         folder = root / judged[-1]["folder"]
         result = files.read_json(folder / "result.json")
@@ -193,6 +193,7 @@ def show_in_wandb(output: Output) -> None:
         tracker.log(images | {"queries": everything[-1]["queries"]})
     finally:
         tracker.finish()
+    # The last run is deleted only now that its successor is complete.
     (made,) = workplace.glob("wandb/offline-run-*")
     for old in folder.glob(f"offline-run-*-{run_id}"):
         shutil.rmtree(old)
@@ -236,9 +237,9 @@ def show_in_tensorboard(output: Output) -> None:
     tracker = TensorBoardTracker(output.name, workplace)
     tracker.start()
     try:
-        last = 0
+        last = 0  # the step of the newest point, where the images stand
         for point in points(root):
-            last = round(point.pop("queries"))
+            last = round(point.pop("queries"))  # an update's queries may be a fraction; TensorBoard's steps are whole
             tracker.log(point, step=last)
         tracker.log({"config": f"```\n{json.dumps(configuration(root), indent=1)}\n```"}, step=0)
         for key, group in pictures(root).items():

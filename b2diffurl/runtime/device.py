@@ -32,12 +32,12 @@ def make_accelerator(compute: Compute, *, shared: bool = True) -> "Accelerator":
     from accelerate import Accelerator
     from transformers.utils import logging as transformers_logging
 
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty():  # a bar would fill a log file with its redrawn lines
         transformers_logging.disable_progress_bar()
     if compute.num_threads:
         torch.set_num_threads(compute.num_threads)
     cuda, precision = choose_device(compute)
-    if cuda and "LOCAL_RANK" not in os.environ:
+    if cuda and "LOCAL_RANK" not in os.environ:  # torchrun sets it, and accelerate then chooses the device
         torch.cuda.set_device(compute.dev_id)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = compute.allow_tf32
     accelerator = Accelerator(cpu=not cuda, mixed_precision=precision)

@@ -95,7 +95,7 @@ def seal(text: str, separator: str = " ") -> bytes:
 
 def open_sealed(data: bytes) -> Any:
     """The JSON value in `data`. A record's checksum is checked and removed; a ValueError says that it does not match."""
-    value = json.loads(data)
+    value = json.loads(data)  # first: what is cut off is no JSON, and says so better than a checksum
     match = SEALED.fullmatch(data)
     if match:
         if hashlib.sha256(match[1]).hexdigest().encode() != match[2]:
@@ -199,7 +199,7 @@ def digest(value: Any) -> str:
 
 def remove_temporaries(folder: Path) -> None:
     """Delete all half-written files and folders (*.tmp) below `folder`, which an interrupted run has left."""
-    for path in sorted(folder.rglob("*" + TEMPORARY)):
+    for path in sorted(folder.rglob("*" + TEMPORARY)):  # sorted: the walk is over before anything is deleted
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
