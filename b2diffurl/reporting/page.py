@@ -10,7 +10,8 @@ import re
 import runpy
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,7 @@ def write_report(root: Path) -> Path:
         raise ValueError(f"{root} has no stage that has been scored, so there is nothing to report yet")
     config = files.read_json(root / "config.json")["config"]
     shutil.rmtree(root / "report", ignore_errors=True)  # no picture of an earlier report stays
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "findfont", UserWarning)
+    with drawing():
         page = {
             "name": root.name,
             "stages": stages,
@@ -94,6 +94,18 @@ def write_report(root: Path) -> Path:
     html = environment.get_template("report.html").render(page)
     files.write_bytes(root / "report.html", html.encode())
     return root / "report.html"
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Draw in the report's style inside the block.
+
+    matplotlib's font lacks letters of some prompts, such as Chinese ones. The PNGs have boxes for them and the page has the
+    letters, so nobody needs a warning for each letter.
+    """
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        yield
 
 
 # ---- warnings ----
@@ -298,7 +310,7 @@ def draw_prompt(root: Path, prompt: str, images: Mapping[str, Tensor], sampler: 
     """
     words, which = (re.sub(r"[^a-zA-Z0-9]+", "_", text).strip("_") for text in (prompt, list(images)[-1]))
     path = root / "prompts" / f"{words[:60]}_{which[-40:]}_{sampler}_{files.digest([prompt, *images])[:6]}.png"
-    with matplotlib.rc_context(STYLE):
+    with drawing():
         save_png(prompt_figure(prompt, list(images), [row.numpy() for row in images.values()]), path)
     return path
 
