@@ -3,6 +3,7 @@
 Everything comes from the experiment's files. A card is published, so no path of this machine may be in it (`public`).
 """
 
+import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -108,6 +109,7 @@ def write_card(folder: Path, exported: Exported) -> None:
     shown = show_pictures(folder / "images", exported, judged)
     base = exported.base if on_hub(exported.base) else None  # the hub refuses a card whose base_model is no hub id
     tags = ["text-to-image", *exported.family.tags, "reinforcement-learning", "b2-diffurl"]
+    prompt = shown[0]["text"] if shown else (drawn_prompts(exported) or ["a photo"])[0]
     # Entries without content are left out of the metadata. Results need a model_name beside them.
     optional = {"widget": shown} if shown else {}
     if results := evaluation_results(exported, judged):
@@ -127,7 +129,7 @@ def write_card(folder: Path, exported: Exported) -> None:
         base=public(exported.base),
         base_on_hub=bool(base),
         reward=reward_with_models(config["reward"]),
-        prompt=shown[0]["text"] if shown else (drawn_prompts(exported) or ["a photo"])[0],
+        prompt=json.dumps(prompt, ensure_ascii=False),  # as a string of Python: a prompt may have quotes, or lines
         use=usage(exported),
         grids=copy_grids(folder / "images", exported),
         judged=[table(row, before) for row, before in judged],
