@@ -1,8 +1,12 @@
-"""A checkpoint as others use it: a LoRA for diffusers or for ComfyUI and its like, or a whole pipeline; with a model card.
+"""Export a checkpoint for other programs, with a model card: as a LoRA for diffusers or ComfyUI, or as a whole pipeline.
 
     python -m b2diffurl.export shapes --checkpoint last --format kohya --push OWNER/NAME
 
-A folder of `<experiment>/export/` holds the weights, README.md (the card), images/, and export.json, which says what of.
+Written to <experiment>/export/<format>/:
+
+    the weights     a .safetensors file, or a pipeline's folders
+    README.md       the model card (reporting/model_card.py); images/ has its pictures
+    export.json     which checkpoint this is, and size and checksum of each file
 """
 
 import argparse
@@ -38,7 +42,7 @@ def main() -> None:
         "--format",
         choices=FORMATS,
         default="diffusers",
-        help="a LoRA for diffusers, a LoRA for ComfyUI and its like (kohya), or a pipeline with the LoRA fused in",
+        help="a LoRA for diffusers, a LoRA for ComfyUI and similar programs (kohya), or a pipeline with the LoRA fused in",
     )
     parser.add_argument("--base", default="", help="where the base model is now, if not where it was in training")
     parser.add_argument("--out", type=Path, help="folder to write (default: <experiment>/export/<format>)")
@@ -47,14 +51,14 @@ def main() -> None:
     args = parser.parse_args()
     try:
         if args.push:
-            check_login(args.push)
+            check_login(args.push)  # before the export, which may take minutes
         root = find_experiment(args.experiment)
         out = export(root, args.checkpoint, args.format, base=args.base, out=args.out, repository=args.push)
         print(f"export: {out}")
         if args.push:
             print(f"export: {push(out, args.push, private=args.private)}")
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(130)  # 128 + SIGINT, as shells have it
     except (ValueError, OSError, ImportError, SafetensorError) as error:
         die(f"export: {error}", hint=f"{remedy(error, '--out')}; --help lists the options.")
 
@@ -68,10 +72,14 @@ def export(
     out: Path | None = None,
     repository: str = "",
 ) -> Path:
-    """Export a checkpoint of the experiment in folder `root` to folder `out`, which is returned, in one of FORMATS.
+    """Export a checkpoint of the experiment in folder `root`; returns the folder written, `out` or export/<form>.
 
-    `base` is where the base model is now; `repository` what the card calls the result. A ValueError or FileNotFoundError
-    says why not, before anything is written.
+    checkpoint  a name as in experiment/folder.py
+    form        one of FORMATS
+    base        the base model's path or hub id, if it is not where it was in training
+    repository  OWNER/NAME on the hub, for the card
+
+    What cannot be exported is refused by a ValueError or FileNotFoundError before anything is written.
     """
     config = files.read_json(root / "config.json")["config"]
     model = read_model(config["pretrained"] | ({"model": base} if base else {}), config["train"]["lora_rank"])
@@ -83,11 +91,13 @@ def export(
     require_base(lora, model, required=form == "pipeline" or bool(base))
     out = (out or root / "export" / form).expanduser()
     check_replaceable(out)
-    place = out.resolve()
+    # Everything is made in a temporary folder, which then replaces an earlier export by one rename.
+    place = out.resolve()  # a link stays one, and its target is replaced
     temporary = place.with_name(place.name + files.TEMPORARY)
     shutil.rmtree(temporary, ignore_errors=True)
     if form == "pipeline":
         hide_progress()
+        # The LoRA's own rank: it may come from elsewhere, with another rank than the experiment's.
         family(model).write_pipeline(temporary, replace(model, lora_rank=rank_of(state)), lora)
     elif form == "kohya":
         family(model).write_kohya(temporary / f"{root.resolve().name}.safetensors", state)
@@ -104,14 +114,19 @@ def export(
 
 
 def require_base(lora: Path, model: ModelSettings, *, required: bool) -> None:
-    """Refuse a base model other than the LoRA's. One that is not `required` is looked at only where it is a local path."""
-    trained_on = (read_state(lora) or {}).get("base_model_sha256")
+    """Refuse a base model that is not the one the LoRA was trained on.
+
+    A base model that the export does not need (`required` False) is only checked if it is a local path: nothing is
+    downloaded for the check.
+    """
+    trained_on = (read_state(lora) or {}).get("base_model_sha256")  # None for a LoRA from elsewhere
     if not required and not (trained_on and Path(model.name).expanduser().exists()):
         return
     try:
+        # By the weights' checksum and not by name: a model may have moved, or its files may have been replaced.
         fingerprint = base_fingerprint(model)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error} It is the base model; where it is now, --base says.") from None
+        raise FileNotFoundError(f"{error} It is the base model. Say where it is now by --base.") from None
     if trained_on and fingerprint != trained_on:
         raise ValueError(
             f"{lora} was trained on another base model (SHA-256 {trained_on[:12]}…, {model.name} has "
@@ -120,23 +135,23 @@ def require_base(lora: Path, model: ModelSettings, *, required: bool) -> None:
 
 
 def check_replaceable(out: Path) -> None:
-    """Refuse a folder that holds anything but an earlier export, as it was written."""
+    """Refuse an output folder that holds anything else than an unchanged earlier export, because it will be replaced."""
     if not out.exists():
         return
     if not out.is_dir():
         raise ValueError(f"{out} is a file. Give a folder as --out.")
-    there = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
-    record = there.pop(RECORD, None)
-    if there and record is None:
-        raise ValueError(f"{out} holds {min(there)} and is not an earlier export. Give another --out.")
-    described = files.read_json(record)["files"] if record else {}
-    changed = [name for name, path in sorted(there.items()) if described.get(name) != files.describe(path)]
+    existing = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
+    record = existing.pop(RECORD, None)
+    if existing and record is None:
+        raise ValueError(f"{out} holds {min(existing)} and is not an earlier export. Give another --out.")
+    exported = files.read_json(record)["files"] if record else {}
+    changed = [name for name, path in sorted(existing.items()) if exported.get(name) != files.describe(path)]
     if changed:
         raise ValueError(f"{out / changed[0]} is not what was exported, and would be lost. Move it, or give another --out.")
 
 
 def hide_progress() -> None:
-    """Loading a model draws progress bars only on a terminal."""
+    """Let diffusers and transformers draw progress bars only on a terminal."""
     import diffusers
     import transformers
 
@@ -146,7 +161,7 @@ def hide_progress() -> None:
 
 
 def check_login(repository: str) -> None:
-    """Refuse a name that is none, and a user who is not logged in, before any work."""
+    """Refuse, before any work, a repository name that is not OWNER/NAME and a user who is not logged in."""
     from huggingface_hub import whoami
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
     from huggingface_hub.utils import validate_repo_id
@@ -158,14 +173,14 @@ def check_login(repository: str) -> None:
         whoami()
     except (HfHubHTTPError, LocalTokenNotFoundError) as error:
         raise ValueError(f"the hub does not know you ({error}) Log in first: hf auth login") from None
-    except (HTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:  # no answer at all: after HfHubHTTPError, which is one of these
         raise ValueError(
             f"the hub cannot be reached ({error}), so nothing can be uploaded; without --push it is exported"
         ) from None
 
 
 def push(folder: Path, repository: str, *, private: bool) -> str:
-    """Upload an export; the URL of its repository, which is made if there is none."""
+    """Upload an export to a repository of the hub, which is made if it is new; returns its URL."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
 

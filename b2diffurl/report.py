@@ -1,4 +1,4 @@
-"""Write an experiment's report: python -m b2diffurl.report EXP, its folder or name."""
+"""Write an experiment's report: `python -m b2diffurl.report EXPERIMENT`, by its folder or name (experiment/folder.py)."""
 
 import argparse
 
@@ -8,6 +8,7 @@ from b2diffurl.reporting.page import write_report
 
 
 def main() -> None:
+    """Write the report and print its path. A mistake of the user's ends in two lines and exit code 2."""
     parser = argparse.ArgumentParser(prog="python -m b2diffurl.report", description="Write the report of an experiment.")
     parser.add_argument("experiment", help="its folder, or its name")
     try:

@@ -1,4 +1,7 @@
-"""Resident=1: the loop of run_process.sh in one process, which imports the libraries and loads the base model once."""
+"""Resident=1: the whole loop of a run in one process, which imports the libraries and loads the base model only once.
+
+The calls, their order and their results are those of run_process.sh without it.
+"""
 
 import json
 import os
@@ -20,7 +23,10 @@ VERBS = {"sample": sample_stage, "select": select_stage, "train": train_stage}
 
 
 def run_stages(config: ConfigDict) -> None:
-    """Every call of the loop, in order; it ends early where a call lacks what it needs."""
+    """Make every call of the loop in order, then print the last evaluation as JSON.
+
+    Ends early where a call lacks the file that it needs: scores are being made elsewhere (reward `file`).
+    """
     if max(config.num_processes, int(os.environ.get("WORLD_SIZE", 1))) > 1:
         raise ValueError("Resident=1 is for one process. Without it each script is started on its own.")
     policy.keep_models()
@@ -31,11 +37,12 @@ def run_stages(config: ConfigDict) -> None:
         for call in loop:
             if not (root / call.needs).exists():
                 return
-            if call.stage is None:
+            if call.stage is None:  # the evaluations at the end of the run
                 results = judge(first.settings, ["base", "last"], call.prompts, [call.sampler])
             elif call.script == "eval":
                 judge_due(first.settings, call.stage)
             else:
+                # A plan for each call: it reads what the calls before it have written.
                 config.run_name = f"stage{call.stage}"
                 VERBS[call.script](make_plan(config))
     print(json.dumps(headline(results[-1])), flush=True)

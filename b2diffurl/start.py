@@ -1,4 +1,7 @@
-"""What run_process.sh calls first: check everything, take the lock, and write the list of calls; or print the plan."""
+"""The first command of run_process.sh: check everything, take the lock, print the list of calls. Or print the plan.
+
+The list is the loop of the run (configuration/loop.py), which run_process.sh then walks: call after call of run_<script>.py.
+"""
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -13,17 +16,20 @@ from b2diffurl.runtime.logs import logger
 
 
 def start(config: ConfigDict) -> None:
-    """Check the whole configuration; with --dry_run print the plan and do nothing else.
+    """Check the whole configuration. With --dry_run, print the plan for people and do nothing else.
 
-    Otherwise take the lock for run_process.sh and print, for it to read: the experiment's folder; a line for each call,
-    `call`, the file that it needs, the script and its flags, separated by tabs; and the plan in one line for people.
+    Otherwise take the lock for run_process.sh, and print these lines for it to read:
+
+        the experiment's folder
+        call <TAB> a file that the call needs <TAB> script <TAB> flag <TAB> flag …      one line for each call
+        the plan, for the log
     """
     plan = make_plan(config)
-    load_prompts(plan.settings.prompts.held_out_file)  # refused now rather than when the run is judged
+    load_prompts(plan.settings.prompts.held_out_file)  # a bad file is refused now, not hours later by the first evaluation
     if flags.FLAGS.dry_run:
         print(dry_run.describe(plan))
         return
-    if owner := lock.owner():
+    if owner := lock.owner():  # 0 on the other machines of a cluster, which leave the lock to the first one
         lock.take(plan.stage.root, owner)
     print(plan.stage.root)
     for call in calls(plan.settings.schedule.num_stages, waits=plan.settings.rewards.made_elsewhere):

@@ -1,5 +1,6 @@
 """Export: what others load draws what we draw, the card says what the files say, nothing is lost, bad input is refused."""
 
+import ast
 import base64
 import json
 import os
@@ -384,6 +385,15 @@ def test_code_of_the_card_runs(models, workplace, tmp_path, monkeypatch):
     code = code.replace('from_pretrained("sd")', f'from_pretrained("{models}/sd")').replace("path/to/diffusers", str(out))
     exec(code, {})
     assert (tmp_path / "image.png").is_file()
+
+
+def test_code_of_the_card_has_any_prompt(workplace):
+    """Quotes, backslashes and lines of a prompt are still those of the prompt in the code."""
+    prompt = 'a "red" circle \\ three\nlines, ein Käse'
+    Stage(experiment(workplace), 0).prompts.write_text(json.dumps([prompt]))
+    code = re.search(r"```python\n(.+?)```", read_card(export(experiment(workplace)))[1], re.DOTALL)[1]
+    strings = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert prompt in strings
 
 
 @pytest.mark.parametrize("form", ["diffusers", "kohya", "pipeline"])

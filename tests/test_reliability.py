@@ -261,7 +261,7 @@ def test_another_number_of_processes_than_asked_for_is_refused(overrides, tmp_pa
     """As where a launcher quietly starts one."""
     ended = run_script(tmp_path, "sample", overrides | {"num_processes": 2})
     assert ended.code == 2
-    assert "num_processes is 2, but this is one of 1" in ended.stderr
+    assert "num_processes is 2, but this run has 1" in ended.stderr
     assert not snapshot(tmp_path)
 
 

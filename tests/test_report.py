@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +215,14 @@ def test_axes_say_what_is_there():
     said = [float(label.removesuffix("%")) for label in axis.get_major_formatter().format_ticks(places)]
     assert said == pytest.approx([100 * place for place in places])
     assert drawn(panels, "Clip fraction, mean over updates").get_ylim()[0] == 0
+
+
+def test_letters_that_the_font_lacks_are_no_warnings(tmp_path):
+    """A prompt in Chinese is drawn without a word about each of its letters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        path = page.draw_prompt(tmp_path, "一只猫", {"base": torch.zeros(2, 8, 8, 3, dtype=torch.uint8)}, "training")
+    assert path.is_file()
 
 
 def test_long_names_end_where_their_panel_ends():
@@ -468,7 +477,7 @@ def test_disk_is_counted_by_kind_without_the_report(root):
 
 def test_facts_are_on_the_page(root):
     html = (root / "report.html").read_text()
-    for text in ("torch", torch.__version__, "images sampled a second", "cpu_cores", "sample: load"):
+    for text in ("torch", torch.__version__, "images sampled per second", "cpu_cores", "sample: load"):
         assert text in html
 
 

@@ -1,7 +1,9 @@
-"""The branch picture's material: one group of a stage decoded on its way, its shared prefix and then its K branches.
+"""The branch picture of a stage: its first group decoded at several sampler steps, the shared prefix and then each branch.
 
-tree.png    K rows of tiles: in the first one the shared states, beside them in each row that branch's states
-tree.json   prompt, and how many sampler steps each column's state is from noise
+tree.png    a grid of tiles: a row for each branch, a column for each sampler step; shared states stand in the first row only
+tree.json   the prompt, and how many sampler steps each column's state is from noise
+
+K branches, T sampler steps, S of them after the branches part, latents [C,h,w], images uint8 [H,W,3]
 """
 
 from collections.abc import Callable
@@ -18,22 +20,22 @@ from b2diffurl.algorithm.types import Predict
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.runtime import files
 
-TILE_PX = 256  # larger images are scaled down to it
+TILE_PX = 256  # larger images are scaled down to this
 NUM_SHARED, NUM_APART = 4, 4  # states shown of the prefix and of each branch, at most
 
 
 @dataclass(frozen=True)
 class Tree:
-    """One group: its prompt and images uint8 [h,w,3] by the number of steps done."""
+    """One group as images [h,w,3], each under the number of sampler steps done by then."""
 
     prompt: str
     num_steps: int  # T
     shared: dict[int, np.ndarray]
-    branches: list[dict[int, np.ndarray]]  # of each branch; the last one's key is T, the finished image
+    branches: list[dict[int, np.ndarray]]  # [K]; each branch's last key is T, its finished image
 
 
 def recording_prefix(predict: Predict, num_prefix_steps: int, seen: list[Tensor]) -> Predict:
-    """`predict` that adds the first group's x_t [1,C,h,w] of each prefix step to `seen`."""
+    """Wrap `predict`: before each step of the prefix it appends the first group's x_t [1,C,h,w] to `seen`."""
 
     def recorded(x_t: Tensor, i: int) -> Tensor:
         if i < num_prefix_steps:
@@ -45,18 +47,20 @@ def recording_prefix(predict: Predict, num_prefix_steps: int, seen: list[Tensor]
 
 @dataclass(frozen=True)
 class Sheet:
-    """A tree as its files hold it."""
+    """A tree in the form of its files."""
 
-    tiles: Tensor  # uint8 [K*h, columns*w, 3]
-    facts: dict[str, Any]
+    tiles: Tensor  # uint8 [K*h, columns*w, 3]: tree.png
+    facts: dict[str, Any]  # tree.json
 
 
 def decode_tree(prompt: str, prefix: list[Tensor], latents: Tensor, decode: Callable[[Tensor], Tensor]) -> Sheet:
-    """A group's states before each prefix step, [1,C,h,w], and after them, latents [K,S+1,C,h,w], as pictures."""
+    """Decode a group's states: `prefix`, one [1,C,h,w] before each shared step, and `latents` [K,S+1,C,h,w] after them."""
     split, num_steps = len(prefix), len(prefix) + latents.shape[1] - 1
     shared, apart = spread(0, split, NUM_SHARED), spread(split + 1, num_steps, NUM_APART)
+    # All branches start from the same state, so the last shared one is taken from the first branch.
     states = [*prefix, latents[:1, 0]]
     chosen = [states[step] for step in shared] + [latents[:, step - split] for step in apart]
+    # One call for all states: the decoder sees full batches.
     images = iter(shrink(decode(torch.cat(chosen))))
     tiles = [next(images) for _ in shared]
     sheet = torch.full((len(latents), len(shared) + len(apart), *tiles[0].shape), 255, dtype=torch.uint8)
@@ -69,7 +73,7 @@ def decode_tree(prompt: str, prefix: list[Tensor], latents: Tensor, decode: Call
 
 
 def save_tree(stage: Stage, sheet: Sheet) -> list[Path]:
-    """Write tree.png and tree.json; returns them."""
+    """Write tree.png and tree.json; returns their paths."""
     picture, facts = stage.folder / "tree.png", stage.folder / "tree.json"
     files.write_image(picture, sheet.tiles)
     files.write_record(facts, sheet.facts)
@@ -77,10 +81,10 @@ def save_tree(stage: Stage, sheet: Sheet) -> list[Path]:
 
 
 def load_tree(stage: Stage) -> Tree | None:
-    """What `save_tree` wrote, or None for a stage that has none; a ValueError if it is damaged."""
+    """Read tree.png and tree.json; None if the stage has none, a ValueError if they are damaged."""
     if not (stage.folder / "tree.json").is_file():
         return None
-    if stage.finished("sample"):
+    if stage.finished("sample"):  # else there is no manifest to compare the files with
         stage.verify("sample", "tree.json", "tree.png")
     facts = files.read_json(stage.folder / "tree.json")
     sheet = files.read_image(stage.folder / "tree.png").numpy()
@@ -96,13 +100,14 @@ def load_tree(stage: Stage) -> Tree | None:
 
 
 def spread(first: int, last: int, count: int) -> list[int]:
-    """At most `count` whole numbers from first to last, both among them, as evenly as can be; of one number, the last."""
+    """At most `count` whole numbers, evenly spaced from `first` to `last`, both included; `last` alone if count is 1."""
     count = min(count, last - first + 1)
+    # Counted down, so that a single number is `last`, the finished image.
     return [last - round((last - first) * n / max(1, count - 1)) for n in range(count)][::-1]
 
 
 def shrink(images: Tensor) -> Tensor:
-    """Images uint8 [N,H,W,3], no larger than TILE_PX."""
+    """Scale images uint8 [N,H,W,3] down until no side is longer than TILE_PX; smaller ones stay as they are."""
     if max(images.shape[1:3]) <= TILE_PX:
         return images
     scale = TILE_PX / max(images.shape[1:3])

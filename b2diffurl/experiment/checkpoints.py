@@ -1,9 +1,9 @@
-"""Checkpoints: the LoRA in a file that stock diffusers loads, and beside it what training needs to go on.
+"""Checkpoints: the LoRA in a file that stock diffusers loads, and beside it what training needs to continue.
 
-    checkpoint_<n>/pytorch_lora_weights.safetensors   the adapter, float32
+    checkpoint_<n>/pytorch_lora_weights.safetensors   the LoRA, float32
     checkpoint_<n>/optimizer.safetensors              the optimizer's tensors, by parameter name
-    checkpoint_<n>/state.json                         epoch, base model, optimizer's numbers, gradient scaler; what
-                                                      the other two are (size and checksum)
+    checkpoint_<n>/state.json                         epoch, SHA-256 of the base model, the optimizer's plain numbers, the
+                                                      gradient scaler's state; size and SHA-256 of the other two files
 
 The folder appears by one rename, so it is whole or absent. Nothing in it is a pickle.
 """
@@ -25,10 +25,11 @@ OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
 def save_checkpoint(
     folder: Path, adapter: dict[str, Tensor], optimizer: torch.optim.Optimizer, names: list[str], state: dict[str, Any]
 ) -> None:
-    """Write one checkpoint. `names` are the parameters' names in the optimizer's order; `state` is JSON."""
+    """Write one checkpoint. `names` are the parameters' names in the optimizer's order; `state` is what state.json adds."""
     temporary = folder.with_name(folder.name + files.TEMPORARY)
     for leftover in (temporary, folder):
         shutil.rmtree(leftover, ignore_errors=True)
+    # Tensors go to safetensors and plain numbers to JSON: together they replace torch.save, which would be a pickle.
     tensors, numbers = {}, {}
     for index, entries in optimizer.state_dict()["state"].items():
         for key, value in flatten(entries).items():
@@ -42,13 +43,16 @@ def save_checkpoint(
 
 
 def read_state(lora: Path) -> dict[str, Any] | None:
-    """The state.json beside a LoRA file, or None for a LoRA from elsewhere."""
+    """The state.json beside a LoRA file; None for a LoRA that was made elsewhere and has none."""
     path = lora.parent / STATE_FILE
     return files.read_json(path) if path.is_file() else None
 
 
 def require_whole(path: Path) -> None:
-    """Refuse a LoRA or optimizer file that is not what state.json beside it says; if it says nothing of it, it passes."""
+    """Refuse a LoRA or optimizer file that differs from its size and checksum in the state.json beside it.
+
+    A file that no state.json describes passes.
+    """
     state = read_state(path)
     expected = (state or {}).get("files", {}).get(path.name)
     if expected and (not path.is_file() or files.describe(path) != expected):
@@ -58,8 +62,10 @@ def require_whole(path: Path) -> None:
 
 
 def whole_checkpoints(folders: list[Path]) -> list[Path]:
-    """Of an unfinished stage's checkpoints those before the first damaged one, which is named in the log; it and those after
-    it are made again."""
+    """The checkpoints of an unfinished stage before the first damaged one.
+
+    The log names the damaged one. It and all later ones are made again by training.
+    """
     for number, folder in enumerate(folders):
         try:
             if not (folder / STATE_FILE).is_file():
@@ -67,31 +73,33 @@ def whole_checkpoints(folders: list[Path]) -> list[Path]:
             require_whole(folder / LORA_FILE)
             require_whole(folder / OPTIMIZER_FILE)
         except ValueError as error:
+            # The advice to delete something is cut off: here training mends the damage by itself.
             logger.warning("%s; it is made again", str(error).split(" Delete ")[0].rstrip("."))
             return folders[:number]
     return folders
 
 
 def load_optimizer(lora: Path, optimizer: torch.optim.Optimizer, names: list[str]) -> None:
-    """Restore the optimizer saved beside `lora`, matched by parameter name."""
+    """Restore the optimizer saved beside `lora`, matched by parameter name; a ValueError names an unknown parameter."""
     require_whole(lora.parent / OPTIMIZER_FILE)
     values = files.read_tensors(lora.parent / OPTIMIZER_FILE)
     values |= read_state(lora)["optimizer"]
     index_of = {name: index for index, name in enumerate(names)}
     entries: dict[int, dict] = {}
     for name, value in values.items():
-        parameter, *path, key = name.split("::")
+        parameter, *path, key = name.split("::")  # path: of nested dictionaries, see `flatten`
         if parameter not in index_of:
             raise ValueError(f"{lora.parent} holds optimizer state of {parameter}, which this model does not train.")
         entry = entries.setdefault(index_of[parameter], {})
         for part in path:
             entry = entry.setdefault(part, {})
         entry[key] = value
+    # Learning rate, betas and weight decay stay those of the configuration, which may have changed since.
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries (8-bit optimizers keep their state in them) as one, keys joined by `::`."""
+    """Nested dictionaries as a single one, keys joined by `::`. The state of 8-bit optimizers is nested."""
     flat = {}
     for key, value in nested.items():
         flat |= flatten(value, f"{prefix}{key}::") if isinstance(value, dict) else {f"{prefix}{key}": value}

@@ -1,7 +1,12 @@
-"""One run at a time in an experiment: the file run.lock says whose turn it is.
+"""One run at a time in an experiment: the file run.lock names the run that works in it.
 
-A run is the process of run_process.sh with the script that now works for it, or a script that was started alone. On its own
-machine a run that has died is known by its processes; on another one by its silence, for a run marks the file now and then.
+A run is run_process.sh with the script that it has started, or a script that was started alone. A lock may outlive its run,
+so whether the run is alive is asked each time. On this machine its processes tell. Processes of another machine cannot be
+seen, so there its silence tells: a living run touches the file every HEARTBEAT_SEC.
+
+    {"host": name, "boot": `boot_and_container`, "processes": [[process id, `started`], …]}
+
+The first process is the lock's owner: that of run_process.sh, or of the script that was started alone.
 """
 
 import fcntl
@@ -20,22 +25,26 @@ from typing import Any
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import logger
 
-HEARTBEAT_SEC, SILENCE_SEC = 20, 180  # marked so often; taken for dead after so long
-OWNER = "B2DIFFURL_RUN"  # in the environment of a script of run_process.sh: that one's process; 0 where it has not the lock
+HEARTBEAT_SEC, SILENCE_SEC = 20, 180  # a run touches its lock so often; a silent one counts as dead after so long
+# The environment variable by which run_process.sh tells its scripts its own process id: the owner of the lock.
+# 0 on all machines but the first, which holds the lock for all.
+OWNER = "B2DIFFURL_RUN"
 
 
 @contextmanager
 def holding(root: Path) -> Iterator[None]:
-    """Keep other runs out of the experiment in `root` meanwhile; a ValueError names the run that is in it.
+    """Hold the lock of the experiment in `root` while the block runs; a ValueError names another run that holds it.
 
-    A script of run_process.sh leaves the lock behind: that one gives it up when all is done.
+    A script of run_process.sh leaves the lock behind for the next script; run_process.sh deletes it in the end. A process
+    without an owner (see `owner`) holds nothing.
     """
     if not owner():
         yield
         return
     take(root, owner())
+    # A daemon thread: it must not keep a process alive that ends by an error.
     ended = threading.Event()
-    threading.Thread(target=mark, args=(root, owner(), ended), daemon=True).start()
+    threading.Thread(target=keep_marking, args=(root, owner(), ended), daemon=True).start()
     try:
         yield
     finally:
@@ -43,16 +52,19 @@ def holding(root: Path) -> Iterator[None]:
         if owner() == os.getpid() and is_ours(root, owner()):
             path_in(root).unlink(missing_ok=True)
             with suppress(OSError):
-                root.rmdir()  # where nothing has come of it
+                root.rmdir()  # succeeds only if it is empty: a run that was refused leaves no folder
 
 
 def within_run(root: Path) -> AbstractContextManager[None]:
-    """Keep a lock that this script's run has; one that was started alone goes beside what runs."""
+    """Hold the lock of run_process.sh if this script works for it; started alone, go on beside any other run.
+
+    run_eval.py uses it: evaluating beside a run is allowed.
+    """
     return holding(root) if OWNER in os.environ else nullcontext()
 
 
 def owner() -> int:
-    """The process of this one's run; 0 where another process, or another machine's, has the lock for it."""
+    """The process id that the lock of this run names; 0 if another process or machine of the run holds it for this one."""
     return 0 if int(os.environ.get("RANK", 0)) > 0 else int(os.environ.get(OWNER, os.getpid()))
 
 
@@ -61,9 +73,10 @@ def path_in(root: Path) -> Path:
 
 
 def take(root: Path, owner: int) -> None:
-    """Write that process `owner` of this machine has its turn, unless another run has it that lives."""
+    """Write process `owner` of this machine into the lock; a ValueError names another run that holds it and is alive."""
     processes = [[number, started(number)] for number in dict.fromkeys((owner, os.getpid()))]
     root.mkdir(parents=True, exist_ok=True)
+    # Read and write in one turn: of two runs that start at once, the second one reads what the first one wrote.
     with exclusively(path_in(root)) as file:
         holder = parse(file.read())
         silence = clock_of_disk(root) - os.fstat(file.fileno()).st_mtime
@@ -72,29 +85,33 @@ def take(root: Path, owner: int) -> None:
                 f"{root} is being worked on by process {holder['processes'][0][0]} on {holder['host']}. Wait until it has "
                 f"ended, or stop it; if it is gone for good, delete {path_in(root)}."
             )
-        with files.naming(path_in(root)):  # where the disk is full
-            me = {"host": socket.gethostname(), "boot": here(), "processes": processes}
+        with files.naming(path_in(root)):  # the disk may be full
+            me = {"host": socket.gethostname(), "boot": boot_and_container(), "processes": processes}
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), json.dumps(me).encode() + b"\n")
 
 
 @contextmanager
 def exclusively(path: Path) -> Iterator[Any]:
-    """The file, made if need be, open for reading and writing, by one process at a time where the file system has locks."""
+    """Open a file for reading and writing, one process at a time, and create it if it is missing.
+
+    On a file system without locks several processes may have it open.
+    """
     while True:
         file = path.open("a+", errors="replace")
         with suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)
+        # While this process waited, the one before may have deleted the file: a lock on that one keeps nobody out.
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
-        file.close()  # it was deleted before it was ours
+        file.close()
     with file:
         file.seek(0)
         yield file
 
 
 def parse(text: str) -> dict[str, Any] | None:
-    """Who has the lock; None of a file that was just made, cut off by a crash or damaged."""
+    """The content of a lock file; None if the file is new, cut off by a crash, or damaged."""
     with suppress(ValueError, KeyError, TypeError, IndexError):
         found = json.loads(text)
         [[number, _], *_] = found["processes"]
@@ -104,7 +121,7 @@ def parse(text: str) -> dict[str, Any] | None:
 
 
 def is_ours(root: Path, owner: int) -> bool:
-    """Whether the lock is still that process's; another run takes it from one that has been silent for long."""
+    """Whether the lock still names process `owner` of this machine; another run may have taken it after a long silence."""
     try:
         holder = parse(path_in(root).read_text(errors="replace"))
     except OSError:
@@ -113,51 +130,60 @@ def is_ours(root: Path, owner: int) -> bool:
 
 
 def is_same(holder: dict[str, Any], owner: list) -> bool:
-    return (holder["host"], holder["boot"], holder["processes"][0]) == (socket.gethostname(), here(), owner)
+    """Whether a lock names this owner, [process id, start time]."""
+    return (holder["host"], holder["boot"], holder["processes"][0]) == (socket.gethostname(), boot_and_container(), owner)
 
 
 def is_alive(holder: dict[str, Any], silence: float) -> bool:
-    """Whether a run goes on that last marked the lock `silence` seconds ago."""
-    if (holder["host"], holder["boot"]) != (socket.gethostname(), here()):
-        return silence < SILENCE_SEC
+    """Whether the run that a lock names, and that touched it `silence` seconds ago, is alive."""
+    if (holder["host"], holder["boot"]) != (socket.gethostname(), boot_and_container()):
+        return silence < SILENCE_SEC  # its processes cannot be seen from here
+    # Any of them: run_process.sh may have been killed while its script works on.
     return any(when and when == started(number) for number, when in holder["processes"])
 
 
-def here() -> str:
-    """Names what process numbers hold in, where the system says so: this start of the machine, this container."""
+def boot_and_container() -> str:
+    """This start of the machine and this container, within which process ids are unique; "" on a system without /proc."""
     with suppress(OSError):
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     return ""
 
 
 def clock_of_disk(folder: Path) -> float:
-    """Now, by the clock that gives the times of files there, which may be another machine's."""
+    """The time now by the clock that stamps files in `folder`. On a shared disk that is another machine's clock."""
     try:
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.TemporaryFile(dir=folder) as file:  # a new file gets its time from the disk's machine
             return os.fstat(file.fileno()).st_mtime
     except OSError:
         return time.time()
 
 
 def started(process: int) -> str:
-    """When a process of this machine was started; "" if there is none of that number that still runs."""
+    """When the process with this id was started, as text to compare; "" if no such process runs.
+
+    An id alone is not enough: after a process has ended, the system gives its id to another one.
+    """
     try:
-        if not Path("/proc/self/stat").is_file():
-            os.kill(process, 0)
+        if not Path("/proc/self/stat").is_file():  # macOS: only whether it runs can be told
+            os.kill(process, 0)  # signal 0 sends nothing, and raises if there is no such process
             return "running"
+        # Field 2 is the program's name in brackets, which may hold spaces and brackets itself.
         state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
-    return "" if state == "Z" else fields[18]  # field 22: in clock ticks since boot
+    return "" if state == "Z" else fields[18]  # Z: ended, not yet waited for; field 22 of stat: clock ticks since boot
 
 
-def mark(root: Path, owner: int, ended: threading.Event) -> None:
-    """Touch the lock until the work has ended; or stop it, where another run has taken the lock meanwhile."""
+def keep_marking(root: Path, owner: int, ended: threading.Event) -> None:
+    """Touch the lock every HEARTBEAT_SEC until `ended`. If another run has taken it, stop this process by SIGTERM.
+
+    That happens to a run that was suspended, or cut off from the disk, for longer than SILENCE_SEC.
+    """
     while not ended.wait(HEARTBEAT_SEC):
         if is_ours(root, owner):
             with suppress(OSError):
                 os.utime(path_in(root))
         elif path_in(root).is_file() and not ended.is_set():
-            logger.warning("%s has been taken over by another run, for this one was silent too long", root)
+            logger.warning("%s has been taken over by another run, because this one was silent too long", root)
             os.kill(os.getpid(), signal.SIGTERM)
             return

@@ -1,4 +1,4 @@
-"""Metrics as JSON lines: one event, one object; and how long things take."""
+"""Metrics files: JSON lines, one object an event; and a stopwatch for their seconds."""
 
 import json
 import time
@@ -11,7 +11,10 @@ from b2diffurl.runtime import files
 
 
 class Metrics:
-    """Appends events to one phase's file. `keep` holds the events of an interrupted run that still count."""
+    """Appends events to one phase's file.
+
+    The file begins anew with `keep`: the events of an interrupted run that still count.
+    """
 
     def __init__(self, path: Path, *, keep: list[dict] | None = None):
         self.path = path
@@ -23,12 +26,14 @@ class Metrics:
 
 
 def read_events(path: Path, event: str | None = None) -> list[dict]:
-    """The events of a file, of one kind if given; a last line that was cut off by a crash is left out. A ValueError names a
-    file that is damaged otherwise."""
+    """The events of a metrics file, or only those called `event`; [] if there is no file.
+
+    A last line that a crash has cut off is left out. A ValueError names a file that is damaged in any other way.
+    """
     if not path.is_file():
         return []
     with files.damage_named(path):
-        *whole, last = path.read_bytes().split(b"\n")  # a line that was written whole ends, so that `last` is empty
+        *whole, last = path.read_bytes().split(b"\n")  # `last` is empty unless the final line was cut off
         rows = [json.loads(line) for line in whole]
         with suppress(ValueError):
             rows += [json.loads(last)]
@@ -39,7 +44,7 @@ def read_events(path: Path, event: str | None = None) -> list[dict]:
 
 @contextmanager
 def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
-    """Adds what the block takes to `seconds`."""
+    """Add the seconds that the block takes to `seconds[part]`."""
     started = time.perf_counter()
     yield
     seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - started

@@ -1,6 +1,6 @@
-"""An experiment's course as rows: one a stage, one a stage's update.
+"""The course of an experiment as rows, one for each stage or update, read from manifests and metrics.
 
-The readers of an experiment (report, trackers, model card, forecast) share this; nothing here writes.
+Report, trackers, model card and forecast share these rows. Nothing here writes.
 """
 
 from collections import defaultdict
@@ -16,12 +16,13 @@ Row = dict[str, Any]
 
 
 def stage_rows(root: Path) -> list[Row]:
-    """One row for each stage that has been selected, in order.
+    """One row for each stage whose select phase is finished, in order.
 
-    `queries` counts the images scored by then, this stage's included. Then come the figures of the metric `select`
-    (docs/evaluation.md), and of those stages that are trained `num_updates`, `max_abs_log_ratio_first` (at the first update;
-    None without one) and means over the updates of `loss`, `grad_norm` and `clip_fraction`. `seconds/<phase>/<part>` are the
-    phases' own.
+    stage, num_trained_steps   i, S
+    queries                    images scored so far, this stage's included
+    reward_mean, …             the figures of select.jsonl (docs/evaluation.md)
+    num_updates, …             if the stage is trained: `training_figures`
+    seconds/<phase>/<part>     wall time, from the manifests of its finished phases
     """
     rows, queries = [], 0
     for stage in finished_stages(root, "select"):
@@ -29,6 +30,7 @@ def stage_rows(root: Path) -> list[Row]:
         queries += scored["num_images"]
         row: Row = {"stage": stage.index, "queries": queries, "num_trained_steps": sampled["num_trained_steps"]}
         for event in read_events(stage.metrics("select"), "select"):
+            # Its seconds are left out: they are in the manifests, under the names of all phases.
             row |= {key: value for key, value in event.items() if key not in ("event", "load", "score", "write")}
         if stage.finished("train"):
             row |= training_figures(stage)
@@ -41,6 +43,10 @@ def stage_rows(root: Path) -> list[Row]:
 
 
 def training_figures(stage: Stage) -> Row:
+    """Number of updates, means over them of loss, grad_norm and clip_fraction, and the first one's max_abs_log_ratio.
+
+    That ratio is between the policy that sampled and the same policy before any update, so it should be near 0.
+    """
     updates = read_events(stage.metrics("train"), "update")
     means = {key: mean([update.get(key) for update in updates]) for key in ("loss", "grad_norm", "clip_fraction")}
     first = updates[0]["max_abs_log_ratio"] if updates else None
@@ -48,34 +54,37 @@ def training_figures(stage: Stage) -> Row:
 
 
 def updates_before(stage: Stage, count: int) -> list[Row]:
-    """The latest `count` updates of the stages before this one."""
-    found: list[Row] = []
+    """The last `count` updates before this stage, from as many earlier stages as they take.
+
+    Stops at a stage that is not trained. Skips one whose metrics are damaged, and the log names the file.
+    """
+    updates: list[Row] = []
     for index in reversed(range(stage.index)):
         before = Stage(stage.root, index)
         if not before.finished("train"):
             break
         try:
             before.verify("train", "metrics")
-            found = read_events(before.metrics("train"), "update") + found
-        except ValueError as error:  # they are what updates are compared with, and decide nothing
+            updates = read_events(before.metrics("train"), "update") + updates
+        except ValueError as error:  # only warnings depend on these updates, so a damaged file stops nothing
             logger.warning("stage%d train: %s", stage.index, error)
-        if len(found) >= count:
+        if len(updates) >= count:
             break
-    return found[-count:]
+    return updates[-count:]
 
 
 def warned_rows(root: Path) -> list[Row]:
-    """What the phases warned of (see `b2diffurl.phases.health`), each with its `stage` and `phase`, in order."""
-    found = []
+    """Every warning of the phases (`b2diffurl.phases.health`), in order: its own entries, `stage` and `phase`."""
+    rows = []
     for stage in finished_stages(root, "select"):
         for phase in ("select", "train"):
-            warned = stage.manifest(phase).get("warnings", []) if stage.finished(phase) else []
-            found += [{"stage": stage.index, "phase": phase} | one for one in warned]
-    return found
+            warnings = stage.manifest(phase).get("warnings", []) if stage.finished(phase) else []
+            rows += [{"stage": stage.index, "phase": phase} | warning for warning in warnings]
+    return rows
 
 
 def stage_list(indices: Sequence[int]) -> str:
-    """Such as `stage 3`, or `stages 2, 5-8`."""
+    """Stages in words: `stage 3`, `stages 2, 5-8`."""
     runs: list[list[int]] = []
     for index in sorted(set(indices)):
         if runs and index == runs[-1][1] + 1:
@@ -87,21 +96,24 @@ def stage_list(indices: Sequence[int]) -> str:
 
 
 def per_step_rows(root: Path, key: str) -> dict[int, dict[int, float]]:
-    """{stage: {timestep: mean over its updates}} of a metric such as `log_ratio_per_step`, for stages that are trained."""
-    found = {}
+    """{stage: {timestep: mean over the stage's updates}} of a metric by step, such as `log_ratio_per_step`.
+
+    Trained stages only, timesteps from noise to image. An update may train some of a stage's steps (timestep_fraction).
+    """
+    means = {}
     for stage in finished_stages(root, "train"):
         updates = [update for update in read_events(stage.metrics("train"), "update") if key in update]
         if updates:
-            columns = defaultdict(list)
+            columns = defaultdict(list)  # {timestep: its value in each update}
             for update in updates:
                 for t, value in zip(update["timesteps"], update[key], strict=True):
                     columns[t].append(value)
             values = {t: mean(column) for t, column in sorted(columns.items(), reverse=True)}
-            found[stage.index] = {t: value for t, value in values.items() if value is not None}
-    return found
+            means[stage.index] = {t: value for t, value in values.items() if value is not None}
+    return means
 
 
 def mean(numbers: Sequence[float | None]) -> float | None:
-    """Of those that are numbers."""
+    """The mean of those that are not None; None if all are."""
     numbers = [number for number in numbers if number is not None]
     return sum(numbers) / len(numbers) if numbers else None

@@ -1,4 +1,9 @@
-"""Trajectories on disk: one safetensors file a sampling batch, each state stored once; and the selected ones among them.
+"""Trajectories on disk: all those of a stage by sampling batch, and copies of the selected ones.
+
+    samples/batch_<n>.safetensors    latents [G,K,S+1,C,h,w]: each state once, and not x_t and x_{t-1} of every transition
+                                     log_probs [G,K,S], timesteps [S], prompt_ids [G], condition.<name> [P, ...],
+                                     unconditional.<name> [1, ...]; metadata: the P prompts, what sampled them, checksums
+    selected/batch_<n>.safetensors   ids [N], latents [N,S+1,C,h,w], log_probs [N,S], prompt_ids [N], conditions as above
 
 G groups a batch, K branches, S trained steps, P distinct prompts, N selected trajectories
 """
@@ -22,8 +27,8 @@ from b2diffurl.runtime import files
 class Trajectories:
     """Trajectories with the text conditions they were sampled under."""
 
-    ids: Tensor  # [N] each one's image
-    latents: Tensor  # [N,S+1,C,H,W] float32: x_t from the first trained step to the image
+    ids: Tensor  # [N] of the images: group * K + branch
+    latents: Tensor  # [N,S+1,C,h,w] float32: x_t from the first trained step to the image
     log_probs: Tensor  # [N,S] float32
     prompt_ids: Tensor  # [N] row of each trajectory in `conditions`
     conditions: Conditions  # each [P, ...]
@@ -33,11 +38,13 @@ class Trajectories:
         return len(self.latents)
 
     def to(self, device: torch.device) -> "Trajectories":
+        """A copy on `device`. From pinned memory, so that the copying goes on beside the GPU's work."""
+
         def moved(value: Tensor) -> Tensor:
             return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
 
         conditions, unconditional = (
-            {name: moved(value) for name, value in some.items()} for some in (self.conditions, self.unconditional)
+            {name: moved(value) for name, value in group.items()} for group in (self.conditions, self.unconditional)
         )
         states = (moved(value) for value in (self.latents, self.log_probs, self.prompt_ids))
         return Trajectories(self.ids, *states, conditions, unconditional)
@@ -45,17 +52,20 @@ class Trajectories:
 
 def save_batch(
     path: Path,
-    latents: Tensor,  # [G,K,S+1,C,H,W]
+    latents: Tensor,  # [G,K,S+1,C,h,w]
     log_probs: Tensor,  # [G,K,S]
     timesteps: Tensor,  # [S]
     prompts: Sequence[str],  # [G]
     conditions: Conditions,  # each [P, ...], in the order of dict.fromkeys(prompts)
     unconditional: Conditions,  # each [1, ...]
     metadata: dict,
-    beside: Sequence[Path] = (),
+    beside: Sequence[Path] = (),  # files that belong to the batch and are already written: images, the branch picture
 ) -> None:
-    """Write one sampling batch; `metadata` says what it was sampled with, and `beside` are the files that belong to it."""
-    distinct = list(dict.fromkeys(prompts))
+    """Write one sampling batch with checksums of itself and of the files `beside` it.
+
+    `metadata` says what it was sampled with: batches of one stage must agree on it.
+    """
+    distinct = list(dict.fromkeys(prompts))  # a batch may ask for a prompt several times; it is stored once
     tensors = {
         "latents": latents,
         "log_probs": log_probs,
@@ -65,18 +75,20 @@ def save_batch(
     tensors |= {f"condition.{name}": value for name, value in conditions.items()}
     tensors |= {f"unconditional.{name}": value for name, value in unconditional.items()}
     metadata = metadata | {"prompts": distinct}
+    # Relative to the stage's folder, so that an experiment can be moved.
     metadata["files"] = {str(other.relative_to(path.parents[1])): files.sha256(other) for other in beside}
     files.write_tensors(path, tensors, metadata | {"sha256": files.tensors_sha256(tensors, metadata)})
 
 
 def batch_damage(path: Path) -> str:
-    """What is wrong with a sampling batch, or a file that belongs to it; "" if nothing is."""
+    """What is wrong with a sampling batch or with a file that belongs to it, in words; "" if both are whole."""
     try:
         metadata, tensors = files.read_metadata(path), files.read_tensors(path)
     except ValueError as error:
         return str(error)
     if "sha256" not in metadata:
         return f"{path} has no checksum; an earlier version wrote it"
+    # Of the content and not of the file: the checksum itself stands in the file's metadata.
     if metadata.pop("sha256") != files.tensors_sha256(tensors, metadata):
         return f"{path} is not what was written (checksum)"
     for name, expected in metadata["files"].items():
@@ -89,17 +101,18 @@ def batch_damage(path: Path) -> str:
 
 
 def save_selected(stage: Stage, selected: Sequence[Selected], batch_size: int) -> list[Path]:
-    """Copy the selected trajectories out of the stage's batches of `batch_size` groups, a file a batch that has any.
+    """Copy the selected trajectories from the stage's batches of `batch_size` groups; returns the files written.
 
-    Row n of a file is the batch's n-th selected one; what was not selected can go. Returns the files.
+    A batch that has any gets a file, with a row for each, in the order of `selected`. After this the batches may be deleted.
     """
     written = []
-    for batch, members in groupby(selected, key=lambda one: one.group // batch_size):
+    for batch, members in groupby(selected, key=lambda one: one.group // batch_size):  # `selected` is in order of group
         source, chosen = stage.batch(batch), list(members)
         prompts = files.read_metadata(source)["prompts"]
         with safe_open(source, framework="pt") as file:
             latents, log_probs = file.get_slice("latents"), file.get_slice("log_probs")
             places = [(one.group % batch_size, one.branch) for one in chosen]
+            # The conditions of the remaining prompts only; prompt_ids are numbered anew to fit.
             prompt_ids = file.get_tensor("prompt_ids")[[g for g, _ in places]]
             used, prompt_ids = prompt_ids.unique(return_inverse=True)
             num_branches = latents.get_shape()[1]
@@ -119,18 +132,19 @@ def save_selected(stage: Stage, selected: Sequence[Selected], batch_size: int) -
 
 
 class SelectedTrajectories:
-    """A stage's selected trajectories on disk, of which `read` holds only those that an update asks for."""
+    """A stage's selected trajectories on disk. `read` loads those of one update: memory does not grow with the stage."""
 
     def __init__(self, stage: Stage, selected: Sequence[Selected], batch_size: int):
-        self.places: list[tuple[Path, int]] = []  # of each selected trajectory: its file, and the row in it
+        self.places: list[tuple[Path, int]] = []  # file and row of each selected trajectory
         for batch, members in groupby(selected, key=lambda one: one.group // batch_size):
             self.places += [(stage.selected_batch(batch), row) for row, _ in enumerate(members)]
 
     def read(self, which: Sequence[int]) -> Trajectories:
-        """The trajectories of those numbers among the selected, in that order; conditions once a prompt."""
-        found: dict[int, tuple[Tensor, Tensor, Tensor, str]] = {}
+        """The trajectories with the numbers `which` among the selected, in that order; conditions once a prompt."""
+        loaded: dict[int, tuple[Tensor, Tensor, Tensor, str]] = {}
         embedded: dict[str, Conditions] = {}
         unconditional: Conditions = {}
+        # Sorted, so that each file is opened once.
         for path, members in groupby(sorted(set(which)), key=lambda n: self.places[n][0]):
             prompts = files.read_metadata(path)["prompts"]
             with safe_open(path, framework="pt") as file:
@@ -143,10 +157,11 @@ class SelectedTrajectories:
                 for n in members:
                     row = self.places[n][1]
                     prompt = prompts[prompt_ids[row]]
-                    found[n] = (ids[row], latents[row], log_probs[row], prompt)
+                    loaded[n] = (ids[row], latents[row], log_probs[row], prompt)
+                    # Several files may hold the same prompt.
                     embedded.setdefault(prompt, {name: value[prompt_ids[row]] for name, value in conditions.items()})
         rows = {prompt: row for row, prompt in enumerate(embedded)}
-        ids, latents, log_probs, prompts = zip(*(found[n] for n in which), strict=True)
+        ids, latents, log_probs, prompts = zip(*(loaded[n] for n in which), strict=True)
         return Trajectories(
             ids=torch.stack(ids),
             latents=torch.stack(latents),
@@ -160,10 +175,11 @@ class SelectedTrajectories:
 
 
 def names_under(prefix: str, file: safe_open) -> list[str]:
+    """The file's tensors whose names begin with `prefix`, without it."""
     return [name.removeprefix(prefix) for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
 
 
 def read_batch_prompts(path: Path) -> tuple[list[int], list[str]]:
-    """Row of each group's prompt among the batch's distinct prompts, and those."""
+    """(prompt_ids, prompts) of a sampling batch: for each group the row of its prompt, and the distinct prompts."""
     with safe_open(path, framework="pt") as file:
         return file.get_tensor("prompt_ids").tolist(), files.read_metadata(path)["prompts"]

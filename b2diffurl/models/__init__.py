@@ -1,7 +1,8 @@
 """What the rest of the program asks of a base model, and of the family that it belongs to.
 
-`Model` is one loaded model. `Family` is all else that differs between families: files, sizes, LoRA formats, schedulers and
-words. A family is a module of this package that has the functions of `Family`; a line in FAMILIES adds it.
+`Model` is one loaded model: network, text encoder, sampler, decoder. `Family` is everything else that differs between
+families: files, sizes, LoRA formats, schedulers, and the words of a model card. To add a family, write a module in this
+package with the functions of `Family`, and add a line to FAMILIES.
 
 N rows, P prompts, latents [N,C,h,w], images [N,H,W,3]
 """
@@ -20,29 +21,29 @@ from b2diffurl.algorithm.transition import Transitions
 from b2diffurl.algorithm.types import Conditions
 from b2diffurl.configuration.settings import ModelSettings
 
-# The module of this package that has each family, imported only when it is used.
+# Family name -> module of this package, which is imported when the family is first used.
 FAMILIES = {"stable_diffusion": "stable_diffusion"}
 
 
 class Model(Protocol):
     """A base model with a LoRA on its network."""
 
-    network: nn.Module  # what is trained; the caller may put a wrapped one (DDP, autocast) in its place
+    network: nn.Module  # the base network with the LoRA; the caller may replace it by a wrapped one (DDP, autocast)
     latent_shape: tuple[int, int, int]  # C, h, w
     fingerprint: str  # SHA-256 of the base network's weights
-    scheduler_config: dict  # resolved, for manifests
+    scheduler_config: dict  # the scheduler's settings, defaults filled in, for manifests
 
     def sampler(self, num_steps: int, eta: float) -> Transitions:
-        """The transitions of a sampler of `num_steps` steps; `eta` 0 adds no noise."""
+        """The transitions of a sampler with `num_steps` steps and noise level `eta`; with eta 0 it is deterministic."""
 
     def scheduler(self, name: str) -> Any:
-        """The scheduler of diffusers whose class has that name, for this model."""
+        """A scheduler of diffusers by its class name, with this model's scheduler settings."""
 
     def encode(self, prompts: list[str]) -> Conditions:
-        """What the network is conditioned on, each tensor [P, ...]."""
+        """Encode prompts into what the network is conditioned on, each tensor [P, ...]."""
 
     def num_tokens_cut(self, prompt: str) -> int:
-        """How many of the prompt's tokens are beyond what `encode` reads."""
+        """How many tokens `encode` cuts off at the end of the prompt; 0 if it reads all."""
 
     def predict(
         self,
@@ -54,88 +55,96 @@ class Model(Protocol):
         *,
         unconditional_gradient: bool = True,
     ) -> Tensor:
-        """Model output [N,C,h,w] float32 with classifier-free guidance inside; timesteps [N] or one, conditions [N, ...] or
-        [1, ...]. Without `unconditional_gradient` guidance's unconditional half is a constant to autograd."""
+        """The network's output [N,C,h,w] float32, classifier-free guidance included.
+
+        x_t is [N,C,h,w], timesteps is a scalar or [N], conditions are [1, ...] or [N, ...], unconditional is [1, ...]. With
+        `unconditional_gradient` False the unconditional half of guidance is a constant to autograd.
+        """
 
     def reset(self) -> None:
-        """Make the model as it was loaded: the fresh adapter, no gradients, nothing wrapped around the network."""
+        """Return to the state after loading: the fresh LoRA, no gradients, the network unwrapped."""
 
     def checkpoint_gradients(self) -> None:
         """From now on recompute activations in the backward pass instead of keeping them."""
 
     def compile(self) -> None:
-        """From now on run the network by torch.compile, which compiles anew for each number of rows."""
+        """From now on run the network by torch.compile. It compiles again for each new number of rows."""
 
     def base_policy(self) -> AbstractContextManager[None]:
-        """Inside it `predict` is the frozen base model's: the same network with its adapter disabled."""
+        """A context in which `predict` uses the frozen base model: the same network with its LoRA disabled."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images uint8 [N,H,W,3]."""
+        """Decode final latents to images uint8 [N,H,W,3]; a FloatingPointError if the decoder overflows."""
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The adapter's parameters by name, float32, in a fixed order."""
+        """The LoRA's parameters by name, float32, always in the same order."""
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """The adapter as its LoRA file holds it."""
+        """The LoRA's tensors under the keys of its file."""
 
     def load_adapter(self, path: Path) -> None:
-        """Load a LoRA file; a ValueError says what does not fit."""
+        """Load a LoRA file of any supported program; a ValueError says what does not fit."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the sizes of an experiment's files follow from."""
+    """The sizes of a base model from which the sizes of an experiment's files follow."""
 
     latent_shape: tuple[int, int, int]  # C, h, w
-    image_px: int  # of a side
-    embedding: int  # numbers in a prompt's embedding
-    lora: int  # numbers in a LoRA of rank 1
+    image_px: int  # length of an image's side
+    embedding: int  # how many numbers a prompt's embedding has
+    lora: int  # how many numbers a LoRA of rank 1 has
 
 
 @dataclass(frozen=True)
 class Description:
     """A family in words, for a model card."""
 
-    title: str  # Stable Diffusion
-    tags: tuple[str, ...]  # of the Hugging Face hub
+    title: str  # such as Stable Diffusion
+    tags: tuple[str, ...]  # its tags on the Hugging Face hub
     pipeline: str  # the class of diffusers that loads it
-    network: str  # what carries the LoRA: UNet
+    network: str  # the network that carries the LoRA, such as UNet
 
 
 class Family(Protocol):
-    """What a family's module has. Importing it costs little: what a loaded model needs is imported when one is loaded."""
+    """The functions of a family's module. Importing it must be cheap: diffusers is imported when a model is loaded."""
 
     def load(self, model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool) -> Model:
-        """The base model with a fresh LoRA whose initial values follow from `seed`.
+        """Load the base model, and add a fresh LoRA whose initial values follow from `seed`.
 
-        `decoder` False leaves out the text encoder and the image decoder, which training does not need.
+        `decoder` False leaves out text encoder and image decoder. Training needs neither.
         """
 
     def fingerprint(self, model: ModelSettings) -> str:
         """SHA-256 of the base network's weights, without loading the model."""
 
     def sizes(self, model: ModelSettings) -> Sizes | None:
-        """From the model's files if they are on this machine, else None; nothing is downloaded."""
+        """The model's sizes, from its files; None if they are not on this machine. Downloads nothing."""
 
     def schedulers(self) -> Sequence[str]:
-        """The classes of diffusers that tuned models of this family can be sampled with."""
+        """Class names of the diffusers schedulers that can sample a model of this family."""
 
     def read_lora(self, path: Path) -> dict[str, Tensor]:
-        """A LoRA file of any program, float32, under the keys of diffusers and peft; an alpha that is not the rank is
-        folded into B. A ValueError says what is no LoRA of one rank."""
+        """Read a LoRA file of any program: float32 under the keys of diffusers and peft, with alpha = rank.
+
+        Another alpha is folded into B. A ValueError says why a file is not a LoRA of one rank.
+        """
 
     def write_kohya(self, path: Path, state: Mapping[str, Tensor]) -> None:
-        """What `read_lora` returns as kohya's scripts write it, for ComfyUI and its like."""
+        """Write what `read_lora` returns in the format of kohya's scripts, for ComfyUI and similar programs."""
 
     def write_pipeline(self, folder: Path, model: ModelSettings, lora_file: Path) -> None:
-        """The base model with a LoRA of rank `model.lora_rank` fused into its network, float32, in the diffusers layout."""
+        """Write the whole pipeline in the diffusers layout, float32, with the LoRA fused into the network.
+
+        `model.lora_rank` must be the rank of `lora_file`.
+        """
 
     def describe(self) -> Description:
         """The family in words."""
 
 
 def family(model: ModelSettings) -> Family:
-    """The family of a base model; a ValueError lists the choices if there is none of that name."""
+    """The module of a base model's family; a ValueError lists the families if the name is unknown."""
     if model.family not in FAMILIES:
         raise ValueError(f"unknown pretrained.family {model.family!r}; known: {', '.join(FAMILIES)}")
     return cast(Family, importlib.import_module(f"b2diffurl.models.{FAMILIES[model.family]}"))

@@ -1,6 +1,8 @@
-"""A pipeline of diffusers on disk: reading and writing a directory with a folder for each part, or one .safetensors file.
+"""A diffusers pipeline on disk: finding, reading and writing its files.
 
-A `PipelineSpec` says what differs between families.
+A pipeline is a directory with a folder for each part (network, VAE, text encoder, tokenizer, scheduler), or a single
+.safetensors file whose component configs come from another model's directory. `PipelineSpec` says what differs between
+families.
 """
 
 import glob
@@ -24,15 +26,15 @@ SCHEDULER_FILE = Path("scheduler", "scheduler_config.json")  # in a model direct
 class PipelineSpec:
     """What a family's pipelines consist of."""
 
-    pipeline: str  # class of diffusers
+    pipeline: str  # its class in diffusers
     network: str  # the part that is trained
-    classes: Mapping[str, list[str]]  # of each part but the scheduler package and class, as a model_index.json has them
-    weights: Mapping[str, str]  # of each part that has weights their file; {} stands for the variant
-    unused: tuple[str, ...]  # parts that the pipeline may have and that play no role here
+    classes: Mapping[str, list[str]]  # {part: [package, class]} as in model_index.json, without the scheduler
+    weights: Mapping[str, str]  # {part: weight file}, for parts that have weights; {} in it stands for the variant
+    unused: tuple[str, ...]  # parts that a pipeline may have and that are not loaded, such as a safety checker
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """The directories of a model directory."""
+        """The folders that a model's directory must have."""
         return (*self.classes, "scheduler")
 
 
@@ -40,12 +42,12 @@ class PipelineSpec:
 
 
 def locate_base(model: ModelSettings, spec: PipelineSpec) -> Path:
-    """The directory or single file of a base model, downloaded if it is not here yet."""
+    """The directory or single file of a base model. Its files are downloaded if they are not on this machine."""
     return locate(model.name, revision=model.revision, patterns=file_patterns(model.variant, spec))
 
 
 def locate_configs(model: ModelSettings, spec: PipelineSpec) -> Path:
-    """The directory that the component configs of a base model are in; of a single file, that of `model.config`."""
+    """The directory with a base model's component configs. For a single file that is the directory of `model.config`."""
     root = locate_base(model, spec)
     if root.is_dir():
         return root
@@ -62,12 +64,14 @@ def file_patterns(variant: str, spec: PipelineSpec) -> list[str]:
 
 
 def config_patterns(spec: PipelineSpec) -> list[str]:
+    """Which files of a model to download for its configs: everything but weights."""
     tokenizers = [part for part in spec.classes if part not in spec.weights]
     return ["model_index.json", "*/*.json", *(f"{part}/*" for part in tokenizers)]
 
 
 def weight_files(folder: Path, variant: str) -> list[Path]:
     """A component's weight files of one variant; a FileNotFoundError if there are none."""
+    # Without a variant a name with a second dot, such as model.fp16.safetensors, is another variant's file.
     pattern = f"*.{glob.escape(variant)}*.safetensors" if variant else "*.safetensors"
     weights = sorted(path for path in folder.glob(pattern) if variant or path.name.count(".") == 1)
     if not weights:
@@ -76,7 +80,7 @@ def weight_files(folder: Path, variant: str) -> list[Path]:
 
 
 def fingerprint(model: ModelSettings, spec: PipelineSpec) -> str:
-    """SHA-256 of the network's weight file (of a single-file model: of that file), or of all files' digests in order."""
+    """SHA-256 of the network's weights: of their file (a single-file model's only file), or of several files' digests."""
     root = locate_base(model, spec)
     weights = [root] if root.is_file() else weight_files(root / spec.network, model.variant)
     digests = [checksum(path) for path in weights]
@@ -84,11 +88,11 @@ def fingerprint(model: ModelSettings, spec: PipelineSpec) -> str:
 
 
 def find_here(model: ModelSettings, spec: PipelineSpec) -> tuple[list[Path], dict[str, dict]] | None:
-    """The network's weight files, and the config.json of each part that has weights, if they are all on this machine.
+    """(the network's weight files, {part: its config.json}); None if they are not all on this machine.
 
-    Nothing is downloaded.
+    Downloads nothing. Parts without weights have no config here.
     """
-    probe = f"{spec.network}/config.json"
+    probe = f"{spec.network}/config.json"  # the hub's cache is asked for a file, not for a model
     root = find_local(model.name, probe, revision=model.revision)
     single = root is not None and root.is_file()
     configs = find_local(model.config, probe) if single else root
@@ -107,7 +111,7 @@ def find_here(model: ModelSettings, spec: PipelineSpec) -> tuple[list[Path], dic
 def load_parts(
     model: ModelSettings, spec: PipelineSpec, dtype: torch.dtype, *, decoder: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The parts by name, and the scheduler's config; without `decoder` the network alone."""
+    """Load a pipeline: ({part: object}, the scheduler's config). Without `decoder` the network is the only part."""
     root = locate_base(model, spec)
     wanted = list(spec.classes) if decoder else [spec.network]
     if root.is_dir():
@@ -121,14 +125,18 @@ def load_parts(
 def load_directory(
     root: Path, variant: str, spec: PipelineSpec, dtype: torch.dtype, wanted: Sequence[str]
 ) -> dict[str, Any]:
-    """The `wanted` parts of a directory in the diffusers layout, by the family's classes whatever its JSON files name."""
+    """Load the `wanted` parts from a directory in the diffusers layout.
+
+    The classes are the family's: its JSON files may name others, even code of their own, and are not asked.
+    """
+    # Said here: diffusers would say that some file of some part is missing.
     missing = [name for name in spec.folders if name in (*wanted, "scheduler") and not (root / name).is_dir()]
     if missing:
         raise FileNotFoundError(f"{root} has no {missing[0]}/. A model directory holds {', '.join(spec.folders)}.")
     for name in spec.weights:
         if name in wanted:
-            weight_files(root / name, variant)
-    options = {"variant": variant or None, "use_safetensors": True, "dtype": dtype}
+            weight_files(root / name, variant)  # raises if there are none, before gigabytes of another part are read
+    options = {"variant": variant or None, "use_safetensors": True, "dtype": dtype}  # use_safetensors: never a pickle
     parts = {}
     for name in wanted:
         package, kind = spec.classes[name]
@@ -140,10 +148,11 @@ def load_directory(
 def load_single_file(
     root: Path, configs: Path, spec: PipelineSpec, dtype: torch.dtype, wanted: Sequence[str]
 ) -> dict[str, Any]:
-    """The same from one .safetensors file, with the component configs of directory `configs`."""
+    """Load the `wanted` parts from one .safetensors file, with the component configs in directory `configs`."""
     import diffusers
 
     check_index(configs / "model_index.json", spec)
+    # A part that is given as None is not loaded.
     left_out = dict.fromkeys([*spec.unused, *(name for name in spec.classes if name not in wanted)])
     pipeline = getattr(diffusers, spec.pipeline).from_single_file(
         str(root), config=str(configs), dtype=dtype, local_files_only=True, **left_out
@@ -152,7 +161,7 @@ def load_single_file(
 
 
 def check_index(path: Path, spec: PipelineSpec) -> None:
-    """Refuse a model_index.json of other classes than the family's: diffusers would import whatever it names."""
+    """Refuse a model_index.json with other classes than the family's, because diffusers imports whatever it names."""
     index = files.read_json(path)
     for name, allowed in spec.classes.items():
         if index.get(name) != allowed:
@@ -165,9 +174,9 @@ def check_index(path: Path, spec: PipelineSpec) -> None:
 
 
 def check_unclipped(scheduler: Mapping[str, Any], model: str) -> None:
-    """Refuse a DDIM scheduler that would change latents behind the policy's back."""
+    """Refuse a DDIM scheduler that clips latents: a step would not be the Gaussian of which log-probabilities are taken."""
     for key in ("clip_sample", "thresholding"):
-        if scheduler.get(key, key == "clip_sample"):
+        if scheduler.get(key, key == "clip_sample"):  # diffusers' default is on for clip_sample, off for thresholding
             state = "on" if key in scheduler else "not given, and on by DDIM's default"
             raise ValueError(
                 f"{key} is {state} in the scheduler of {model}; latents must not be clipped. "
@@ -176,13 +185,13 @@ def check_unclipped(scheduler: Mapping[str, Any], model: str) -> None:
 
 
 def read_scheduler(path: Path) -> Any:
-    """The scheduler of diffusers that a scheduler_config.json describes."""
+    """The diffusers scheduler that a scheduler_config.json describes; a ValueError if it names another kind of class."""
     import diffusers
 
     config = files.read_json(path)
     kind = getattr(diffusers, str(config.get("_class_name")), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        raise ValueError(f"{path} is of {config.get('_class_name')!r}, which is no scheduler of diffusers")
+        raise ValueError(f"{path} names the class {config.get('_class_name')!r}, which is not a scheduler of diffusers")
     return kind.from_config(config)
 
 
@@ -190,20 +199,20 @@ def read_scheduler(path: Path) -> Any:
 
 
 def write_pipeline(folder: Path, parts: Mapping[str, Any], model: ModelSettings, spec: PipelineSpec, **more: Any) -> None:
-    """A directory in the diffusers layout of these parts, and of the scheduler of `model`.
+    """Write `parts`, and the scheduler of `model`, as a directory in the diffusers layout.
 
-    `more` goes to the pipeline's class. No path of this machine is in the files.
+    `more` are further arguments of the pipeline's class. The files name no path of this machine.
     """
     import diffusers
     import transformers
 
     scheduler = read_scheduler(locate_configs(model, spec) / SCHEDULER_FILE)
-    transformers.utils.logging.set_verbosity_error()  # the pipeline's import warns of a torchvision that it does not need
-    # Not by from_pretrained, which runs what model_index.json names, and a file of code beside it.
+    transformers.utils.logging.set_verbosity_error()  # importing the pipeline warns of a torchvision that it does not need
+    # Not by from_pretrained: it runs the classes that model_index.json names, and a file of code beside it.
     pipeline = getattr(diffusers, spec.pipeline)(**parts, scheduler=scheduler, **dict.fromkeys(spec.unused), **more)
     for part in (pipeline, *(parts[name] for name, (package, _) in spec.classes.items() if package == "diffusers")):
-        part.register_to_config(_name_or_path="")  # else the base's path here would go with it
+        part.register_to_config(_name_or_path="")  # diffusers records the path that it loaded from
     with files.naming(folder):
         pipeline.save_pretrained(folder)
-    for path in folder.glob("*/*.safetensors"):  # which safetensors makes for the owner alone, whatever the umask
+    for path in folder.glob("*/*.safetensors"):  # safetensors lets the owner alone read them, whatever the umask
         path.chmod((folder / "model_index.json").stat().st_mode)

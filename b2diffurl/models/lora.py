@@ -1,7 +1,10 @@
-"""A LoRA on a base model's network: adding it, and its files as diffusers, peft and kohya have them.
+"""A LoRA on a base model's network: adding it, and reading and writing its files (low-rank adaptation, arXiv 2106.09685).
 
-The files written while training have diffusers' keys, `unet.<module>.lora_A.weight` [r,in] and `.lora_B.weight` [out,r]. A
-`LoraSpec` says what differs between families. Low-rank adaptation: arXiv 2106.09685.
+    W x  ->  W x + (alpha / rank) B A x        A [r,in], B [out,r]; here alpha = rank
+
+Training writes files with diffusers' keys, `unet.<module>.lora_A.weight` and `unet.<module>.lora_B.weight`. Files of other
+programs (peft, kohya's scripts, the paper's repository) are converted to these keys. `LoraSpec` says what differs between
+families.
 """
 
 import json
@@ -18,23 +21,24 @@ from torch import Tensor, nn
 from b2diffurl.algorithm.seeding import stable_seed
 from b2diffurl.runtime import files
 
-State = dict[str, Tensor]  # a LoRA by diffusers' keys
+State = dict[str, Tensor]  # a LoRA's tensors under diffusers' keys
 
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """Where a family's LoRA sits."""
+    """Which layers of a family's network carry the LoRA, and how its files name them."""
 
-    prefix: str  # of its keys, the part of the pipeline: unet
-    title: str  # the same for people: UNet
-    targets: tuple[str, ...]  # ends of the names of the linear layers that have it
-    to_diffusers: Callable[[State], State]  # from another program's keys to those of diffusers
+    prefix: str  # the first part of each key, a part of the pipeline: unet
+    title: str  # that part's name in messages: UNet
+    targets: tuple[str, ...]  # the linear layers that carry it, by the ends of their names
+    to_diffusers: Callable[[State], State]  # converts another program's keys to diffusers' keys
 
     def key(self, name: str) -> str:
-        """A parameter's key in pytorch_lora_weights.safetensors, as diffusers names it."""
+        """The key in pytorch_lora_weights.safetensors of the network's parameter `name`."""
         return f"{self.prefix}." + name.replace(".default.", ".")
 
     def has_key(self, key: str) -> bool:
+        """Whether a key is one that this family's LoRA files may have."""
         return re.fullmatch(rf"{self.prefix}\..+\.lora_[AB]\.weight", key) is not None
 
 
@@ -42,10 +46,14 @@ class LoraSpec:
 
 
 def add_lora(network: nn.Module, spec: LoraSpec, *, rank: int, seed: int) -> None:
-    """A LoRA with alpha = rank, gaussian A and zero B, always float32, onto a network of diffusers."""
+    """Add a LoRA to a network of diffusers: alpha = rank, A gaussian, B zero, float32 whatever the network's precision.
+
+    B = 0, so that the network's output does not change until the first update.
+    """
     from peft import LoraConfig
 
     config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(spec.targets))
+    # peft draws A from the global generator. Its state is restored, so that nothing else depends on this.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stable_seed(seed, "lora"))
         network.add_adapter(config)
@@ -59,10 +67,10 @@ def lora_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def load_lora(network: nn.Module, path: Path, spec: LoraSpec) -> None:
-    """Load a LoRA file of any program into the network's LoRA; a ValueError says what does not fit."""
+    """Copy a LoRA file of any program into the network's LoRA; a ValueError says which keys or shapes do not fit."""
     parameters = {spec.key(name): parameter for name, parameter in lora_parameters(network).items()}
     state = files.read_tensors(path)
-    if state.keys() != parameters.keys():
+    if state.keys() != parameters.keys():  # not diffusers' own format; read it as that of another program
         state = foreign_lora(path, spec)
     if state.keys() != parameters.keys():
         odd = sorted(state.keys() ^ parameters.keys())
@@ -75,11 +83,12 @@ def load_lora(network: nn.Module, path: Path, spec: LoraSpec) -> None:
         if state[key].shape != parameter.shape:
             shapes = f"{tuple(state[key].shape)}, not {tuple(parameter.shape)}"
             raise ValueError(f"{path} does not fit: {key} is {shapes}. Set train.lora_rank to its rank.")
+        # The network has alpha = rank, so another scale goes into B.
         parameter.data.copy_(state[key] * scale if ".lora_B." in key else state[key])
 
 
 def count_numbers(weights: Sequence[Path], spec: LoraSpec) -> int:
-    """Numbers of a LoRA of rank 1, by the shapes [out,in] of the weights it sits on; only files' headers are read."""
+    """How many numbers a LoRA of rank 1 has, from the shapes [out,in] of its layers; reads the files' headers only."""
     targets, shapes = re.compile(rf"\.({'|'.join(map(re.escape, spec.targets))})\.weight$"), {}
     for path in weights:
         with safe_open(path, framework="pt") as file:
@@ -92,14 +101,17 @@ def count_numbers(weights: Sequence[Path], spec: LoraSpec) -> int:
 
 
 def read_lora(path: Path, spec: LoraSpec) -> State:
-    """A LoRA file of any program, float32, under diffusers' keys; an alpha that is not the rank is folded into B."""
+    """Read a LoRA file of any program: float32 under diffusers' keys, alpha = rank (another alpha is folded into B).
+
+    A ValueError says why it is not a LoRA of one rank on this family's network.
+    """
     state = files.read_tensors(path)
     if not all(map(spec.has_key, state)):
         state = foreign_lora(path, spec)
     odd = [key for key in state if not spec.has_key(key)]
     if odd or not state:
         raise ValueError(f"{path} is no LoRA on a {spec.title}: it holds {odd[0] if odd else 'nothing'}.")
-    ranks = {len(value) for key, value in state.items() if ".lora_A." in key}
+    ranks = {len(value) for key, value in state.items() if ".lora_A." in key}  # A is [r,in]
     if len(ranks) > 1:
         raise ValueError(f"{path} has layers of ranks {sorted(ranks)}; only a LoRA of one rank can be exported.")
     scale = recorded_scale(path, spec)
@@ -111,7 +123,10 @@ def rank_of(state: Mapping[str, Tensor]) -> int:
 
 
 def recorded_scale(path: Path, spec: LoraSpec) -> float:
-    """alpha / rank as diffusers records it in the metadata of a LoRA file; 1 where it records none."""
+    """alpha / rank, from the metadata that diffusers writes into a LoRA file; 1 if there is none.
+
+    A ValueError names variants of LoRA that one factor cannot express, such as DoRA.
+    """
     with safe_open(path, framework="pt") as file:
         recorded = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
     several = ("use_dora", "use_rslora", "alpha_pattern", "rank_pattern")
@@ -122,7 +137,11 @@ def recorded_scale(path: Path, spec: LoraSpec) -> float:
 
 
 def foreign_lora(path: Path, spec: LoraSpec) -> State:
-    """A LoRA file of another program (kohya, the paper's repository) under our keys, kohya's alpha / rank folded into B."""
+    """Read a LoRA file of kohya's scripts or of the paper's repository, under diffusers' keys.
+
+    kohya stores an alpha for each layer; alpha / rank is folded into B. A ValueError refuses a DoRA, and a LoRA that also
+    changes a text encoder.
+    """
     from diffusers.utils import convert_unet_state_dict_to_peft
 
     state = files.read_tensors(path)
@@ -139,7 +158,7 @@ def foreign_lora(path: Path, spec: LoraSpec) -> State:
             f"{path} also changes the text encoder ({others[0]}); only a LoRA on the {spec.title} can be resumed."
         )
     prefix = f"{spec.prefix}."
-    # whose name says UNet, though it converts attention of any network
+    # Despite its name it converts the attention layers of any network.
     network = convert_unet_state_dict_to_peft({key.removeprefix(prefix): value for key, value in state.items()})
     return {f"{prefix}{key}": value for key, value in network.items()}
 
@@ -148,17 +167,17 @@ def foreign_lora(path: Path, spec: LoraSpec) -> State:
 
 
 def write_diffusers(path: Path, state: Mapping[str, Tensor]) -> None:
-    """A LoRA as diffusers' `load_lora_weights` takes it, alpha being the rank."""
+    """Write a LoRA as `load_lora_weights` of diffusers reads it. Without metadata diffusers takes alpha = rank."""
     write_tensors(path, state, {"format": "pt"})
 
 
 def write_kohya(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """The LoRA under kohya's keys. diffusers' converter writes the rank as alpha, which here it is."""
+    """Write a LoRA under kohya's keys. The converter of diffusers writes alpha = rank, which holds here."""
     from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 
     write_tensors(path, convert_state_dict_to_kohya(dict(state)), metadata)
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file; with one key of metadata its bytes are reproducible."""
+    """Write a safetensors file. Give one key of metadata: several are written in an order that varies."""
     files.write_bytes(path, safetensors.torch.save(dict(state), metadata=dict(metadata)))

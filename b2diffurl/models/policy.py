@@ -1,4 +1,7 @@
-"""The policy of a stage: base model, LoRA and guidance, as sampling, training and judging all need it."""
+"""The policy of a stage, for sampling, training and judging: the base model with a LoRA, run with guidance.
+
+N rows, P prompts, T sampler steps, latents [N,C,h,w]
+"""
 
 import os
 import shutil
@@ -21,11 +24,11 @@ from b2diffurl.runtime.logs import logger
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-_kept: dict[str, Model] | None = None  # base models by what decides them, in a process that keeps them
+_kept: dict[str, Model] | None = None  # loaded base models by a checksum of their settings; None: none is kept
 
 
 def keep_models() -> None:
-    """From now on `load_policy` loads each base model once, and gives it out again with its adapter as it was at first."""
+    """From now on `load_policy` loads each base model once. Later calls return the same model, reset to its fresh LoRA."""
     global _kept
     _kept = {}
 
@@ -33,16 +36,22 @@ def keep_models() -> None:
 def load_policy(
     model: ModelSettings, accelerator: Accelerator, lora: Path | None, *, seed: int, compile: bool, decoder: bool = True
 ) -> Model:
-    """The base model with the LoRA of file `lora`, or a fresh one from `seed`; one trained on another base is refused."""
+    """The base model with the LoRA of file `lora`, or a fresh LoRA from `seed` if that is None.
+
+    A ValueError refuses a LoRA that is damaged, was trained on another base model, or does not fit. Without `decoder` the
+    model can neither encode prompts nor decode images.
+    """
     decisive = [asdict(model), str(accelerator.device), accelerator.mixed_precision, seed, compile]
     key = files.digest(decisive)
     if _kept is not None and key in _kept:
         policy = _kept[key]
         policy.reset()
     else:
+        # A model that is kept gets its decoder now: a later phase may need it.
         policy = load_base(model, accelerator, seed=seed, compile=compile, decoder=decoder or _kept is not None)
         if _kept is not None:
             _kept[key] = policy
+    # The LoRA is no part of the key: it is loaded into the same model anew in each phase.
     if lora is not None:
         require_whole(lora)
         check_base(lora, model, policy.fingerprint)
@@ -51,14 +60,15 @@ def load_policy(
 
 
 def load_base(model: ModelSettings, accelerator: Accelerator, *, seed: int, compile: bool, decoder: bool) -> Model:
-    """The base model with a fresh LoRA, compiled if so asked."""
+    """The base model with a fresh LoRA, set up for torch.compile if `compile`."""
     dtype = DTYPES[accelerator.mixed_precision]
     base = family(model).load(model, device=accelerator.device, dtype=dtype, seed=seed, decoder=decoder)
     if compile:
+        # torch.compile generates C++ on the CPU; on a GPU Triton compiles a C launcher.
         compilers = ("g++", "clang++") if accelerator.device.type == "cpu" else ("gcc", "clang", "cc")
         if not any(shutil.which(name) for name in compilers):
             raise ValueError(f"compile needs a compiler, {' or '.join(compilers)}. Install one, or take compile=False.")
-        # Beside torch's own, which lies in a folder of temporary files: what is compiled outlives a restart.
+        # torch's default lies in /tmp. In the user's cache, compiled code outlives a restart of the machine.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "torchinductor"))
         base.compile()
     return base
@@ -66,9 +76,9 @@ def load_base(model: ModelSettings, accelerator: Accelerator, *, seed: int, comp
 
 @contextmanager
 def compiling(wanted: bool, where: str) -> Iterator[bool]:
-    """Where the network is to be called in the shapes to come if it is compiled (`wanted`), before their time counts.
+    """A block for warming up: if `wanted`, call the compiled network in it, once with each number of rows to come.
 
-    Yields `wanted`, and logs how long that took.
+    Yields `wanted`. Logs how long compiling took, which the phase then does not count as its work.
     """
     started = time.perf_counter()
     yield wanted
@@ -78,7 +88,10 @@ def compiling(wanted: bool, where: str) -> Iterator[bool]:
 
 
 def check_base(lora: Path, model: ModelSettings, fingerprint: str) -> None:
-    """Refuse a LoRA that was trained on another base model than `model`, which has this `fingerprint`."""
+    """Refuse a LoRA that was trained on another base model than `model`, whose fingerprint is given.
+
+    A LoRA from elsewhere records no base model, and passes.
+    """
     state = read_state(lora)
     if state and state["base_model_sha256"] != fingerprint:
         raise ValueError(
@@ -96,10 +109,10 @@ def predictor(
     guidance_scale: float,
     micro_batch_size: int = 0,
 ) -> Callable[[Tensor, int], Tensor]:
-    """predict(x_t [N,C,h,w], step), at `timesteps` [T], for N a multiple of the conditions' rows, each repeated for its
-    branches.
+    """A function predict(x_t [N,C,h,w], step) that returns the guided output [N,C,h,w]; `timesteps` is [T].
 
-    The network sees `micro_batch_size` rows at once (0: all).
+    N may be a multiple of the conditions' rows [G, ...]: each is repeated for its group's branches. The network sees
+    `micro_batch_size` rows at once (0: all).
     """
 
     @torch.no_grad()
@@ -108,6 +121,7 @@ def predictor(
         outputs = []
         for start in range(0, len(x_t), rows):
             part = slice(start, start + rows)
+            # Group-major rows: group g's branches are rows g*K to g*K + K-1, so each condition is repeated in place.
             repeated = {
                 name: value.repeat_interleave(len(x_t) // len(value), dim=0)[part] for name, value in conditions.items()
             }
@@ -118,12 +132,12 @@ def predictor(
 
 
 def warn_of_cut_prompts(model: Model, placed: Iterable[tuple[str, str]]) -> None:
-    """Name the prompts, of (where it stands, prompt), that the model reads in part."""
+    """Log a warning for each prompt that is too long for the model; `placed` are (place in its file, prompt)."""
     for place, prompt in placed:
         if cut := model.num_tokens_cut(prompt):
             logger.warning("%s: the last %d tokens are cut off, the model takes no more: %.60s…", place, cut, prompt)
 
 
 def decode(model: Model, latents: Tensor, batch_size: int) -> Tensor:
-    """Images uint8 [N,H,W,3] on the CPU, decoded `batch_size` at once."""
+    """Decode latents [N,C,h,w] to images uint8 [N,H,W,3] on the CPU, `batch_size` at once."""
     return torch.cat([model.decode(part).cpu() for part in latents.split(batch_size)])

@@ -1,4 +1,6 @@
-"""Stable Diffusion 1.x and 2.x (epsilon and v-prediction), and every model of their layout; see `b2diffurl.models.Family`.
+"""Stable Diffusion 1.x and 2.x (epsilon and v-prediction), and every model of their layout.
+
+The functions are those of `b2diffurl.models.Family`, the class is a `b2diffurl.models.Model`; both are documented there.
 
 N rows, P prompts, L tokens, E text width, latents [N,C,h,w]
 """
@@ -20,9 +22,9 @@ from b2diffurl.models.diffusers_files import PipelineSpec
 from b2diffurl.models.lora import LoraSpec, State
 
 COMPILED = ("ResnetBlock2D", "BasicTransformerBlock")  # blocks of the UNet that are compiled, each by itself
-MAX_GRAPHS = 256  # of one kind of block: by number of rows, width, resolution, with and without gradient, and LoRA
-LATENT_PX = 8  # pixels of a latent's side
-# The first is for models that are conditioned on sigma; the second takes its noise from elsewhere than its generator.
+MAX_GRAPHS = 256  # a block's graphs differ by number of rows, width, resolution, with and without gradient or LoRA
+LATENT_PX = 8  # one latent stands for 8 x 8 pixels
+# The first needs a network conditioned on sigma. The second draws noise that no generator controls, so it cannot be seeded.
 UNFIT_SCHEDULERS = ("EDMEulerScheduler", "DPMSolverSDEScheduler")
 PIPELINE = PipelineSpec(
     pipeline="StableDiffusionPipeline",
@@ -43,7 +45,7 @@ PIPELINE = PipelineSpec(
 
 
 def to_diffusers(state: State) -> State:
-    """A LoRA of another program under the keys of diffusers, or of what diffusers wrote before it took to peft."""
+    """A LoRA of another program under diffusers' keys: today's, or those of diffusers before it used peft."""
     from diffusers import StableDiffusionPipeline
 
     return StableDiffusionPipeline.lora_state_dict(state)[0]
@@ -62,16 +64,16 @@ def fingerprint(model: ModelSettings) -> str:
 
 
 def sizes(model: ModelSettings) -> Sizes | None:
-    found = diffusers_files.find_here(model, PIPELINE)
-    if found is None:
+    local = diffusers_files.find_here(model, PIPELINE)
+    if local is None:
         return None
-    weights, configs = found
+    weights, configs = local
     unet, vae, text = (configs[part] for part in ("unet", "vae", "text_encoder"))
-    side = model.resolution // LATENT_PX or unet["sample_size"]
+    side = model.resolution // LATENT_PX or unet["sample_size"]  # resolution 0: the model's own
     return Sizes(
         latent_shape=(unet["in_channels"], side, side),
         image_px=side * 2 ** (len(vae["block_out_channels"]) - 1),
-        embedding=text["max_position_embeddings"] * text["hidden_size"],
+        embedding=text["max_position_embeddings"] * text["hidden_size"],  # L * E: prompts are padded to full length
         lora=lora.count_numbers(weights, LORA),
     )
 
@@ -79,7 +81,8 @@ def sizes(model: ModelSettings) -> Sizes | None:
 def schedulers() -> list[str]:
     from diffusers.schedulers import KarrasDiffusionSchedulers
 
-    return sorted(one.name for one in KarrasDiffusionSchedulers if one.name not in UNFIT_SCHEDULERS)
+    # Diffusers' list of the schedulers that may replace one another in a Stable Diffusion pipeline.
+    return sorted(scheduler.name for scheduler in KarrasDiffusionSchedulers if scheduler.name not in UNFIT_SCHEDULERS)
 
 
 def read_lora(path: Path) -> State:
@@ -87,13 +90,13 @@ def read_lora(path: Path) -> State:
 
 
 def write_kohya(path: Path, state: Mapping[str, Tensor]) -> None:
-    """With that of kohya's metadata by which A1111 tells 2.x from 1.x: 2.x reads text 1,024 wide."""
+    """Write kohya's format, with its metadata `ss_v2`, by which A1111 tells 2.x from 1.x: 2.x has text 1,024 wide."""
     text_width = next((value.shape[1] for key, value in state.items() if ".attn2.to_k.lora_A." in key), 0)
     lora.write_kohya(path, state, {"ss_v2": str(text_width == 1024)})
 
 
 def write_pipeline(folder: Path, model: ModelSettings, lora_file: Path) -> None:
-    """Without a safety checker."""
+    """Write the pipeline without a safety checker: none is loaded here."""
     tuned = load(model, device=torch.device("cpu"), dtype=torch.float32, seed=0, decoder=True)
     tuned.load_adapter(lora_file)
     tuned.unet.fuse_lora()
@@ -107,9 +110,9 @@ def load(model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed
 
 
 class StableDiffusion:
-    """A frozen Stable Diffusion (arXiv 2112.10752) whose UNet carries a trainable LoRA; see `b2diffurl.models.Model`.
+    """A frozen Stable Diffusion (arXiv 2112.10752) whose UNet carries a trainable LoRA.
 
-    Latents are [N,C,h,w], of 8 px a side each; a prompt is the last hidden states [L,E] of CLIP's text encoder.
+    The UNet is conditioned on the last hidden states [L,E] of CLIP's text encoder.
     """
 
     def __init__(self, model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool):
@@ -117,6 +120,7 @@ class StableDiffusion:
 
         parts, scheduler_config = diffusers_files.load_parts(model, PIPELINE, dtype, decoder=decoder)
         diffusers_files.check_unclipped(scheduler_config, model.name)
+        # DDIM whatever the model's own scheduler is: they share the noise schedule, which is all that is taken from it.
         self._scheduler = DDIMScheduler.from_config(scheduler_config)
         self.scheduler_config = {key: value for key, value in self._scheduler.config.items() if not key.startswith("_")}
         self.fingerprint = fingerprint(model)
@@ -126,12 +130,14 @@ class StableDiffusion:
                 part.to(device).eval().requires_grad_(False)
         self.unet = parts["unet"].to(device).eval().requires_grad_(False)
         lora.add_lora(self.unet, LORA, rank=model.lora_rank, seed=seed)
+        # Kept for `reset`: loading a checkpoint overwrites the fresh LoRA.
         self._fresh = {name: parameter.detach().clone() for name, parameter in self.trainable().items()}
-        self.network: nn.Module = self.unet
+        self.network: nn.Module = self.unet  # callers may wrap this one; `unet` stays the bare network
         size = self._latent_size(model.resolution) if model.resolution else self.unet.config.sample_size
         self.latent_shape = (self.unet.config.in_channels, size, size)
 
     def _latent_size(self, resolution: int) -> int:
+        """Latents along an image's side. Each of the UNet's down blocks but the last halves it, so it must divide evenly."""
         multiple = LATENT_PX * 2 ** (len(self.unet.config.block_out_channels) - 1)
         if resolution % multiple:
             raise ValueError(f"pretrained.resolution is {resolution}; this model needs a multiple of {multiple} pixels")
@@ -139,9 +145,10 @@ class StableDiffusion:
 
     def sampler(self, num_steps: int, eta: float) -> Transitions:
         self._scheduler.set_timesteps(num_steps)
-        known = len(self._scheduler.alphas_cumprod)
-        if self._scheduler.timesteps.max() >= known:
-            raise ValueError(f"sample.num_steps is {num_steps}; it must be less than this model's {known} timesteps")
+        num_timesteps = len(self._scheduler.alphas_cumprod)
+        # The scheduler's offset can move the first timestep past the end, where diffusers would read no alpha.
+        if self._scheduler.timesteps.max() >= num_timesteps:
+            raise ValueError(f"sample.num_steps is {num_steps}; it must be less than this model's {num_timesteps} timesteps")
         return make_transitions(
             self._scheduler.timesteps,
             self._scheduler.alphas_cumprod,
@@ -157,7 +164,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditions:
-        """prompt_embeds [P,L,E], truncated to the text encoder's length like Stable Diffusion's own pipeline."""
+        """prompt_embeds [P,L,E]. Padded, and cut to the text encoder's length, like in Stable Diffusion's own pipeline."""
         tokens = self.tokenizer(
             prompts,
             padding="max_length",
@@ -165,6 +172,7 @@ class StableDiffusion:
             max_length=self.tokenizer.model_max_length,
             return_tensors="pt",
         )
+        # Few text encoders want a mask; the pipeline of diffusers asks in the same way.
         mask = None
         if getattr(self.text_encoder.config, "use_attention_mask", False):
             mask = tokens.attention_mask.to(self.text_encoder.device)
@@ -186,13 +194,15 @@ class StableDiffusion:
     ) -> Tensor:
         embeds = conditions["prompt_embeds"].expand(len(x_t), -1, -1)
         timesteps = timesteps.expand(len(x_t))
-        if guidance_scale == 1:
+        if guidance_scale == 1:  # guidance would return the conditional output, at twice the cost
             return self.network(x_t, timesteps, embeds, return_dict=False)[0].float()
+        # Classifier-free guidance, arXiv 2207.12598: eps = eps(empty) + scale * (eps(prompt) - eps(empty)).
         no_embeds = unconditional["prompt_embeds"].expand_as(embeds)
         if unconditional_gradient:
             rows = torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), torch.cat([no_embeds, embeds])
             without, with_text = self.network(*rows, return_dict=False)[0].float().chunk(2)
         else:
+            # Two calls: within one, autograd would keep the activations of the unconditional half too.
             with torch.no_grad():
                 without = self.network(x_t, timesteps, no_embeds, return_dict=False)[0].float()
             with_text = self.network(x_t, timesteps, embeds, return_dict=False)[0].float()
@@ -202,7 +212,7 @@ class StableDiffusion:
         from accelerate.utils import extract_model_from_parallel
 
         self.network = extract_model_from_parallel(self.network, keep_fp32_wrapper=False)
-        self.network._is_accelerate_prepared = False  # or accelerate would not wrap it again
+        self.network._is_accelerate_prepared = False  # accelerate wraps no network that has this mark
         self.unet.disable_gradient_checkpointing()
         for name, parameter in self.trainable().items():
             parameter.data.copy_(self._fresh[name])
@@ -212,12 +222,13 @@ class StableDiffusion:
         self.unet.enable_gradient_checkpointing()
 
     def compile(self) -> None:
-        """Block by block: equal blocks are compiled once, and a process reads them back in seconds.
+        """Compile block by block: equal blocks share their code, and a later process reads it back in seconds.
 
-        Each number of rows by itself: where that is left open, torch keeps convolutions in the slower layout.
+        Not `dynamic`, so each number of rows is compiled by itself: for an open number of rows torch keeps convolutions in
+        the slower memory layout.
         """
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MAX_GRAPHS
-        self.unet.to(memory_format=torch.channels_last)  # one by one, operations would go back and forth between layouts
+        self.unet.to(memory_format=torch.channels_last)  # else blocks would convert between layouts, back and forth
         for module in self.unet.modules():
             if type(module).__name__ in COMPILED:
                 module.compile(dynamic=False)
@@ -233,7 +244,7 @@ class StableDiffusion:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         images = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
-        if not images.isfinite().all():
+        if not images.isfinite().all():  # a VAE may overflow in fp16
             raise FloatingPointError("the VAE decoded to non-finite values; use --config.mixed_precision=bf16 or no")
         images = (images.float() / 2 + 0.5).clamp(0, 1) * 255
         return images.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()

@@ -1,4 +1,4 @@
-"""The plan of a run for people: what `bash run_process.sh --dry_run` prints. Nothing here writes, or loads a model."""
+"""The plan of a run for people: what `bash run_process.sh --dry_run` prints. Nothing here writes a file or loads a model."""
 
 import math
 from collections import defaultdict
@@ -18,12 +18,12 @@ from b2diffurl.runtime.device import Compute, choose_device
 
 
 def describe(plan: Plan) -> str:
-    """The plan, for people."""
+    """The whole text: facts, a table of stages, disk and time."""
     settings, budget = plan.settings, Budget.of(plan.settings)
     steps = budget.planned_steps(plan.stage.root)
     device, precision = device_text(settings.compute)
     base = family(settings.model).sizes(settings.model)
-    embedding_bytes = 4 if precision == "float32" else 2
+    embedding_bytes = 4 if precision == "float32" else 2  # embeddings are stored in the text encoder's precision
     volumes = [trajectory_bytes(settings, base, S, len(plan.prompts), embedding_bytes) for S in steps] if base else []
     facts = plan_facts(plan, budget) | {"device": f"{device}, {precision}"}
     lines = [f"{name:<13}{fact}" for name, fact in facts.items()]
@@ -34,7 +34,7 @@ def describe(plan: Plan) -> str:
 
 
 def plan_facts(plan: Plan, budget: Budget) -> dict[str, str]:
-    """What is trained on what, by what it is about."""
+    """The lines before the table, {heading: text}."""
     settings, prompts = plan.settings, plan.settings.prompts
     watched = f"; watched: {', '.join(settings.rewards.watched)}" if settings.rewards.watched else ""
     trained = repr(prompts.one_prompt) if prompts.one_prompt else prompts.train_file
@@ -46,7 +46,7 @@ def plan_facts(plan: Plan, budget: Budget) -> dict[str, str]:
         "starts from": settings.schedule.initial_lora or "a fresh LoRA",
         "reward": settings.rewards.description + watched,
         "prompts": f"{len(plan.prompts)} of {trained}; held-out: {held_out} of {prompts.held_out_file}",
-        "device": "",
+        "device": "",  # `describe` fills it in; it has its place here
         "seeds": f"{settings.schedule.seed} of the experiment, {settings.judging.seed} of the evaluations",
         "a stage": f"{budget.num_groups} groups of {settings.sampling.num_branches} images; trained on {budget.at_most}"
         f"{budget.most_selected}, {settings.training.num_trajectories} an update, epochs: {settings.training.num_epochs}",
@@ -54,7 +54,7 @@ def plan_facts(plan: Plan, budget: Budget) -> dict[str, str]:
 
 
 def device_text(compute: Compute) -> tuple[str, str]:
-    """Where a run takes place, and in which precision the network's weights are."""
+    """(the GPU's name, or the CPU's number of threads; the precision of the network's weights)."""
     cuda, precision = choose_device(compute)
     names = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
     threads = f"CPU, threads: {compute.num_threads or torch.get_num_threads()}"
@@ -62,7 +62,7 @@ def device_text(compute: Compute) -> tuple[str, str]:
 
 
 def state_text(settings: Settings) -> str:
-    """How far an experiment is."""
+    """How far an experiment is: new, or how many stages are finished and what comes next."""
     root, num_stages = settings.output.root, settings.schedule.num_stages
     stages = [Stage(root, index) for index in range(num_stages)]
     if not (root / "config.json").is_file():
@@ -75,17 +75,20 @@ def state_text(settings: Settings) -> str:
 
 
 def stage_table(budget: Budget, steps: Sequence[int], volumes: Sequence[int]) -> list[str]:
-    """Lines: a row for each S, with what one of its stages asks for, and one for all."""
+    """The table, as lines: a row for each S (trained steps) with the amounts of one stage, and a row of totals.
+
+    `steps` [M] is S of each stage, `volumes` [M] the bytes of its trajectories, or [] if they are unknown.
+    """
     stages = defaultdict(list)
     for index, num_steps in enumerate(steps):
         stages[num_steps].append(index)
     updates = f"updates{', at most' if budget.at_most else ''}"
     rows = [["a stage", f"S of {budget.sampling.num_steps}", "images", "network evaluations", updates, "trajectories"]]
     for num_steps, members in sorted(stages.items()):
-        volume = size(volumes[members[0]]) if volumes else "?"
+        volume = size(volumes[members[0]]) if volumes else "?"  # stages of the same S have the same volume
         counts = [budget.num_images, budget.num_evaluations(num_steps), budget.most_updates]
         rows.append([stages_text(members), str(num_steps), *(f"{count:,}" for count in counts), volume])
-    totals = [len(steps) * budget.num_images, sum(budget.num_evaluations(one) for one in steps)]
+    totals = [len(steps) * budget.num_images, sum(budget.num_evaluations(num_steps) for num_steps in steps)]
     totals.append(len(steps) * budget.most_updates)
     rows.append(["in all", "", *(f"{count:,}" for count in totals), size(sum(volumes)) if volumes else "?"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -96,65 +99,67 @@ def stage_table(budget: Budget, steps: Sequence[int], volumes: Sequence[int]) ->
 
 
 def stages_text(members: Sequence[int]) -> str:
-    """Such as `stage3`, `stages 0-14`, or of stages that do not follow one another `7 stages`."""
+    """Stages in few words: `stage3`, `stages 0-14`, or `7 stages` if there are gaps between them."""
     if len(members) == 1:
         return f"stage{members[0]}"
-    together = members[-1] - members[0] == len(members) - 1
-    return f"stages {members[0]}-{members[-1]}" if together else f"{len(members)} stages"
+    consecutive = members[-1] - members[0] == len(members) - 1
+    return f"stages {members[0]}-{members[-1]}" if consecutive else f"{len(members)} stages"
 
 
 # ---- disk ----
 
 
 def disk_text(settings: Settings, base: Sizes, volumes: Sequence[int]) -> str:
-    """What is kept, and what the experiment takes up at most while it runs; evaluations keep their pictures, too."""
+    """How many bytes the experiment takes at most while it runs, and how many each stage keeps."""
     budget, output, num_stages = Budget.of(settings), settings.output, settings.schedule.num_stages
-    images, one = budget.num_images, image_bytes(output.root, base)
+    images, per_image = budget.num_images, image_bytes(output.root, base)
     kept = images if output.keep_images < 0 else min(images, output.keep_images)
     checkpoints = math.ceil(settings.training.num_epochs / settings.output.save_interval)
     written = checkpoints * checkpoint_bytes(settings, base)
     volume = sum(volumes) if output.keep_samples else max(volumes)  # all stages', or one's until it is trained
-    trajectories = volume + volume * budget.most_selected // images  # the latter are copies
-    judged = judging_left(settings, finished=set()).images
-    total = trajectories + num_stages * (written + kept * one) + (images - kept + judged) * one
+    trajectories = volume + volume * budget.most_selected // images  # batches, and the copies of the selected ones
+    judged = judging_left(settings, finished=set()).images  # evaluations keep all their images
+    # The stage at work has all its images, finished ones have `kept`.
+    total = trajectories + num_stages * (written + kept * per_image) + (images - kept + judged) * per_image
     return (
-        f"at most {size(total)}, and about a kilobyte of JSON an image. A stage keeps {kept} images ({size(kept * one)}), "
+        f"at most {size(total)}, and about a kilobyte of JSON an image. "
+        f"A stage keeps {kept} images ({size(kept * per_image)}), "
         f"checkpoints: {checkpoints} ({size(written)}), trajectories: {'all' if output.keep_samples else 'none'}"
     )
 
 
 def trajectory_bytes(settings: Settings, base: Sizes, num_trained_steps: int, num_prompts: int, embedding_bytes: int) -> int:
-    """Of a stage's samples/, but for the files' headers.
+    """Bytes of a stage's samples/, without the files' headers.
 
-    These are S + 1 states and S log-probabilities of each trajectory, in float32, and of each batch timesteps, prompt ids
-    and the embeddings of its prompts and the empty one, with `embedding_bytes` a number.
+    Each trajectory has S + 1 states and S log-probabilities in float32. Each batch has timesteps and prompt ids (8 bytes
+    each), and the embeddings of its prompts and of the empty prompt (`embedding_bytes` a number).
     """
     sampling = settings.sampling
     numbers = (num_trained_steps + 1) * math.prod(base.latent_shape) + num_trained_steps
-    prompts = min(sampling.num_groups, num_prompts) + 1
+    prompts = min(sampling.num_groups, num_prompts) + 1  # a batch stores each distinct prompt once
     batch = 8 * (num_trained_steps + sampling.num_groups) + prompts * base.embedding * embedding_bytes
     return 4 * numbers * Budget.of(settings).num_images + batch * sampling.num_batches
 
 
 def checkpoint_bytes(settings: Settings, base: Sizes) -> int:
-    """Of one checkpoint, but for the files' headers: the LoRA in float32, and AdamW's two moments."""
+    """Bytes of one checkpoint, without the files' headers: the LoRA in float32, and AdamW's two moments of each number."""
     moment = 1 if settings.training.optimizer.use_8bit else 4
     return settings.model.lora_rank * base.lora * (4 + 2 * moment)
 
 
 def image_bytes(root: Path, base: Sizes) -> float:
-    """Of a picture on average in the latest stage, or before there is one uncompressed."""
+    """Bytes of an image: the mean in the latest sampled stage, or the size of an uncompressed one if there is no stage."""
     sampled = finished_stages(root, "sample")
     if not sampled:
         return 3 * base.image_px**2
     described = sampled[-1].manifest("sample")["files"]
-    found = [file["bytes"] for name, file in described.items() if name.startswith("images/")]
-    return sum(found) / len(found)
+    sizes = [file["bytes"] for name, file in described.items() if name.startswith("images/")]
+    return sum(sizes) / len(sizes)
 
 
 def size(num_bytes: float) -> str:
-    """Such as 640 kB, 3.2 MB or 15 GB."""
-    for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if num_bytes >= one:
-            return number(num_bytes / one, unit)
+    """Bytes in words: 640 kB, 3.2 MB, 15 GB."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= scale:
+            return number(num_bytes / scale, unit)
     return number(num_bytes / 1e3, "kB")

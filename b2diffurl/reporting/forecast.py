@@ -1,7 +1,8 @@
-"""How long a run takes, and how far it is.
+"""How long a run takes, and how far it is: (work that is left) * (seconds for one of each).
 
-Amounts follow from the settings (budget.py) and the loop of calls (loop.py). Seconds are measured in the experiment's latest
-stages, or before one is finished in the first sampling batch. Waiting for people (reward `file`) is left out.
+The work follows from the settings (budget.py) and the loop of calls (loop.py). The seconds are measured: in the experiment's
+latest stages, or in the first sampling batch before a stage is finished. Waiting for people's scores (reward `file`) is left
+out.
 """
 
 from collections.abc import Sequence
@@ -18,8 +19,8 @@ from b2diffurl.experiment.stage import PHASES, Stage, finished_stages
 from b2diffurl.experiment.stage_table import stage_list, warned_rows
 from b2diffurl.objectives import Objective
 
-NUM_LATEST = 5  # finished stages by which time is told, so that a faster or slower machine soon shows
-LONGEST_IMPORT_SEC = 30  # of Python's packages; what took longer was a pause
+NUM_LATEST = 5  # finished stages that count, so that a faster or slower machine soon shows
+LONGEST_IMPORT_SEC = 30  # a process that imports its packages for longer was paused
 FINISHED_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 
 
@@ -28,12 +29,12 @@ FINISHED_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 
 @dataclass(frozen=True)
 class Work:
-    """What is left to do."""
+    """Amounts of work."""
 
-    evaluations: float = 0  # of the network, without gradients; decoding goes with them
-    images: float = 0  # scored
-    transitions: float = 0  # trained on
-    processes: float = 0  # started
+    evaluations: float = 0  # of the network without gradients; the time of decoding is counted with them
+    images: float = 0  # to score
+    transitions: float = 0  # to train on
+    processes: float = 0  # to start
 
     def __add__(self, other: "Work") -> "Work":
         return Work(*(mine + others for mine, others in zip(astuple(self), astuple(other), strict=True)))
@@ -41,7 +42,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds for one of each, in the order of `Work`."""
+    """Seconds for one of each kind of work, in the order of `Work`."""
 
     evaluation: float
     image: float
@@ -53,20 +54,25 @@ class Pace:
 
 
 def measured_pace(settings: Settings) -> Pace | None:
-    """Medians over the latest finished stages; None before there is one."""
+    """The median pace of the latest finished stages; None if none is finished."""
     latest = finished_stages(settings.output.root, "train")[-NUM_LATEST:]
     paces = [pace for stage in latest if (pace := stage_pace(settings.training.objective, stage))]
     return Pace(*(median(values) for values in zip(*map(astuple, paces), strict=True))) if paces else None
 
 
 def stage_pace(objective: Objective, stage: Stage) -> Pace | None:
-    """None for a stage of which no part was timed. `share` is what the seconds of an interrupted phase are of."""
+    """The pace of one finished stage; None if none of its sampling was timed.
+
+    A phase that was interrupted records the seconds of its last process only, and as `share` the part of the phase that
+    this process did.
+    """
     sampled, selected, trained = (stage.manifest(phase) for phase in PHASES)
     evaluations = sampled["num_evaluations"] * sampled["seconds"].get("share", 1)
     transitions = trained["num_transitions"] * trained["seconds"].get("share", 1)
     if not evaluations:
         return None
     evaluation = sampled["seconds"]["sample"] / evaluations
+    # A stage that selected nothing trained on nothing: then the costs of evaluations tell those of transitions.
     return Pace(
         evaluation=evaluation,
         image=selected["seconds"]["score"] / selected["num_images"],
@@ -76,34 +82,45 @@ def stage_pace(objective: Objective, stage: Stage) -> Pace | None:
 
 
 def start_up(trained: dict[str, Any], between: float) -> float:
-    """Seconds that a process takes to start: what lay `between` two phases beside their work, or if that was a pause, what
-    is known of it, loading."""
+    """Seconds that a process takes to start: imports, and loading of the model.
+
+    They are the time `between` the ends of two phases without the second one's work. If that is so long that the run must
+    have been stopped in between, only the recorded loading counts.
+    """
     load = trained["seconds"]["load"]
     return between if load < between < 3 * load + LONGEST_IMPORT_SEC else load
 
 
 def finished_at(manifest: dict[str, Any]) -> float:
+    """When a phase was finished, in seconds since 1970."""
     return datetime.strptime(manifest["finished"], FINISHED_FORMAT).timestamp()
 
 
 def passes(objective: Objective) -> int:
-    """What a trained transition costs in evaluations of the network.
+    """The cost of training on one transition, in evaluations of the network.
 
-    It is run forward, and as much backward, for the gradient of frozen weights is not computed; an objective that asks for
-    the base policy runs it forward once more.
+    One forward, one backward. The backward pass costs as much as the forward one and not twice as much, because gradients of
+    the frozen weights are not computed. An objective that asks for the base policy needs one more forward.
     """
     return 2 + objective.needs_base
 
 
 def first_pace(settings: Settings, num_trained_steps: int, batch_sec: float, load_sec: float) -> Pace:
-    """From the seconds for the first sampling batch of all processes, and for loading; scoring is not known yet."""
+    """The pace before a stage is finished, from the seconds of the first sampling batch and of loading.
+
+    Several processes sample a batch each at the same time, so `batch_sec` must be divided by their number. Scoring counts as
+    0, because nothing has been scored yet.
+    """
     num_evaluations = Budget.of(settings).num_evaluations(num_trained_steps)
     evaluation = batch_sec * settings.sampling.num_batches / num_evaluations
     return Pace(evaluation, 0.0, passes(settings.training.objective) * evaluation, load_sec)
 
 
 def work_left(settings: Settings) -> Work:
-    """Of the calls that are not done, with as much selected as in the latest stages, or else the most that can be."""
+    """The work of all calls that are not done.
+
+    How many trajectories a stage will select is not known: the latest stages' median share, or before them the maximum.
+    """
     root, budget = settings.output.root, Budget.of(settings)
     latest = [stage.manifest("select") for stage in finished_stages(root, "select")[-NUM_LATEST:]]
     shares = [manifest["num_selected"] / manifest["num_images"] for manifest in latest]
@@ -111,7 +128,7 @@ def work_left(settings: Settings) -> Work:
     left = judging_left(settings, finished={stage.index for stage in finished_stages(root, "train")})
     for call in calls(settings.schedule.num_stages):
         if call.script == "eval":
-            continue
+            continue  # `judging_left` has them
         stage = Stage(root, call.stage)
         if not stage.finished(call.script) and not stage.finished("train"):
             left += phase_work(settings, budget, stage, call, expected)
@@ -119,7 +136,7 @@ def work_left(settings: Settings) -> Work:
 
 
 def phase_work(settings: Settings, budget: Budget, stage: Stage, call: Call, expected: float) -> Work:
-    """Of one phase of a stage; `expected` trajectories are selected, if the selection has not been made."""
+    """The work of one phase of a stage. `expected` is the number of selected trajectories if select is not finished."""
     num_steps = budget.num_trained_steps(stage)
     match call.script:
         case "sample":
@@ -132,39 +149,40 @@ def phase_work(settings: Settings, budget: Budget, stage: Stage, call: Call, exp
 
 
 def judging_left(settings: Settings, *, finished: set[int]) -> Work:
-    """Of the run's evaluations, where the stages `finished` have been trained, and judged if that was due."""
+    """The work of the run's evaluations that are not done. Those due after the stages `finished` count as done."""
     num_stages, judging = settings.schedule.num_stages, settings.judging
     done, left, processes = set(), set(), 0
     for call in calls(num_stages):
-        found = call.evaluations(num_stages, judging.every)
+        evaluations = call.evaluations(num_stages, judging.every)
         if call.stage in finished:
-            done |= found
+            done |= evaluations
         elif call.script == "eval":
-            left |= found
+            left |= evaluations
             processes += 1
     num_steps = {"training": settings.sampling.num_steps, "deployed": judging.deployed.num_steps}
-    asked = left - done  # what has been judged is read back
-    evaluations = sum(judging.num_images * num_steps[sampler] for _, _, sampler in asked)
-    return Work(evaluations=evaluations, images=judging.num_images * len(asked), processes=processes)
+    left -= done  # a call may ask for an evaluation that an earlier call has made, such as the base model's; it is read back
+    num_evaluations = sum(judging.num_images * num_steps[sampler] for _, _, sampler in left)
+    return Work(evaluations=num_evaluations, images=judging.num_images * len(left), processes=processes)
 
 
 def spent(root: Path, pace: Pace) -> float:
-    """Seconds that the finished stages of the experiment have taken, without evaluations and pauses."""
+    """Seconds that the experiment's finished stages have taken, without evaluations and pauses."""
     seconds = 0.0
     for stage in finished_stages(root, "train"):
         for phase, part in (("sample", "sample"), ("select", "score"), ("train", "train")):
             timed = stage.manifest(phase)["seconds"]
+            # `share`: see `stage_pace`. select records none, and 0 says that the last process found all work done.
             seconds += timed[part] / (timed.get("share") or 1) + pace.process
     return seconds
 
 
 # ---- log lines ----
 
-UNTOLD = "how long the rest takes cannot be told: "  # from a damaged record of another stage, which stops no work
+UNTOLD = "how long the rest takes cannot be told: "  # because another stage's record is damaged; the work goes on
 
 
 def plan_line(settings: Settings) -> str:
-    """What will be trained, and how long that takes."""
+    """The log line that begins a run: what will be trained, and how long it takes."""
     root, budget, num_stages = settings.output.root, Budget.of(settings), settings.schedule.num_stages
     parts = [
         f"LoRA rank {settings.model.lora_rank} on {settings.model.name}",
@@ -180,7 +198,7 @@ def plan_line(settings: Settings) -> str:
 
 
 def time_text(settings: Settings) -> str:
-    """How many stages are done, and how long the others take."""
+    """How many stages are done, and how long the others take, if that can be told."""
     pace, done, num_stages = measured_pace(settings), num_done(settings), settings.schedule.num_stages
     if done == num_stages:
         return "all stages done"
@@ -190,7 +208,7 @@ def time_text(settings: Settings) -> str:
 
 
 def first_batch_text(settings: Settings, num_trained_steps: int, batch_sec: float, load_sec: float) -> str:
-    """How long the run takes by its first sampling batch; see `first_pace`."""
+    """After the first sampling batch: how long the whole run takes (`first_pace`)."""
     try:
         seconds = first_pace(settings, num_trained_steps, batch_sec, load_sec).seconds(work_left(settings))
     except (ValueError, OSError, KeyError) as error:
@@ -199,7 +217,7 @@ def first_batch_text(settings: Settings, num_trained_steps: int, batch_sec: floa
 
 
 def stage_done_line(settings: Settings, stage: Stage) -> str:
-    """After a stage's training: how many stages are done, and how long the others take."""
+    """The log line that ends a stage: how many stages are done, how long they took, and how long the others take."""
     try:
         pace, done = measured_pace(settings), num_done(settings)
         said = f"stage{stage.index} done: {done} of {settings.schedule.num_stages} stages"
@@ -212,18 +230,18 @@ def stage_done_line(settings: Settings, stage: Stage) -> str:
 
 
 def warned_text(root: Path) -> list[str]:
-    """Which stages warned, if any did."""
+    """[a hint at the stages that warned], or [] if none did."""
     stages = [row["stage"] for row in warned_rows(root)]
     return [f"warnings in {stage_list(stages)} (see report.html)"] if stages else []
 
 
 def num_done(settings: Settings) -> int:
-    """Stages of the run that have been trained; the experiment may have had more."""
+    """How many of the run's stages are trained. The experiment may have more, of a run with a larger stage_cnt."""
     return sum(stage.index < settings.schedule.num_stages for stage in finished_stages(settings.output.root, "train"))
 
 
 def duration(seconds: float) -> str:
-    """Such as 45 s, 12 min, 3.4 h or 5.1 days."""
+    """A duration in words: 45 s, 12 min, 3.4 h, 5.1 days."""
     for unit, size, end in (("s", 1, 90), ("min", 60, 90 * 60), ("h", 3600, 48 * 3600)):
         if seconds < end:
             return number(seconds / size, unit)
@@ -231,8 +249,10 @@ def duration(seconds: float) -> str:
 
 
 def number(value: float, unit: str) -> str:
+    """A number with its unit; one decimal below 10, none above."""
     return f"{value:.{0 if value >= 10 else 1}f} {unit}"
 
 
 def span(steps: Sequence[int]) -> str:
+    """Smallest and largest, `2..5`, or the one value that all have."""
     return f"{min(steps)}..{max(steps)}" if len(set(steps)) > 1 else str(steps[0])

@@ -1,8 +1,9 @@
-"""The model card of an export: what it is, how to use it, what it was judged to be, how it was trained.
+"""The model card of an export: what it is, how to use it, how it was judged, how it was trained.
 
-What is said of training comes from the experiment's files, and no path of this machine is in it.
+Everything comes from the experiment's files. A card is published, so no path of this machine may be in it (`public`).
 """
 
+import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -29,22 +30,23 @@ from b2diffurl.models import Description, family
 from b2diffurl.runtime import files
 
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
-MODEL_KEYS = ("model", "clip", "head", "captioner", "scorer")  # settings of a reward that name its models
-NUM_PROMPTS, NUM_PICTURES = 6, 4  # shown
+MODEL_KEYS = ("model", "clip", "head", "captioner", "scorer")  # keys of a reward's settings that name its models
+NUM_PROMPTS, NUM_PICTURES = 6, 4  # how many the card shows
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A checkpoint that is exported: LoRA file `lora` of the experiment in folder `root`, or from elsewhere."""
+    """A checkpoint to export: the LoRA file `lora`, of the experiment in folder `root` or from elsewhere."""
 
     root: Path
     lora: Path
-    form: str
+    form: str  # one of export.FORMATS
     model: ModelSettings  # the base model as it was given
     repository: str  # OWNER/NAME on the hub, or ""
 
     @property
     def base(self) -> str:
+        """The base model's name as given: a hub id, or a path of this machine."""
         return self.model.name
 
     @cached_property
@@ -58,49 +60,57 @@ class Exported:
 
     @property
     def file(self) -> str:
+        """The name of the exported LoRA file."""
         return f"{self.name}.safetensors" if self.form == "kohya" else LORA_FILE
 
     @cached_property
     def config(self) -> dict[str, Any]:
+        """The experiment's recorded configuration."""
         return files.read_json(self.root / "config.json")["config"]
 
     @property
     def checkpoint(self) -> str:
+        """What results call the checkpoint: `stage3`, `stage3/checkpoint_1`."""
         return public(checkpoint_name(self.root, self.lora))
 
     @property
     def stage(self) -> Stage | None:
-        """The stage that trained it; None for a LoRA from elsewhere."""
+        """The stage that trained the checkpoint; None for a LoRA from elsewhere."""
         match = re.match(r"stage(\d+)/", relative_to(self.root, self.lora))
         return Stage(self.root, int(match[1])) if match else None
 
     @property
     def base_sha256(self) -> str:
+        """The fingerprint of the base model that it was trained on; "" for a LoRA from elsewhere."""
         return (read_state(self.lora) or {}).get("base_model_sha256", "")
 
     def facts(self) -> dict[str, str]:
-        """What an export is of, for a program to read."""
-        named = {"experiment": self.name, "checkpoint": self.checkpoint, "lora_sha256": files.sha256(self.lora)}
-        return named | {"format": self.form, "base_model": public(self.base), "base_model_sha256": self.base_sha256}
+        """What was exported, for programs: the content of export.json."""
+        source = {"experiment": self.name, "checkpoint": self.checkpoint, "lora_sha256": files.sha256(self.lora)}
+        return source | {"format": self.form, "base_model": public(self.base), "base_model_sha256": self.base_sha256}
 
 
 def public(name: str) -> str:
-    """A hub id, or a relative path, as it is; of a path that says where on a machine something lies, its last part."""
+    """A model's name without the folders of this machine: of an absolute path, or one that begins with `~` or `.`, its last
+    part; a hub id or another relative path unchanged."""
     return Path(name).name if name.startswith(("/", "~", ".")) else name
 
 
 def on_hub(name: str) -> bool:
+    """Whether a base model's name reads like a hub id and is not a path of this machine. The hub is not asked."""
     return name.count("/") == 1 and public(name) == name and not name.startswith("model/") and not Path(name).exists()
 
 
 def write_card(folder: Path, exported: Exported) -> None:
-    """README.md, and the pictures that it shows under images/, into the export's folder."""
+    """Write README.md into the export's folder, and the pictures that it shows into images/ below it."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    config, judged = exported.config, judged_rows(exported)
+    config, judged = exported.config, checkpoint_evaluations(exported)
     shown = show_pictures(folder / "images", exported, judged)
-    base = exported.base if on_hub(exported.base) else None
+    base = exported.base if on_hub(exported.base) else None  # the hub refuses a card whose base_model is no hub id
     tags = ["text-to-image", *exported.family.tags, "reinforcement-learning", "b2-diffurl"]
+    prompt = shown[0]["text"] if shown else (drawn_prompts(exported) or ["a photo"])[0]
+    # Entries without content are left out of the metadata. Results need a model_name beside them.
     optional = {"widget": shown} if shown else {}
     if results := evaluation_results(exported, judged):
         optional |= {"eval_results": results, "model_name": exported.name}
@@ -119,7 +129,7 @@ def write_card(folder: Path, exported: Exported) -> None:
         base=public(exported.base),
         base_on_hub=bool(base),
         reward=reward_with_models(config["reward"]),
-        prompt=shown[0]["text"] if shown else (drawn_prompts(exported) or ["a photo"])[0],
+        prompt=json.dumps(prompt, ensure_ascii=False),  # as a string of Python: a prompt may have quotes, or lines
         use=usage(exported),
         grids=copy_grids(folder / "images", exported),
         judged=[table(row, before) for row, before in judged],
@@ -133,8 +143,8 @@ def write_card(folder: Path, exported: Exported) -> None:
 # ---- before and after ----
 
 
-def judged_rows(exported: Exported) -> list[tuple[Row, Row]]:
-    """The evaluations of this checkpoint, each with the base model's under the same conditions ({} if there is none)."""
+def checkpoint_evaluations(exported: Exported) -> list[tuple[Row, Row]]:
+    """(evaluation of this checkpoint, the base model's under the same conditions or {}), held-out prompts first."""
     rows = every_evaluation(exported.root)
     base = {row["conditions"]: row for row in rows if row["checkpoint"] == "base"}
     lora = relative_to(exported.root, exported.lora)
@@ -143,8 +153,9 @@ def judged_rows(exported: Exported) -> list[tuple[Row, Row]]:
 
 
 def table(row: Row, before: Row) -> dict[str, Any]:
-    """One evaluation for the template: a title, and lines for reward, accuracy, watched rewards and diversity."""
+    """One evaluation for the template: a title, and a line (figure, base, tuned, gain) for each reward and diversity."""
     measures = [key.removesuffix("_se") for key in row if key.endswith("_se") and not key.endswith("_gain_se")]
+    # Neither parts of rewards (clip/part) nor further figures of a diversity (diversity/clip_vendi): the report has them.
     measures = [key for key in measures if "/" not in key or re.fullmatch(r"diversity/[^_]+", key)]
     prompts = set_title(row["prompts"])
     return {
@@ -163,7 +174,7 @@ def table(row: Row, before: Row) -> dict[str, Any]:
 
 
 def evaluation_results(exported: Exported, judged: list[tuple[Row, Row]]) -> list[Any]:
-    """Reward and accuracy in the hub's form."""
+    """Reward and accuracy in the form in which the hub shows results."""
     from huggingface_hub import EvalResult
 
     return [
@@ -171,7 +182,7 @@ def evaluation_results(exported: Exported, judged: list[tuple[Row, Row]]) -> lis
             task_type="text-to-image",
             dataset_type="prompts",
             dataset_name=f"{prompt_file(exported, row['prompts'])} ({set_title(row['prompts'])})",
-            dataset_split=row["prompts"] if row["prompts"] in SETS else None,
+            dataset_split=row["prompts"] if row["prompts"] in SETS else None,  # a prompt file is no split
             metric_type=key,
             metric_name=f"{key} ({describe_sampler(row)})",
             metric_value=round(row[key], 6),
@@ -183,7 +194,7 @@ def evaluation_results(exported: Exported, judged: list[tuple[Row, Row]]) -> lis
 
 
 def prompt_file(exported: Exported, prompts: str) -> str:
-    """Its name; directories are this machine's business."""
+    """The name of a prompt set's file, without its folders, which are this machine's business."""
     config = exported.config
     if prompts == "train" and config["prompt"]:
         return "one prompt"
@@ -191,8 +202,11 @@ def prompt_file(exported: Exported, prompts: str) -> str:
 
 
 def show_pictures(folder: Path, exported: Exported, judged: list[tuple[Row, Row]]) -> list[dict[str, Any]]:
-    """The hub's widget: the first pictures of one evaluation, the deployed sampler's if there is one, copied."""
-    for row, _ in sorted(judged, key=lambda pair: pair[0]["sampler"] != "deployed"):
+    """Copy an evaluation's first pictures to `folder`; returns them in the form of the hub's widget, [] if there are none.
+
+    The deployed sampler's evaluation comes first: that is how readers will sample.
+    """
+    for row, _ in sorted(judged, key=lambda pair: pair[0]["sampler"] != "deployed"):  # stable: held-out prompts stay first
         source = exported.root / row["folder"]
         pictures = sorted(source.glob("[0-9]*.png"))[:NUM_PICTURES]
         if pictures:
@@ -205,17 +219,21 @@ def show_pictures(folder: Path, exported: Exported, judged: list[tuple[Row, Row]
 
 
 def copy_grids(folder: Path, exported: Exported) -> dict[str, str]:
-    """{prompts: file name} of the report's before-and-after pictures that show this checkpoint, copied."""
-    found = {}
+    """Copy the report's before-and-after pictures if they show this checkpoint; returns {prompt set's title: file name}.
+
+    They show the newest evaluated stage, so for another checkpoint there are none.
+    """
+    copied = {}
     for prompts, title in SETS.items():
         rows = evaluation_rows(exported.root, prompts=prompts, sampler="training")
         path = exported.root / "report" / f"before_after_{prompts}.png"
         if rows and rows[-1]["lora"] == relative_to(exported.root, exported.lora) and path.is_file():
-            found[title] = copy(path, folder).name
-    return found
+            copied[title] = copy(path, folder).name
+    return copied
 
 
 def copy(path: Path, folder: Path) -> Path:
+    """Copy a file into `folder`, which is made if it is missing; returns the copy."""
     folder.mkdir(parents=True, exist_ok=True)
     return Path(shutil.copyfile(path, folder / path.name))
 
@@ -224,7 +242,10 @@ def copy(path: Path, folder: Path) -> Path:
 
 
 def usage(exported: Exported) -> dict[str, Any]:
-    """How pictures are made with it: the deployed sampler, or for an experiment from before there was one training's."""
+    """How to sample with it, for the template: the deployed sampler's settings.
+
+    Experiments of earlier versions recorded none, so settings that are missing are those of training.
+    """
     config, deployed = exported.config, exported.config["eval"].get("deployed", {})
     sample = config["sample"]
     chosen = {key: deployed.get(key) or sample[key] for key in ("num_steps", "guidance_scale")}
@@ -232,18 +253,18 @@ def usage(exported: Exported) -> dict[str, Any]:
     scheduler = deployed.get("scheduler", "DDIMScheduler")
     size = exported.model.resolution
     options = {"num_inference_steps": chosen["num_steps"], "guidance_scale": chosen["guidance_scale"]}
-    options |= {"eta": eta} if eta else {}
-    options |= {"height": size, "width": size} if size else {}
+    options |= {"eta": eta} if eta else {}  # 0 is the pipeline's default
+    options |= {"height": size, "width": size} if size else {}  # else the pipeline's own size, which is training's
     return {
         "scheduler": scheduler if scheduler.endswith("Scheduler") else f"{scheduler}Scheduler",
         "options": ", ".join(f"{key}={value}" for key, value in options.items()),
-        "where": exported.repository or f"path/to/{exported.form}",
+        "where": exported.repository or f"path/to/{exported.form}",  # a placeholder: the folder's path must not be published
         "load": "from_single_file" if exported.base.endswith(".safetensors") else "from_pretrained",
     }
 
 
 def reward_with_models(settings: Mapping) -> str:
-    """Names, weights and models: `clip` (`laion/…`)."""
+    """The rewards with their weights and models, in Markdown: `` `clip` (`laion/…`) + 0.1 × `aesthetic` ``."""
     parts = []
     for name, weight in weights(settings).items():
         own = settings.get(name) or {}
@@ -254,27 +275,28 @@ def reward_with_models(settings: Mapping) -> str:
 
 
 def weights(settings: Mapping) -> dict[str, float]:
-    """The rewards that were trained on, with their weights, from the section `reward` of a recorded configuration."""
+    """{reward: weight} that was trained on, from the section `reward` of a recorded configuration."""
     return dict(settings.get("weights") or {settings["name"]: 1.0})
 
 
 def drawn_prompts(exported: Exported) -> list[str]:
-    """The prompts that this checkpoint and those before it were trained on, in the order in which they were drawn."""
+    """The distinct prompts of all stages up to this checkpoint's, in the order in which they were drawn."""
     last = exported.stage.index if exported.stage else -1
     stages = [stage for stage in finished_stages(exported.root, "sample") if stage.index <= last]
     return list(dict.fromkeys(prompt for stage in stages for prompt in files.read_json(stage.prompts)))
 
 
 def training(exported: Exported) -> dict[str, str]:
-    """What is said of the training, by what it is about."""
+    """The rows of the card's table "Training", {heading: text}: of the training up to this checkpoint and not after it."""
     stage, config = exported.stage, exported.config
     settings = recorded_settings(config)
     rows = [row for row in stage_rows(exported.root) if row["stage"] <= stage.index]
     earlier = sum(row.get("num_updates", 0) for row in rows if row["stage"] < stage.index)
+    # The checkpoint's own stage may have gone on after it, so its updates are counted by its state.json.
     queries, updates = rows[-1]["queries"], earlier + read_state(exported.lora)["num_updates"]
     steps = [row["num_trained_steps"] for row in rows]
     num_steps, objective = settings["sample.num_steps"], settings["train.objective"]
-    found = {
+    entries = {
         "checkpoint": f"{exported.checkpoint}, of stage0 to stage{settings['stage_cnt'] - 1}",
         "budget": f"{queries:,} images scored, {updates:,} updates (stages: {len(rows)})",
         "reward": reward_with_models(config["reward"]),
@@ -289,13 +311,14 @@ def training(exported: Exported) -> dict[str, str]:
         "seed": str(settings["seed"]),
     }
     if settings["resume_from"]:
-        found["started from"] = f"`{public(settings['resume_from'])}`"
+        entries["started from"] = f"`{public(settings['resume_from'])}`"
     if stage.finished("train"):
         versions = stage.manifest("train")["versions"]
-        found["software"] = ", ".join(f"{key} {versions[key]}" for key in ("torch", "diffusers", "transformers", "peft"))
-    return found
+        entries["software"] = ", ".join(f"{key} {versions[key]}" for key in ("torch", "diffusers", "transformers", "peft"))
+    return entries
 
 
 def span(numbers: list[int]) -> str:
+    """Smallest and largest in words, `2 to 5`, or the one value that all have."""
     low, high = min(numbers), max(numbers)
     return str(low) if low == high else f"{low} to {high}"

@@ -1,4 +1,4 @@
-"""Pictures of an experiment, by matplotlib: each a figure that is saved as PNG, and as SVG for the page."""
+"""The pictures of a report, drawn by matplotlib. Each is a figure, saved as PNG and, for the page, as SVG."""
 
 import io
 import textwrap
@@ -22,7 +22,7 @@ from b2diffurl.experiment.evaluation_table import SETS, set_title
 from b2diffurl.experiment.stage_table import Row
 from b2diffurl.runtime import files
 
-INK, FAINT, GRID = "#1b1d20", "#6a6f77", "#dfe2e6"  # the page puts its own colours in their place
+INK, FAINT, GRID = "#1b1d20", "#6a6f77", "#dfe2e6"  # `to_svg` replaces these by the page's colours, light or dark
 BLUE, ORANGE, GREEN, PURPLE, RED = "#3b7dd8", "#e07b39", "#2f9e5f", "#a05cc0", "#d0453f"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED)
 STYLE: dict[str, Any] = {
@@ -46,16 +46,17 @@ STYLE: dict[str, Any] = {
     "lines.markersize": 3.5,
     "legend.frameon": False,
     "legend.fontsize": 8,
-    "svg.fonttype": "none",
+    "svg.fonttype": "none",  # text stays text, which the page can set in its own font and people can search
     "figure.dpi": 100,
 }
 PANEL_INCHES = (4.0, 2.9)
-PANEL_AXES = (0.17, 0.27, 0.8, 0.63)  # left, bottom, width, height in a panel; a legend may stand below
+PANEL_AXES = (0.17, 0.27, 0.8, 0.63)  # left, bottom, width, height in a panel; the room below is for a legend
+TREE_COLUMN, TREE_ROW = 1.35, 1.12  # in the branch picture, from one image to the next; an image has side 1
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One small plot: its title and what draws it."""
+    """One small plot: its title, and the function that draws it."""
 
     title: str
     draw: Callable[[Axes], None]
@@ -63,22 +64,23 @@ class Panel:
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt's image by the base and by the tuned model, on the same noise."""
+    """One prompt's images by (base, tuned) model, on the same noise."""
 
     prompt: str
     images: tuple[Path, Path]
     rewards: tuple[float | None, float | None]
-    right: tuple[bool, bool] | None  # what the judge says, where there is one
+    right: tuple[bool, bool] | None  # whether the judge accepts each; None: there is no judge
 
 
 # ---- curves over reward queries ----
 
 
 def curve_panels(stages: Sequence[Row], evaluations: Sequence[Row]) -> list[Panel]:
-    """What a run did: what was found in a stage, and of its checkpoint, stands at the images scored by then."""
+    """The panels of a run, over reward queries. The figures of a stage and of its checkpoint stand at the stage's end."""
     after = [row["queries"] for row in stages]
     trained = [row for row in stages if "num_updates" in row]
     panels = [Panel("Reward of the stage's images, ± one sd", lambda axes: draw_spread(axes, after, stages, "reward"))]
+    # A second slash marks a part of a reward: too many to have a panel each.
     watched = [key.removesuffix("_mean") for key in stages[-1] if key.startswith("watch/") and key.count("/") == 1]
     panels += [
         Panel(
@@ -105,15 +107,19 @@ def curve_panels(stages: Sequence[Row], evaluations: Sequence[Row]) -> list[Pane
 
 
 def figures_of(evaluations: Sequence[Row]) -> list[str]:
-    """The figures that some of the evaluations have: accuracy, reward, other rewards, diversities; not their parts."""
+    """Which figures the evaluations have, in the order to show them: accuracy, reward, other rewards, diversities.
+
+    Left out are parts of rewards, and figures that are None in all rows.
+    """
+    # Every figure has a standard error beside it, which tells figures from conditions such as num_steps.
     keys = dict.fromkeys(key.removesuffix("_se") for row in evaluations for key in row if key.endswith("_se"))
-    found = [key for key in keys if not key.endswith("_gain") and ("/" not in key or key.startswith("diversity/"))]
-    found = [key for key in found if any(row.get(key) is not None for row in evaluations)]
-    return sorted(found, key=lambda key: (key != "accuracy", key != "reward", key.startswith("diversity/")))
+    figures = [key for key in keys if not key.endswith("_gain") and ("/" not in key or key.startswith("diversity/"))]
+    figures = [key for key in figures if any(row.get(key) is not None for row in evaluations)]
+    return sorted(figures, key=lambda key: (key != "accuracy", key != "reward", key.startswith("diversity/")))
 
 
 def describe_figure(key: str) -> str:
-    """In a few words; diversity is that of images of one prompt."""
+    """A figure's name in words. Diversity is measured among the images of one prompt."""
     if not key.startswith("diversity/"):
         return key
     features, _, which = key.removeprefix("diversity/").partition("_")
@@ -125,28 +131,31 @@ def describe_figure(key: str) -> str:
 
 
 def draw_series(axes: Axes, x: Sequence[float], rows: Sequence[Row], key: str, *, steps: bool = False) -> None:
+    """One figure over x; rows without it are skipped. `steps` is for counts: a staircase, whole numbers, from 0 on."""
     points = [(at, row[key]) for at, row in zip(x, rows, strict=True) if row.get(key) is not None]
     axes.plot(
         *zip(*points, strict=True) if points else ((), ()), "o-", color=BLUE, drawstyle="steps-mid" if steps else "default"
     )
     if steps:
         axes.yaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
-        axes.set_ylim(0, 1.15 * max((value for _, value in points), default=0) or 1)
+        axes.set_ylim(0, 1.15 * max((value for _, value in points), default=0) or 1)  # 1: an axis needs a length
 
 
 def draw_share(axes: Axes, x: Sequence[float], rows: Sequence[Row], key: str) -> None:
+    """One figure over x, from 0 on."""
     draw_series(axes, x, rows, key)
     axes.set_ylim(bottom=0)
 
 
 def draw_spread(axes: Axes, x: Sequence[float], rows: Sequence[Row], name: str) -> None:
+    """`<name>_mean` over x, with a band of `<name>_std` on both sides."""
     mean, spread = (np.array([row[f"{name}_{key}"] for row in rows]) for key in ("mean", "std"))
     axes.fill_between(x, mean - spread, mean + spread, color=BLUE, alpha=0.18, linewidth=0)
     axes.plot(x, mean, "o-", color=BLUE)
 
 
 def draw_judged(axes: Axes, evaluations: Sequence[Row], key: str) -> None:
-    """Mean and standard error by prompt set and sampler, a line where there are several checkpoints."""
+    """One evaluated figure ± its standard error over queries, a line for each prompt set and sampler."""
     others = sorted({row["prompts"] for row in evaluations} - set(SETS))
     for colour, prompts in zip(cycle(COLOURS), [*SETS, *others], strict=False):
         for sampler, line in (("training", "-"), ("deployed", ":")):
@@ -163,10 +172,12 @@ def draw_judged(axes: Axes, evaluations: Sequence[Row], key: str) -> None:
     if key == "accuracy":
         axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.41, -0.17), ncols=2)  # the middle of the panel
+        # Below the axes, in the middle of the panel: inside it would hide lines, of which there may be many.
+        axes.legend(loc="upper center", bbox_to_anchor=(0.41, -0.17), ncols=2)
 
 
 def draw_kept(axes: Axes, x: Sequence[float], rows: Sequence[Row]) -> None:
+    """How many good and bad images a stage kept, and how many groups there were."""
     best, worst = ([row[key] for row in rows] for key in ("num_best", "num_worst"))
     axes.plot(x, best, "o-", color=GREEN, label="good")
     axes.plot(x, worst, "o-", color=RED, label="bad")
@@ -176,8 +187,10 @@ def draw_kept(axes: Axes, x: Sequence[float], rows: Sequence[Row]) -> None:
 
 
 def draw_first_ratio(axes: Axes, x: Sequence[float], rows: Sequence[Row]) -> None:
+    """The largest |log-ratio| of each stage's first update, where it should be 0 but for rounding."""
     draw_series(axes, x, rows, "max_abs_log_ratio_first")
     if any(row["max_abs_log_ratio_first"] for row in rows):
+        # Linear near 0, because some stages may be exactly 0, which a logarithm cannot show.
         axes.set_yscale("symlog", linthresh=1e-7)
     else:
         axes.set_ylim(-0.1, 1)
@@ -186,13 +199,15 @@ def draw_first_ratio(axes: Axes, x: Sequence[float], rows: Sequence[Row]) -> Non
 
 
 def draw_seconds(axes: Axes, x: Sequence[float], rows: Sequence[Row]) -> None:
-    """Stacked by phase; loading is everything before the first useful work."""
+    """Seconds of each stage as stacked bars: sampling, scoring, training, and the loading of all phases."""
     parts = {"sample": "sample/sample", "score": "select/score", "train": "train/train"}
     seconds = {name: [row.get(f"seconds/{key}", 0.0) for row in rows] for name, key in parts.items()}
     loading = [
         key for key in sorted({key for row in rows for key in row}) if key.startswith("seconds/") and key.endswith("/load")
     ]
+    # Loading of all phases together: it does not grow with the stage.
     seconds["load"] = [sum(row.get(key, 0.0) for key in loading) for row in rows]
+    # Bars stand at the queries, so the smallest distance between two stages decides their width.
     width = (x[0] if len(x) == 1 else min(np.diff(x))) * 0.7
     below = np.zeros(len(rows))
     for (name, values), colour in zip(seconds.items(), COLOURS, strict=False):
@@ -203,6 +218,7 @@ def draw_seconds(axes: Axes, x: Sequence[float], rows: Sequence[Row]) -> None:
 
 
 def panel_figure(panel: Panel) -> Figure:
+    """One panel as a figure of its own, for the page."""
     figure = Figure(figsize=PANEL_INCHES)
     fill_panel(figure.add_axes(PANEL_AXES), panel)
     return figure
@@ -211,7 +227,7 @@ def panel_figure(panel: Panel) -> Figure:
 def panels_figure(panels: Sequence[Panel]) -> Figure:
     """All panels in one figure, three in a row."""
     width, height = PANEL_INCHES
-    rows = -(-len(panels) // 3)
+    rows = -(-len(panels) // 3)  # rounded up
     figure = Figure(figsize=(3 * width, rows * height))
     left, bottom, wide, high = PANEL_AXES
     for n, panel in enumerate(panels):
@@ -221,6 +237,7 @@ def panels_figure(panels: Sequence[Panel]) -> Figure:
 
 
 def fill_panel(axes: Axes, panel: Panel) -> None:
+    """Draw a panel with its title, over reward queries."""
     panel.draw(axes)
     axes.set_title(panel.title)
     axes.set_xlabel("reward queries", labelpad=2)
@@ -232,16 +249,16 @@ def fill_panel(axes: Axes, panel: Panel) -> None:
 # ---- by timestep ----
 
 
-def heat_map(title: str, found: Mapping[int, Mapping[int, float]], *, log: bool) -> Figure:
-    """A value for each stage (across) and timestep (down, from noise to image); steps that were not trained stay empty.
+def heat_map(title: str, values: Mapping[int, Mapping[int, float]], *, log: bool) -> Figure:
+    """`values`, {stage: {timestep: value}}, as colours: stages across, timesteps down from noise to image.
 
-    A logarithm has no 0, which has the colour of the smallest value.
+    Steps that a stage did not train stay empty. On a logarithmic scale 0 gets the colour of the smallest positive value.
     """
-    stages, timesteps = sorted(found), sorted({t for values in found.values() for t in values}, reverse=True)
-    grid = np.array([[found[stage].get(t, np.nan) for stage in stages] for t in timesteps], dtype=float)
+    stages, timesteps = sorted(values), sorted({t for column in values.values() for t in column}, reverse=True)
+    grid = np.array([[values[stage].get(t, np.nan) for stage in stages] for t in timesteps], dtype=float)
     positive = grid[np.isfinite(grid) & (grid > 0)]
     if log and positive.size:
-        norm = LogNorm(positive.min(), max(positive.max(), positive.min() * 1.01))
+        norm = LogNorm(positive.min(), max(positive.max(), positive.min() * 1.01))  # equal ends would be no scale
         grid = np.where(grid <= 0, positive.min(), grid)
     else:
         norm = Normalize(0, positive.max() if positive.size else 1)
@@ -251,7 +268,7 @@ def heat_map(title: str, found: Mapping[int, Mapping[int, float]], *, log: bool)
     mesh = axes.pcolormesh(
         np.arange(len(stages) + 1) - 0.5, np.arange(len(timesteps) + 1) - 0.5, grid, cmap="viridis", norm=norm
     )
-    axes.invert_yaxis()
+    axes.invert_yaxis()  # noise, the largest t, on top
     axes.set_yticks(range(len(timesteps)), [str(t) for t in timesteps])
     axes.set_xticks(thin(range(len(stages))), [str(stages[n]) for n in thin(range(len(stages)))])
     axes.set(xlabel="stage", ylabel="timestep t", title=title)
@@ -260,7 +277,7 @@ def heat_map(title: str, found: Mapping[int, Mapping[int, float]], *, log: bool)
 
 
 def thin(values: Sequence[int]) -> list[int]:
-    """At most ten of them."""
+    """At most ten of the values, evenly spaced: for the labels of an axis."""
     return list(values)[:: -(-len(values) // 10)]
 
 
@@ -268,69 +285,58 @@ def thin(values: Sequence[int]) -> list[int]:
 
 
 def tree_figure(tree: Tree, title: str, notes: Sequence[str], marks: Mapping[int, str]) -> Figure:
-    """A group as a tree: the shared prefix, then its K branches to their images.
+    """A group as a tree, from left to right: the shared prefix, then its K branches to their images.
 
-    `notes` stand beside the images, `marks` frame those of some branches: winner (green) or loser (red).
+    `notes` [K] stand beside the images. `marks` says which branches are a "winner" (green) or a "loser" (red).
     """
     shared, apart = sorted(tree.shared), sorted(tree.branches[0])
-    branches, gap = len(tree.branches), 0.35
-    columns = {step: n * (1 + gap) for n, step in enumerate(shared)}
-    columns |= {step: (len(shared) + n) * (1 + gap) + 0.5 for n, step in enumerate(apart)}
-    width, height = columns[apart[-1]] + 2.5, branches * 1.12 + 1.0
+    left = {step: n * TREE_COLUMN for n, step in enumerate(shared)}
+    left |= {step: (len(shared) + n) * TREE_COLUMN + 0.5 for n, step in enumerate(apart)}  # 0.5: room for the bends
+    width, height = left[apart[-1]] + 2.5, len(tree.branches) * TREE_ROW + 1.0
     figure = Figure(figsize=(width * 0.92, height * 0.92))
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(-0.25, width - 0.25), ylim=(branches * 1.12 + 0.1, -0.9), aspect="equal")
+    axes.set(xlim=(-0.25, width - 0.25), ylim=(len(tree.branches) * TREE_ROW + 0.1, -0.9), aspect="equal")
     axes.set_axis_off()
-    middle = (branches - 1) / 2 * 1.12
-    frames = {"winner": GREEN, "loser": RED}
-    for before, after in pairwise(shared):
-        axes.plot([columns[before] + 1, columns[after]], [middle + 0.5] * 2, color=FAINT, linewidth=1.4, zorder=0)
+    middle = (len(tree.branches) - 1) / 2 * TREE_ROW  # the prefix stands halfway between the first and the last branch
+    draw_links(axes, [left[step] for step in shared], middle, FAINT)
     for branch, states in enumerate(tree.branches):
-        top = branch * 1.12
-        colour = frames.get(marks.get(branch, ""), FAINT)
-        start, end = columns[shared[-1]] + 1, columns[apart[0]]
-        t = np.linspace(0, 1, 40)
-        bend = (3 - 2 * t) * t**2
-        axes.plot(start + (end - start) * t, middle + 0.5 + (top - middle) * bend, color=colour, linewidth=1.4, zorder=0)
-        for before, after in pairwise(apart):
-            axes.plot([columns[before] + 1, columns[after]], [top + 0.5] * 2, color=colour, linewidth=1.4, zorder=0)
+        colour = {"winner": GREEN, "loser": RED}.get(marks.get(branch, ""), FAINT)
+        top = branch * TREE_ROW
+        draw_bend(axes, (left[shared[-1]] + 1, middle), (left[apart[0]], top), colour)
+        draw_links(axes, [left[step] for step in apart], top, colour)
         for step in apart:
-            place(
-                axes,
-                states[step],
-                columns[step],
-                top,
-                colour if step == apart[-1] else GRID,
-                2.6 if step == apart[-1] else 0.8,
-            )
-        text = notes[branch] + (f"\n{marks[branch]}" if branch in marks else "")
-        axes.text(
-            columns[apart[-1]] + 1.15,
-            top + 0.5,
-            text,
-            va="center",
-            color=colour if branch in marks else INK,
-            linespacing=1.5,
-        )
+            frame, linewidth = (colour, 2.6) if step == apart[-1] else (GRID, 0.8)
+            place(axes, states[step], left[step], top, frame, linewidth)
+        note = notes[branch] + (f"\n{marks[branch]}" if branch in marks else "")
+        ink = colour if branch in marks else INK
+        axes.text(left[apart[-1]] + 1.15, top + 0.5, note, va="center", color=ink, linespacing=1.5)
     for step in shared:
-        place(axes, tree.shared[step], columns[step], middle, GRID, 0.8)
+        place(axes, tree.shared[step], left[step], middle, GRID, 0.8)
     for step in (*shared, *apart):
         name = {0: "noise", tree.num_steps: "image"}.get(step, f"{step} of {tree.num_steps} steps")
-        axes.text(
-            columns[step] + 0.5,
-            -0.08 if step in apart else middle - 0.08,
-            name,
-            ha="center",
-            va="bottom",
-            color=FAINT,
-            fontsize=8,
-        )
+        above = -0.08 if step in apart else middle - 0.08
+        axes.text(left[step] + 0.5, above, name, ha="center", va="bottom", color=FAINT, fontsize=8)
     axes.text(-0.1, -0.72, title, fontsize=11, fontweight="bold", va="center", parse_math=False)
     return figure
 
 
+def draw_links(axes: Axes, lefts: Sequence[float], top: float, colour: str) -> None:
+    """Lines from each image of a row to the next, at half their height."""
+    for before, after in pairwise(lefts):
+        axes.plot([before + 1, after], [top + 0.5] * 2, color=colour, linewidth=1.4, zorder=0)
+
+
+def draw_bend(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str) -> None:
+    """A line from the prefix to a branch, level at both ends; (x, top of the row) of each."""
+    t = np.linspace(0, 1, 40)
+    bend = (3 - 2 * t) * t**2
+    x, y = start[0] + (end[0] - start[0]) * t, start[1] + 0.5 + (end[1] - start[1]) * bend
+    axes.plot(x, y, color=colour, linewidth=1.4, zorder=0)
+
+
 def place(axes: Axes, image: np.ndarray, left: float, top: float, frame: str, linewidth: float) -> None:
-    """An image [h,w,3] in the middle of the square of side 1 at (left, top)."""
+    """Draw an image [h,w,3] in the middle of the square of side 1 at (left, top), with a frame of this colour."""
+    # Small images are pixel art or test images: their pixels should be seen as squares.
     smooth = "nearest" if image.shape[1] < 128 else "antialiased"
     high, wide = (side / max(image.shape[:2]) for side in image.shape[:2])
     left, top = left + (1 - wide) / 2, top + (1 - high) / 2
@@ -342,7 +348,10 @@ def place(axes: Axes, image: np.ndarray, left: float, top: float, frame: str, li
 
 
 def pairs_figure(title: str, labels: Sequence[str], pairs: Sequence[Pair]) -> Figure:
-    """Two rows of images, the base's above the tuned one's, with rewards under them and frames by the judge."""
+    """Two rows of images, base above tuned, rewards under them; frames are green or red where a judge has accepted or not.
+
+    `labels` name the two rows.
+    """
     columns = len(pairs)
     figure = Figure(figsize=(1.18 * columns + 1.0, 3.75))
     axes = figure.add_axes((0, 0, 1, 1))
@@ -358,13 +367,14 @@ def pairs_figure(title: str, labels: Sequence[str], pairs: Sequence[Pair]) -> Fi
             if pair.rewards[row] is not None:
                 axes.text(left + 0.5, top + 1.04, short(pair.rewards[row]), ha="center", va="top", fontsize=8, color=FAINT)
     for column, pair in enumerate(pairs):
+        # Prompts are text: a pair of $ must not be read as a formula (parse_math).
         text = textwrap.fill(pair.prompt, 20, max_lines=4)
         axes.text(column * 1.18 + 0.5, 2.5, text, ha="center", va="top", fontsize=7.5, linespacing=1.25, parse_math=False)
     return figure
 
 
 def prompt_figure(prompt: str, labels: Sequence[str], rows: Sequence[np.ndarray]) -> Figure:
-    """Images [N,H,W,3] of one prompt, a row for each label, each column on the same noise."""
+    """Images of one prompt: a row [N,H,W,3] for each label; the images of a column are on the same noise."""
     columns = len(rows[0])
     figure = Figure(figsize=(1.6 * columns + 0.9, 1.6 * len(rows) + 0.7))
     axes = figure.add_axes((0, 0, 1, 1))
@@ -379,15 +389,17 @@ def prompt_figure(prompt: str, labels: Sequence[str], rows: Sequence[np.ndarray]
 
 
 def shorten(prompt: str, length: int) -> str:
+    """The beginning of a text, at most `length` characters."""
     return prompt if len(prompt) <= length else prompt[: length - 1] + "…"
 
 
 def ending(name: str, length: int) -> str:
-    """Of a long name its end, which tells those of one package or folder apart."""
+    """The end of a name, at most `length` characters: names of one package or folder differ at their ends."""
     return name if len(name) <= length else "…" + name[1 - length :]
 
 
 def short(reward: float) -> str:
+    """A reward in few digits: 0.009, -1.852, 12.3."""
     return f"{reward:.3f}" if abs(reward) < 10 else f"{reward:.1f}"
 
 
@@ -395,6 +407,7 @@ def short(reward: float) -> str:
 
 
 def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG. The same figure gives the same bytes, so matplotlib's version is left out of the metadata."""
     options = {"metadata": {"Software": None}, "pil_kwargs": {"compress_level": 3}}
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, facecolor="white", **options)
@@ -402,12 +415,16 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """The figure as an element for the page: its ink and grid are the page's, its size the column's. The same each time."""
+    """The figure as an <svg> element for the page, as wide as its column, in the page's colours.
+
+    `name` must differ between the figures of a page: the ids in the element follow from it. The same figure and name give
+    the same text.
+    """
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
+    with matplotlib.rc_context({"svg.hashsalt": name}):  # else the ids in it are random
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
+    svg = svg[svg.index("<svg") :]  # without XML header and doctype, which have no place inside a page
     for colour, variable in ((INK, "--ink"), (FAINT, "--faint"), (GRID, "--grid")):
         svg = svg.replace(colour, f"var({variable})")
     return svg.replace("<svg", '<svg role="img"', 1)

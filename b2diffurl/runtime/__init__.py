@@ -1,1 +1,1 @@
-"""The machine: files, logs, device, hub, memory, threads."""
+"""What the machine is asked for: files, logs, device, model files of the hub, memory, threads."""

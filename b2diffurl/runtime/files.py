@@ -1,5 +1,7 @@
-"""Files that are either whole or not there: a temporary name, a flush, a rename. Those that decide what is trained on say
-by a checksum whether they are still what was written.
+"""Reading and writing files that are whole or absent at any moment, and that show by a checksum if they were damaged.
+
+Whole or absent: a file is written under a temporary name, flushed to the disk, and renamed. Checksums: a record, which is a
+JSON object, ends with the SHA-256 of itself; manifests hold those of other files.
 """
 
 import errno
@@ -22,12 +24,15 @@ from PIL import Image
 from torch import Tensor
 
 TEMPORARY = ".tmp"
-SEAL = "content_sha256"  # last key of a record: SHA-256 of all that stands before it
+SEAL = "content_sha256"  # last key of a record: SHA-256 of all bytes before it
 SEALED = re.compile(rb'(.*?),\s*"' + SEAL.encode() + rb'": "(.*?)"\s*}\s*', re.DOTALL)
 
 
 def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
-    """Write `data` under a temporary name and rename it to `path`; `durable` also waits until the disk has it."""
+    """Write `data` under a temporary name, then rename that to `path`.
+
+    `durable` waits until the disk has the data, so that it survives a crash of the machine.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + TEMPORARY)
     try:
@@ -39,16 +44,16 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
         temporary.replace(path)
     except OSError:
         with suppress(OSError):
-            temporary.unlink()  # on a full disk it would take room from the next one
+            temporary.unlink()  # on a full disk it would take the room of the next file
         raise
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError inside names the file; that of a write, such as on a full disk, names none by itself."""
+    """Add the file's name to an OSError in the block. Python leaves it out when a write fails, as on a full disk."""
     try:
         yield
-    except safetensors.SafetensorError as error:  # as that library says it
+    except safetensors.SafetensorError as error:  # that library wraps an OSError into its own kind
         if match := re.search(r"\(os error (\d+)\)", str(error)):
             raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from None
         raise
@@ -59,16 +64,16 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def require_writable(folder: Path) -> None:
-    """Refuse a folder in which, or in whose place, nothing can be written; before work whose result would be lost."""
-    there = folder
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, "nothing can be written here", str(there))
+    """Refuse a folder that cannot be written to, or cannot be created. Called before work whose result would be lost."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "nothing can be written here", str(existing))
 
 
 def finite(value: float) -> float | None:
-    """A number as JSON can hold it: None for what is not finite."""
+    """The number, or None if it is NaN or infinite, which JSON cannot hold."""
     return value if math.isfinite(value) else None
 
 
@@ -77,24 +82,24 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_record(path: Path, value: dict) -> None:
-    """Write a JSON object with a checksum of itself as its last entry, which `read_json` compares and leaves out."""
+    """Write a JSON object with a checksum of itself as its last entry. `read_json` checks and removes that entry."""
     write_bytes(path, seal(json.dumps(value, indent=1, allow_nan=False), "\n ") + b"\n")
 
 
 def seal(text: str, separator: str = " ") -> bytes:
-    """The JSON object `text` with its checksum."""
+    """The JSON object `text` as bytes, with its checksum added after `separator`."""
     body = text.removesuffix("}").rstrip().encode()
     end = separator.removesuffix(" ")
     return body + f',{separator}"{SEAL}": "{hashlib.sha256(body).hexdigest()}"{end}}}'.encode()
 
 
 def open_sealed(data: bytes) -> Any:
-    """The JSON value in `data`, without the checksum that a record has; a ValueError if it is damaged."""
-    value = json.loads(data)
+    """The JSON value in `data`. A record's checksum is checked and removed; a ValueError says that it does not match."""
+    value = json.loads(data)  # first: what is cut off is no JSON, and says so better than a checksum
     match = SEALED.fullmatch(data)
     if match:
         if hashlib.sha256(match[1]).hexdigest().encode() != match[2]:
-            raise ValueError("its checksum is another")
+            raise ValueError("its checksum does not match")
         del value[SEAL]
     return value
 
@@ -109,11 +114,11 @@ def write_image(path: Path, image: Tensor) -> None:
     """Write one image uint8 [H,W,3] as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(image.numpy()).save(buffer, format="png", compress_level=1)
-    write_bytes(path, buffer.getvalue(), durable=False)
+    write_bytes(path, buffer.getvalue(), durable=False)  # the manifest's checksums tell if a crash of the machine lost it
 
 
 def read_image(path: Path) -> Tensor:
-    """One image uint8 [H,W,3]; a ValueError names a file that is none."""
+    """Read one image as uint8 [H,W,3]; a ValueError names a file that is not an image."""
     try:
         return torch.from_numpy(np.array(Image.open(path).convert("RGB")))
     except (OSError, SyntaxError) as error:
@@ -121,26 +126,31 @@ def read_image(path: Path) -> Tensor:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON value; a ValueError names a file that is none, or a record that is not as it was written."""
+    """Read a JSON file; a ValueError names one that is not JSON, or a record whose checksum does not match."""
     with damage_named(path):
         return open_sealed(path.read_bytes())
 
 
 def read_json_lines(path: Path) -> list[dict]:
+    """Read a file of one JSON object a line; errors as of `read_json`."""
     with damage_named(path):
         return [open_sealed(line) for line in path.read_bytes().splitlines()]
 
 
 @contextmanager
 def damage_named(path: Path) -> Iterator[None]:
+    """Turn an error of parsing in the block into a ValueError that names the file and says what to do."""
     try:
         yield
-    except (ValueError, safetensors.SafetensorError) as error:  # ValueError: JSON's and Unicode's, too
+    except (ValueError, safetensors.SafetensorError) as error:  # errors of JSON and of Unicode are ValueErrors
         raise ValueError(f"{path} is damaged ({error}). Delete it and run the same command again.") from None
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict | None = None) -> None:
-    """Write a safetensors file. `metadata` is kept as one JSON string: with one key the bytes are reproducible."""
+    """Write a safetensors file.
+
+    `metadata` is stored as one JSON string under one key: safetensors writes several keys in an order that varies.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"b2diffurl": json.dumps(metadata or {}, sort_keys=True)}
     write_bytes(path, safetensors.torch.save(tensors, metadata=header))
@@ -153,7 +163,7 @@ def read_metadata(path: Path) -> dict:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file."""
+    """Read all tensors of a safetensors file; a ValueError names a file that is damaged or of another kind."""
     try:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
@@ -161,16 +171,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def tensors_sha256(tensors: dict[str, Tensor], metadata: dict) -> str:
-    """SHA-256 of what a safetensors file holds, for its own metadata."""
-    found = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    """SHA-256 of names, types, shapes and values of tensors, and of metadata.
+
+    The file's own metadata can hold it, which it could not do with a checksum of the file.
+    """
+    total = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 def describe(path: Path) -> dict[str, int | str]:
-    """Size and SHA-256 of a file, as manifests hold them."""
+    """Size and SHA-256 of a file, in the form that manifests hold."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
@@ -180,13 +193,13 @@ def sha256(path: Path) -> str:
 
 
 def digest(value: Any) -> str:
-    """A short checksum of a JSON value, for a file name that says what made the file."""
+    """A checksum of a JSON value, 12 hex digits: for names that tell settings apart."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete what an interrupted write left below `folder`."""
-    for path in sorted(folder.rglob("*" + TEMPORARY)):
+    """Delete all half-written files and folders (*.tmp) below `folder`, which an interrupted run has left."""
+    for path in sorted(folder.rglob("*" + TEMPORARY)):  # sorted: the walk is over before anything is deleted
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -1,4 +1,4 @@
-"""Where a model's files are, a local path, the hub's cache, or the hub, asked once; and whether they are whole."""
+"""A model's files: at a local path, in the cache of the Hugging Face hub, or on the hub; and whether they are whole."""
 
 import contextlib
 import os
@@ -16,8 +16,8 @@ import torch
 from b2diffurl.runtime import files
 
 PROBE_TIMEOUT_SEC = 5
-# What is downloaded of a model of transformers. In either form its weights are read as tensors alone; the second is for
-# models that have not got the first.
+# Files of a model of transformers that are downloaded. Weights are safetensors, or a .bin file for the models that have
+# nothing else; that is a pickle, of which `load_whole` reads tensors only.
 MODEL_PARTS = ("*.json", "*.txt", "*.model", "*.jinja")
 MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
@@ -31,14 +31,17 @@ def locate(
     missing: Callable[[Path], str] = lambda root: "",
     revision: str = "main",
 ) -> Path:
-    """The local path of model `name`, downloaded (only files that match `patterns`) if it is not here yet.
+    """The local path of model `name`, a path or a hub id; files that are not here yet are downloaded.
 
-    Of the patterns in `weights` one is enough; the first that the hub has is downloaded. What the cache has counts as here
-    if it has every .safetensors of `patterns` and `missing` finds nothing amiss. Hub clients retry an unreachable hub for
-    most of a minute, so it is probed once. A FileNotFoundError says what is missing and how to get it.
+    patterns  the files to download
+    weights   further patterns, of which one is enough; the first one that the hub has is downloaded
+    missing   names a part that a cached model lacks, "" if none: a model with a missing part is downloaded
+
+    A model counts as cached if the cache has every .safetensors file of `patterns` and one of `weights`. A FileNotFoundError
+    says what is missing and how to get it.
     """
     path = Path(os.path.expanduser(name))
-    if os.path.exists(path):  # False for a name too long to be one, too
+    if os.path.exists(path):  # not path.exists(), which raises for a name that is too long
         return path
     if name.startswith((".", "/", "~", "model/")) or name.count("/") != 1:
         raise FileNotFoundError(f"no model at {name}. Give a local path to an existing model, or a hub id (owner/name).")
@@ -50,12 +53,14 @@ def locate(
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=offline))
 
     alternatives = [[pattern] for pattern in weights] or [[]]
+    # The cache first, without the network: a run must not depend on the hub for files that are here.
     for alternative in alternatives:
         required = [*(pattern for pattern in patterns if pattern.endswith(".safetensors")), *alternative]
         with contextlib.suppress(LocalEntryNotFoundError):
             path = download(alternative, offline=True)
             if all(any(path.glob(pattern)) for pattern in required) and not missing(path):
                 return path
+    # Hub clients retry an unreachable hub for most of a minute, so one probe comes first.
     if constants.is_offline_mode() or not reachable(constants.ENDPOINT):
         raise FileNotFoundError(
             f"{name} is not, or not whole, in the local cache and {constants.ENDPOINT} cannot be reached. "
@@ -72,9 +77,9 @@ def locate(
 
 
 def find_local(name: str, file: str, *, revision: str = "main") -> Path | None:
-    """The local path of model `name`: its file, its directory, or its snapshot in the hub's cache if that has `file`.
+    """The local path of model `name`: its file, its directory, or its snapshot in the hub's cache, if that holds `file`.
 
-    None if it is not on this machine; nothing is asked for.
+    None if the model is not on this machine. The network is not used.
     """
     path = Path(os.path.expanduser(name))
     if os.path.exists(path):
@@ -83,23 +88,24 @@ def find_local(name: str, file: str, *, revision: str = "main") -> Path | None:
         return None
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, file, revision=revision)
-    return Path(found).parents[file.count("/")] if isinstance(found, str) else None
+    cached = try_to_load_from_cache(name, file, revision=revision)  # None, or a mark that the hub has no such file
+    return Path(cached).parents[file.count("/")] if isinstance(cached, str) else None
 
 
 def reachable(url: str) -> bool:
-    """Whether anything answers at `url` within PROBE_TIMEOUT_SEC, name look-up and every address included."""
+    """Whether anything answers at `url` within PROBE_TIMEOUT_SEC in all."""
     answered = threading.Event()
 
     def probe() -> None:
         try:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_TIMEOUT_SEC).close()
             answered.set()
-        except urllib.error.HTTPError:
+        except urllib.error.HTTPError:  # an error of the server is an answer
             answered.set()
         except OSError:
             pass
 
+    # In a thread: urlopen's timeout counts for each address anew, and not for the look-up of the name.
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
     thread.join(PROBE_TIMEOUT_SEC)
@@ -107,7 +113,7 @@ def reachable(url: str) -> bool:
 
 
 def model_folder(model: str, *, tokenizer: bool = True) -> Path:
-    """The directory of a model of transformers, by hub id or path; a FileNotFoundError says what is missing."""
+    """The directory of a model of transformers, by hub id or path; a FileNotFoundError names a part that it lacks."""
 
     def missing(root: Path) -> str:
         return missing_part(root, tokenizer=tokenizer)
@@ -119,10 +125,13 @@ def model_folder(model: str, *, tokenizer: bool = True) -> Path:
 
 
 def missing_part(root: Path, *, tokenizer: bool) -> str:
-    """What a directory lacks of a model of transformers, one that reads text if it has a `tokenizer`; "" if nothing."""
+    """A part of a model of transformers that a directory lacks, for an error message; "" if it is whole.
+
+    `tokenizer` says whether the model reads text, and so needs one.
+    """
     if not (root / "config.json").is_file():
         return "config.json"
-    # Without its files transformers would make a tokenizer up, of no words.
+    # Without these files transformers would make up a tokenizer with an empty vocabulary.
     if tokenizer and not any(any(root.glob(pattern)) for pattern in TOKENIZERS):
         return f"a tokenizer ({', '.join(TOKENIZERS)})"
     if not (weights := weight_files(root)):
@@ -135,27 +144,31 @@ def missing_part(root: Path, *, tokenizer: bool) -> str:
 
 
 def weight_files(root: Path) -> list[Path]:
+    """The weights in a directory: its safetensors files or, if it has none, its .bin files."""
     return next((found for pattern in MODEL_WEIGHTS if (found := sorted(root.glob(pattern)))), [])
 
 
 def model_files(model: str, *, tokenizer: bool = True) -> list[Path]:
-    """The files of a model of transformers that decide its output."""
+    """The files of a model of transformers that decide its output: weights, configs, tokenizer."""
     root = model_folder(model, tokenizer=tokenizer)
     return [*weight_files(root), *(path for pattern in MODEL_PARTS for path in sorted(root.glob(pattern)))]
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file. The hub's cache keeps large files under it, which saves reading them."""
+    """SHA-256 of a file. In the hub's cache large files have it as their name, which saves reading gigabytes."""
     blob = path.resolve()
     return blob.name if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name) else files.sha256(path)
 
 
 def load_whole(kind: Any, root: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """A model of transformers' class `kind`, for inference; a ValueError if its directory lacks weights of it, which would
-    otherwise be random, or holds more than tensors."""
+    """Load a model of class `kind` of transformers for inference.
+
+    A ValueError says that the directory lacks some of the weights, which transformers would fill with random numbers, or
+    that they hold more than tensors.
+    """
     try:
         model, info = kind.from_pretrained(root, dtype=dtype, output_loading_info=True, trust_remote_code=False)
-    except pickle.UnpicklingError as error:  # of a .bin, of which only tensors are read
+    except pickle.UnpicklingError as error:  # a .bin file is a pickle, and torch refuses anything in it but tensors
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"the weights in {root} are damaged, or hold more than tensors: {reason}") from None
     if info["missing_keys"]:

@@ -1,4 +1,4 @@
-"""The log that people tail, and progress bars on their terminal."""
+"""The log, one line an event, and progress bars on a terminal."""
 
 import logging
 import os
@@ -13,14 +13,13 @@ logger = logging.getLogger("b2diffurl")
 
 
 def set_up_logging(log_file: Path | None, *, console_too: bool = True) -> None:
-    """Events, one a line, to stdout and `log_file`, which also gets tracebacks; of other processes than the first only what
-    went wrong.
+    """Log to stdout and to `log_file`, which also gets tracebacks. Only the run's first process logs more than warnings.
 
-    Where stdout is that very file (`bash run_process.sh > log/shapes.log`) it gets each line once, tracebacks too.
+    If stdout is redirected into that very file (`bash run_process.sh > log/shapes.log`), each line is written once.
     """
     rank = int(os.environ.get("RANK", 0))
     logger.setLevel(logging.DEBUG)
-    logger.propagate = False
+    logger.propagate = False  # absl has a handler of its own, which would write each line again
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
     console = Console(sys.stdout)
@@ -39,15 +38,15 @@ def set_up_logging(log_file: Path | None, *, console_too: bool = True) -> None:
 
 
 def is_file(stream: TextIO, path: Path) -> bool:
-    """Whether a stream writes into that file."""
+    """Whether a stream writes into the file `path`."""
     try:
         return os.path.samestat(os.fstat(stream.fileno()), path.stat())
-    except OSError:  # no such file, or a stream that is none
+    except OSError:  # there is no such file, or the stream has no file descriptor
         return False
 
 
 class Forgiving(logging.Handler):
-    """One that stops no run, and says nothing of its own: lines wait where the disk has no room for them."""
+    """A handler that never stops a run: if the disk is full, its lines wait in memory instead of raising an error."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         if not isinstance(sys.exc_info()[1], OSError):
@@ -55,13 +54,15 @@ class Forgiving(logging.Handler):
 
 
 class LogFile(Forgiving, logging.FileHandler):
+    """A log file on a disk that may be full."""
+
     def close(self) -> None:
         with suppress(OSError):
             super().close()
 
 
 class Console(Forgiving, logging.StreamHandler):
-    """Lines that do not run into a progress bar."""
+    """A stream whose lines do not run into a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with tqdm.external_write_mode(self.stream):
@@ -69,17 +70,17 @@ class Console(Forgiving, logging.StreamHandler):
 
 
 def progress(iterable: Any, description: str) -> Any:
-    """The iterable; on a terminal with a progress bar."""
+    """The iterable, with a progress bar if stderr is a terminal."""
     return tqdm(iterable, desc=description, leave=False, disable=not shows_progress())
 
 
 def progress_bar(total: float, description: str, unit: str) -> tqdm:
-    """A bar that `update(amount)` moves on, by fractions too, with the time that is left; without a terminal nothing."""
+    """A progress bar with the time left; `update(amount)` advances it, also by fractions. Without a terminal, nothing."""
     form = "{desc}: {percentage:3.0f} % |{bar}| {n:.0f}/{total:.0f} {unit}, {elapsed}, {remaining} left{postfix}"
     how = {"bar_format": form, "miniters": 0, "leave": False, "disable": not shows_progress()}
     return tqdm(total=total, desc=description, unit=unit, **how)
 
 
 def shows_progress() -> bool:
-    """Whether this is the first process, and its stderr a terminal."""
+    """Whether this is the run's first process and its stderr is a terminal."""
     return sys.stderr.isatty() and int(os.environ.get("RANK", 0)) == 0

@@ -1,4 +1,4 @@
-"""Work in a thread beside the main one."""
+"""Work in a second thread: writing behind the main one, reading ahead of it."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -9,7 +9,7 @@ T, R = TypeVar("T"), TypeVar("R")
 
 
 class Behind:
-    """Does one job at a time in a thread; `do` waits for the one before, so that memory does not grow."""
+    """Runs one job at a time in a thread. `do` waits for the job before, so that jobs do not pile up in memory."""
 
     def __init__(self) -> None:
         self.pool, self.job = ThreadPoolExecutor(1), None
@@ -21,19 +21,19 @@ class Behind:
         self.pool.shutdown()
 
     def do(self, work: Callable[[], Any]) -> None:
-        """Begin with `work` when the job before is done, whose error is raised here."""
+        """Start `work` once the job before is done. If that job failed, its error is raised here."""
         self.wait()
         self.job = self.pool.submit(work)
 
     def wait(self) -> Any:
-        """What the last job returned, once it is done; its error is raised here."""
+        """Wait for the last job; returns what it returned, or raises its error."""
         return self.job.result() if self.job else None
 
 
 def ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
-    """Each item with its `work(item)`, the next one's being done in a thread meanwhile."""
+    """Yield (item, `work(item)`) for each item; a thread works on the next item while the caller uses this one."""
     with ThreadPoolExecutor(1) as pool:
-        coming: deque[tuple[T, Future[R]]] = deque()
+        coming: deque[tuple[T, Future[R]]] = deque()  # at most two: with more, results would pile up in memory
         for item in items:
             coming.append((item, pool.submit(work, item)))
             if len(coming) > 1:
