@@ -3,14 +3,12 @@
 import os
 import re
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from b2diffurl.configuration.keys import check_values, flatten
 from b2diffurl.configuration.limits import shown
-from b2diffurl.configuration.settings import Optimizer
 from b2diffurl.objectives import OBJECTIVES
 
 SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY|AUTHORIZATION)$")  # names of variables
@@ -108,9 +106,3 @@ def check_objective(settings: Mapping[str, Any]) -> None:
             f"train.num_epochs is {num_epochs}; {name} does not correct for samples of an older policy, so it makes one "
             "pass. Take ddpo for more."
         )
-
-
-def check_installed(optimizer: Optimizer) -> None:
-    """Refuse an optimizer that is not here, before there is something to train on."""
-    if optimizer.use_8bit and not find_spec("bitsandbytes"):
-        raise ImportError("train.use_8bit_adam is True, which needs bitsandbytes: pip install bitsandbytes")
