@@ -1,4 +1,4 @@
-"""Judge checkpoints on held-out prompts, or draw a prompt: python run_eval.py --checkpoint=base,last --prompts=train,test"""
+"""Judge checkpoints, or draw one prompt: python run_eval.py --checkpoint=base,last --prompts=train,test"""
 
 import json
 
@@ -9,16 +9,22 @@ from b2diffurl.configuration.command_line import run_script
 flags.DEFINE_list(
     "checkpoint",
     ["base", "last"],
-    "base, last, stage<i>, stage<i>/checkpoint_<n>, or the path of a LoRA; several with commas.",
+    "What to judge: base, last, stage<i>, stage<i>/checkpoint_<n>, or the path of a LoRA; several with commas.",
 )
-flags.DEFINE_list("prompts", ["test"], "train, test, or a prompt file; several with commas.")
+flags.DEFINE_list("prompts", ["test"], "Prompts: train, test, or a prompt file; several with commas.")
 flags.DEFINE_list(
-    "sampler", ["training", "deployed"], "training's, or the one of config.eval.deployed; several with commas."
+    "sampler", ["training", "deployed"], "The sampler of training, or the one of config.eval.deployed; several with commas."
 )
-flags.DEFINE_boolean("all", False, "Judge the base and every stage's checkpoint: the learning curve.")
-flags.DEFINE_boolean("best", False, "The same, and name the best checkpoint by accuracy, or by reward without a judge.")
-flags.DEFINE_boolean("due", False, "After the newest stage of a run: judge it if it is its turn by config.eval.every.")
-flags.DEFINE_string("prompt", None, "Draw this prompt by the base and the last checkpoint named, the last sampler.")
+flags.DEFINE_boolean("all", False, "Judge the base model and the checkpoint of every stage: the learning curve.")
+flags.DEFINE_boolean(
+    "best", False, "Like --all; then name the checkpoint of best accuracy, or of best reward without a judge."
+)
+flags.DEFINE_boolean("due", False, "Judge the stage config.run_name if it is due by config.eval.every.")
+flags.DEFINE_string(
+    "prompt",
+    None,
+    "Only draw this prompt: by the base and the last of --checkpoint, with the last of --sampler.",
+)
 
 
 def main(config):
@@ -31,6 +37,7 @@ def main(config):
     from b2diffurl.phases.evaluate import draw_prompt, judge, judge_due
 
     given = flags.FLAGS
+    # What defines the experiment comes from its config.json, unless the command line says otherwise.
     set_here = [name for name in given if name.startswith("config.") and given[name].present]
     take_recorded(config, [name.removeprefix("config.") for name in set_here])
     settings = checked_settings(config)
@@ -44,8 +51,8 @@ def main(config):
         else:
             checkpoints = every_checkpoint(root) if given.all or given.best else given.checkpoint
             results = judge(settings, checkpoints, given.prompts, given.sampler)
-            found = name_best(results, given.sampler[0]) if given.best else results[-1]
-            print(json.dumps(headline(found)), flush=True)
+            shown = name_best(results, given.sampler[0]) if given.best else results[-1]
+            print(json.dumps(headline(shown)), flush=True)
 
 
 if __name__ == "__main__":

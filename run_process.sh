@@ -1,56 +1,66 @@
 #!/usr/bin/env bash
-# B2-DiffuRL: step backward through the timesteps, stage by stage. Each stage samples branches, scores them and picks
-# contrast pairs, and updates the LoRA. To resume, run the same command again; with --dry_run it only says what it would do.
+# A whole run of B2-DiffuRL. In each stage run_sample.py samples images in groups of branches, run_select.py scores them and
+# picks the best and the worst of each group, and run_train.py updates the LoRA on them. run_eval.py judges now and then.
 #
-# Each variable can be set here or in the environment; an empty one takes the preset's value. Further arguments go to
-# every script: bash run_process.sh --config.train.step_weight=none
+#     bash run_process.sh                                      # the default run
+#     Preset=sd14 ExpName=my_run bash run_process.sh           # Stable Diffusion v1.4
+#     bash run_process.sh --dry_run                            # only say what would be done
+#     bash run_process.sh --config.train.step_weight=none      # arguments are passed on to every script
+#
+# To resume a run, give the same command again.
+#
+# The variables below can be set in the environment, as above, or here, between :- and }. An empty variable takes the
+# preset's value. config/stage_process.py has every setting, also those without a variable.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-Preset="${Preset:-shapes}"                # of config/stage_process.py: shapes, sd14, sd14_10gb; b2, …
-ExpName="${ExpName:-}"                    # names the experiment's folder and log
-SavePath="${SavePath:-}"                  # where experiments lie
+Preset="${Preset:-shapes}"                # shapes, sd14, sd14_10gb, b2, bs, bpt, ddpo: see config/stage_process.py
+ExpName="${ExpName:-}"                    # name of the experiment: of its folder and its log
+SavePath="${SavePath:-}"                  # folder of all experiments
 ModelVersion="${ModelVersion:-}"          # base model: hub id, directory or .safetensors file
-Reward="${Reward:-}"                      # what is rewarded: a name of docs/rewards.md, or package.module:function
-RewardWeights="${RewardWeights:-}"        # a mixture instead: "{'clip': 1.0, 'aesthetic': 0.1}"
-Watch="${Watch:-}"                        # rewards scored and logged, never trained on: pickscore,aesthetic
-EvalEvery="${EvalEvery:-}"                # stages from one evaluation on held-out prompts to the next; 0: none
-TrackWith="${TrackWith:-}"                # wandb, tensorboard or wandb,tensorboard
-PromptFile="${PromptFile:-}"              # training prompts
-RandomPrompt="${RandomPrompt:-}"          # 1: at random, 0: in turn
-Seed="${Seed:-}"
-StageCnt="${StageCnt:-}"                  # stages
-Curriculum="${Curriculum:-}"              # progressive, fixed (at SplitStepLeft), reversed, random
-SplitStepLeft="${SplitStepLeft:-}"        # trained steps of the first stage
-SplitStepRight="${SplitStepRight:-}"      # trained steps of the last stage
-SplitTime="${SplitTime:-}"                # siblings in a group
-Sampling="${Sampling:-}"                  # siblings: branch (of one prefix) or independent
+Reward="${Reward:-}"                      # a reward of docs/rewards.md, or package.module:function
+RewardWeights="${RewardWeights:-}"        # weights of several rewards instead: "{'clip': 1.0, 'aesthetic': 0.1}"
+Watch="${Watch:-}"                        # rewards that are logged but not trained on: pickscore,aesthetic
+EvalEvery="${EvalEvery:-}"                # evaluate on held-out prompts after every so many stages; 0: only at the end
+TrackWith="${TrackWith:-}"                # trackers: wandb, tensorboard, or wandb,tensorboard
+PromptFile="${PromptFile:-}"              # file of training prompts
+RandomPrompt="${RandomPrompt:-}"          # 1: draw prompts at random; 0: in the order of the file
+Seed="${Seed:-}"                          # of all randomness in the experiment
+StageCnt="${StageCnt:-}"                  # number of stages
+Curriculum="${Curriculum:-}"              # trained steps by stage: progressive, reversed, random, fixed (at SplitStepLeft)
+SplitStepLeft="${SplitStepLeft:-}"        # trained steps in the first stage
+SplitStepRight="${SplitStepRight:-}"      # trained steps in the last stage
+SplitTime="${SplitTime:-}"                # images in a group (siblings)
+Sampling="${Sampling:-}"                  # branch: siblings share the steps before the trained ones; or independent
 NumStep="${NumStep:-}"                    # sampler steps
-BatchCnt="${BatchCnt:-}"                  # sampling batches a stage
-History_Cnt="${History_Cnt:-}"            # earlier stages that count in a prompt's mean and std
-Advantage="${Advantage:-}"                # scores relative to prompt or group
-Selection="${Selection:-}"                # pairs (best and worst sibling) or all
-PosThreshold="${PosThreshold:-}"          # best sibling kept from this score on
-NegThreshold="${NegThreshold:-}"          # worst sibling kept below this score
+BatchCnt="${BatchCnt:-}"                  # sampling batches in a stage
+History_Cnt="${History_Cnt:-}"            # earlier stages that count in a prompt's mean and standard deviation
+Advantage="${Advantage:-}"                # subtract the mean reward of the prompt, or of the group: prompt, group
+Selection="${Selection:-}"                # train on pairs (best and worst of a group), or on all
+PosThreshold="${PosThreshold:-}"          # keep the best of a group if its normalised reward is at least this
+NegThreshold="${NegThreshold:-}"          # keep the worst of a group if its normalised reward is below this
 Objective="${Objective:-}"                # ddpo, reinforce, dpok, d3po
-TrainEpoch="${TrainEpoch:-}"
-AccStep="${AccStep:-}"                    # gradient accumulation
-LR="${LR:-}"
-Beta1="${Beta1:-}"                        # weight of positive advantages
-Beta2="${Beta2:-}"                        # weight of negative advantages
+TrainEpoch="${TrainEpoch:-}"              # passes over the selected images of a stage
+AccStep="${AccStep:-}"                    # gradient accumulation: an update takes train.batch_size * AccStep trajectories
+LR="${LR:-}"                              # learning rate
+Beta1="${Beta1:-}"                        # factor of positive advantages
+Beta2="${Beta2:-}"                        # factor of negative advantages
 SaveInterval="${SaveInterval:-}"          # epochs between checkpoints
-Dev_Id="${Dev_Id:-}"                      # CUDA device
-Resident="${Resident:-}"                  # 1: all stages in one process, which starts up and loads the model once; same bits
-NumProcesses="${NumProcesses:-}"          # processes on this machine, one a GPU; each phase is started by torchrun
-NumMachines="${NumMachines:-1}"           # machines, each of which runs this script, with the same shared disk
-MachineRank="${MachineRank:-0}"           # this one's number: 0, 1, …
-MainProcessIp="${MainProcessIp:-}"        # machine 0's address
-MainProcessPort="${MainProcessPort:-29500}"
-Launcher="${Launcher:-}"                  # what starts a script instead: accelerate launch --config_file=cluster.yaml
+Dev_Id="${Dev_Id:-}"                      # number of the CUDA device
+Resident="${Resident:-}"                  # 1: run everything in one process, which starts faster; same results
+NumProcesses="${NumProcesses:-}"          # processes on this machine, one for each GPU; torchrun starts them
+NumMachines="${NumMachines:-1}"           # machines; run this script on each of them, on a shared disk
+MachineRank="${MachineRank:-0}"           # number of this machine: 0, 1, …
+MainProcessIp="${MainProcessIp:-}"        # address of machine 0
+MainProcessPort="${MainProcessPort:-29500}"    # a free port of machine 0
+Launcher="${Launcher:-}"                  # starts the scripts instead of torchrun: accelerate launch --config_file=cluster.yaml
 
+# From the variables make the flags that every script is given.
 Flags=("--config=config/stage_process.py:${Preset}")
+# set_flag KEY VALUE: add --config.KEY=VALUE, unless VALUE is empty.
 set_flag() { if [ -n "$2" ]; then Flags+=("--config.$1=$2"); fi; }
-set_list() {    # a,b -> ('a','b',)
+# set_list KEY a,b: the same for a list, which Python reads as ('a','b',).
+set_list() {
     local names="${2// /}" between="','"
     if [ -n "$names" ]; then set_flag "$1" "('${names//,/$between}',)"; fi
 }
@@ -86,9 +96,9 @@ set_flag train.beta1 "$Beta1"
 set_flag train.beta2 "$Beta2"
 set_flag train.save_interval "$SaveInterval"
 set_flag dev_id "$Dev_Id"
-Flags+=("$@")
+Flags+=("$@")    # last, so that arguments win over variables
 
-
+# Check the numbers of processes and machines here, because bash computes with them.
 for Number in "${NumProcesses:-1}" "$NumMachines" "$MachineRank" "$MainProcessPort"; do
     if [[ ! "$Number" =~ ^[0-9]+$ ]]; then
         echo "error: NumProcesses, NumMachines, MachineRank and MainProcessPort are whole numbers, not '$Number'" >&2
@@ -100,6 +110,7 @@ if [ "$NumMachines" -gt 1 ] && [ -z "$MainProcessIp$Launcher" ]; then
     exit 2
 fi
 
+# Launch: what starts a phase. One process is plain python, several are started by torchrun.
 Launch=(python)
 if [ -n "$Launcher" ]; then
     read -ra Launch <<< "$Launcher"
@@ -114,13 +125,14 @@ elif [ "${NumProcesses:-1}" -gt 1 ] || [ "$NumMachines" -gt 1 ]; then
 fi
 if [ -n "$NumProcesses" ]; then set_flag num_processes $((NumProcesses * NumMachines)); fi
 
-# What runs is told to stop when this script is. It leaves whole files, and no process stays behind.
+# run COMMAND…: run it in the background and wait. A trap interrupts `wait`, but not a command in the foreground.
 run() {
     "$@" &
     wait $! || return $?
 }
-stop() {    # exit code
-    trap '' TERM INT HUP
+# stop CODE: on a signal, stop the script at work, wait until it has ended, and exit with CODE.
+stop() {
+    trap '' TERM INT HUP    # a second signal must not interrupt this
     kill $(jobs -pr) 2> /dev/null || true
     wait || true
     echo "stopped; to go on, run the same command again" >&2
@@ -130,34 +142,42 @@ trap 'stop 143' TERM
 trap 'stop 130' INT
 trap 'stop 129' HUP
 
-B2DIFFURL_RUN=$$                   # whose turn it is: the scripts work for this process; see b2diffurl/experiment/lock.py
+# The lock of the experiment belongs to this process ($$), and the scripts work under it; 0 on machines that take no lock.
+# See b2diffurl/experiment/lock.py.
+B2DIFFURL_RUN=$$
 if [ "$MachineRank" -gt 0 ]; then B2DIFFURL_RUN=0; fi
 export B2DIFFURL_RUN
 PlanFile=$(mktemp)
 Folder=
+# At the end, delete the lock if it is ours, and the experiment's folder if it is empty.
 leave() {
     rm -f "$PlanFile"
     if grep -qs "\[\[$$," "$Folder/run.lock"; then rm -f "$Folder/run.lock"; rmdir "$Folder" 2> /dev/null || true; fi
 }
 trap leave EXIT
-run python -m b2diffurl.start "${Flags[@]}" > "$PlanFile"    # checks everything, and writes the list of calls
+# start checks all settings. It prints the experiment's folder in the first line, then a line for each call of a script:
+# call <tab> file that it needs <tab> script <tab> its flags, separated by tabs.
+run python -m b2diffurl.start "${Flags[@]}" > "$PlanFile"
 if ! grep -q $'^call\t' "$PlanFile"; then
-    cat "$PlanFile"                # --dry_run, or --dry_run=true: the plan for people, and no run
+    cat "$PlanFile"    # there is no call: it was --dry_run, and this is the plan for people
     exit 0
 fi
 Folder=$(sed -n 1p "$PlanFile")
-sed 1d "$PlanFile" | grep -v $'^call\t' || true    # the plan in a line
+sed 1d "$PlanFile" | grep -v $'^call\t' || true    # show people what else it printed
 if [ "$Resident" = 1 ]; then
     run python -m b2diffurl.resident "${Flags[@]}"
     exit 0
 fi
+# The loop: every call in order. A call whose work is already done ends at once. The list is read from descriptor 3, so
+# that the scripts cannot read from it.
 while IFS=$'\t' read -r -a Call <&3; do
     if [ "${Call[0]}" != call ]; then continue; fi
     Needs="${Call[1]}" Script="${Call[2]}" Options=("${Call[@]:3}")
-    if [ "$Needs" != . ] && [ ! -e "$Folder/$Needs" ]; then exit 0; fi    # Reward=file: scores are being made elsewhere
+    # With Reward=file the run ends here, and goes on with the same command once the scores are there.
+    if [ "$Needs" != . ] && [ ! -e "$Folder/$Needs" ]; then exit 0; fi
     if [ "$Script" != run_eval.py ]; then
         run "${Launch[@]}" "$Script" "${Flags[@]}" "${Options[@]}"
-    elif [ "$MachineRank" -eq 0 ]; then
+    elif [ "$MachineRank" -eq 0 ]; then    # one process judges
         run python "$Script" "${Flags[@]}" "${Options[@]}"
     fi
 done 3< "$PlanFile"

@@ -1,4 +1,4 @@
-"""Branch-sample one stage: python run_sample.py --config.run_name=stage0"""
+"""Sample the images of one stage: python run_sample.py --config.run_name=stage0"""
 
 from b2diffurl.configuration.command_line import run_script
 

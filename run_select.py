@@ -1,4 +1,4 @@
-"""Score one stage and pick its contrast pairs: python run_select.py --config.run_name=stage0"""
+"""Score the images of one stage and select what is trained on: python run_select.py --config.run_name=stage0"""
 
 from b2diffurl.configuration.command_line import run_script
 

@@ -1,4 +1,4 @@
-"""Update the LoRA on one stage: python run_train.py --config.run_name=stage0"""
+"""Train the LoRA on the selected images of one stage: python run_train.py --config.run_name=stage0"""
 
 from b2diffurl.configuration.command_line import run_script
 

@@ -1,1 +1,1 @@
-"""What the project claims of itself, measured; each module is a command."""
+"""Benchmarks: the commands that measure every figure in README and docs/ (docs/development.md#figures lists them)."""

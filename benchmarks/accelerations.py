@@ -1,9 +1,9 @@
-"""What the opt-in accelerations that change the algorithm gain in time and cost in what is learned.
+"""How much time the shortcuts that change the algorithm save, and what they cost in accuracy (docs/performance.md).
 
-    python -m benchmarks.accelerations            # runs that are finished are not made again
-    python -m benchmarks.accelerations --write    # and docs/results/accelerations.json
+    python -m benchmarks.accelerations            # finished runs are not made again
+    python -m benchmarks.accelerations --write    # also write docs/results/accelerations.json
 
-The study's arm b2 with guidance, in a shorter run of the same world; each variant on the same seeds.
+Every variant is the study's arm b2 with guidance, for 6 stages, on the same seeds.
 """
 
 import argparse
@@ -53,8 +53,11 @@ def main() -> None:
 
 
 def figures(variant: Variant, seed: int) -> dict[str, float]:
-    """One run: accuracy of the tuned model on either prompt set, and seconds of sampling an image and of training on a
-    trajectory, medians over its stages."""
+    """The figures of one run.
+
+    They are the tuned model's accuracy on each prompt set, and the seconds to sample an image and to train on a transition,
+    as medians over the stages.
+    """
     last = finished_run(SCALE, variant, seed)["curve"][-1]
     config = configure(SCALE, variant, seed)
     sampling, training = [], []
@@ -67,7 +70,7 @@ def figures(variant: Variant, seed: int) -> dict[str, float]:
 
 
 def markdown(runs: dict[str, list[dict[str, float]]]) -> str:
-    """A row a variant, differences to the plain runs of the same seeds."""
+    """A table with a row for each variant; differences are to the plain runs with the same seeds."""
     plain = runs[PLAIN.name]
 
     def ratio(name: str, key: str) -> str:
@@ -77,6 +80,7 @@ def markdown(runs: dict[str, list[dict[str, float]]]) -> str:
         values = [run[f"{prompts}_accuracy"] for run in runs[name]]
         gaps = [100 * (value - run[f"{prompts}_accuracy"]) for value, run in zip(values, plain, strict=True)]
         around = interval(gaps)
+        # The plain runs' difference to themselves is 0.
         gap = "" if name == PLAIN.name else f"{around.mean:+.1f} [{around.low:+.1f}, {around.high:+.1f}]"
         return [f"{percent(fmean(values))} ± {100 * stdev(values):.1f}", gap]
 

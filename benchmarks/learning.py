@@ -1,9 +1,10 @@
-"""Does the default run learn? Everything that README, docs/results.md and docs/results/ say of it.
+"""Does the default run learn? Measures everything that README and docs/ say about it.
 
-    python -m benchmarks.learning                    # all of it, one part after the other
-    python -m benchmarks.learning run --seeds 1,2    # one part of it: base, run, judge, deployed, draw
+    python -m benchmarks.learning                    # all parts, one after the other
+    python -m benchmarks.learning run --seeds 1,2    # one part: base, run, judge, deployed or draw
 
-What is done is not redone. `judge` and `deployed` may work on different seeds side by side (--threads=1 each), after `base`.
+Finished work is not repeated. After `base`, several processes of `judge` and `deployed` may run side by side, on different
+seeds and with --threads=1 each.
 """
 
 import argparse
@@ -39,11 +40,11 @@ from b2diffurl.runtime.logs import set_up_logging
 from config.stage_process import get_config
 
 SEEDS = (1, 2, 3)
-NUM_IMAGES, SWEEP_IMAGES = 1152, 192  # 24 and 4 a prompt
-EVAL_SEED, SWEEP_SEED = 1, 2
+NUM_IMAGES, SWEEP_IMAGES = 1152, 192  # for a prompt set: 24 and 4 images of each prompt
+EVAL_SEED, SWEEP_SEED = 1, 2  # of the noise; the sweep has its own, or the best sampler would look too good
 GUIDANCES = (1.0, 1.5, 2.0, 2.5, 3.0, 5.0, 10.0)
-STEP_COUNTS = {1.0: (10, 20, 30, 50), 0.0: (10, 20, 50)}  # by eta
-NUM_FINALISTS = 4  # samplers of the sweep that are judged again
+STEP_COUNTS = {1.0: (10, 20, 30, 50), 0.0: (10, 20, 50)}  # eta -> numbers of sampler steps
+NUM_FINALISTS = 4  # the best samplers of the sweep, which are judged again on other noise
 DEPLOYED_STEPS, DEPLOYED_IMAGES = 50, 576
 RESULTS = Path("docs/results")
 SETS = ("train", "test")
@@ -56,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=[*PARTS, "all"], default="all")
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of judging; 0: torch's default")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads for judging; 0: torch's default")
     given = parser.parse_args()
     set_up_logging(Path("log/learning.log"))
     for part in PARTS if given.part == "all" else [given.part]:
@@ -64,7 +65,7 @@ def main() -> None:
 
 
 def configure(name: str, threads: int = 0) -> ConfigDict:
-    """The default configuration as experiment `learning_<name>`: the base, or seed<i> with that seed."""
+    """The default configuration for the experiment `learning_<name>`; `name` is `base`, or seed<i> for that seed."""
     config = get_config("shapes")
     config.exp_name, config.num_threads = f"learning_{name}", threads
     config.eval.num_images, config.eval.seed = NUM_IMAGES, EVAL_SEED
@@ -74,7 +75,7 @@ def configure(name: str, threads: int = 0) -> ConfigDict:
 
 
 def judged(name: str, threads: int = 0) -> ConfigDict:
-    """The same; a run that is not whole, or was made with other settings, is refused."""
+    """`configure`, for judging: a ValueError if the run is incomplete or was made with other settings."""
     config = configure(name, threads)
     if name != BASE:
         require_finished(config)
@@ -82,8 +83,8 @@ def judged(name: str, threads: int = 0) -> ConfigDict:
 
 
 def require_finished(config: ConfigDict) -> None:
-    """Refuse a run that is not whole, or was made with other settings than today's."""
-    make_plan(config)
+    """Raise a ValueError if the run is incomplete, or was made with other settings than today's."""
+    make_plan(config)  # refuses other settings
     root = read_settings(config).output.root
     recorded = files.read_json(root / "config.json")["config"]["stage_cnt"]
     finished = all(Stage(root, index).finished("train") for index in range(config.stage_cnt))
@@ -95,7 +96,7 @@ def require_finished(config: ConfigDict) -> None:
 
 
 def base(_seeds: Sequence[int], threads: int) -> None:
-    """The base model at every sampler, then all that runs are compared with."""
+    """Judge the base model: by every sampler of the sweep, then in all ways in which runs are judged."""
     best_sampler(threads)
     at_best(BASE, threads)
     curve(BASE, threads)
@@ -103,18 +104,20 @@ def base(_seeds: Sequence[int], threads: int) -> None:
 
 
 def run(seeds: Sequence[int], _threads: int) -> None:
-    """The default run as its users start it, with nothing but seed and name changed; the time counts if it is whole."""
+    """Make the default run as users do, with only seed and name changed. Its time is recorded if nothing interrupted it."""
     for name in run_names(seeds):
         run_process(name)
 
 
 def run_process(name: str) -> None:
+    """`bash run_process.sh` for one seed, unless the run is finished."""
     config = configure(name)
     root = read_settings(config).output.root
     if evaluation_rows(root, stage=config.stage_cnt - 1, sampler="deployed"):  # the last thing that run_process.sh does
         require_finished(config)
         return
     fresh, started = not root.exists(), time.perf_counter()
+    # A clean environment: a variable such as StageCnt would change the run.
     environment = {
         key: value for key, value in os.environ.items() if key in ("PATH", "HOME", "VIRTUAL_ENV", "OMP_NUM_THREADS")
     }
@@ -125,19 +128,19 @@ def run_process(name: str) -> None:
 
 
 def judge(seeds: Sequence[int], threads: int) -> None:
-    """Every stage of every run at the sampler of training, and the last one at the base's best."""
+    """Judge every stage of every run by the training sampler, and the last one also by the base's best sampler."""
     for name in run_names(seeds):
         curve(name, threads)
         at_best(name, threads)
 
 
 def deployed(seeds: Sequence[int], threads: int) -> None:
-    """What people do with a LoRA: stock diffusers, deterministic DDIM, 50 steps."""
+    """Judge the LoRAs as people use them: in stock diffusers, with deterministic DDIM and 50 steps."""
     deploy(run_names(seeds), threads)
 
 
 def draw(seeds: Sequence[int], _threads: int) -> None:
-    """docs/results/learning.json, .md and .png from what the other parts left."""
+    """Write docs/results/learning.json, .md and .png from the results of the other parts."""
     from benchmarks.learning_report import draw_curves, write_tables
 
     names, bases = run_names(seeds), curve(BASE)
@@ -167,7 +170,7 @@ def draw(seeds: Sequence[int], _threads: int) -> None:
 
 
 def meaningless(images: Tensor, _prompts: Sequence[str]) -> Tensor:
-    """A reward [N] in [0, 1) that depends on every pixel and on nothing one can see; docs/shapes.md has it as a control."""
+    """A control for docs/shapes.md: a reward [N] in [0, 1) that is a hash of the pixels, so nothing visible changes it."""
     weights = torch.arange(1, images[0].numel() + 1, dtype=torch.int64) * 2654435761 % 1000003
     return (images.flatten(1).long() @ weights % 10007) / 10007
 
@@ -180,7 +183,7 @@ def run_names(seeds: Iterable[int]) -> list[str]:
 
 
 def curve(name: str, threads: int = 0) -> list[dict]:
-    """The results of each stage on both prompt sets, in order, or those of the base."""
+    """The results of each stage in order, or of the base, on both prompt sets by the training sampler."""
     config = judged(name, threads)
     checkpoints = [BASE] if name == BASE else [f"stage{index}" for index in range(config.stage_cnt)]
     settings = checked_settings(config)
@@ -188,13 +191,13 @@ def curve(name: str, threads: int = 0) -> list[dict]:
 
 
 def at_best(name: str, threads: int = 0) -> list[dict]:
-    """The results of a run's last stage, or of the base, at the base's best sampler."""
+    """The results of a run's last stage, or of the base, by the base's best sampler."""
     return evaluate(judged(name, threads), [BASE if name == BASE else "last"], list(SETS), {"best": best_sampler(threads)})
 
 
 @cache
 def swept(threads: int = 0) -> list[dict]:
-    """The base on the training prompts at every sampler, on noise that nothing else is judged with."""
+    """The base's results on the training prompts by every sampler of the sweep, on noise that nothing else uses."""
     config = judged(BASE, threads)
     config.eval.num_images, config.eval.seed = SWEEP_IMAGES, SWEEP_SEED
     return evaluate(
@@ -213,7 +216,10 @@ def sweep_settings() -> list[SamplerSettings]:
 
 @cache
 def best_sampler(threads: int = 0) -> SamplerSettings:
-    """With which the base gets most of the training prompts right: the best of the sweep's few best, judged once more."""
+    """The sampler with which the base is most accurate on training prompts.
+
+    The best NUM_FINALISTS of the sweep are judged again on other noise: the best of 49 noisy figures is partly luck.
+    """
     few = sorted(swept(threads), key=lambda result: -result["accuracy"])[:NUM_FINALISTS]
     again = evaluate(judged(BASE, threads), [BASE], ["train"], {one["sampler"]: sampler_of(one) for one in few})
     return sampler_of(max(again, key=lambda result: result["accuracy"]))
@@ -224,13 +230,14 @@ def sampler_of(result: dict) -> SamplerSettings:
 
 
 def deployed_guidances() -> list[float]:
-    """That of training, and the base's best for the deployed sampler."""
+    """Guidance scales for the deployed sampler: the one used in training, and the base's best with this sampler."""
     like_this = [one for one in swept() if (one["num_steps"], one["eta"]) == (DEPLOYED_STEPS, 0.0)]
     best = max(like_this, key=lambda result: result["accuracy"])["guidance_scale"]
     return list(dict.fromkeys([training_sampler(read_settings(get_config("shapes"))).guidance_scale, best]))
 
 
 def deploy(names: Iterable[str], threads: int) -> None:
+    """Draw and judge the images of `deployed_values` for each run, guidance and prompt set."""
     if threads:
         torch.set_num_threads(threads)
     for name in names:
@@ -240,7 +247,7 @@ def deploy(names: Iterable[str], threads: int) -> None:
 
 
 def deployed_values(name: str, prompts: str, guidance: float) -> dict[str, list[float]]:
-    """The checker's values for each image of stock diffusers' pipeline, by part."""
+    """The checker's verdicts on images by stock diffusers: {part: a value for each image}. Computed once, then read back."""
     from b2diffurl.rewards.shapes import shapes
     from b2diffurl.shapes.sampling import load_pipeline, sample
 
@@ -267,7 +274,7 @@ def deployed_values(name: str, prompts: str, guidance: float) -> dict[str, list[
 
 
 def with_gains(bases: list[dict], results: list[dict]) -> list[dict]:
-    """Base and checkpoints in one list, each with the number of reward queries it cost and its gain over the base."""
+    """Base and checkpoints in one list, each with its gain over the base and the number of reward queries up to it."""
     config = get_config("shapes")
     per_stage = config.sample.num_batches_per_epoch * config.sample.batch_size * config.split_time
     together = [dict(result) for result in [*bases, *results]]
@@ -279,14 +286,14 @@ def with_gains(bases: list[dict], results: list[dict]) -> list[dict]:
 
 
 def plain(result: dict) -> dict:
-    """A result without its values and paths."""
+    """A result without its values for single images, and without paths."""
     return {
         key: value for key, value in result.items() if isinstance(value, float | int) or key in ("checkpoint", "prompts")
     }
 
 
 def training_reward(name: str) -> list[float]:
-    """Mean reward of the images that each stage sampled, so before its update."""
+    """Mean reward of the images that each stage sampled. They show the policy before that stage's updates."""
     return [read_events(stage.metrics("select"), "select")[-1]["reward_mean"] for stage in stages(name)]
 
 
@@ -306,7 +313,10 @@ def seconds_of(name: str) -> float | None:
 
 
 def mean_gain(before: dict, tuned: Sequence[list[dict]]) -> dict[str, float]:
-    """Gain in accuracy, mean over the seeds, with two errors: taken over images (of all seeds' means), and over prompts."""
+    """Mean gain in accuracy over the seeds, with two standard errors.
+
+    Both are of the gain averaged over seeds: `se` treats images as independent, `se_by_prompt` only prompts.
+    """
     runs = [one["values"]["accuracy"] for results in tuned for one in results if one["prompts"] == before["prompts"]]
     after, base_values = (torch.tensor(values, dtype=torch.float64) for values in (runs, before["values"]["accuracy"]))
     change = after.mean(0) - base_values
@@ -316,7 +326,10 @@ def mean_gain(before: dict, tuned: Sequence[list[dict]]) -> dict[str, float]:
 
 
 def failures(bases: list[dict], tuned: dict) -> dict[str, dict[str, float]]:
-    """Where images go wrong first; the four shares add up to 1, so the changes of the first three make up the gain."""
+    """The shares of images by the first thing that is wrong, for base and tuned model.
+
+    The four shares add up to 1, so the changes of the first three explain the gain.
+    """
     (before,) = (split_by_failure(result["values"]) for result in bases if result["prompts"] == tuned["prompts"])
     after, found = split_by_failure(tuned["values"]), {}
     for kind in before:
@@ -326,7 +339,10 @@ def failures(bases: list[dict], tuned: dict) -> dict[str, dict[str, float]]:
 
 
 def split_by_failure(values: dict[str, list[float]]) -> dict[str, Tensor]:
-    """For each image 1 at the first thing that fails: being well formed, binding of shape and colour, relation; or none."""
+    """{kind: 1 or 0 for each image}, 1 at the first thing that is wrong with it: form, binding, relation.
+
+    `right` is 1 where nothing is wrong.
+    """
     formed, bound, right = (
         torch.tensor(values[key], dtype=torch.float64) for key in ("shapes/well_formed", "shapes/binding", "accuracy")
     )
@@ -334,9 +350,9 @@ def split_by_failure(values: dict[str, list[float]]) -> dict[str, Tensor]:
 
 
 def best_comparison(tuned: dict[str, list[dict]]) -> dict[str, Any]:
-    """The base at its best sampler, against each tuned model as it was trained, and against the same at that sampler.
+    """The base by its best sampler, compared with each tuned model by the training sampler and by that best sampler.
 
-    Prompts and first noise are the same for each image at all samplers, so that these differences are paired, too.
+    An image has the same prompt and initial noise with every sampler, so these differences are paired, too.
     """
     bases = at_best(BASE)
     compared: dict[str, Any] = {"sampler": vars(best_sampler()), "base": {one["prompts"]: plain(one) for one in bases}}
@@ -350,7 +366,7 @@ def best_comparison(tuned: dict[str, list[dict]]) -> dict[str, Any]:
 
 
 def deployed_comparison(names: Sequence[str], guidance: float) -> dict[str, Any]:
-    """Accuracy of base and tuned model in stock diffusers, with the paired gain."""
+    """Accuracy of base and tuned models in stock diffusers, and the paired gain."""
     compared: dict[str, Any] = {BASE: {}}
     for prompts in SETS:
         before = deployed_values(BASE, prompts, guidance)["accuracy"]

@@ -1,4 +1,4 @@
-"""Tables and curves of benchmarks.learning."""
+"""The page of benchmarks.learning: tables and learning curves, from the figures in learning.json."""
 
 from pathlib import Path
 from statistics import fmean
@@ -17,8 +17,9 @@ COLOURS = {"train": "#1f6feb", "test": "#c2410c"}
 
 PAGE = """# Does the default run learn?
 
-By `python -m benchmarks.learning`, {date}, {machine}. {num_images} images a figure, on noise that is used for nothing else;
-± is the standard error, of gains the paired one over images (the prompts are the same everywhere).
+By `python -m benchmarks.learning`, {date}, {machine}. Each figure is of {num_images} images, on noise that nothing else
+uses. ± is the standard error over images; that of a gain is paired, because base and tuned model draw the same prompts from
+the same noise.
 
 ## By seed
 
@@ -26,11 +27,13 @@ By `python -m benchmarks.learning`, {date}, {machine}. {num_images} images a fig
 
 ## What the gain consists of
 
-The first thing that is wrong with an image, mean over the seeds; the changes of the first three rows make up the gain.
+Images by the first thing that is wrong with them, mean over the seeds. The four shares add up to 100 %, so the changes of
+the first three explain the gain.
 
 {failures}
 
-The same as shares of those that came so far, mean over the seeds.
+The same step by step: of all images the share that is well formed, of these the share with the right shapes and colours, of
+these the share with the right relation. Mean over the seeds.
 
 {conditional}
 
@@ -40,28 +43,30 @@ The same as shares of those that came so far, mean over the seeds.
 
 ## Base model over samplers
 
-Accuracy on training prompts, {sweep_images} images each. The best few were judged again, on {num_images} images of other
-noise; the best of those is the base's best.
+Accuracy on training prompts, {sweep_images} images each. The best four were judged again, on {num_images} images of other
+noise. The best of these is *the base's best sampler*.
 
 {sweep}
 
 ## As it is deployed
 
-Stock diffusers, deterministic DDIM, 50 steps, the LoRA loaded with `load_lora_weights`; {deployed_images} images each.
+In stock diffusers, with deterministic DDIM and 50 steps. The LoRA is loaded with `load_lora_weights`.
+{deployed_images} images
+each.
 
 {deployed}
 
 ## Diversity within a prompt
 
-Mean distance of two images of a prompt: of the base over all prompts, and by how much the tuned models differ on the prompts
-that have such images in both.
+The mean distance between two images of one prompt. The base's figure is over all prompts. The change is over those prompts
+for which base and tuned model both have at least two such images.
 
 {diversity}
 """
 
 
 def write_tables(facts: dict[str, Any], path: Path) -> None:
-    """Markdown of every figure, one table a question."""
+    """Write the page: one markdown table for each question."""
     makers = (gains, failures, conditional, best, sweep, deployed, diversity)
     path.write_text(PAGE.format(**facts | {maker.__name__: maker(facts) for maker in makers}))
 
@@ -189,7 +194,7 @@ def diversity(facts: dict[str, Any]) -> str:
 
 
 def draw_curves(facts: dict[str, Any], path: Path) -> None:
-    """Four panels over reward queries: training reward, accuracy, and the two diversities; thin lines are single seeds."""
+    """Four panels over reward queries: reward, accuracy, diversity of embeddings and of layouts. Thin lines: seeds."""
     plt.rcParams |= STYLE
     figure, panels = plt.subplots(2, 2, figsize=(10.5, 7.2), constrained_layout=True)
     reward_panel(panels[0, 0], facts)
@@ -216,7 +221,7 @@ def draw_mean(panel: plt.Axes, curves: list[tuple[list[float], list[float]]], **
 
 
 def reward_panel(panel: plt.Axes, facts: dict[str, Any]) -> None:
-    """Of the images that each stage sampled with the policy it began with, and of the evaluation's."""
+    """The reward of the images that were trained on, sampled before each stage's updates, and of the evaluations' images."""
     sampled = [(series(facts, name, "train", "reward")[0][:-1], facts["training_reward"][name]) for name in runs(facts)]
     draw_mean(panel, sampled, color="#3d3d3d", label="images that were trained on")
     for prompts, words in SETS.items():

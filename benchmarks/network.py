@@ -1,4 +1,4 @@
-"""What a guided evaluation and a trained transition cost the network alone, by how many it sees at once, compiled or not."""
+"""Time and memory of the network alone: a guided evaluation and a trained transition, at several batch sizes."""
 
 import time
 from collections.abc import Callable
@@ -14,20 +14,24 @@ from b2diffurl.models.policy import load_policy
 from b2diffurl.runtime.device import make_accelerator
 
 REPEATS = 5
-COMPILED = {  # classes of the modules that are compiled, each by itself
+COMPILED = {  # a way to compile -> the module classes of which each instance is compiled by itself
     "no": (),
     "blocks": stable_diffusion.COMPILED,
     "transformers": ("ResnetBlock2D", "Transformer2DModel"),
     "whole": ("UNet2DConditionModel",),
 }
-PLAIN_KINDS = {"evaluation": (8, 40), "transition": (8, 16, 32)}  # images at once
-COMPILED_KINDS = {"evaluation": (40,), "transition": (16,)}  # one of each, for compiling it takes half a minute or more
+PLAIN_KINDS = {"evaluation": (8, 40), "transition": (8, 16, 32)}  # batch sizes
+COMPILED_KINDS = {"evaluation": (40,), "transition": (16,)}  # one size each: compiling takes half a minute or more
 
 
 def measure_network(config: ConfigDict, way: str) -> list[dict[str, Any]]:
-    """Of one way to compile a row for each kind and number: `seconds` of one pass, the median of five after the first, whose
-    `first_seconds` have compiling or reading back in them, and `peak_bytes` of a GPU; none for what its memory does not
-    hold. To be called in a process of its own, for it changes what compiling means in it."""
+    """Measure the network compiled in one `way` (a key of COMPILED): a row for each kind of pass and batch size.
+
+    `seconds` is the median of five passes. `first_seconds` is the pass before them, which includes compiling or reading the
+    compiler's cache. On a GPU there is `peak_bytes`. A size that does not fit into memory has no row.
+
+    Call it in a process of its own: it sets stable_diffusion.COMPILED for the whole process.
+    """
     settings, rows = read_settings(config), []
     accelerator, compiles = make_accelerator(settings.compute), way != "no"
     stable_diffusion.COMPILED = COMPILED[way]
@@ -41,6 +45,7 @@ def measure_network(config: ConfigDict, way: str) -> list[dict[str, Any]]:
 
 
 def measure(model: Model, accelerator: Accelerator, kind: str, size: int, guidance_scale: float) -> dict[str, Any] | None:
+    """The figures of one kind of pass at batch size `size`; None if it does not fit into the GPU's memory."""
     device, cuda = accelerator.device, accelerator.device.type == "cuda"
     x_t, timesteps = torch.zeros(size, *model.latent_shape, device=device), torch.full((size,), 500, device=device)
     embeds = {name: value.expand(size, *value.shape[1:]).contiguous() for name, value in model.encode([""]).items()}
@@ -49,7 +54,7 @@ def measure(model: Model, accelerator: Accelerator, kind: str, size: int, guidan
         with torch.set_grad_enabled(kind == "transition"):
             output = model.predict(x_t, timesteps, embeds, embeds, guidance_scale)
             if kind == "transition":
-                output.square().mean().backward()
+                output.square().mean().backward()  # any loss: only the time counts
         if cuda:
             torch.cuda.synchronize()
 
@@ -68,6 +73,7 @@ def measure(model: Model, accelerator: Accelerator, kind: str, size: int, guidan
 
 
 def timed(go: Callable[[], None]) -> float:
+    """Seconds that one call takes."""
     started = time.perf_counter()
     go()
     return time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""What the pages of the benchmarks share: markdown tables and the style of their pictures."""
+"""Markdown tables and the style of plots, for the pages that benchmarks write."""
 
 from typing import Any
 

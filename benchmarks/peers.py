@@ -1,20 +1,20 @@
-"""A stage in the execution shape of the method's other implementations, for benchmarks.stage to compare ours with.
+"""The peers' shape: one stage executed as other implementations of the method do it. benchmarks.stage compares ours with it.
 
-    python -m benchmarks.peers sample FOLDER     # then select, then train; FOLDER/job.json says what to do (`Job`)
+    python -m benchmarks.peers sample FOLDER     # then select, then train; FOLDER/job.json is a `Job`
 
-The work is ours: weights, LoRA, prompts, noise, scheduler arithmetic, scorer, selection, loss, optimizer, epochs, what makes
-one update, dtype, threads. The shape is theirs:
+What is computed is the same as in our stage: weights, LoRA, prompts, distribution of noise, scheduler arithmetic, scorer,
+selection, loss, optimizer, epochs, the trajectories of an update, dtype and threads. How it is executed is theirs:
 
-- 8 prompts at once: the shared prefix, then one branch after the other, each decoded by itself;
-- attention as plain matrix products (diffusers' AttnProcessor); with `fused`, AttnProcessor2_0;
-- whole trajectories of all T steps, `latents` and `next_latents` both, each image with its prompt's embedding, in a list
-  that is pickled again in full after every 8 prompts;
-- training on 2 trajectories at once, one step after the other.
+- Sampling takes 8 prompts at once: the shared prefix, then one branch after the other, each decoded by itself.
+- Attention is plain matrix products (diffusers' AttnProcessor). With `fused` it is AttnProcessor2_0.
+- A trajectory is stored with all T steps, as `latents` and as `next_latents`, with a copy of its prompt's embedding. The
+  list of all trajectories is pickled in full after every 8 prompts.
+- Training takes 2 trajectories at once, and one step after the other.
 
-Where they differ among themselves, or it is open, the faster is taken: each process imports and loads only what it uses,
-the two halves of guidance share a forward, noise is drawn where it is used, pickles hold plain arrays and are not flushed to
-the disk, PNGs are hardly compressed, prompts are embedded once by the scorer, the selected trajectories stay on the device,
-training never waits for a number, and nothing is logged. States are float32 as ours.
+Where the other implementations differ, or do not say, we take the faster way. Each process imports and loads only what it
+uses. The two halves of guidance share a forward pass. Noise is drawn on the device. Pickles hold plain arrays and are not
+flushed to disk. PNGs are hardly compressed. The scorer embeds a prompt once. The selected trajectories stay on the device.
+Training never waits for a number, and nothing is logged. States are float32, like ours.
 
 B prompts at once, K branches, S trained of T steps, U trajectories in an update, latents [N,C,h,w], L tokens of width E
 """
@@ -71,21 +71,21 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """What the three processes do; the same things that ours did."""
+    """The work of the three processes, taken from a stage of ours."""
 
-    config: dict[str, Any]  # resolved, of config/stage_process.py
-    prompts: list[str]  # of each group
+    config: dict[str, Any]  # of config/stage_process.py, with overrides
+    prompts: list[str]  # one for each group
     num_trained_steps: int  # S
     num_threads: int  # 0: torch's default
     mixed_precision: str  # no | bf16
-    fused: bool  # attention
+    fused: bool  # whether attention is fused (AttnProcessor2_0)
 
     def __post_init__(self):
         sample, train = self.config["sample"], self.config["train"]
-        whole = sample.get("prefix_eta", -1) < 0 and train.get("timestep_fraction", 1) == 1
-        whole = whole and train.get("unconditional_gradient", True)
+        no_shortcut = sample.get("prefix_eta", -1) < 0 and train.get("timestep_fraction", 1) == 1
+        no_shortcut = no_shortcut and train.get("unconditional_gradient", True)
         plain = self.config["sampling"] == "branch" and not OBJECTIVES[train["objective"]].needs_base
-        if not whole or not plain or self.mixed_precision not in DTYPES:
+        if not no_shortcut or not plain or self.mixed_precision not in DTYPES:
             raise ValueError(
                 "the peers' shape is of sampling=branch, objective ddpo or reinforce, mixed_precision no or bf16, and no "
                 "opt-in acceleration (prefix_eta, timestep_fraction, unconditional_gradient); see --no-peers"
@@ -123,7 +123,7 @@ def read_job(folder: Path) -> Job:
 
 @dataclass
 class Clock:
-    """Seconds by name, with the device's work inside them."""
+    """Measures seconds by name: `with clock("decode"): …`. It waits for the device, so that its work is counted."""
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -144,7 +144,7 @@ class Clock:
 
 
 class Policy:
-    """The UNet with a fresh LoRA."""
+    """The UNet with the fresh LoRA that ours starts from."""
 
     def __init__(self, job: Job):
         from diffusers import UNet2DConditionModel
@@ -182,7 +182,7 @@ class Policy:
 
 
 def sample(folder: Path, job: Job) -> dict[str, Any]:
-    """Write images/<id>.png and samples.pkl; returns facts for sample.json."""
+    """Sample all images: write images/<id>.png and samples.pkl. Returns the content of sample.json."""
     clock, samples = Clock(job.device), []
     with clock("load"):
         policy, table, painter = Policy(job), job.sampler(), Painter(job)
@@ -219,8 +219,10 @@ def sample(folder: Path, job: Job) -> dict[str, Any]:
 def sample_batch(
     predict: Predict, table: Transitions, x_T: Tensor, noise: Noise, num_branches: int, num_trained_steps: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """The shared prefix of x_T [B,C,h,w] once, then branch after branch: of each all states [B,T+1,C,h,w] and log-probs
-    [B,T]."""
+    """Denoise x_T [B,C,h,w]: the shared prefix once, then branch after branch.
+
+    Returns for each branch its states [B,T+1,C,h,w] and log-probs [B,T], prefix included.
+    """
     split = table.num_steps - num_trained_steps
     states, log_probs = walk(predict, table, x_T, noise, range(split))
     branches = []
@@ -231,7 +233,7 @@ def sample_batch(
 
 
 def walk(predict: Predict, table: Transitions, x: Tensor, noise: Noise, steps: range) -> tuple[list[Tensor], list[Tensor]]:
-    """The states from x [B,C,h,w] through `steps`, itself first, and the log-probs [B] of the steps."""
+    """Denoise x [B,C,h,w] through `steps`. Returns the states, x first, and the log-probs [B] of the steps."""
     states, log_probs = [x], []
     for i in steps:
         mu, sigma = transition(table, i, x, predict(x, i))
@@ -242,7 +244,7 @@ def walk(predict: Predict, table: Transitions, x: Tensor, noise: Noise, steps: r
 
 
 class Painter:
-    """Text encoder and image decoder."""
+    """The text encoder and the image decoder."""
 
     def __init__(self, job: Job):
         from diffusers import AutoencoderKL
@@ -256,7 +258,7 @@ class Painter:
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Tensor:
-        """Embeddings [B,L,E]."""
+        """Embeddings [B,L,E] of prompts [B]."""
         length = self.tokenizer.model_max_length
         tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         return self.text_encoder(tokens.input_ids.to(self.text_encoder.device))[0]
@@ -272,7 +274,7 @@ class Painter:
 def as_record(
     ids: list[int], prompts: list[str], states: Tensor, log_probs: Tensor, timesteps: Tensor, embeds: Tensor
 ) -> dict[str, Any]:
-    """What is pickled of B images: states [B,T+1,C,h,w], log_probs [B,T], timesteps [T], embeds [B,L,E]."""
+    """The dict to pickle for B images, from states [B,T+1,C,h,w], log_probs [B,T], timesteps [T] and embeds [B,L,E]."""
     return {
         "ids": ids,
         "prompts": prompts,
@@ -285,13 +287,13 @@ def as_record(
 
 
 def as_array(tensor: Tensor) -> Any:
-    """A numpy array, of bytes where numpy lacks the dtype."""
+    """A tensor as numpy array; bfloat16, which numpy lacks, as its bytes."""
     tensor = tensor.cpu().contiguous()
     return (tensor.view(torch.uint8) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def as_tensor(array: Any, job: Job) -> Tensor:
-    """Back on the device."""
+    """The inverse of `as_array`, on the job's device."""
     tensor = torch.from_numpy(array)
     return (tensor.view(job.dtype) if tensor.dtype == torch.uint8 else tensor).to(job.device)
 
@@ -302,7 +304,7 @@ def write_pickle(path: Path, value: Any) -> None:
 
 
 def read_pickle(path: Path) -> Any:
-    """Only ever what this module has just written."""
+    """Unpickle a file. Only for files that this module has just written: a pickle can run code."""
     with path.open("rb") as file:
         return pickle.load(file)
 
@@ -311,7 +313,7 @@ def read_pickle(path: Path) -> Any:
 
 
 def select(folder: Path, job: Job) -> dict[str, Any]:
-    """Score the images and write selected.pkl; returns facts for select.json."""
+    """Score the images and write selected.pkl. Returns the content of select.json."""
     clock, settings = Clock(job.device), job.config["reward"]
     with clock("load"):
         reward = load_reward(settings["name"], read_rewards(settings), job.device)
@@ -335,7 +337,7 @@ def select(folder: Path, job: Job) -> dict[str, Any]:
 
 
 def choose(config: dict[str, Any], samples: list[dict], rewards: Tensor, prompts: list[str]) -> list[dict[str, Any]]:
-    """The trajectories that are trained on, in order of their groups, each with its advantage."""
+    """Select the trajectories to train on. Returns their arrays in the order of groups, each with its `advantage`."""
     evaluation, num_branches = config["eval"], config["split_time"]
     siblings = num_branches if evaluation["advantage"] == "group" else 0
     scores = normalise(rewards, prompts, num_siblings=siblings).unflatten(0, (-1, num_branches))
@@ -347,6 +349,7 @@ def choose(config: dict[str, Any], samples: list[dict], rewards: Tensor, prompts
         positive_weight=config["train"]["beta1"],
         negative_weight=config["train"]["beta2"],
     )
+    # image id -> (record of its batch, its row there)
     places = {n: (record, row) for record in samples for row, n in enumerate(record["ids"])}
     selected = []
     for one, advantage in zip(chosen, weighted.tolist(), strict=True):
@@ -360,7 +363,7 @@ def choose(config: dict[str, Any], samples: list[dict], rewards: Tensor, prompts
 
 
 def train(folder: Path, job: Job) -> dict[str, Any]:
-    """Write the LoRA and the optimizer; returns facts for train.json."""
+    """Train on selected.pkl and write the LoRA and the optimizer. Returns the content of train.json."""
     clock, config = Clock(job.device), job.config["train"]
     with clock("load"):
         policy, table = Policy(job), job.sampler()
@@ -387,14 +390,14 @@ def train(folder: Path, job: Job) -> dict[str, Any]:
 
 
 def stack(selected: list[dict[str, Any]], job: Job) -> dict[str, Tensor]:
-    """The selected trajectories as tensors on the device, each [N, ...]."""
+    """The selected trajectories as tensors [N, …] on the device, by name."""
     arrays = [key for key in selected[0] if key != "advantage"]
     tensors = {key: torch.stack([as_tensor(one[key], job) for one in selected]) for key in arrays}
     return tensors | {"advantage": torch.tensor([one["advantage"] for one in selected], device=job.device)}
 
 
 def deal(num_selected: int, job: Job, epoch: int) -> list[Tensor]:
-    """The rows of each of an epoch's updates: the same as ours."""
+    """The rows of the selection that each update of an epoch takes: the same as ours, by the same seed."""
     train = job.config["train"]
     effective = train["batch_size"] * train["gradient_accumulation_steps"]
     order = torch.randperm(num_selected, generator=generator(job.config["seed"], 0, "train", epoch))
@@ -410,7 +413,7 @@ def update(
     unconditional: Tensor,  # [1,L,E]
     job: Job,
 ) -> None:
-    """One optimizer step on the mean loss of `rows`, two of them at once and one step after the other."""
+    """One optimizer step on the mean loss of the trajectories `rows`, two at once and one denoising step after the other."""
     train, num_steps = job.config["train"], job.num_trained_steps
     weights = step_weights(table, num_steps, train["step_weight"])
     for some in rows.split(TRAIN_BATCH):
@@ -426,7 +429,7 @@ def update(
 def step_loss(
     policy: Policy, table: Transitions, batch: dict[str, Tensor], i: int, unconditional: Tensor, train: dict[str, Any]
 ) -> Tensor:
-    """The loss [2] of two trajectories at step `i` of the T."""
+    """The loss [2] of two trajectories at step `i` of 0..T-1."""
     x_t, x_prev = batch["latents"][:, i], batch["next_latents"][:, i]
     mu, sigma = transition(table, i, x_t, policy(x_t, batch["timesteps"][0, i], batch["prompt_embeds"], unconditional))
     objective = read_training(train).objective

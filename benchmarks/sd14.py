@@ -1,6 +1,6 @@
-"""Stable Diffusion v1.4's exact configuration with random weights, and CLIP ViT-H/14's: their sizes without a download.
+"""Models of the real size without a download: Stable Diffusion v1.4 and CLIP ViT-H/14 with random weights.
 
-python -m benchmarks.sd14 DIR builds the first (2.1 GB in half precision, the default, about a minute).
+python -m benchmarks.sd14 DIR    # Stable Diffusion, 2.1 GB in half precision, in about a minute
 """
 
 import itertools
@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-# scheduler/scheduler_config.json of CompVis/stable-diffusion-v1-4, to the letter
+# a literal copy of scheduler/scheduler_config.json of CompVis/stable-diffusion-v1-4
 V1_4_SCHEDULER = {
     "_class_name": "PNDMScheduler",
     "_diffusers_version": "0.7.0.dev0",
@@ -108,7 +108,7 @@ MODEL_INDEX = {
 
 
 def build(root: Path, dtype: torch.dtype = torch.float16) -> Path:
-    """Write the directory, its weights stored as `dtype`; returns `root`."""
+    """Write Stable Diffusion v1.4 with random weights of `dtype` into folder `root`, in the diffusers layout."""
     with initialised_as(dtype):
         UNet2DConditionModel(**UNET).save_pretrained(root / "unet")
         AutoencoderKL(**VAE).save_pretrained(root / "vae")
@@ -120,7 +120,7 @@ def build(root: Path, dtype: torch.dtype = torch.float16) -> Path:
 
 
 def build_clip(root: Path, dtype: torch.dtype = torch.float16) -> Path:
-    """Write a CLIP ViT-H/14, the reference's scorer (2 GB in half precision); returns `root`."""
+    """Write a CLIP ViT-H/14, the paper's reward model, with random weights (2 GB in half precision). Returns `root`."""
     config = CLIPConfig(text_config=CLIP_TEXT, vision_config=CLIP_VISION, projection_dim=CLIP_TEXT["projection_dim"])
     with initialised_as(dtype):
         CLIPModel(config).to(dtype).save_pretrained(root)
@@ -131,7 +131,7 @@ def build_clip(root: Path, dtype: torch.dtype = torch.float16) -> Path:
 
 @contextmanager
 def initialised_as(dtype: torch.dtype) -> Iterator[None]:
-    """Weights are drawn from seed 0, as they will be stored: half precision takes half the memory and time of float32."""
+    """Inside the block modules initialise their weights in `dtype`, from seed 0. Half precision halves memory and time."""
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -147,7 +147,10 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE of CLIP's size and ids, its merges all words of up to four letters as far as they fit."""
+    """Write a byte-level BPE tokenizer with CLIP's vocabulary size and special tokens.
+
+    CLIP's own merges are not at hand. All words of up to four letters stand in for them, as far as the vocabulary goes.
+    """
     alphabet = sorted(ByteLevel.alphabet())
     tokens = alphabet + [character + "</w>" for character in alphabet]
     merges = []

@@ -1,12 +1,12 @@
-"""How fast is a stage, phase by phase, and against the execution shape of the method's other implementations?
+"""How fast is a stage, phase by phase, compared with the way other implementations run one (benchmarks.peers)?
 
-    python -m benchmarks.stage --repeats 3                      # the embedded model, its default stage
+    python -m benchmarks.stage --repeats 3                      # the small model, its default stage
     python -m benchmarks.stage --model sd14 --peer-images 80    # Stable Diffusion v1.4's architecture, random weights
     python -m benchmarks.stage --startup                        # each script from command to first useful work
-    python -m benchmarks.stage --network                        # the network alone, by images at once, compiled or not,
-                                                                # with --compiled no blocks transformers whole in what parts
+    python -m benchmarks.stage --network                        # the network alone, by batch size, compiled or not;
+                                                                # --compiled no blocks transformers whole: which parts
 
-A stage is three fresh processes in either shape, and the shapes take turns. `--write` keeps the figures in
+A stage runs as three fresh processes, ours and the peers' in turn. `--write` puts the figures into
 docs/results/performance.json.
 """
 
@@ -43,13 +43,14 @@ from benchmarks.stage_report import VERBS, Run, in_turn, markdown, network_markd
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "performance.json"
-# Just enough to see that it works.
+# --quick: just enough to see that the benchmark works.
 QUICK = {
     "shapes": {"sample.batch_size": 4, "sample.num_batches_per_epoch": 1, "sample.num_steps": 3, "split_time": 3},
     "sd14": {"sample.batch_size": 1, "sample.num_batches_per_epoch": 1, "sample.num_steps": 3, "split_time": 2},
 }
 QUICK["sd14_10gb"] = QUICK["sd14"]
 QUICK = {model: settings | {"split_step_left": 2, "split_step_right": 3} for model, settings in QUICK.items()}
+# The log line of each script that marks its first useful work.
 FIRST_WORK = {"sample": "stage0 sample: S ", "select": "stage0 select: scoring ", "train": "stage0 train: training on "}
 STARTUP_REPEATS = 5
 MATMUL_SIZE, MATMUL_REPEATS = {"cuda": 8192, "cpu": 2048}, {"cuda": 50, "cpu": 3}
@@ -73,25 +74,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=QUICK, default="shapes")
-    parser.add_argument("--batches", type=int, default=0, help="sampling batches of ours; 0: the preset's")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of all; 0: what our scripts choose")
+    parser.add_argument("--batches", type=int, default=0, help="sampling batches in our stage; 0: the preset's number")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of every process; 0: what our scripts choose")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="their shape, too")
-    parser.add_argument("--peer-images", type=int, default=0, help="images of theirs, scaled up; 0: as many as ours")
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="measure the peers' shape, too")
+    parser.add_argument(
+        "--peer-images",
+        type=int,
+        default=0,
+        help="images in the peers' stage, whose figures are scaled up; 0: as many as in ours",
+    )
     parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="keys of config/stage_process.py")
-    parser.add_argument("--folder", type=Path, help="where models and runs go; a temporary one")
-    parser.add_argument("--quick", action="store_true", help="as few images as will do")
+    parser.add_argument("--folder", type=Path, help="where models and runs go; default: a temporary folder")
+    parser.add_argument("--quick", action="store_true", help="few images, to see that it works")
     parser.add_argument("--startup", action="store_true")
     parser.add_argument("--network", action="store_true")
-    parser.add_argument("--compiled", nargs="*", choices=COMPILED, default=["no", "blocks"], help="of --network, in turn")
-    parser.add_argument("--write", action="store_true", help="keep the figures in docs/results")
+    parser.add_argument(
+        "--compiled", nargs="*", choices=COMPILED, default=["no", "blocks"], help="ways to compile for --network"
+    )
+    parser.add_argument("--write", action="store_true", help="put the figures into docs/results")
     given = parser.parse_args(arguments)
     given.command = shlex.join(["python", "-m", "benchmarks.stage", *(sys.argv[1:] if arguments is None else arguments)])
     return given
 
 
 def kind_of(given: argparse.Namespace) -> tuple[Callable, Callable[[dict], str], str]:
-    """What measures, what writes the tables, and what it is called in performance.json."""
+    """(the function that measures, the function that writes the tables, the name of the entry in performance.json)."""
     if given.startup:
         return startup, startup_markdown, "startup"
     if given.network:
@@ -101,7 +109,7 @@ def kind_of(given: argparse.Namespace) -> tuple[Callable, Callable[[dict], str],
 
 @contextmanager
 def workplace(folder: Path | None) -> Iterator[Path]:
-    """The folder, for the runs to lie in and be deleted from, or a temporary one."""
+    """The folder for models and runs: the given one, or a temporary one that is deleted afterwards."""
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
         yield folder.resolve()
@@ -111,7 +119,7 @@ def workplace(folder: Path | None) -> Iterator[Path]:
 
 
 def settings_of(given: argparse.Namespace, folder: Path) -> list[str]:
-    """The flags of our scripts, their models built."""
+    """The flags for our scripts. Builds the models that they name, if need be."""
     settings = {"num_threads": given.threads}
     if given.batches:
         settings["sample.num_batches_per_epoch"] = given.batches
@@ -130,8 +138,9 @@ def settings_of(given: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def once(builder: Callable[[Path], Path], root: Path) -> Path:
-    """Build a model, if it is not there yet, in a process of its own."""
+    """Build a model in folder `root` unless it is there. Returns `root`."""
     if not root.is_dir():
+        # Build under another name and rename, so that a killed build is never taken for a model.
         half = root.with_name(root.name + files.TEMPORARY)
         shutil.rmtree(half, ignore_errors=True)
         elsewhere(builder, half)
@@ -140,13 +149,13 @@ def once(builder: Callable[[Path], Path], root: Path) -> Path:
 
 
 def elsewhere(function: Callable, *arguments: Any) -> Any:
-    """Call it in a fresh process, so that its memory counts in no other and this one never holds a GPU."""
+    """Call a function in a fresh process and return its result, so that this process uses no GPU and little memory."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def resolve(settings: Sequence[str]) -> ConfigDict:
-    """The configuration as our scripts read it from these flags."""
+    """The configuration that our scripts read from these flags."""
     values, command = flags.FlagValues(), [__file__, *settings]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
     values(command)
@@ -157,7 +166,7 @@ def resolve(settings: Sequence[str]) -> ConfigDict:
 
 
 def benchmark(given: argparse.Namespace, settings: list[str], folder: Path) -> dict[str, Any]:
-    """Ours and theirs in turn: all that the tables are made of."""
+    """Run our stage and the peers' in turn. Returns everything that the tables need."""
     config = resolve(settings)
     runs: dict[str, list[Run]] = {}
     for shape in in_turn(["ours", "peers", "fused"] if given.peers else ["ours"], given.repeats):
@@ -170,14 +179,14 @@ def benchmark(given: argparse.Namespace, settings: list[str], folder: Path) -> d
         if not run["num_transitions"]:
             raise ValueError(f"nothing was selected of {run['num_images']} images ({shape}); take more")
         runs.setdefault(shape, []).append(run)
-        files.write_json(folder / "runs.json", runs)  # all there is of a benchmark that is cut short
+        files.write_json(folder / "runs.json", runs)  # so that a benchmark that is stopped leaves its figures
     device = torch.device(facts["device"]).type
     machine = elsewhere(measure_machine, config.to_dict(), facts["mixed_precision"], facts["num_threads"], device)
     return described(given, facts) | {"machine": machine, "runs": runs, "settings": settings[1:]}
 
 
 def described(given: argparse.Namespace, facts: dict[str, Any]) -> dict[str, Any]:
-    """Command, date, hardware and versions; `facts` is a manifest."""
+    """Command, date, hardware, versions and precision, from a manifest (`facts`)."""
     hardware, versions = facts["hardware"], facts["versions"]
     return {
         "command": given.command,
@@ -191,7 +200,7 @@ def described(given: argparse.Namespace, facts: dict[str, Any]) -> dict[str, Any
 
 
 def run_ours(settings: list[str], config: ConfigDict, root: Path) -> tuple[Run, dict[str, Any]]:
-    """A stage by the three scripts, and what its sampling recorded, with its `prompts`; its files are deleted."""
+    """Run a stage by our three scripts and delete its files. Returns the run, and sample.json with the stage's `prompts`."""
     shutil.rmtree(root, ignore_errors=True)
     places = [f"--config.save_path={root}", f"--config.log_path={root}"]
     processes = {verb: run_process([f"run_{verb}.py", *settings, *places]) for verb in VERBS}
@@ -203,7 +212,7 @@ def run_ours(settings: list[str], config: ConfigDict, root: Path) -> tuple[Run, 
 
 
 def make_job(config: ConfigDict, facts: dict[str, Any], num_images: int) -> Job:
-    """The same for the peers, on as many of its groups as make `num_images` (0: all), but whole batches."""
+    """The peers' job: the same stage, on about `num_images` images of it (0: all), in whole batches."""
     prompts = facts["prompts"][:: config.split_time]
     if num_images:
         per_batch = SAMPLE_BATCH * config.split_time
@@ -213,7 +222,7 @@ def make_job(config: ConfigDict, facts: dict[str, Any], num_images: int) -> Job:
 
 
 def run_peers(job: Job, root: Path, *, fused: bool) -> Run:
-    """A stage in the peers' shape; its files are deleted."""
+    """Run a stage in the peers' shape and delete its files."""
     shutil.rmtree(root, ignore_errors=True)
     files.write_json(root / "job.json", asdict(job) | {"fused": fused})
     (root / "images").mkdir()
@@ -227,15 +236,18 @@ def run_peers(job: Job, root: Path, *, fused: bool) -> Run:
 
 @dataclass(frozen=True)
 class Ended:
-    """What a process took."""
+    """What a finished process used."""
 
-    seconds: float  # until it ended; with `until`, until that line
-    peak_bytes: int  # of its main memory
-    written_bytes: int
+    seconds: float  # until its end, or until the line that was waited for
+    peak_bytes: int  # of main memory
+    written_bytes: int  # to files and pipes
 
 
 def run_process(arguments: Sequence[str], *, until: str = "") -> Ended:
-    """Run Python with `arguments` in the project's folder, as far as the first line with `until`."""
+    """Run Python with `arguments` in the project's folder. With `until`, kill it as soon as it prints a line with that text.
+
+    A RuntimeError if it fails, or ends without that line.
+    """
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     started, lines, arrived = time.perf_counter(), [], None
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT, "env": environment}
@@ -245,7 +257,7 @@ def run_process(arguments: Sequence[str], *, until: str = "") -> Ended:
         if until and until in line and arrived is None:
             arrived = time.perf_counter()
             process.kill()
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, but still there to be asked
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # WNOWAIT keeps /proc/<pid> for bytes_written
     ended = arrived or time.perf_counter()
     written = bytes_written(process.pid)
     _, status, usage = os.wait4(process.pid, 0)
@@ -257,7 +269,7 @@ def run_process(arguments: Sequence[str], *, until: str = "") -> Ended:
 
 
 def bytes_written(pid: int) -> int:
-    """What the process handed to write calls, every rewriting counted; 0 where the system does not say."""
+    """Bytes that a process passed to write calls, rewriting counted again; 0 if the system does not tell."""
     try:
         lines = Path(f"/proc/{pid}/io").read_text().splitlines()
     except OSError:
@@ -266,7 +278,7 @@ def bytes_written(pid: int) -> int:
 
 
 def summarise(processes: dict[str, Ended], manifests: dict[str, dict], num_evaluations: int, *, cuda: bool) -> Run:
-    """A run as benchmarks.stage_report takes it."""
+    """The three processes as one Run of benchmarks.stage_report."""
     return {
         "wall": {verb: ended.seconds for verb, ended in processes.items()},
         "seconds": {verb: manifest["seconds"] for verb, manifest in manifests.items()},
@@ -283,7 +295,7 @@ def summarise(processes: dict[str, Ended], manifests: dict[str, dict], num_evalu
 
 
 def measure_machine(config: dict[str, Any], precision: str, num_threads: int, device: str) -> dict[str, float]:
-    """The matmul peak, and the FLOPs of one (guided) evaluation and of one trained transition."""
+    """Measure the matmul peak in TFLOP/s, and count the FLOPs of a guided evaluation and of a trained transition."""
     torch.set_num_threads(num_threads)
     root = Path(config["pretrained"]["model"])
     rows = 1 if config["sample"]["guidance_scale"] == 1 else 2
@@ -296,8 +308,10 @@ def measure_machine(config: dict[str, Any], precision: str, num_threads: int, de
 
 
 def unet_flops(config: dict[str, Any], rows: int, num_tokens: int, lora_rank: int) -> tuple[int, int]:
-    """FLOPs of a forward of `rows` latents, and of a forward and backward with frozen weights and a LoRA. Nothing is
-    computed."""
+    """(FLOPs of a forward pass of `rows` latents, FLOPs of forward and backward with frozen weights and a LoRA).
+
+    On the meta device: shapes are followed, nothing is computed.
+    """
     from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import AttnProcessor
     from peft import LoraConfig
@@ -314,7 +328,7 @@ def unet_flops(config: dict[str, Any], rows: int, num_tokens: int, lora_rank: in
 
 
 def count_flops(network: nn.Module, forward: Callable[[], Tensor]) -> tuple[int, int]:
-    """FLOPs of a forward without gradient, and of a forward and the backward to what the network trains."""
+    """(FLOPs of a forward pass without gradient, FLOPs of a forward pass and the backward pass to the trained weights)."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.no_grad(), FlopCounterMode(display=False) as alone:
@@ -326,7 +340,7 @@ def count_flops(network: nn.Module, forward: Callable[[], Tensor]) -> tuple[int,
 
 
 def matmul_tflops(device: str, dtype: torch.dtype) -> float:
-    """TFLOP/s of a large matrix product, the best of five goes."""
+    """TFLOP/s of a large matrix product: the fastest of five tries, after one to warm up."""
     size, repeats = MATMUL_SIZE[device], MATMUL_REPEATS[device]
     one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
 
@@ -338,12 +352,12 @@ def matmul_tflops(device: str, dtype: torch.dtype) -> float:
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    go()
+    go()  # warms up
     return 2 * size**3 * repeats / min(go() for _ in range(5)) / 1e12
 
 
 def network(given: argparse.Namespace, settings: list[str], folder: Path) -> dict[str, Any]:
-    """The network alone, each way to compile it in a process of its own, whose rows are logged when it ends."""
+    """Measure the network alone. Each way to compile runs in a process of its own, and its rows are logged at once."""
     config = resolve(settings)
     cuda, precision = choose_device(read_settings(config).compute)
     device, threads = "cuda" if cuda else "cpu", given.threads or torch.get_num_threads()
@@ -366,9 +380,12 @@ def network(given: argparse.Namespace, settings: list[str], folder: Path) -> dic
 
 
 def startup(given: argparse.Namespace, settings: list[str], folder: Path) -> dict[str, Any]:
-    """Seconds of each script from command to first useful work, in turn with `import torch`, on a stage sampled before."""
+    """Measure the seconds from command to first useful work of each script, in turn with `import torch`.
+
+    Every script gets a stage in which the phases before it are done.
+    """
     exp_name = resolve(settings).exp_name
-    roots = {verb: folder / f"before_{verb}" for verb in VERBS}  # the stage as each script finds it
+    roots = {verb: folder / f"before_{verb}" for verb in VERBS}  # the experiment as each script finds it
 
     def command(verb: str, root: Path) -> list[str]:
         return [f"run_{verb}.py", *settings, f"--config.save_path={root}", f"--config.log_path={root}"]

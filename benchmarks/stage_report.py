@@ -1,8 +1,13 @@
 """Tables of benchmarks.stage, and their arithmetic.
 
-A run is what one stage's three processes left: `wall` {verb: s}, `seconds` {verb: {name: s}}, `peak_bytes` and
-`written_bytes` {verb: bytes}, `num_images`, `num_evaluations` (of the guided network, for one image's latents each) and
-`num_transitions` (trained).
+A Run is what was measured in one stage, a dict:
+
+    wall                          {verb: seconds of the whole process}, verbs sample, select, train
+    seconds                       {verb: {name: seconds}}, as the process measured them
+    peak_bytes, written_bytes     {verb: bytes}; device_bytes on a GPU
+    num_images
+    num_evaluations               guided evaluations of the network, each for one image
+    num_transitions               trained transitions
 """
 
 import math
@@ -26,7 +31,7 @@ PAGE = """By `{command}`, {by}, {precision}. {work}
 
 
 def phases(run: Run) -> dict[str, float]:
-    """Seconds of one run by phase. What a process does beside its phases, its end too, counts as start-up."""
+    """Seconds of one run by phase. Everything outside the phases counts as start-up: imports, loading, the process's end."""
     sample, select, train = (run["seconds"][verb] for verb in VERBS)
     found = {
         "sampling": sample["sample"] - sample.get("decode", 0) - sample.get("write", 0),
@@ -43,9 +48,10 @@ def phases(run: Run) -> dict[str, float]:
 
 
 def scaled(run: Run, like: Run) -> dict[str, float]:
-    """The run's phases for as much work as `like` did: training by transitions, all else but start-up by images.
+    """Seconds by phase, scaled to the work of run `like`: training by transitions, start-up not at all, the rest by images.
 
-    Generous to a run that pickles everything again after every batch, whose time for that grows with their square.
+    This favours the peers: they pickle all trajectories again after every batch, which takes time that grows with the square
+    of the number of batches.
     """
     by_images = like["num_images"] / run["num_images"]
     by_transitions = like["num_transitions"] / run["num_transitions"]
@@ -55,12 +61,12 @@ def scaled(run: Run, like: Run) -> dict[str, float]:
 
 
 def written(run: Run, like: Run) -> float:
-    """Bytes that the run would have written for as many images as `like` has."""
+    """Bytes written by the run, scaled to the number of images of `like`."""
     return sum(run["written_bytes"].values()) * like["num_images"] / run["num_images"]
 
 
 def typical(facts: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Of each shape the median seconds by phase, each run scaled to the work of ours beside it."""
+    """{shape: {phase: median seconds}}, each run scaled to the work of our run of the same round."""
     found = {}
     for shape, runs in facts["runs"].items():
         each = [scaled(run, ours) for run, ours in zip(runs, facts["runs"]["ours"], strict=True)]
@@ -69,7 +75,7 @@ def typical(facts: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def rates(run: Run, machine: dict[str, float]) -> dict[str, float]:
-    """images/s, transitions/s and TFLOP/s of one run; `machine` has the FLOPs of an evaluation and a transition."""
+    """Images/s, transitions/s, and TFLOP/s of sampling and training of one run; `machine` is from stage.measure_machine."""
     found = phases(run)
     return {
         "images": run["num_images"] / run["seconds"]["sample"]["sample"],
@@ -80,7 +86,7 @@ def rates(run: Run, machine: dict[str, float]) -> dict[str, float]:
 
 
 def markdown(facts: dict[str, Any]) -> str:
-    """The tables of one benchmark, with what it was run on."""
+    """The page of one benchmark: command and machine, then the tables."""
     seconds = typical(facts)
     tables = {"phases": phase_table(seconds), "saved": saved_by_attention(seconds), "rates": rate_table(facts)}
     by = f"{circumstances(facts)}, threads: {facts['threads']}"
@@ -88,11 +94,12 @@ def markdown(facts: dict[str, Any]) -> str:
 
 
 def circumstances(facts: dict[str, Any]) -> str:
+    """Date, hardware and versions in words."""
     return f"{facts['date']}, {facts['hardware']}; {facts['versions']}"
 
 
 def work(runs: dict[str, list[Run]]) -> str:
-    """How much was done, and how often."""
+    """One or two sentences on the work in a stage, and on the number of repeats."""
     ours, fewest = runs["ours"][0], min(run["num_images"] for some in runs.values() for run in some)
     text = f"A stage of {ours['num_images']} images, {ours['num_evaluations']} evaluations of the network and "
     text += f"{ours['num_transitions']} trained transitions; medians of {len(runs['ours'])}."
@@ -102,7 +109,7 @@ def work(runs: dict[str, list[Run]]) -> str:
 
 
 def phase_table(seconds: dict[str, dict[str, float]]) -> str:
-    """Seconds by phase side by side, how many times as long the peers take, and what fused attention alone brings them."""
+    """A table of seconds by phase and shape, with ratios: peers to ours, and peers to peers with fused attention."""
     header = ["seconds", *(SHAPES[shape] for shape in seconds)]
     if "peers" in seconds:
         header += ["peers / ours", "by fused attention alone"]
@@ -117,7 +124,7 @@ def phase_table(seconds: dict[str, dict[str, float]]) -> str:
 
 
 def saved_by_attention(seconds: dict[str, dict[str, float]]) -> str:
-    """Of the seconds between the peers' stage and ours, the share that fused attention saves them; nothing without them."""
+    """A sentence on the share of our lead over the peers that fused attention alone would give them; "" without peers."""
     if "peers" not in seconds or seconds["peers"][WHOLE] <= seconds["ours"][WHOLE]:
         return ""
     peers, fused, ours = (seconds[shape][WHOLE] for shape in ("peers", "fused", "ours"))
@@ -125,7 +132,7 @@ def saved_by_attention(seconds: dict[str, dict[str, float]]) -> str:
 
 
 def rate_table(facts: dict[str, Any]) -> str:
-    """Rates, FLOP/s as a share of the matmul peak, memory and bytes, side by side."""
+    """A table of rates, FLOP/s with their share of the matmul peak, memory and written bytes, by shape."""
     runs, machine = facts["runs"], facts["machine"]
     like = runs["ours"][0]
     per_run = {shape: [rates(run, machine) for run in some] for shape, some in runs.items()}
@@ -158,14 +165,14 @@ def rate_table(facts: dict[str, Any]) -> str:
 
 
 def peak_line(machine: dict[str, float]) -> str:
-    """What the shares are of."""
+    """A sentence on the matmul peak and on how FLOPs were counted."""
     peak = f"Matmul peak, measured in the same call: {number(machine['matmul_tflops'])} TFLOP/s. FLOPs are counted once, by "
     peak += f"FlopCounterMode, attention included: {number(machine['evaluation_flops'] / 1e9)} GFLOP an evaluation, "
     return peak + f"{number(machine['transition_flops'] / 1e9)} GFLOP a transition, forward and backward."
 
 
 def startup_markdown(facts: dict[str, Any]) -> str:
-    """From command to first useful work, beside `import torch`."""
+    """The page of --startup: seconds from command to first useful work, compared with `import torch`."""
     seconds = {name: median(values) for name, values in facts["seconds"].items()}
     base, count = seconds["import torch"], len(facts["seconds"]["import torch"])
     rows = [[name, number(value), times(value, base)] for name, value in seconds.items()]
@@ -174,7 +181,7 @@ def startup_markdown(facts: dict[str, Any]) -> str:
 
 
 def network_markdown(facts: dict[str, Any]) -> str:
-    """The network alone: milliseconds and TFLOP/s, as it is and compiled."""
+    """The page of --network: milliseconds, TFLOP/s and memory by kind of pass, batch size and way to compile."""
     machine, rows = facts["machine"], facts["rows"]
     flops = {"evaluation": machine["evaluation_flops"], "transition": machine["transition_flops"]}
     cells = []
@@ -191,7 +198,7 @@ def network_markdown(facts: dict[str, Any]) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits, and thousands whole."""
+    """A number with three significant digits; from 100 on as a whole number, with commas at thousands."""
     if value == 0:
         return "0"
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
@@ -199,9 +206,10 @@ def number(value: float) -> str:
 
 
 def times(value: float, base: float) -> str:
+    """How many times `base` the value is, such as 2.23×; "" if base is 0."""
     return f"{value / base:.2f}×" if base else ""
 
 
 def in_turn(shapes: Sequence[str], repeats: int) -> list[str]:
-    """ours, peers, …, ours, peers, …: what the machine does meanwhile falls on all of them."""
+    """The shapes in turn, `repeats` times: ours, peers, ours, peers, … Other load on the machine then slows all alike."""
     return [shape for _ in range(repeats) for shape in shapes]

@@ -1,10 +1,10 @@
 """Do the claims of B2-DiffuRL hold? The runs behind docs/results/study.md.
 
-    python -m benchmarks.study             # all of it; what is done is not redone, so a killed study goes on
-    python -m benchmarks.study --quick     # the same in minutes and in small, to see that it works
-    python -m benchmarks.study --draw      # only the page, from the runs that are finished
+    python -m benchmarks.study             # all runs; finished ones are not repeated, so a killed study goes on
+    python -m benchmarks.study --quick     # a small version in three minutes, to see that it works
+    python -m benchmarks.study --draw      # make no runs, only write the page from the finished ones
 
-Runs are made side by side, one thread each, in the order of `runs`: the arms seed by seed, then what comes after them.
+Runs are made side by side, one thread each: first the four arms seed by seed, then other objectives, then controls.
 """
 
 import argparse
@@ -48,23 +48,23 @@ log = logging.getLogger("b2diffurl")
 
 @dataclass(frozen=True)
 class Variant:
-    """An arm, with what is changed in it."""
+    """An arm of the study, or an arm with some settings changed."""
 
     name: str
     arm: str  # a preset: b2, bs, bpt, ddpo
-    seeds: int  # how many, from 1 on
-    settings: dict[str, Any] = field(default_factory=dict)
-    against: str = "b2"  # the variant that it is compared with
+    seeds: int  # how many; they are 1, 2, …
+    settings: dict[str, Any] = field(default_factory=dict)  # the changes, by key
+    against: str = "b2"  # name of the variant that it is compared with
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How long the study is; the same for all variants."""
+    """The size of a study."""
 
-    prefix: str
-    seeds: int  # at most
-    settings: dict[str, Any]
-    blocks: tuple[list[Variant], ...]  # what is run, one block after the other
+    prefix: str  # of the experiments' names
+    seeds: int  # at most so many of each variant
+    settings: dict[str, Any]  # changes to every run, by key
+    blocks: tuple[list[Variant], ...]  # the runs, one block after the other
 
 
 ARMS = [Variant(arm, arm, 5, against="ddpo") for arm in ("ddpo", "bpt", "bs", "b2")]
@@ -103,10 +103,12 @@ QUICK = Scale("study_quick", 2, SHORT, (ARMS,))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="four arms, two seeds, short; the page goes to log/study_quick")
-    parser.add_argument("--draw", action="store_true", help="make no runs")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
-    parser.add_argument("--out", type=Path, help="folder of page and figures; docs/results, or log/study_quick")
+    parser.add_argument(
+        "--quick", action="store_true", help="four arms, two seeds, short runs; the page goes to log/study_quick"
+    )
+    parser.add_argument("--draw", action="store_true", help="make no runs, only write the page")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="how many runs are made side by side")
+    parser.add_argument("--out", type=Path, help="folder of the page; default: docs/results, or log/study_quick")
     given = parser.parse_args()
     scale = QUICK if given.quick else FULL
     set_up_logging(Path(f"log/{scale.prefix}.log"))
@@ -117,7 +119,7 @@ def main() -> None:
 
 
 def runs(scale: Scale) -> list[tuple[Variant, int]]:
-    """Every run: arms, objectives, controls, each of them seed by seed."""
+    """Every run as (variant, seed), in order: block after block, each seed by seed."""
     found = []
     for block in scale.blocks:
         found += [(one, seed) for seed in range(1, scale.seeds + 1) for one in block if seed <= one.seeds]
@@ -125,7 +127,7 @@ def runs(scale: Scale) -> list[tuple[Variant, int]]:
 
 
 def configure(scale: Scale, variant: Variant | None, seed: int = 1) -> ConfigDict:
-    """The configuration of one run, or with no variant that of the base model's judgement."""
+    """The configuration of one run; without a variant, of the evaluation of the base model."""
     config = get_config(variant.arm if variant else "b2")
     settings = scale.settings | (variant.settings if variant else {})
     config.update_from_flattened_dict(settings)
@@ -139,7 +141,7 @@ def configure(scale: Scale, variant: Variant | None, seed: int = 1) -> ConfigDic
 
 
 def perform_all(scale: Scale, jobs: int) -> dict[str, str]:
-    """Every run that is not finished, `jobs` at once; returns why some failed, which does not stop the others."""
+    """Make all unfinished runs, `jobs` at once. A failure does not stop the others. Returns {run: error} of the failed."""
     todo = [(variant, seed) for variant, seed in runs(scale) if not finished_run(scale, variant, seed)]
     judge_base(scale)
     started, failed = time.perf_counter(), {}
@@ -165,7 +167,7 @@ def perform_all(scale: Scale, jobs: int) -> dict[str, str]:
 
 
 def end_with(parent: int) -> None:
-    """Let this worker die with its parent, however that one ends, and show no progress bars."""
+    """Make this worker process end with its parent, even if that is killed, and silence progress bars."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -182,13 +184,14 @@ def root_of(config: ConfigDict) -> Path:
 
 
 def judge_base(scale: Scale) -> list[dict[str, Any]]:
+    """The base model's results on both prompt sets; they are computed once, then read back."""
     config = configure(scale, None)
     settings = checked_settings(config)
     return evaluate(settings, ["base"], list(SETS), {"training": training_sampler(settings)})
 
 
 def perform(scale: Scale, variant: Variant, seed: int) -> None:
-    """One run from its first stage to its curve; every part of it is skipped if it is done."""
+    """Make one run: all stages, their evaluation, and study.json. Finished parts are skipped."""
     config = configure(scale, variant, seed)
     set_up_logging(Path(config.log_path) / f"{config.exp_name}.log", console_too=False)
     begun = root_of(config) / "config.json"
@@ -202,7 +205,7 @@ def perform(scale: Scale, variant: Variant, seed: int) -> None:
 
 
 def finished_run(scale: Scale, variant: Variant, seed: int) -> dict[str, Any] | None:
-    """What a finished run left, if it was made with today's settings."""
+    """study.json of a finished run; None if the run is unfinished or was made with other settings than today's."""
     path = root_of(configure(scale, variant, seed)) / "study.json"
     found = files.read_json(path) if path.is_file() else None
     return found if found and found["config"] == described_config(scale, variant, seed) else None
@@ -217,9 +220,10 @@ def described_config(scale: Scale, variant: Variant, seed: int) -> dict[str, Any
 
 
 def describe_run(scale: Scale, variant: Variant, seed: int) -> dict[str, Any]:
-    """The run's curve from the base on: what it had cost by each judged stage, and what it was worth.
+    """The content of study.json: settings, and the learning curve from the base model on.
 
-    Whatever it was rewarded by, it is judged by the b2 arm's reward and the checker.
+    A point of the curve has the costs up to that stage and the results on both prompt sets. Every run is judged by the b2
+    arm's reward and by the checker, even if it was trained on another reward.
     """
     config, bases = configure(scale, variant, seed), judge_base(scale)
     config.reward.name = configure(scale, None).reward.name
@@ -235,7 +239,7 @@ def describe_run(scale: Scale, variant: Variant, seed: int) -> dict[str, Any]:
     control = variant.settings.keys() - {"train.objective"}
     return {
         "name": variant.name,
-        "arm": variant.name if control else variant.arm,  # so that whoever groups by arm does not mix them
+        "arm": variant.name if control else variant.arm,  # a changed arm is not listed as the arm itself
         "preset": variant.arm,
         "objective": config.train.objective,
         "seed": seed,
@@ -250,7 +254,7 @@ def describe_run(scale: Scale, variant: Variant, seed: int) -> dict[str, Any]:
 
 
 def plain(result: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a result, without its values by image."""
+    """The numbers of a result, without the values of single images."""
     return {key: value for key, value in result.items() if isinstance(value, float)}
 
 
@@ -258,11 +262,11 @@ COSTS = ("queries", "evaluations", "updates", "seconds")
 
 
 def cost(config: ConfigDict, num_stages: int) -> dict[str, float]:
-    """What the first stages took.
+    """The costs (see COSTS) of the first `num_stages` stages.
 
-    `evaluations` counts the network's work in forward passes of one image: one for a step of sampling, two for a trained
-    step (forward, and backward through frozen weights), one more where the base policy is asked, too. `seconds` is sampling,
-    scoring and training by the clock, without loading, and without what a killed stage had done before.
+    `evaluations` counts the network's work in forward passes of one image. A sampled step is one. A trained step is two:
+    forward, and backward through frozen weights; it is three if the objective also evaluates the base policy. `seconds` is
+    wall time of sampling, scoring and training, without loading, and without the lost work of a killed stage.
     """
     total = dict.fromkeys(COSTS, 0.0)
     passes = 2 + OBJECTIVES[config.train.objective].needs_base
@@ -276,7 +280,7 @@ def cost(config: ConfigDict, num_stages: int) -> dict[str, float]:
 
 
 def stage_facts(stage: Stage) -> dict[str, float]:
-    """How one stage went."""
+    """Figures of one stage: trained steps, updates, rewards and selection."""
     selected, trained = stage.manifest("select"), stage.manifest("train")
     keys = ("reward_mean", "reward_std", "reward_group_std", "num_selected", "num_best", "num_worst")
     return {"num_trained_steps": trained["num_trained_steps"], "num_updates": trained["num_updates"]} | {
@@ -288,13 +292,14 @@ def stage_facts(stage: Stage) -> dict[str, float]:
 
 
 def finished(scale: Scale) -> Iterator[dict[str, Any]]:
+    """study.json of each finished run, without its configuration."""
     for variant, seed in runs(scale):
         if run := finished_run(scale, variant, seed):
             yield {key: value for key, value in run.items() if key != "config"}
 
 
 def draw(scale: Scale, out: Path, failed: dict[str, str]) -> None:
-    """study.md, study.json and its pictures, from the finished runs."""
+    """Write study.md, study.json and the pictures from the finished runs."""
     from benchmarks.study_report import write_report
 
     found, config = list(finished(scale)), configure(scale, None)

@@ -1,4 +1,4 @@
-"""The page of benchmarks.study: study.md and its pictures."""
+"""The page of benchmarks.study, study.md, and its pictures."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,9 +27,9 @@ from benchmarks.study_statistics import (
 ARMS = {"ddpo": "plain DDPO", "bpt": "progressive training alone", "bs": "branch sampling alone", "b2": "B²-DiffuRL: both"}
 COLOURS = {"ddpo": "#6b6b6b", "bpt": "#1f6feb", "bs": "#2da44e", "b2": "#c2410c"}
 SETS = {"train": "training", "test": "held-out"}
-FEW = 5  # a comparison of fewer seeds than this takes the spread of those like it
-TOO_FEW = 3  # and of fewer than this decides nothing
-# (claim, variant, compared with, kind, figure)
+FEW = 5  # a comparison of fewer seeds uses a pooled deviation
+TOO_FEW = 3  # a comparison of fewer seeds gets no verdict
+# (claim, variant, the variant it is compared with, kind of comparison, figure)
 CLAIMS = [
     ("**B² beats plain DDPO** after equally many reward queries", "b2", "ddpo", "final", "accuracy"),
     ("… and with as many updates, DDPO's batches being larger", "b2", "ddpo, updates of b2", "final", "accuracy"),
@@ -57,11 +57,11 @@ PAGE = """# Do the claims of B²-DiffuRL hold?
 By `{command}`, {date}, {hardware} ({devices}), torch {torch}: {num_runs} runs of {queries:,} scored images each, one thread
 a run, several side by side.{quick}
 
-The world is the embedded one ([shapes.md](../shapes.md)), at 8 sampler steps and without guidance, which makes a run last
-minutes. K = 5 siblings, CLIP as reward, rate {learning_rate:g}, batches of {batch_size} trajectories, {num_epochs} pass,
-clip range {eps:g}, step weights {step_weight}, rank 16. Where S grows, it goes 6, 7, 8, which is the reference's 14 to 20 of
-20; [shapes.md](../shapes.md#how-the-study-was-set-up) says how all this was chosen. Every part of a method is a switch
-([method.md](../method.md#ablations)), everything else is equal.
+All runs are in the shapes world ([shapes.md](../shapes.md)), with 8 sampler steps and without guidance, so that a run takes
+minutes. K = 5 siblings, CLIP as reward, learning rate {learning_rate:g}, updates of {batch_size} trajectories, {num_epochs}
+pass, clip range {eps:g}, step weights {step_weight}, LoRA of rank 16. Where S grows it takes the values 6, 7 and 8 of 8
+steps, which correspond to the paper's 14 to 20 of 20. [shapes.md](../shapes.md#how-the-study-was-set-up) says how all this
+was chosen. The arms differ in the switches below ([method.md](../method.md#ablations)) and in nothing else.
 
 | arm | siblings | S | what is trained |
 | --- | --- | --- | --- |
@@ -70,9 +70,9 @@ clip range {eps:g}, step weights {step_weight}, rank 16. Where S grows, it goes 
 | bs: branch sampling alone | branches | 6 | the same |
 | b2: B²-DiffuRL | branches | 6, 7, 8 | the same |
 
-Runs are judged by the exact checker, which no training but one control's sees, on {num_images} images a figure, of the
-same noise for all. The base model has {base_train} of the training prompts right and {base_test} of the held-out ones. Runs
-of one seed are paired; a seed is one observation; all intervals are 95 %. Every curve is in
+Accuracy is by the exact checker, which is used in training by one control only. Each figure is of {num_images} images, on
+the same noise in all runs. The base model's accuracy is {base_train} on training prompts and {base_test} on held-out ones.
+Runs with the same seed are paired, and each seed is one observation. All intervals are 95 %. Every curve is in
 [study.json](study.json).
 
 ## The arms
@@ -83,30 +83,31 @@ of one seed are paired; a seed is one observation; all intervals are 95 %. Every
 
 {arms}
 
-± is the standard deviation over seeds. Diversity is that of the right images of held-out prompts at the end: mean
-pairwise distance of layouts in px, and of the scorer's embeddings; the Vendi score is that of all {per_prompt} images of a
-prompt. Network evaluations are forward passes of one image, in thousands: one for a step of sampling, two for a trained
-step. Seconds are by the clock on a machine that was shared, and vary by a factor of two for the same work.
+± is the standard deviation over seeds. Layouts and embeddings are the diversity of right images of held-out prompts at the
+end of a run: the mean pairwise distance of layouts in px, and of the scorer's embeddings. The Vendi score is over all
+{per_prompt} images of a prompt. Network evaluations are forward passes of one image, in thousands: one for a sampled step,
+two for a trained step. Seconds are wall time on a shared machine, and vary by a factor of two for the same work.
 
 ## Claim by claim
 
-Differences in accuracy are in points. Supported: the whole interval is above 0; not supported: it is below; else
-undecided. With as many intervals one or two miss 0 by chance, and comparisons of few seeds share their runs: read the
-clear ones.
+Differences in accuracy are in points. A claim is *supported* if the whole interval is above 0, *not supported* if it is
+below 0, and *undecided* otherwise. Among so many intervals one or two exclude 0 by chance, and comparisons of few seeds
+share runs, so rely on the clear ones.
 
 {claims}
 
 ## At equal cost
 
-The ddpo arm trains on all that it samples, the others on the best and worst of five that pass the thresholds. Here
-both runs of a pair have spent as much as the cheaper one spent in all (interpolated along the curves); points of accuracy.
+The ddpo arm trains on all images that it samples, the others on the best and worst of five that pass the thresholds, so at
+the end of a run the arms have spent different amounts. Here the two runs of a pair are compared where both have spent what
+the cheaper one spent in all, interpolated along the curves. Differences are in points of accuracy.
 
 {equal_cost}
 
 ## Diversity at matched accuracy
 
-Where both runs of a seed are as accurate as the less accurate one became, interpolated along the curves: on average
-{matched_at}.
+A more accurate model is less diverse. So the two runs of a pair are compared at the best accuracy of the less accurate one,
+interpolated along the curves: on average {matched_at}.
 
 ![Diversity against accuracy](study_diversity.png)
 
@@ -118,7 +119,7 @@ Where both runs of a seed are as accurate as the less accurate one became, inter
 
 ## Controls
 
-Each differs from the b2 arm, or the ddpo arm, in what its name says. {pooling}
+Each control is the b2 arm or the ddpo arm, with the change that its name says. {pooling}
 
 ![Controls](study_controls.png)
 
@@ -131,7 +132,10 @@ Each differs from the b2 arm, or the ddpo arm, in what its name says. {pooling}
 
 
 def write_report(facts: dict[str, Any], against: dict[str, str], out: Path) -> None:
-    """study.md and its three pictures, from study.json's `facts`; `against` says what each variant is compared with."""
+    """Write study.md and its three pictures into folder `out`.
+
+    `facts` is the content of study.json; `against` maps each variant to the one that it is compared with.
+    """
     runs = by_variant(facts["runs"])
     out.mkdir(parents=True, exist_ok=True)
     against = {name: other for name, other in against.items() if name in runs and other in runs and name != other}
@@ -146,7 +150,9 @@ def write_report(facts: dict[str, Any], against: dict[str, str], out: Path) -> N
     text = PAGE.format(
         **facts["setting"],
         command=facts["command"],
-        quick=" **A quick run, far shorter than the text below has it: to see that it works.**" if facts["quick"] else "",
+        quick=" **This is a quick run to see that the study works. It is far shorter than the text below says.**"
+        if facts["quick"]
+        else "",
         date=facts["date"],
         hardware=facts["hardware"],
         devices=", ".join(facts["devices"]),
@@ -179,13 +185,13 @@ def write_report(facts: dict[str, Any], against: dict[str, str], out: Path) -> N
 
 
 def spread(values: Sequence[float], form: str = "{:.1f}", scale: float = 1.0) -> str:
-    """Mean ± standard deviation."""
+    """`mean ± standard deviation` in words; the mean alone if there is one value."""
     mean = form.format(scale * fmean(values))
     return f"{mean} ± {form.replace('+', '').format(scale * stdev(values))}" if len(values) > 1 else mean
 
 
 def shown(found: Interval | None, key: str) -> str:
-    """Difference [interval], accuracies in points."""
+    """`**difference** [low, high]` in words, accuracies in points; "" for None."""
     if found is None:
         return ""
     scale, form = {"accuracy": (100, "{:+.1f}"), "diversity/layout_right": (1, "{:+.2f}")}.get(key, (1, "{:+.4f}"))
@@ -194,6 +200,7 @@ def shown(found: Interval | None, key: str) -> str:
 
 
 def finals(runs: Runs, name: str, prompts: str, key: str) -> list[float]:
+    """Figure `key` at the end of each run of a variant."""
     return [run["curve"][-1][prompts][key] for run in runs[name].values()]
 
 
@@ -233,10 +240,11 @@ def claims_table(runs: Runs, against: dict[str, str]) -> str:
 
 
 def compare(runs: Runs, against: dict[str, str], one: str, other: str, kind: str, prompts: str, key: str) -> Interval | None:
-    """The interval of one claim's difference; None where there are no such runs."""
+    """The difference between variants `one` and `other`, with its interval; None if there are no such runs."""
     measures = {"final": final, "matched": at_matched_accuracy, "gain": gain}
     values = differences(runs, one, one if kind == "gain" else other, measures[kind](prompts, key))
-    member = other if against.get(other) == one else one  # of those whose spread is taken
+    # With few seeds use the deviation of all comparisons with the same arm. Find which arm that is from either side.
+    member = other if against.get(other) == one else one
     own = len(values) >= FEW or kind != "final"
     return interval(values, pooled=None if own else pooled(runs, against, member, prompts, key))
 
@@ -256,7 +264,10 @@ DIVERSITIES = {
 
 
 def against_ddpo(runs: Runs, rows: list[tuple[str, str]], measure: Callable[[str, str], Callable[[Run, Run], float]]) -> str:
-    """One row for each of (key, words) and prompt set: the other arms less ddpo, by measure(prompts, key)."""
+    """A table of the differences between the other arms and ddpo: a row for each (key, words) of `rows` and prompt set.
+
+    The difference is measure(prompts, key).
+    """
     arms = [arm for arm in present(runs, ARMS) if arm != "ddpo"]
     cells = []
     for key, words in rows:
@@ -284,7 +295,7 @@ def variants_table(runs: Runs, names: Sequence[str], against: dict[str, str]) ->
 
 
 def hacking_table(runs: Runs) -> str:
-    """Gains of the arms and of the runs that the checker itself rewarded, by both measures."""
+    """A table of gains in reward and in accuracy: of the arms, and of the runs whose reward was the checker."""
     rows = []
     for name in present(runs, [*ARMS, "b2, rewarded by the checker"]):
         for prompts, said in SETS.items():
@@ -296,13 +307,13 @@ def hacking_table(runs: Runs) -> str:
         ["trained", "prompts", "seeds", "gain in the scorer's reward", "gain in the checker's accuracy, points"], rows
     )
     return (
-        "Hacked is a reward that rises while the checker's accuracy does not. Gains over the base, ± standard deviation "
-        f"over seeds; in the last rows the checker is the reward, and the scorer watches.\n\n{text}"
+        "A reward is hacked if it rises while the accuracy by the checker does not. Gains are over the base, ± standard "
+        f"deviation over seeds. In the last rows the checker is the reward, and the scorer is only watched.\n\n{text}"
     )
 
 
 def missing(facts: dict[str, Any]) -> str:
-    """What failed, and what is still to be run: variants with their seeds."""
+    """Sentences on the runs that failed and on those that are not made yet; "" if there are none."""
     failed = "".join(f"\nFailed: {name} ({reason}).\n" for name, reason in facts["failed"].items())
     seeds: dict[str, list[str]] = {}
     for name, seed in facts["missing"]:
@@ -315,25 +326,26 @@ def missing(facts: dict[str, Any]) -> str:
 
 
 def present(runs: Runs, names: Sequence[str]) -> list[str]:
+    """The variants of `names` that have a finished run."""
     return [name for name in names if name in runs]
 
 
 def pooled(runs: Runs, against: dict[str, str], one: str, prompts: str, key: str) -> tuple[float, int] | None:
-    """The common deviation of one figure's paired differences, over the variants compared with the same arm as `one`."""
+    """The pooled deviation of a figure's paired differences, over all variants compared with the same arm as `one`."""
     alike = [name for name, other in against.items() if other == against.get(one, "ddpo")]
     return pooled_deviation([differences(runs, name, against[name], final(prompts, key)) for name in alike])
 
 
 def pooling(runs: Runs, against: dict[str, str]) -> str:
-    """What stands in for the spread of a few seeds."""
+    """Sentences on the deviation that is used where there are few seeds."""
     words = []
     for arm, member in (("b2", "b2, S = T"), ("ddpo", "b2")):
         if found := pooled(runs, against, member, "test", "accuracy"):
             words.append(f"{100 * found[0]:.1f} points of held-out accuracy against {arm} ({found[1]} degrees of freedom)")
     return (
-        f"Where there are fewer than {FEW} seeds the interval takes the deviation of all differences against the same "
-        f"arm together, {' and '.join(words)}. That supposes they vary alike: variants that learn more vary more, so their "
-        "intervals are somewhat too narrow, and those of the others too wide."
+        f"With fewer than {FEW} seeds the interval uses the deviation pooled over all differences to the same arm: "
+        f"{' and '.join(words)}. This assumes that all variants vary alike. In fact variants that learn more vary more, so "
+        "their intervals are somewhat too narrow, and the other intervals too wide."
     )
 
 
@@ -341,7 +353,7 @@ def pooling(runs: Runs, against: dict[str, str]) -> str:
 
 
 def draw_arms(runs: Runs) -> plt.Figure:
-    """Reward, accuracies and the diversity of right layouts over reward queries; held-out accuracy over other costs, too."""
+    """Six panels: accuracies, reward and diversity over reward queries, and held-out accuracy over two other costs."""
     figure, panels = plt.subplots(2, 3, figsize=(14, 7.4), constrained_layout=True)
     held_out, costs = "Accuracy on held-out prompts, %", {"queries": "reward queries", "evaluations": "network evaluations"}
     for panel, prompts, key, scale, heading, cost in (
@@ -363,7 +375,7 @@ def draw_arms(runs: Runs) -> plt.Figure:
 
 
 def draw_band(panel: plt.Axes, x: Sequence[float], curves: np.ndarray, colour: str, label: str) -> None:
-    """Mean of curves [seeds,points] with its 95 % interval."""
+    """Draw the mean of curves [seeds,points] with a band, its 95 % interval."""
     panel.plot(x, curves.mean(0), color=colour, lw=2.2, label=label, marker="o", ms=3.5)
     if len(curves) > 1:
         bands = [interval(values) for values in curves.T.tolist()]
@@ -371,7 +383,7 @@ def draw_band(panel: plt.Axes, x: Sequence[float], curves: np.ndarray, colour: s
 
 
 def draw_diversity(runs: Runs) -> plt.Figure:
-    """Diversity of right images against accuracy, along each run."""
+    """Four panels: diversity of right images against accuracy, along each run (thin) and on average (thick)."""
     figure, panels = plt.subplots(2, 2, figsize=(10.5, 7.2), constrained_layout=True)
     for row, (prompts, words) in zip(panels, SETS.items(), strict=True):
         for panel, key, unit in (
@@ -393,9 +405,9 @@ def draw_diversity(runs: Runs) -> plt.Figure:
 
 
 def draw_controls(runs: Runs, against: dict[str, str]) -> plt.Figure:
-    """Paired differences in final accuracy, one row a comparison."""
+    """Paired differences in final accuracy with their intervals, a row for each comparison."""
     figure, panel = plt.subplots(figsize=(9.5, 1.5 + 0.34 * len(against)), constrained_layout=True)
-    shown = {}  # prompt sets, each by one of its marks
+    legend = {}  # prompt set -> one of its marks
     for row, (name, other) in enumerate(reversed(against.items())):
         for (prompts, words), offset, colour in zip(SETS.items(), (0.14, -0.14), ("#1f6feb", "#c2410c"), strict=True):
             found = compare(runs, against, name, other, "final", prompts, "accuracy")
@@ -403,11 +415,11 @@ def draw_controls(runs: Runs, against: dict[str, str]) -> plt.Figure:
                 continue
             bar = [[100 * (found.mean - found.low)], [100 * (found.high - found.mean)]]
             mark = panel.errorbar(100 * found.mean, row + offset, xerr=bar, fmt="o", ms=4, color=colour, capsize=2, lw=1.4)
-            shown[f"{words} prompts"] = mark
+            legend[f"{words} prompts"] = mark
     panel.axvline(0, color="#3d3d3d", lw=1)
     panel.set_yticks(range(len(against)), [f"{name} − {other}" for name, other in reversed(against.items())])
     panel.grid(axis="y", visible=False)
     panel.set(xlabel="difference in final accuracy, points [95 %]", title="Paired differences after equal reward queries")
-    if shown:
-        panel.legend(shown.values(), shown.keys(), frameon=False, fontsize=9, loc="best")
+    if legend:
+        panel.legend(legend.values(), legend.keys(), frameon=False, fontsize=9, loc="best")
     return figure

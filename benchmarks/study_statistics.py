@@ -1,6 +1,6 @@
-"""Statistics of benchmarks.study: runs with the same seed are paired, and a seed is one observation.
+"""Statistics of benchmarks.study. Runs with the same seed are paired, and each seed is one observation.
 
-A run is a dict of study.json; its curve begins with the base model, at no cost.
+A Run is a dict in study.json. The first point of its curve is the base model, at cost 0.
 """
 
 import math
@@ -28,12 +28,14 @@ class Interval:
 
     @property
     def verdict(self) -> str:
+        """Whether the interval supports the claim that the difference is above 0."""
         if self.low > 0:
             return "supported"
         return "not supported" if self.high < 0 else "undecided"
 
 
 def by_variant(runs: Sequence[Run]) -> Runs:
+    """Group runs by the name of their variant, then by seed."""
     found: Runs = {}
     for run in runs:
         found.setdefault(run["name"], {})[run["seed"]] = run
@@ -41,23 +43,23 @@ def by_variant(runs: Sequence[Run]) -> Runs:
 
 
 def differences(runs: Runs, one: str, other: str, measure: Callable[[Run, Run], float]) -> list[float]:
-    """measure(run of `one`, run of `other`) for each seed that both have."""
+    """measure(run of variant `one`, run of variant `other`) for each seed that both have, in order."""
     mine, theirs = runs.get(one, {}), runs.get(other, {})
     return [measure(mine[seed], theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())]
 
 
 def final(prompts: str, key: str) -> Callable[[Run, Run], float]:
-    """Difference of the last figures."""
+    """A measure: the difference of figure `key` at the end of the two runs."""
     return lambda one, other: one["curve"][-1][prompts][key] - other["curve"][-1][prompts][key]
 
 
 def gain(prompts: str, key: str) -> Callable[[Run, Run], float]:
-    """How far a run came from the base; the other run is not looked at."""
+    """A measure: the gain of the first run over the base; the second run is ignored."""
     return lambda run, _other: run["curve"][-1][prompts][key] - run["curve"][0][prompts][key]
 
 
 def at_equal_cost(prompts: str, key: str, cost: str) -> Callable[[Run, Run], float]:
-    """Difference where both have spent what the cheaper one spent in all, interpolated along the curves."""
+    """A measure: the difference at equal cost, namely the total cost of the cheaper run, interpolated along the curves."""
 
     def measure(one: Run, other: Run) -> float:
         spent = min(run["curve"][-1][cost] for run in (one, other))
@@ -71,7 +73,7 @@ def at_equal_cost(prompts: str, key: str, cost: str) -> Callable[[Run, Run], flo
 
 
 def at_matched_accuracy(prompts: str, key: str) -> Callable[[Run, Run], float]:
-    """Difference where both are as accurate as the less accurate one became, interpolated along the curves."""
+    """A measure: the difference at equal accuracy, the best of the less accurate run, interpolated along the curves."""
 
     def measure(one: Run, other: Run) -> float:
         reached = matched_accuracy(prompts)(one, other)
@@ -81,7 +83,7 @@ def at_matched_accuracy(prompts: str, key: str) -> Callable[[Run, Run], float]:
 
 
 def value_at(run: Run, prompts: str, key: str, accuracy: float) -> float:
-    """The figure where the curve first comes to that accuracy; that of the base if it begins there."""
+    """Figure `key` where the curve first reaches `accuracy`, interpolated; the base's if the base already has it."""
     points = [point[prompts] for point in run["curve"]]
     if accuracy <= points[0]["accuracy"]:
         return points[0][key]
@@ -93,15 +95,15 @@ def value_at(run: Run, prompts: str, key: str, accuracy: float) -> float:
 
 
 def matched_accuracy(prompts: str) -> Callable[[Run, Run], float]:
-    """What the less accurate run of two became: where `at_matched_accuracy` compares them."""
+    """A measure: the accuracy at which `at_matched_accuracy` compares two runs, the lower of their two maxima."""
     return lambda one, other: min(max(point[prompts]["accuracy"] for point in run["curve"]) for run in (one, other))
 
 
 def interval(values: Sequence[float], *, pooled: tuple[float, int] | None = None) -> Interval | None:
-    """Student's t interval of the mean; with `pooled` (deviation, degrees of freedom) in place of the values' own.
+    """Student's t interval, 95 %, of the mean of `values`; None if there are too few.
 
-    Two seeds say next to nothing of their own spread, so comparisons of few seeds take that of several together. None
-    where there is nothing to go by.
+    `pooled` (standard deviation, degrees of freedom) replaces the deviation of `values` themselves. Two or three seeds say
+    little about their own spread, so such comparisons use a deviation pooled over several.
     """
     if not values or (pooled is None and len(values) < 2):
         return None
@@ -112,7 +114,7 @@ def interval(values: Sequence[float], *, pooled: tuple[float, int] | None = None
 
 
 def pooled_deviation(samples: Sequence[Sequence[float]]) -> tuple[float, int] | None:
-    """The common standard deviation of several samples, and its degrees of freedom; None if these are 0."""
+    """The pooled standard deviation of several samples and its degrees of freedom; None if these are 0."""
     freedom = sum(len(some) - 1 for some in samples if some)
     if not freedom:
         return None

@@ -1,1 +1,1 @@
-"""What is asked for: settings, their limits and rules, and the plan that follows from them."""
+"""What the user asks for: settings, their limits and rules, and the plan that follows from them."""

@@ -1,4 +1,4 @@
-"""What a run asks for: images, network evaluations, updates."""
+"""How much work a run is: images, network evaluations, updates."""
 
 import math
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from b2diffurl.experiment.stage import Stage
 
 @dataclass(frozen=True)
 class Budget:
-    """Amounts that follow from the settings; those without an argument are the same for every stage."""
+    """Amounts of work in one stage, from the settings. The properties are the same for every stage."""
 
     schedule: Schedule
     sampling: Sampling
     training: Training
-    selects_all: bool  # every image is trained on, so that counts are exact; else they are the most that can be
+    selects_all: bool  # every image is trained on, so counts are exact; otherwise they are upper bounds
 
     @classmethod
     def of(cls, settings: Settings) -> "Budget":
@@ -30,33 +30,33 @@ class Budget:
         return self.num_groups * self.sampling.num_branches
 
     def num_evaluations(self, num_trained_steps: int) -> int:
-        """(Guided) evaluations of the network for a stage's images; branches share those of their prefix."""
+        """Network evaluations to sample a stage; a guided one counts once. Branches share those of their prefix."""
         prefixes = self.num_groups if self.sampling.shared_prefix else self.num_images
         return prefixes * (self.sampling.num_steps - num_trained_steps) + self.num_images * num_trained_steps
 
     @property
     def most_selected(self) -> int:
-        """The most trajectories a stage can train on."""
+        """The most trajectories that a stage can select: all, or a best and a worst of each group."""
         return self.num_images if self.selects_all else 2 * self.num_groups
 
     @property
     def most_updates(self) -> int:
-        """The most updates a stage can make: what it makes where all that can be selected is."""
-        siblings = 2 if self.training.objective.paired else 1  # in a term of the loss
-        in_one = max(1, self.training.num_trajectories // siblings)
-        return self.training.num_epochs * math.ceil(self.most_selected // siblings / in_one)
+        """The most updates that a stage can make: their number if `most_selected` trajectories are selected."""
+        siblings = 2 if self.training.objective.paired else 1  # a paired loss takes two trajectories as one unit
+        units_per_update = max(1, self.training.num_trajectories // siblings)
+        return self.training.num_epochs * math.ceil(self.most_selected // siblings / units_per_update)
 
     @property
     def at_most(self) -> str:
-        """What stands before a count, in words."""
+        """The words to print before a count: "at most ", or nothing if the count is exact."""
         return "" if self.selects_all else "at most "
 
     def num_chosen_steps(self, num_trained_steps: int) -> int:
-        """Of a trajectory's S steps, how many an update takes."""
+        """How many of a trajectory's S trained steps an update uses."""
         return max(1, round(self.training.timestep_fraction * num_trained_steps))
 
     def num_trained_steps(self, stage: Stage) -> int:
-        """S of a stage: what it was sampled with, or will be."""
+        """S of a stage: as it was sampled, or as the schedule has it if it is not sampled yet."""
         sampled = stage.finished("sample")
         return stage.manifest("sample")["num_trained_steps"] if sampled else self.schedule.num_trained_steps(stage.index)
 

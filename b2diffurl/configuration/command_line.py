@@ -1,4 +1,4 @@
-"""What every script needs around its one verb: flags, signals, errors a user can read."""
+"""What every script needs around its work: flags, the log, signals, errors that users can read."""
 
 import errno
 import gc
@@ -21,20 +21,21 @@ from b2diffurl.configuration.limits import Folder, Name, check_value
 from b2diffurl.runtime.logs import logger, set_up_logging
 
 CONFIG_FILE = "config/stage_process.py"
-GC_THRESHOLD = 50_000  # objects between two garbage collections: importing torch, diffusers and transformers makes millions
+GC_THRESHOLD = 50_000  # new objects between two garbage collections; imports make millions, so Python's 700 costs seconds
 FLAGS = flags.FLAGS
 
-# Errors that speak to the user: of settings, files and disks, numbers that are not finite, packages that are missing.
+# Errors whose message is enough for the user: settings, files and disks, numbers that are not finite, missing packages.
 MISTAKES = (ValueError, OSError, FloatingPointError, ImportError, SafetensorError)
-LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")  # of errors where another one failed
-GRACE_SEC = 10  # from a signal to stop to the end, however busy
+# Parts of the errors that a process raises when another process of the run has died.
+LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
+GRACE_SEC = 10  # from a signal to the forced end of the process
 
-# The settings of the preset that the command line names, before it changes any; None in what no script runs.
+# The preset's own settings, before the command line overrides any. None where no script runs, as in the benchmarks.
 PRESET: ContextVar[dict[str, Any] | None] = ContextVar("PRESET", default=None)
 
 
 def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
-    """Parse the flags and call `main(config)`. A mistake of the user's ends in two lines and exit code 2."""
+    """Parse the flags and call `main(config)`. Errors that users can mend end in two lines and exit code 2."""
     config, preset = parse_flags()
     log_file = open_log(verb, config["exp_name"], config["log_path"])
     gc.set_threshold(GC_THRESHOLD)
@@ -55,7 +56,10 @@ def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
 
 
 def open_log(verb: str, exp_name: str, log_path: str) -> Path | None:
-    """Log into <log_path>/<exp_name>.log, and return it; a dry run has no log. Neither name has been checked before."""
+    """Start logging into <log_path>/<exp_name>.log and return that path; a dry run has no log.
+
+    This happens before the configuration is checked, so both names are checked here.
+    """
     try:
         check_value("exp_name", exp_name, Name())
         check_value("log_path", log_path, Folder())
@@ -72,7 +76,7 @@ def open_log(verb: str, exp_name: str, log_path: str) -> Path | None:
 
 @contextmanager
 def named_preset(settings: dict[str, Any] | None) -> Iterator[None]:
-    """Inside, PRESET is these settings."""
+    """Set PRESET to these settings inside the block."""
     token = PRESET.set(settings)
     try:
         yield
@@ -81,7 +85,7 @@ def named_preset(settings: dict[str, Any] | None) -> Iterator[None]:
 
 
 def explain(error: BaseException, log_file: Path | None) -> tuple[str, str] | None:
-    """What went wrong and what to do, for the user; None for a mistake of ours, whose traceback says more."""
+    """(what went wrong, what to do) for the user; None for a bug of ours, whose traceback says more."""
     traceback_in = f"; the traceback is in {log_file}" if log_file else ""
     if isinstance(error, MISTAKES):
         said = "; ".join([str(error), *getattr(error, "__notes__", ())])
@@ -101,16 +105,16 @@ def explain(error: BaseException, log_file: Path | None) -> tuple[str, str] | No
 
 
 def lost_another_process(error: BaseException) -> bool:
-    """Whether it only says that another process of this run is gone, whose own error says why."""
+    """Whether the error only says that another process of this run has died. That process has logged the cause."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(text in str(error) for text in LOST)
 
 
 @contextmanager
 def stopping_in_order() -> Iterator[None]:
-    """SIGTERM, which preemption sends, and SIGINT end what goes on inside by a KeyboardInterrupt with their number.
+    """Inside the block SIGTERM (preemption) and SIGINT (Ctrl-C) raise a KeyboardInterrupt with the signal's number.
 
-    What has not come to an end GRACE_SEC later, say because it waits for another process, ends all the same: files are
-    whole or not there at any moment.
+    If the process is still there after GRACE_SEC, for example because it waits for another process, it is ended by force.
+    That is safe: at any moment a file is either whole or absent.
     """
     ended = threading.Event()
     stops = (signal.SIGTERM, signal.SIGINT)
@@ -118,10 +122,11 @@ def stopping_in_order() -> Iterator[None]:
     os.set_blocking(write_end, False)
 
     def stop(number: int, _frame: object) -> None:
-        for each in stops:  # the first one counts
+        for each in stops:  # ignore further signals: a second Ctrl-C must not interrupt the cleaning up
             signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt(number)
 
+    # A thread, because a signal handler runs only between two bytecodes of the main thread, which may be stuck in C code.
     def insist() -> None:
         while (heard := os.read(read_end, 1)) and heard[0] not in stops:
             pass
@@ -145,11 +150,12 @@ def stopping_in_order() -> Iterator[None]:
 
 
 def parse_flags() -> tuple[ConfigDict, dict[str, Any]]:
-    """The configuration with its overrides, locked; and the settings of its preset, before any override."""
+    """The configuration with its overrides, locked; and the settings of its preset, without them."""
     what = "Configuration, CONFIG.py:PRESET; any key by --config.KEY."
     where_keys_stand = f"Every key stands with a comment in {CONFIG_FILE}."
     try:
         config_flags.DEFINE_config_file("config", CONFIG_FILE, what)
+        # Parse in two halves, to see the preset before the overrides change it.
         before, after = split_at_preset(FLAGS.read_flags_from_files(sys.argv, force_gnu=False))
         unexpected = FLAGS(before)[1:]  # loads the preset
         preset = {} if unexpected else FLAGS.config.to_dict()
@@ -166,7 +172,7 @@ def parse_flags() -> tuple[ConfigDict, dict[str, Any]]:
 
 
 def split_at_preset(words: list[str]) -> tuple[list[str], list[str]]:
-    """A command line up to the config file it names, and what comes after it, as overrides must."""
+    """Cut a command line behind its --config flag. Overrides, --config.KEY=VALUE, must come after that flag."""
     cut = 1
     for n, word in enumerate(words[1:], 1):
         if re.fullmatch(r"--?config(=.*)?", word, re.DOTALL):
@@ -175,7 +181,7 @@ def split_at_preset(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def remedy(error: BaseException, key: str = "") -> str:
-    """What to do about an error; `key` is the option that says where files are written, if there is one."""
+    """What the user can do about an error. `key` is the option that sets where files are written, if there is one."""
     match getattr(error, "errno", None):
         case errno.ENOSPC | errno.EDQUOT:
             return "Make room on that disk and run the same command again: it goes on where it stopped"

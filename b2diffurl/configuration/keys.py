@@ -1,5 +1,5 @@
-"""Every key of config/stage_process.py, grouped as there: what it may be, and whether it may change once an experiment has
-begun."""
+"""A row for every key of config/stage_process.py, in the same order: its allowed values, and whether it may change in an
+experiment that has begun."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,28 +24,30 @@ from b2diffurl.configuration.settings import CURRICULA
 from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.objectives.options import limits
 
-ALWAYS_THERE = object()  # the first version had the key
-HAD_NO_PART = object()  # what the key sets was not there, so that any value goes on
+ALWAYS_THERE = object()  # every config.json has the key
+HAD_NO_EFFECT = object()  # the key sets something that older experiments did not have, so they go on with any value
 
 
 @dataclass(frozen=True)
 class Key:
-    """What holds for one key."""
+    """What is known of one key."""
 
-    limit: Limit
-    may_change: bool = False  # from call to call of an experiment; else it stays as config.json has it
-    before: Any = ALWAYS_THERE  # of a key that came later: the value that does what was done without it, or HAD_NO_PART
-    renamed_from: str = ""  # what an earlier version called it
-    not_beside: tuple[str, ...] = ()  # given one of these, a record's value is not taken: it would outdo or not fit it
+    limit: Limit  # the allowed values
+    may_change: bool = False  # whether an experiment may go on with another value; if not, config.json's value stays
+    before: Any = ALWAYS_THERE  # for a key newer than some experiments: the value that acts as they did, or HAD_NO_EFFECT
+    renamed_from: str = ""  # the key's name in an earlier version
+    not_beside: tuple[
+        str, ...
+    ] = ()  # run_eval.py ignores config.json's value if the user gave one of these keys: they conflict
 
 
-# Ends too wide for any use keep out what would only exhaust memory, or overflow float32.
+# Bounds far wider than any use. They refuse values that could only exhaust the memory or overflow float32.
 COUNT, SIZE, SEED, WEIGHT = Number("[1, 1e9]"), Number("[0, 1e9]"), Number("[-2e18, 2e18]"), Number("[0, 1e6]")
 STEPS, SWITCH = Steps(), Switch()
 TEXT, TEXT_OR_NONE, LINES = Text(), Text(may_be_empty=True), Text(may_have_lines=True)
 
-# Where things lie may change: prompts and base model are known by their checksums. So may what only memory limits, though it
-# moves results by rounding; the same command gives the same bits.
+# Paths may change, because prompts and base model are identified by their checksums. Batch sizes that only memory limits may
+# change, too: another size moves results by rounding, and the same size gives the same bits.
 KEYS = {
     # ---- the experiment ----
     "preset": Key(TEXT_OR_NONE, may_change=True),
@@ -92,7 +94,7 @@ KEYS = {
     "sample.num_batches_per_epoch": Key(Number("[1, 1e6]")),
     "sample.micro_batch_size": Key(SIZE, may_change=True),
     "sample.decode_batch_size": Key(COUNT, may_change=True),
-    # ---- reward; the settings of rewards that are not trained on may change, too ----
+    # ---- reward; settings of a reward that is not trained on may always change (recorded.unused_settings) ----
     "reward.name": Key(TEXT),
     "reward.weights": Key(Mixture(), before=None, not_beside=("reward.name",)),
     "reward.standardise": Key(SWITCH, before=False, not_beside=("reward.name", "reward.weights")),
@@ -134,7 +136,7 @@ KEYS = {
     "eval.deployed.num_steps": Key(Number("[1, 1000]"), may_change=True),
     "eval.deployed.eta": Key(Number("[0, 1]"), may_change=True),
     "eval.deployed.guidance_scale": Key(Number("0 or [1, 1000]", "0 is as in training"), may_change=True),
-    # ---- training; what an objective alone has stands beside it, in b2diffurl/objectives ----
+    # ---- training; the options of a single objective are declared beside its loss, in b2diffurl/objectives ----
     "train.objective": Key(Choice(tuple(OBJECTIVES))),
     "train.num_epochs": Key(Number("[1, 1e5]")),
     "train.batch_size": Key(COUNT),
@@ -157,7 +159,7 @@ KEYS = {
     "train.lora_rank": Key(Number("[1, 4096]")),
     "train.save_interval": Key(COUNT),
     **{
-        key: Key(Number(interval), before=HAD_NO_PART)
+        key: Key(Number(interval), before=HAD_NO_EFFECT)
         for key, interval in limits([objective.options for objective in OBJECTIVES.values()])
     },
     # ---- what stays on disk ----
@@ -167,15 +169,16 @@ KEYS = {
 
 
 def flatten(nested: Mapping, prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their keys, such as `train.learning_rate`; a mixture's weights are one value."""
+    """Nested sections as one dict with keys such as `train.learning_rate`. The dict `reward.weights` stays one value."""
     flat = {}
     for name, value in nested.items():
         key = f"{prefix}{name}"
+        # A mapping that is itself a key, reward.weights, is a value and no section.
         flat |= flatten(value, f"{key}.") if isinstance(value, Mapping) and key not in KEYS else {key: value}
     return flat
 
 
 def check_values(flat: Mapping[str, Any]) -> None:
-    """Refuse a value that can work in no combination, with what is allowed."""
+    """Check each value on its own; a ValueError says what is allowed. Combinations of keys are checked in rules.py."""
     for key, value in flat.items():
         check_value(key, value, KEYS[key].limit if key in KEYS else Unknown())

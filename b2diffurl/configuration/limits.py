@@ -1,4 +1,4 @@
-"""What one key may be: a number in an interval, one of some names, a kind of text. Which key is what stands in keys.py."""
+"""Kinds of limits for a key's value: a number in an interval, one of some names, a kind of text. keys.py uses them."""
 
 import os
 import re
@@ -7,26 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-NAME_BYTES = 200  # of an experiment: what is made of its name, such as a log file's, must be a file name, too
+NAME_BYTES = 200  # of an experiment's name; file systems allow 255 for a file, and ours append to it, such as `.log`
 
 
 class Limit(Protocol):
-    """What the values of a key have in common."""
+    """What a key may be."""
 
     def check(self, key: str, value: Any) -> None:
-        """A ValueError that says what was given and what is allowed."""
+        """Raise a ValueError that says what was given and what is allowed, if `value` is not."""
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number in an interval, written like `[0, 1)`; or that or one value beside it: `-1 or [0, 1]`."""
+    """A number in an interval such as `[0, 1)`, or one special value or an interval: `-1 or [0, 1]`."""
 
     interval: str
-    why: str = ""  # the reason for an end of it, or what the value beside it means
+    why: str = ""  # added to the error: why a bound is there, or what the special value means
 
     @property
     def bounds(self) -> tuple[float | None, float, float, str]:
-        """The value beside the interval, or None; its ends; its two brackets."""
+        """(special value or None, lower bound, upper bound, the two brackets)."""
         single, opening, low, high, closing = re.fullmatch(r"(?:(.+) or )?([\[(])(.+), (.+)([\])])", self.interval).groups()
         return float(single) if single else None, float(low), float(high), opening + closing
 
@@ -51,7 +51,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Names:
-    """Any number of these names; without any here, of names that those who use them know."""
+    """A list of names, all of them in `known`. If `known` is empty, names are checked where they are used."""
 
     known: tuple[str, ...] = ()
 
@@ -62,7 +62,7 @@ class Names:
 
 @dataclass(frozen=True)
 class Steps:
-    """A number of sampler steps, which rules.py holds to sample.num_steps."""
+    """A number of sampler steps. rules.py checks it against sample.num_steps."""
 
     def check(self, key: str, value: Any) -> None:
         pass
@@ -70,7 +70,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class Switch:
-    """On or off, to which the configuration holds by itself."""
+    """True or False. ml_collections refuses other types itself."""
 
     def check(self, key: str, value: Any) -> None:
         pass
@@ -78,22 +78,22 @@ class Switch:
 
 @dataclass(frozen=True)
 class Text:
-    """Text that UTF-8 has bytes for, and not only blanks."""
+    """Text that UTF-8 can encode, and that is not only blanks."""
 
     may_be_empty: bool = False
-    may_have_lines: bool = False  # line breaks, tabs and control characters; else it is printable, for it names something
+    may_have_lines: bool = False  # whether line breaks, tabs and control characters are allowed; names must be printable
 
     def check(self, key: str, value: Any) -> None:
-        odd = [one for one in value if (has_no_bytes(one) if self.may_have_lines else not one.isprintable())]
-        if odd:
-            raise ValueError(f"{key} is {shown(value)}; it must be text without {odd[0]!r}")
+        refused = [one for one in value if (is_surrogate(one) if self.may_have_lines else not one.isprintable())]
+        if refused:
+            raise ValueError(f"{key} is {shown(value)}; it must be text without {refused[0]!r}")
         if not value.strip() and (value or not self.may_be_empty):
             raise ValueError(f"{key} is {value!r}; it must not be blank")
 
 
 @dataclass(frozen=True)
 class Name(Text):
-    """An experiment's name, which is that of a folder right under save_path."""
+    """An experiment's name. It is also the name of the folder under save_path, so `/` and `..` are refused."""
 
     def check(self, key: str, value: Any) -> None:
         super().check(key, value)
@@ -105,14 +105,15 @@ class Name(Text):
 
 @dataclass(frozen=True)
 class Folder(Text):
-    """The path of a folder, which need not be there yet but can be made."""
+    """The path of a folder that exists or can be created."""
 
     def check(self, key: str, value: Any) -> None:
         super().check(key, value)
         path = Path(value)
         try:
-            there = next(place for place in (path, *path.parents) if os.path.lexists(place) or place.exists())
-            reason = "" if there.is_dir() else f"{there} is no folder"
+            # The nearest parent that exists decides whether the folder can be created. lexists also finds broken links.
+            nearest = next(place for place in (path, *path.parents) if os.path.lexists(place) or place.exists())
+            reason = "" if nearest.is_dir() else f"{nearest} is no folder"
         except OSError as error:
             reason = error.strerror
         if reason:
@@ -121,7 +122,7 @@ class Folder(Text):
 
 @dataclass(frozen=True)
 class Mixture:
-    """Weights by the names of rewards, or None for no mixture."""
+    """{name of a reward: its weight, not 0}, or None for no mixture."""
 
     def check(self, key: str, value: Any) -> None:
         if value is None:
@@ -135,7 +136,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Unknown:
-    """The value of a key that only a config file of the user's own has."""
+    """Any value, of a key that we do not know: users may add keys in a config file of their own. Text must be printable."""
 
     def check(self, key: str, value: Any) -> None:
         if isinstance(value, str):
@@ -143,24 +144,24 @@ class Unknown:
 
 
 def check_value(key: str, value: Any, limit: Limit) -> None:
-    """Refuse a value that is not within `limit`. None is one for a mixture only."""
+    """Raise a ValueError if the value is not within `limit`. Only a mixture may be None."""
     if value is None and not isinstance(limit, Mixture):
         raise ValueError(f"{key} is None; it must have a value")
     limit.check(key, value)
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
-    """Refuse what is not among the choices, and list them."""
+    """Raise a ValueError that lists the choices if `value` is none of them."""
     if value not in choices:
         raise ValueError(f"{name} is {shown(value)}; known: {', '.join(repr(choice) for choice in choices)}")
 
 
-def has_no_bytes(character: str) -> bool:
-    """Whether it is a half of a character (a surrogate), which UTF-8 cannot write."""
+def is_surrogate(character: str) -> bool:
+    """Whether this is half of a character (a surrogate), which UTF-8 cannot encode."""
     return "\ud800" <= character <= "\udfff"
 
 
 def shown(value: Any) -> str:
-    """A value as Python writes it, in one line, its beginning if it is long."""
+    """A value for an error message: its repr in one line, cut after 100 characters."""
     text = repr(value).replace("\n", " ")
     return text if len(text) <= 100 else f"{text[:100]}…"

@@ -1,6 +1,7 @@
 """The loop of a run: which scripts are called, and in which order.
 
-start.py writes it down, run_process.sh and resident.py walk it, and the forecast counts what is left of it.
+start.py prints the calls for run_process.sh, which makes them. resident.py makes them in one process. The forecast counts
+those that are left.
 """
 
 from collections.abc import Iterator
@@ -9,23 +10,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Call:
-    """One call of run_<script>.py: of a phase of a stage, or of `eval` after a stage or at the end."""
+    """One call of run_<script>.py: a phase of a stage, or an evaluation after a stage or at the end of the run."""
 
     script: str  # sample | select | train | eval
-    stage: int | None = None  # None: at the end of the run
-    prompts: tuple[str, ...] = ()  # judged at the end
-    sampler: str = ""  # by which they are judged at the end
-    needs: str = "."  # what must be in the experiment's folder, or the run ends before this call and waits
+    stage: int | None = None  # None: the evaluation at the end of the run
+    prompts: tuple[str, ...] = ()  # prompt sets of the evaluation at the end
+    sampler: str = ""  # sampler of the evaluation at the end
+    needs: str = "."  # a file in the experiment's folder; if it is missing the run stops before this call, and waits for it
 
     @property
     def flags(self) -> list[str]:
-        """What the script is told beside the run's own flags."""
+        """The flags of this call, in addition to the flags of the run."""
         if self.stage is None:
             return ["--checkpoint=base,last", f"--prompts={','.join(self.prompts)}", f"--sampler={self.sampler}"]
         return [f"--config.run_name=stage{self.stage}", *(["--due"] if self.script == "eval" else [])]
 
     def evaluations(self, num_stages: int, every: int) -> set[tuple[str, str, str]]:
-        """(checkpoint, prompt set, sampler) of everything that an `eval` call judges, every `every` stages after a stage."""
+        """(checkpoint, prompt set, sampler) of each evaluation that this call makes; none if it is not an `eval`.
+
+        After a stage there is one every `every` stages (0: never).
+        """
         if self.script != "eval":
             return set()
         if self.stage is None:
@@ -36,9 +40,9 @@ class Call:
 
 
 def calls(num_stages: int, *, waits: bool = False) -> Iterator[Call]:
-    """Every call of a run of that many stages, in order. A call whose work is done already has nothing to do.
+    """All calls of a run of `num_stages` stages, in order. A call whose work is already done skips it.
 
-    A run that `waits` for scores made elsewhere (reward `file`) ends before training on a stage that is not selected yet.
+    `waits`: scores are made elsewhere (reward `file`), so the run stops before training until a stage's scores are there.
     """
     for stage in range(num_stages):
         yield Call("sample", stage)

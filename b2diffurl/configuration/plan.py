@@ -1,4 +1,4 @@
-"""From a configuration to one call's work: which stage, how many steps, from which checkpoint. Nothing here writes."""
+"""From a configuration to the work of one call: which stage, how many trained steps, from which LoRA. Nothing is written."""
 
 import re
 from dataclasses import dataclass, replace
@@ -20,14 +20,14 @@ from b2diffurl.experiment.stage import Stage
 
 @dataclass(frozen=True)
 class Plan:
-    """What one call works on, in the library's own words."""
+    """What one call of a script works on."""
 
     settings: Settings
     stage: Stage
     num_trained_steps: int  # S
     resume_from: Path | None  # the LoRA file the stage starts from; None: a fresh one
-    prompts: tuple[str, ...]  # what is trained on
-    record: Record  # the experiment, as config.json is to hold it
+    prompts: tuple[str, ...]  # training prompts
+    record: Record  # what config.json will hold
 
     @property
     def start(self) -> str:
@@ -38,7 +38,7 @@ class Plan:
 
 
 def stage_index(run_name: str) -> int:
-    """The i of run_name `stage<i>`."""
+    """The index i in a run_name `stage<i>`; a ValueError for any other name."""
     match = re.fullmatch(r"stage(0|[1-9][0-9]{0,5})", run_name)
     if not match:
         raise ValueError(f"run_name is {shown(run_name)}; it names the stage: stage0, stage1, …")
@@ -46,7 +46,10 @@ def stage_index(run_name: str) -> int:
 
 
 def checked_settings(config: ConfigDict) -> Settings:
-    """The checked values of a configuration; without num_threads as many as the experiment was begun with."""
+    """Check a configuration and return its values.
+
+    If num_threads is 0 it becomes the number that the experiment was begun with, because another number changes the bits.
+    """
     check(config)
     settings = read_settings(config)
     begun = read_record(settings.output.root)
@@ -55,9 +58,12 @@ def checked_settings(config: ConfigDict) -> Settings:
 
 
 def make_plan(config: ConfigDict) -> Plan:
-    """Check the configuration and the experiment's folder; raises ValueError or FileNotFoundError, writes nothing."""
+    """Check the configuration against the experiment's folder, and plan this call. Writes nothing.
+
+    Raises ValueError or FileNotFoundError.
+    """
     settings, preset = checked_settings(config), PRESET.get()
-    check_secrets(flatten(preset or {}))  # of which the record keeps what the command line replaces
+    check_secrets(flatten(preset or {}))  # config.json also keeps the preset's values that the command line replaced
     stage = Stage(settings.output.root, stage_index(config["run_name"]))
     prompts = tuple(prompt for _, prompt in named_prompts(settings.prompts, "train"))
     record = make_record(stage, config.to_dict(), prompts, preset, read_record(stage.root))

@@ -8,20 +8,27 @@ from typing import Any
 
 import torch
 
+from b2diffurl.configuration.limits import is_surrogate
 from b2diffurl.configuration.settings import PromptSources
 
 FORMS = 'Give a .json list of strings, a .jsonl with {"prompt": …} a line, or a .txt with a prompt a line.'
 
 
 def load_prompts(path: str | Path) -> list[str]:
-    """Read a JSON list of strings, JSON lines with a `prompt` each, or text with a prompt a line; blank lines are none."""
+    """Read a prompt file: a JSON list of strings, JSON lines with a `prompt` each, or text with a prompt a line.
+
+    Blank lines are skipped.
+    """
     return [prompt for _, prompt in place_prompts(path)]
 
 
 def place_prompts(path: str | Path) -> list[tuple[str, str]]:
-    """(where it stands: file and line or entry, prompt) of each prompt; a ValueError names the one that is none."""
+    """Read a prompt file as (place, prompt) pairs; a place is the file with the line or entry, for error messages.
+
+    A ValueError names the place of what is not a prompt.
+    """
     path = Path(path)
-    if not os.path.isfile(path):  # False for a name too long to be one, too
+    if not os.path.isfile(path):  # unlike Path.is_file it is False, not an error, for a name that is too long
         raise FileNotFoundError(f"no prompt file at {path}. {FORMS}")
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -37,12 +44,12 @@ def place_prompts(path: str | Path) -> list[tuple[str, str]]:
 
 
 def has_surrogates(text: str) -> bool:
-    """Whether it holds a half of a character, which JSON can write and UTF-8, and so a tokenizer, cannot."""
-    return any("\ud800" <= character <= "\udfff" for character in text)
+    """Whether the text has half of a character (a surrogate). JSON can contain one, but a tokenizer's UTF-8 cannot."""
+    return any(map(is_surrogate, text))
 
 
 def named_prompts(sources: PromptSources, name: str) -> list[tuple[str, str]]:
-    """(where it stands, prompt) of the prompts meant by `train`, `test` or the path of a prompt file."""
+    """(place, prompt) of each prompt in the set `name`: `train`, `test`, or the path of a prompt file."""
     if name == "train" and sources.one_prompt:
         return [("prompt", sources.one_prompt)]
     return place_prompts({"train": sources.train_file, "test": sources.held_out_file}.get(name, name))
@@ -72,7 +79,7 @@ def parse_json(path: Path, text: str) -> list[tuple[str, Any]]:
 def load_json(place: str | Path, text: str) -> Any:
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists thousands deep
+    except (ValueError, RecursionError) as error:  # a RecursionError for lists nested thousands deep
         raise ValueError(f"{place} is not JSON ({error}). {FORMS}") from None
 
 
@@ -80,7 +87,10 @@ PARSERS: dict[str, Callable[[Path, str], list[tuple[str, Any]]]] = {".txt": pars
 
 
 def batch_prompts(prompts: list[str], count: int, batch: int, generator: torch.Generator | None) -> list[str]:
-    """The prompts of global batch `batch`: drawn at random with `generator`, or in turn through the list without one."""
+    """The `count` prompts of batch number `batch`: drawn at random by `generator`, or without one in turn through the list.
+
+    `batch` counts over the whole experiment, so the turn goes on from stage to stage.
+    """
     if generator is None:
         return [prompts[(batch * count + n) % len(prompts)] for n in range(count)]
     return [prompts[n] for n in torch.randint(len(prompts), (count,), generator=generator).tolist()]

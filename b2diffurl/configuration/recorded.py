@@ -1,4 +1,4 @@
-"""What may change once an experiment has begun: its config.json against the settings that are asked for."""
+"""config.json: what an experiment was begun with, compared with the settings asked for now. Most of them may not change."""
 
 import hashlib
 import json
@@ -10,25 +10,25 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from b2diffurl.configuration.keys import ALWAYS_THERE, HAD_NO_PART, KEYS, flatten
+from b2diffurl.configuration.keys import ALWAYS_THERE, HAD_NO_EFFECT, KEYS, flatten
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import logger
 
-OF_ONE_CALL = ("run_name", "split_step", "resume_from", "preset")  # keys that say nothing of the experiment as a whole
+OF_ONE_CALL = ("run_name", "split_step", "resume_from", "preset")  # keys of a single call, not of the experiment
 
 
 @dataclass(frozen=True)
 class Record:
-    """An experiment as its config.json is to hold it."""
+    """What config.json will hold, and how it differs from the one on disk."""
 
-    stage: Stage  # that is worked on
-    content: dict[str, Any]  # config.json, but for the number of threads
-    changes: tuple[str, ...]  # what, allowed, differs from the config.json that is there, in words
+    stage: Stage  # the stage that this call works on
+    content: dict[str, Any]  # of config.json, without the number of threads
+    changes: tuple[str, ...]  # the differences that the user has allowed, in words
 
 
 def read_record(root: Path) -> dict[str, Any] | None:
-    """The config.json of the experiment in folder `root`; None where none has begun."""
+    """The config.json of the experiment in folder `root`; None if no experiment has begun there."""
     path = root / "config.json"
     return files.read_json(path) if path.is_file() else None
 
@@ -36,16 +36,16 @@ def read_record(root: Path) -> dict[str, Any] | None:
 def make_record(
     stage: Stage, asked: Mapping[str, Any], prompts: Sequence[str], preset: Mapping[str, Any] | None, begun: dict | None
 ) -> Record:
-    """The record of an experiment with the settings `asked` of preset `preset` (None: not known), trained on `prompts`.
+    """Compare the settings `asked` for with the experiment's config.json, `begun` (None: no experiment yet).
 
-    A ValueError where the experiment has `begun` with other settings, unless they may change.
+    A ValueError lists the differences, unless they are allowed. `preset` holds the preset's own settings (None: unknown).
     """
     content = {
         "config": asked,
         "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "differs_from_preset": None if preset is None else preset_differences(asked, preset),
     }
-    content = json.loads(json.dumps(content))  # as it will be read back: tuples are lists
+    content = json.loads(json.dumps(content))  # as a file gives it back, with lists for tuples, to compare like with like
     changes = differences(begun, content) if begun else ()
     if changes:
         refuse_change(stage, changes, allowed=asked["allow_config_change"])
@@ -53,7 +53,7 @@ def make_record(
 
 
 def preset_differences(asked: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """(value, preset's value) of each setting in which the two differ, by its key."""
+    """{key: (value, preset's value)} of each setting that differs from the preset."""
     here, there = flatten(asked), flatten(preset)
     return {
         key: (here[key], value)
@@ -63,10 +63,11 @@ def preset_differences(asked: Mapping[str, Any], preset: Mapping[str, Any]) -> d
 
 
 def differences(begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, ...]:
-    """Where the record `wanted` differs from that of an experiment that has begun, in words; not in what may change."""
+    """How the record `wanted` differs from the record `begun`, in words, leaving out what may change."""
     now, before = flatten(wanted["config"]), recorded_settings(begun["config"])
+    # Free to change: keys with may_change, settings of rewards not in use, and options that came with a newer objective.
     free = {key for key, row in KEYS.items() if row.may_change} | unused_settings(now)
-    free |= {key for key, row in KEYS.items() if row.before is HAD_NO_PART and key not in before}
+    free |= {key for key, row in KEYS.items() if row.before is HAD_NO_EFFECT and key not in before}
     found = [
         f"{key} is {now.get(key)!r}, was {before.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -77,7 +78,7 @@ def differences(begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[st
 
 
 def refuse_change(stage: Stage, changes: Sequence[str], *, allowed: bool) -> None:
-    """Refuse other settings unless they are allowed; and in the middle of a stage in any case."""
+    """Raise a ValueError for changed settings, unless they are allowed. In the middle of a stage they never are."""
     if not allowed:
         raise ValueError(
             f"{stage.root} belongs to another configuration: {'; '.join(changes)}. Go on with the recorded values, or give "
@@ -91,14 +92,14 @@ def refuse_change(stage: Stage, changes: Sequence[str], *, allowed: bool) -> Non
 
 
 def recorded_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a config.json's `config` by today's keys, though an earlier version wrote it."""
-    added = {key: row.before for key, row in KEYS.items() if row.before not in (ALWAYS_THERE, HAD_NO_PART)}
+    """A config.json's settings under today's keys: renamed keys are translated, missing keys get their `before` value."""
+    added = {key: row.before for key, row in KEYS.items() if row.before not in (ALWAYS_THERE, HAD_NO_EFFECT)}
     renamed = {row.renamed_from: key for key, row in KEYS.items() if row.renamed_from}
     return added | {renamed.get(key, key): value for key, value in flatten(config).items()}
 
 
 def unused_settings(settings: Mapping[str, Any]) -> set[str]:
-    """The keys that the reward leaves without effect: reward.name beside a mixture, and settings of other rewards."""
+    """The reward keys that have no effect: settings of rewards not trained on, and reward.name if there is a mixture."""
     weights = settings["reward.weights"]
     others = {key for key in settings if re.match(r"reward\.\w+\.", key)}
     used = {key for key in others if key.split(".")[1] in (weights or [settings["reward.name"]])}
@@ -106,8 +107,10 @@ def unused_settings(settings: Mapping[str, Any]) -> set[str]:
 
 
 def take_recorded(config: ConfigDict, given: Collection[str]) -> None:
-    """Set what may not change as the experiment's config.json has it, if there is one; keys that are `given`, and those that
-    mean nothing beside them, stay."""
+    """Take the settings that define the experiment from its config.json, if there is one.
+
+    Keys that the user has `given` on the command line stay, and so do the keys that conflict with them (`not_beside`).
+    """
     root = Path(config["save_path"], config["exp_name"])
     begun = read_record(root)
     if not begun:
@@ -115,6 +118,7 @@ def take_recorded(config: ConfigDict, given: Collection[str]) -> None:
     before, now, path = recorded_settings(begun["config"]), flatten(config.to_dict()), root / "config.json"
     kept = {key for key, row in KEYS.items() if row.may_change or not set(given).isdisjoint((key, *row.not_beside))}
     taken = {key: before[key] for key in now if key not in kept and before.get(key, now[key]) != now[key]}
+    # An experiment's folder may come from somebody else: never import code because a file in it says so.
     for name in (taken.get("reward.name", ""), *(taken.get("reward.weights") or {})):
         if ":" in name:
             raise ValueError(
@@ -127,7 +131,7 @@ def take_recorded(config: ConfigDict, given: Collection[str]) -> None:
 
 
 def record_experiment(record: Record, num_threads: int) -> None:
-    """Write config.json the first time an experiment is run, or when it goes on otherwise, with what was different."""
+    """Write config.json when the experiment begins, and again when it goes on with allowed changes, which it then lists."""
     root, index = record.stage.root, record.stage.index
     begun = read_record(root)
     if not begun:

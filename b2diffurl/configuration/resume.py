@@ -1,4 +1,4 @@
-"""Where a stage starts from: which LoRA, and how many steps it trains."""
+"""Which LoRA a stage starts from, and how many steps it trains."""
 
 import os
 from pathlib import Path
@@ -9,15 +9,16 @@ from b2diffurl.experiment.stage import LORA_FILE, Stage
 
 
 def resume_source(stage: Stage, resume_from: str) -> Path | None:
-    """The LoRA file a stage starts from; None for a fresh LoRA.
+    """The LoRA file that a stage starts from; None: a fresh LoRA.
 
-    A stage goes on from the one before it. `resume_from` ("": none) is where a run starts, so it counts for stage 0, for a
-    stage whose predecessor is not in this experiment, and where it names a checkpoint of that predecessor.
+    A stage goes on from the last checkpoint of the stage before it. `resume_from` ("": not given) is where a run starts. It
+    is used for stage 0, for a stage whose predecessor is not in this experiment, and to choose an earlier checkpoint of the
+    predecessor.
     """
     given = Path(os.path.expanduser(resume_from)) if resume_from else None
     before = Stage(stage.root, stage.index - 1)
-    inside = given is not None and given.resolve().is_relative_to(before.folder.resolve())
-    if stage.index > 0 and not inside:
+    in_predecessor = given is not None and given.resolve().is_relative_to(before.folder.resolve())
+    if stage.index > 0 and not in_predecessor:
         if before.finished("train"):
             before.verify("train", "checkpoints")
             return before.checkpoints()[-1] / LORA_FILE
@@ -27,7 +28,10 @@ def resume_source(stage: Stage, resume_from: str) -> Path | None:
 
 
 def trained_steps(stage: Stage, schedule: Schedule) -> int:
-    """S of this stage: what it was sampled with, else what is scheduled."""
+    """S of this stage: as it was sampled, or by the schedule if it is not sampled yet.
+
+    A ValueError if the stage was sampled with another S than split_step asks for.
+    """
     wanted = schedule.num_trained_steps(stage.index)
     if not stage.finished("sample"):
         return wanted

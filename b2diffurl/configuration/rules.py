@@ -1,25 +1,24 @@
-"""What keys may be together, after each by itself (limits.py). Everything here is done before anything is written."""
+"""Which combinations of values are refused. Single values are checked first (keys.py). All this comes before any work."""
 
 import os
 import re
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from b2diffurl.configuration.keys import check_values, flatten
 from b2diffurl.configuration.limits import shown
-from b2diffurl.configuration.settings import Optimizer
 from b2diffurl.objectives import OBJECTIVES
 
-SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY|AUTHORIZATION)$")  # names of variables
+# Environment variables with such names hold secrets.
+SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY|AUTHORIZATION)$")
 
 
 def check(config: ConfigDict) -> None:
-    """Refuse values that cannot work, each with what is allowed."""
+    """Check a whole configuration; a ValueError says which value cannot work and what is allowed."""
     settings = flatten(config.to_dict())
-    check_secrets(settings)  # first, for other messages show values
+    check_secrets(settings)  # first, because the other errors show values
     check_values(settings)
     check_schedule(settings)
     check_rewards(settings)
@@ -28,8 +27,12 @@ def check(config: ConfigDict) -> None:
 
 
 def check_secrets(settings: Mapping[str, Any]) -> None:
-    """Refuse a setting that has a password in it, or what a variable such as HF_TOKEN holds: it would be in config.json."""
-    secret = {name: value.split() for name, value in os.environ.items() if SECRET.search(name)}  # "Bearer abc…": the last
+    """Refuse a setting with a password in its URL, or with the value of an environment variable such as HF_TOKEN.
+
+    config.json and the log would keep it.
+    """
+    secret = {name: value.split() for name, value in os.environ.items() if SECRET.search(name)}
+    # Of a value such as "Bearer abc…" the last word is the secret. Words under 8 characters would match by accident.
     tokens = {words[-1]: name for name, words in secret.items() if words and len(words[-1]) >= 8}
     for key, value in settings.items():
         if re.search(r"://[^/\s]*@", str(value)):
@@ -44,7 +47,7 @@ def check_secrets(settings: Mapping[str, Any]) -> None:
 
 
 def check_schedule(settings: Mapping[str, Any]) -> None:
-    """Refuse a number of trained steps that the sampler does not have."""
+    """Refuse numbers of trained steps outside 1..sample.num_steps."""
     left, right, num_steps = settings["split_step_left"], settings["split_step_right"], settings["sample.num_steps"]
     right = left if settings["curriculum"] == "fixed" else right
     if not 1 <= left <= right <= num_steps:
@@ -60,7 +63,7 @@ def check_schedule(settings: Mapping[str, Any]) -> None:
 
 
 def check_rewards(settings: Mapping[str, Any]) -> None:
-    """Refuse a reward that is watched or judges though it cannot, and a scale that has no effect."""
+    """Refuse a judge or a watched reward that cannot be one, and reward.standardise where it has no effect."""
     weights, watch = settings["reward.weights"], settings["reward.watch"]
     if settings["reward.standardise"] and weights is None:
         raise ValueError(
@@ -78,7 +81,7 @@ def check_rewards(settings: Mapping[str, Any]) -> None:
 
 
 def check_selection(settings: Mapping[str, Any]) -> None:
-    """Refuse thresholds that overlap, and comparisons within a group of one."""
+    """Refuse thresholds that overlap, and groups of one where siblings are compared."""
     above, below = settings["eval.pos_threshold"], settings["eval.neg_threshold"]
     if above < below:
         raise ValueError(
@@ -96,7 +99,7 @@ def check_selection(settings: Mapping[str, Any]) -> None:
 
 
 def check_objective(settings: Mapping[str, Any]) -> None:
-    """Refuse what the objective cannot train on."""
+    """Refuse a selection, sampling or number of epochs that the objective cannot train with."""
     name, num_epochs = settings["train.objective"], settings["train.num_epochs"]
     objective = OBJECTIVES[name]
     if objective.paired and settings["eval.selection"] != "pairs":
@@ -108,9 +111,3 @@ def check_objective(settings: Mapping[str, Any]) -> None:
             f"train.num_epochs is {num_epochs}; {name} does not correct for samples of an older policy, so it makes one "
             "pass. Take ddpo for more."
         )
-
-
-def check_installed(optimizer: Optimizer) -> None:
-    """Refuse an optimizer that is not here, before there is something to train on."""
-    if optimizer.use_8bit and not find_spec("bitsandbytes"):
-        raise ImportError("train.use_8bit_adam is True, which needs bitsandbytes: pip install bitsandbytes")

@@ -1,8 +1,8 @@
-"""A configuration as values: one frozen dataclass for each concern, in the library's own words.
+"""A configuration as values: one frozen dataclass for each concern.
 
-`read_settings` is the only place that knows both vocabularies. The keys of the configuration keep the names of the paper's
-repository (`split_time`, `train.eps`, `eval.pos_threshold`); the fields here have the field's standard names (num_branches,
-clip_range, pos_threshold). Nothing below the phases sees a configuration.
+Configuration keys keep the names of the paper's repository (`split_time`, `train.eps`). The fields here have the names that
+are usual in the literature (num_branches, clip_range). Only the read_* functions below know both. Code below the phases
+takes these dataclasses, or plain values, and never the configuration itself.
 """
 
 from collections.abc import Mapping
@@ -19,34 +19,36 @@ CURRICULA = ("progressive", "fixed", "reversed", "random")
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Which base model, and the rank of the LoRA on it."""
+    """The base model, and the rank of the LoRA on it."""
 
     family: str  # a name in b2diffurl.models.FAMILIES
     name: str  # hub id, directory, or a single .safetensors file
     revision: str
     variant: str
-    config: str  # for a single file: a model of its family, whose component configs are taken
+    config: str  # if `name` is a single file: a similar model, from which the configs of its parts are taken
     resolution: int  # pixels; 0: the model's own
     lora_rank: int
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Where a run starts, and how many of the last steps each stage trains (arXiv 2503.11240, section 4.1)."""
+    """Which LoRA a run starts from, and how many of the last steps each stage trains (arXiv 2503.11240, section 4.1)."""
 
     num_stages: int  # M
     curriculum: str  # one of CURRICULA
     left: int  # L, trained steps of the first stage
     right: int  # R, trained steps of the last stage
-    given: int  # S of this call whatever the stage; 0: by the curriculum
+    given: int  # S of this call, instead of the curriculum's; 0: by the curriculum
     seed: int  # of the experiment
-    initial_lora: str = ""  # that the first stage starts from; "": a fresh one
+    initial_lora: str = ""  # LoRA that the first stage starts from; "": a fresh one
 
     def num_trained_steps(self, index: int) -> int:
-        """S of stage `index`, in left..right.
+        """S of stage `index`, in left..right: how many of the last steps are trained.
 
-        `progressive` is backward progressive training, S = left + floor(index (right - left + 1) / num_stages). `reversed`
-        goes the same way from right down to left. `fixed` is always left. `random` is uniform, by the hash of (seed, stage).
+        progressive: S = left + floor(index (right - left + 1) / num_stages), backward progressive training
+        reversed: the same from right down to left
+        fixed: always left
+        random: uniform in left..right, from a hash of (seed, stage)
         """
         if self.given:
             return self.given
@@ -69,22 +71,22 @@ class PromptSources:
     """Where prompts come from."""
 
     train_file: str
-    one_prompt: str  # trained on instead of a file; "": none
+    one_prompt: str  # the only training prompt, instead of the file; "": use the file
     held_out_file: str
-    at_random: bool  # else in turn through the file
+    at_random: bool  # whether prompts are drawn at random; otherwise in the order of the file
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a stage's images are sampled. A batch has num_groups * num_branches of them."""
+    """How a stage's images are sampled. A batch has num_groups * num_branches images."""
 
-    num_groups: int  # G, of a batch
-    num_batches: int  # of a stage, over all processes
-    num_branches: int  # K, siblings in a group
-    shared_prefix: bool  # siblings are branches of one prefix; else each has its own noise from the start
-    num_steps: int  # T
-    eta: float  # DDIM's
-    prefix_eta: float  # the same for the steps before the trained ones; below 0: as eta
+    num_groups: int  # G, groups in a batch; a group has one prompt
+    num_batches: int  # batches in a stage, over all processes
+    num_branches: int  # K, images in a group (siblings)
+    shared_prefix: bool  # siblings are branches of one prefix; otherwise each starts from noise of its own
+    num_steps: int  # T, sampler steps
+    eta: float  # of DDIM: 1 is fully stochastic
+    prefix_eta: float  # eta of the steps before the trained ones; below 0: the same as eta
     guidance_scale: float
     micro_batch_size: int  # images the network sees at once; 0: the whole batch
     decode_batch_size: int  # latents decoded at once
@@ -92,44 +94,44 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Rewards:
-    """What is rewarded, and what is only watched."""
+    """The rewards that are trained on, and those that are only watched."""
 
-    weights: Mapping[str, float]  # of the rewards that are trained on, by name; one of weight 1 where there is no mixture
+    weights: Mapping[str, float]  # name -> weight of each reward trained on; without a mixture one name with weight 1
     mixed: bool  # whether the weights were given as a mixture
-    standardise: bool  # a mixture's parts in units of their deviation in the first stage
-    watched: tuple[str, ...]  # scored and logged, never trained on
-    dtype: str  # of scorers' models: auto | float32 | float16 | bfloat16
+    standardise: bool  # whether a mixture's rewards are first standardised, by their mean and deviation in the first stage
+    watched: tuple[str, ...]  # rewards that are scored and logged, never trained on
+    dtype: str  # of reward models: auto | float32 | float16 | bfloat16
     batch_size: int  # images scored at once
     num_workers: int  # threads that read images ahead of the scorer
-    own: Mapping[str, Mapping[str, Any]]  # each reward's own settings, by its name
+    own: Mapping[str, Mapping[str, Any]]  # name of a reward -> its own settings
 
     @property
     def made_elsewhere(self) -> bool:
-        """Whether a run waits for scores from people or another program."""
+        """Whether the run has to wait for scores from people or another program (reward `file`)."""
         return "file" in (*self.weights, *self.watched)
 
     @property
     def description(self) -> str:
-        """What is rewarded, in a few words: `clip`, or of a mixture `1 clip + 0.1 aesthetic`."""
+        """The reward for people to read: `clip`, or for a mixture `1 clip + 0.1 aesthetic`."""
         return describe_mixture(self.weights) if self.mixed else next(iter(self.weights))
 
 
 @dataclass(frozen=True)
 class Selection:
-    """From rewards to what is trained on (arXiv 2503.11240, section 4.2)."""
+    """How rewards become advantages, and which images are trained on (arXiv 2503.11240, section 4.2)."""
 
-    which: str  # pairs: a group's best and worst, by the thresholds | all
-    baseline: str  # what a score is relative to: prompt | group
-    pos_threshold: float
-    neg_threshold: float
-    num_history_stages: int  # earlier stages whose rewards join a prompt's mean and deviation
+    which: str  # pairs: a group's best and worst image, if they pass the thresholds | all: every image
+    baseline: str  # the mean that is subtracted from a reward: of its prompt | of its group
+    pos_threshold: float  # the best is kept if its normalised reward is at least this
+    neg_threshold: float  # the worst is kept if its normalised reward is below this
+    num_history_stages: int  # earlier stages whose rewards count in a prompt's mean and deviation
     max_advantage: float  # advantages are clamped to +- this
-    positive_weight: float  # of advantages above 0
-    negative_weight: float  # of the others
+    positive_weight: float  # factor of positive advantages
+    negative_weight: float  # factor of negative advantages
 
     @property
     def thresholds(self) -> dict[str, float]:
-        """As `selection.select_pairs` takes them."""
+        """The two thresholds as keyword arguments of `selection.select_pairs`."""
         return {"pos_threshold": self.pos_threshold, "neg_threshold": self.neg_threshold}
 
 
@@ -141,8 +143,8 @@ class Optimizer:
     betas: tuple[float, float]
     weight_decay: float
     epsilon: float
-    use_8bit: bool  # AdamW of bitsandbytes
-    max_grad_norm: float
+    use_8bit: bool  # bitsandbytes' AdamW
+    max_grad_norm: float  # gradients are clipped to this norm
 
 
 @dataclass(frozen=True)
@@ -150,54 +152,54 @@ class Training:
     """How the LoRA is updated."""
 
     objective: Objective  # with its options
-    max_first_log_ratio: float  # beyond it a stage's first update, on the policy that sampled, is warned of
+    max_first_log_ratio: float  # warn if |log-ratio| exceeds this in a stage's first update, where it should be about 0
     optimizer: Optimizer
-    num_epochs: int  # passes over a stage's selection
-    num_trajectories: int  # of one update
-    timestep_fraction: float  # of a trajectory's S steps, how many an update takes
-    step_weight: str  # none | leverage | sigma
-    unconditional_gradient: bool  # whether guidance's unconditional half has a gradient
+    num_epochs: int  # passes over the selected trajectories of a stage
+    num_trajectories: int  # in one update
+    timestep_fraction: float  # fraction of a trajectory's S trained steps that an update uses
+    step_weight: str  # weight of a step in the loss: none | leverage | sigma
+    unconditional_gradient: bool  # whether the unconditional half of guidance is differentiated
     micro_batch_size: int  # transitions the network sees at once
     gradient_checkpointing: bool
 
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How images to judge are made."""
+    """A sampler for images that are judged."""
 
     num_steps: int
-    eta: float | None  # None: the scheduler has none
+    eta: float | None  # None: the scheduler has no eta
     guidance_scale: float
-    scheduler: str = ""  # a class of diffusers; "": the transitions that are trained
+    scheduler: str = ""  # name of a diffusers class; "": the sampler used in training
 
 
 @dataclass(frozen=True)
 class Judging:
     """How checkpoints are judged."""
 
-    judge: str  # a reward never trained on, whose mean is the accuracy; "": none
-    diversity: tuple[str, ...]  # names in b2diffurl.evaluation.features
-    inception_model: str
-    num_images: int  # of a prompt set
-    batch_size: int
+    judge: str  # a reward, not the one trained on, whose mean is reported as accuracy; "": none
+    diversity: tuple[str, ...]  # features whose diversity is measured; names in b2diffurl.evaluation.features
+    inception_model: str  # image classifier of the Inception Score
+    num_images: int  # for each prompt set
+    batch_size: int  # images generated at once
     seed: int  # of the evaluation noise
-    every: int  # stages from one evaluation on held-out prompts to the next; 0: none
-    deployed: SamplerSettings  # as given: its scheduler's name may lack `Scheduler`, its guidance_scale 0 is training's
+    every: int  # evaluate on held-out prompts after every so many stages; 0: never
+    deployed: SamplerSettings  # as the user gave it: `Scheduler` may be missing, guidance_scale 0 means training's
 
 
 @dataclass(frozen=True)
 class Output:
-    """Where an experiment lies, what stays of it, and who watches."""
+    """Where an experiment's files go, which of them are kept, and which trackers follow it."""
 
     name: str  # of the experiment
-    save_path: str
-    log_path: str
-    preset: str
+    save_path: str  # the folder of all experiments
+    log_path: str  # the folder of all logs
+    preset: str  # name of the preset
     save_interval: int  # epochs from one checkpoint to the next
-    keep_samples: bool
-    keep_images: int  # of a stage; below 0: all
-    trackers: tuple[str, ...]
-    wandb_mode: str
+    keep_samples: bool  # whether trajectories stay after training
+    keep_images: int  # images kept of each stage; below 0: all
+    trackers: tuple[str, ...]  # wandb, tensorboard
+    wandb_mode: str  # offline | online
 
     @property
     def root(self) -> Path:
@@ -222,7 +224,7 @@ class Settings:
 
 
 def read_settings(config: Mapping[str, Any]) -> Settings:
-    """The values of a configuration that `rules.check` lets pass."""
+    """The values of a configuration. Call `rules.check` first: nothing is checked here."""
     return Settings(
         compute=read_compute(config),
         model=read_model(config["pretrained"], config["train"]["lora_rank"]),
@@ -282,7 +284,7 @@ def read_sampling(config: Mapping[str, Any]) -> Sampling:
 
 
 def read_selection(evaluation: Mapping[str, Any], train: Mapping[str, Any]) -> Selection:
-    """The paper's repository keeps the settings of the selection in the section `eval`."""
+    """From the sections `eval` and `train`: the paper's repository keeps the thresholds in `eval`, so these keys do, too."""
     return Selection(
         which=evaluation["selection"],
         baseline=evaluation["advantage"],
@@ -346,7 +348,7 @@ def read_rewards(reward: Mapping[str, Any]) -> Rewards:
         dtype=reward["dtype"],
         batch_size=reward["batch_size"],
         num_workers=reward["num_workers"],
-        # A ConfigDict is no Mapping, but has keys as one.
+        # Every section but `weights` belongs to a reward. A ConfigDict is not a Mapping, so look for its method `keys`.
         own={name: dict(section) for name, section in reward.items() if hasattr(section, "keys") and name != "weights"},
     )
 
@@ -376,9 +378,10 @@ def read_training(train: Mapping[str, Any]) -> Training:
 
 
 def describe_reward(reward: Mapping[str, Any]) -> str:
-    """The same from the section `reward` of a recorded configuration, which may be that of an earlier version."""
+    """`Rewards.description` from the section `reward` of a config.json, which an earlier version may have written."""
     return describe_mixture(reward["weights"]) if reward.get("weights") else reward["name"]
 
 
 def describe_mixture(weights: Mapping[str, float]) -> str:
+    """A weighted sum for people to read: `1 clip + 0.1 aesthetic`."""
     return " + ".join(f"{weight:g} {name}" for name, weight in weights.items())

@@ -1,10 +1,11 @@
-"""Rewards: how well each image does what is wanted of it. More is better.
+"""Rewards: a score for each image, higher is better.
 
-A reward is a function of images uint8 [N,H,W,3] and their prompts [N]. It returns a float tensor [N], or that and a dict of
-parts, each a float tensor [N] or N strings (a caption, an answer), which scores.jsonl records beside the score.
+A reward is a function of images uint8 [N,H,W,3] and their prompts [N]. It returns the scores, a float tensor [N]. It may
+return (scores, parts) instead. Parts are a dict of further values, each a float tensor [N] or a list of N strings, such as a
+caption. scores.jsonl records them beside the score.
 
-Its name is one of REWARDS, or `package.module:function`, your own function on the Python path. docs/rewards.md has a table,
-and says how to add one.
+A reward's name is a key of REWARDS, or `package.module:function` for your own function on the Python path. docs/rewards.md
+lists the rewards and says how to add one.
 """
 
 import importlib
@@ -25,34 +26,37 @@ Reward = Callable[[Tensor, Sequence[str]], Tensor | tuple[Tensor, Parts]]
 
 
 class RewardModule(Protocol):
-    """The functions that a module of this package has, for each of its rewards.
+    """What every module of this package defines: `check`, `files` and `load`.
 
-    `name` is the reward's; a module may have several. `own` is its section of the settings, config.reward.<name>, or {}.
-    A module may also have NOT_DECISIVE, the keys of `own` that do not change a score: where a model lies, whose files are
-    known by their checksums, or how long to wait for an answer.
+    One module may serve several rewards, so each function is told the reward's `name`. `own` is the reward's section of the
+    configuration, config.reward.<name>, or {} if it has none.
+
+    A module may also define NOT_DECISIVE: the keys of `own` that do not change a score. Examples are the path of a model,
+    which is identified by the checksums of its files, and a timeout.
     """
 
     def check(self, name: str, own: Mapping[str, Any], prompts: Sequence[str]) -> None:
-        """Refuse what cannot work, before any work: a model that cannot be had, a package that is not installed, a setting,
-        a prompt that cannot be judged. The ValueError, OSError or ImportError says what to do.
+        """Raise a ValueError, OSError or ImportError, which says what to do, if the reward cannot work.
 
-        `prompts` are those to come, as far as they are known. Sampling, selecting and judging each ask, so it is quick
-        and loads no model.
+        Reasons are a missing model or package, a bad setting, or a prompt that the reward cannot score. `prompts` are the
+        prompts of the run as far as they are known. Every phase calls this before it starts, so it must be quick and must
+        not load a model.
         """
 
     def files(self, name: str, own: Mapping[str, Any]) -> list[Path]:
-        """The files that decide the scores, always in the same order; [] where there are none."""
+        """The files that determine the scores, such as a model's weights, always in the same order; [] if there are none."""
 
     def load(self, name: str, own: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Reward:
-        """The reward, its model on `device` in `dtype`.
+        """Return the reward function, with its model on `device` in `dtype`.
 
-        It is called with one batch after the other, all of one shape. The last one is filled up, as a rule by repeating its
-        last image and prompt, and what the reward says of those is dropped. An image's score depends on no other image, so
-        batches inside have a constant shape, too. An exception ends the run; the same command scores the stage anew.
+        The function is called batch by batch, and all batches of a run have the same size. A shorter last batch is padded,
+        usually by repeating its last image and prompt; the scores of the padding are dropped. The score of an image must not
+        depend on the other images of its batch. So if the function splits its batch, each piece needs a constant size, too.
+        If the function raises an exception the run ends, and the same command scores the whole stage again.
         """
 
 
-# The module of this package that has each reward. It is imported only when it is used.
+# Reward -> module of this package. A module is imported only when its reward is used: some load large libraries.
 REWARDS = {
     "clip": "clip",
     "pickscore": "pickscore",
@@ -71,53 +75,61 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def check_rewards(names: Sequence[str], rewards: Rewards, prompts: Sequence[str] = ()) -> None:
-    """Refuse an unknown reward, one whose model cannot be had, or one that cannot read the prompts, before any work."""
+    """Raise an error, before any work, if a reward is unknown, lacks its model, or cannot score one of the prompts."""
     for name in names:
         reward_module(name).check(name, rewards.own.get(name, {}), prompts)
 
 
 def load_reward(name: str, rewards: Rewards, device: torch.device) -> Reward:
-    """The reward of that name, which `check_rewards` lets pass, on that device."""
+    """The reward function `name` on `device`. Call `check_rewards` first: its errors are clearer."""
     return reward_module(name).load(name, rewards.own.get(name, {}), device, resolve_dtype(rewards.dtype, device))
 
 
 def reward_identity(name: str, rewards: Rewards) -> list[Any]:
-    """What decides a reward's scores: its name, its settings, and the SHA-256 of its files, wherever they lie."""
+    """Everything that determines a reward's scores: its name, its settings, and the SHA-256 of its files.
+
+    Two evaluations with equal identities can be compared. Paths are not part of it: a model may move.
+    """
     module, own = reward_module(name), rewards.own.get(name, {})
-    passed_over = getattr(module, "NOT_DECISIVE", ())
-    decisive = {key: value for key, value in own.items() if key not in passed_over}
+    not_decisive = getattr(module, "NOT_DECISIVE", ())
+    decisive = {key: value for key, value in own.items() if key not in not_decisive}
     return [name, decisive, [checksum(path) for path in module.files(name, own)]]
 
 
 def reward_module(name: str) -> RewardModule:
-    """The module that has the reward; a ValueError if there is none of that name."""
+    """The module that implements the reward `name`; a ValueError if the name is unknown."""
     if ":" not in name and name not in REWARDS:
         raise ValueError(f"unknown reward {name!r}; known: {', '.join(REWARDS)}, or your own as package.module:function")
     return importlib.import_module(f"b2diffurl.rewards.{REWARDS.get(name, 'own')}")
 
 
 def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """`auto`: float16 on CUDA, whose three more bits than bfloat16's keep siblings apart; float32 on the CPU."""
+    """The dtype called `wanted`; `auto` is float16 on CUDA and float32 on the CPU.
+
+    float16 has three more bits of precision than bfloat16. Siblings often differ by little, and these bits keep them apart.
+    """
     if wanted == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
     return DTYPES[wanted]
 
 
 def score(reward: Reward, images: Tensor, prompts: Sequence[str], count: int | None = None) -> tuple[Tensor, Parts]:
-    """Rewards float32 [count] and parts of the first `count` images, or all, whichever form the reward returns.
+    """Call `reward` and return (rewards float32 [count], parts), on the CPU.
 
-    The others pad the batch to a constant shape. A ValueError says what is wrong with what the reward returned.
+    Only the first `count` images are kept (None: all); the rest is padding. If the reward returned something of another form
+    a ValueError says what is wrong with it.
     """
     with torch.no_grad():
         result = reward(images, prompts)
     rewards, parts = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+    # The function may be a user's own, so check everything it returned.
     if not isinstance(rewards, Tensor) or not isinstance(parts, Mapping):
         raise ValueError(
             f"the reward returned {type(result).__name__}; it must be a tensor [N], or that and a dict of parts"
         )
     for name, value in {"reward": rewards, **parts}.items():
-        strings = isinstance(value, list) and all(isinstance(text, str) for text in value) and value is not rewards
-        if not strings and not isinstance(value, Tensor):
+        is_strings = isinstance(value, list) and all(isinstance(text, str) for text in value) and value is not rewards
+        if not is_strings and not isinstance(value, Tensor):
             raise ValueError(
                 f"{name!r} of the reward is {type(value).__name__}; it must be a tensor, or for a part N strings"
             )
@@ -126,15 +138,15 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], count: int | N
             raise ValueError(f"{name!r} of the reward has shape {shape} for {len(prompts)} images")
     if "reward" in parts:
         raise ValueError("a part of the reward is called 'reward', as it is itself; call it otherwise")
-    cut = {name: value[:count] for name, value in parts.items()}
+    kept = {name: value[:count] for name, value in parts.items()}
     return rewards[:count].float().cpu(), {
-        name: value.float().cpu() if isinstance(value, Tensor) else value for name, value in cut.items()
+        name: value.float().cpu() if isinstance(value, Tensor) else value for name, value in kept.items()
     }
 
 
 @contextmanager
 def noting(note: str) -> Iterator[None]:
-    """An error inside carries `note`, which says where it happened."""
+    """Add `note`, which says where we are, to any exception raised inside the block."""
     try:
         yield
     except Exception as error:
@@ -143,23 +155,27 @@ def noting(note: str) -> Iterator[None]:
 
 
 def join(batches: Sequence[tuple[Tensor, Parts]]) -> tuple[Tensor, Parts]:
-    """Several batches as one. A part that a batch lacks is NaN, or an empty string, for its images."""
+    """Join (rewards, parts) of several batches into one.
+
+    Batches may have different parts, because a part may depend on the kind of prompt. Where a batch lacks a part, its images
+    get NaN, or an empty string if the part is text.
+    """
     parts: Parts = {}
-    for key in dict.fromkeys(key for _, some in batches for key in some):
-        of_strings = any(isinstance(some.get(key), list) for _, some in batches)
-        missing = [[""] * len(rewards) if of_strings else torch.full((len(rewards),), torch.nan) for rewards, _ in batches]
-        values = [some.get(key, nothing) for (_, some), nothing in zip(batches, missing, strict=True)]
-        parts[key] = [text for value in values for text in value] if of_strings else torch.cat(values)
+    for key in dict.fromkeys(key for _, batch_parts in batches for key in batch_parts):
+        is_text = any(isinstance(batch_parts.get(key), list) for _, batch_parts in batches)
+        blanks = [[""] * len(rewards) if is_text else torch.full((len(rewards),), torch.nan) for rewards, _ in batches]
+        values = [batch_parts.get(key, blank) for (_, batch_parts), blank in zip(batches, blanks, strict=True)]
+        parts[key] = [text for value in values for text in value] if is_text else torch.cat(values)
     return torch.cat([rewards for rewards, _ in batches]), parts
 
 
 def by_name(name: str, rewards: Tensor, parts: Parts) -> Parts:
-    """A reward's values under its name, and its parts as name/part."""
+    """One dict of a reward and its parts: {name: rewards, "name/part": values, …}."""
     return {name: rewards} | {f"{name}/{key}": value for key, value in parts.items()}
 
 
 def require_finite(name: str, rewards: Tensor, where: str) -> None:
-    """A FloatingPointError names the images, of those `where`, whose reward is not finite."""
+    """Raise a FloatingPointError that lists the images whose reward is NaN or infinite; `where` says in which batch."""
     bad = (~rewards.isfinite()).nonzero().flatten().tolist()
     if bad:
         raise FloatingPointError(f"reward {name} is not finite for images {listed(bad)} {where}")

@@ -1,6 +1,7 @@
-"""LAION's improved aesthetic predictor: how well people liked such pictures, from 1 to 10, by a CLIP image embedding.
+"""LAION's improved aesthetic predictor: how much people like a picture, from 1 to 10. The prompt is ignored.
 
-The prompt plays no part. Head and training: github.com/christophschuhmann/improved-aesthetic-predictor.
+A small MLP, the head, reads the picture's CLIP embedding. It was trained on people's ratings:
+github.com/christophschuhmann/improved-aesthetic-predictor.
 """
 
 import pickle
@@ -41,7 +42,8 @@ def load(name: str, own: Mapping[str, Any], device: torch.device, dtype: torch.d
 
 
 def head_file(head: str) -> Path:
-    """The head's weights: that file, or the one .safetensors or .pth of a directory or hub repository."""
+    """The file with the head's weights. `head` is this file, or a directory or hub repository that holds exactly one
+    .safetensors or .pth file."""
     path = locate(head, patterns=[], weights=["*.safetensors", "*.pth"])
     if path.is_file():
         return path
@@ -52,12 +54,12 @@ def head_file(head: str) -> Path:
 
 
 def load_head(path: Path, width: int) -> nn.Module:
-    """The head for embeddings [N,width] with the weights in `path`; a pickle is read for its tensors alone."""
+    """The head for CLIP embeddings [N,width], with the weights in `path`. From a .pth, a pickle, only tensors are read."""
     layers = nn.Sequential(
         nn.Linear(width, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2), nn.Linear(128, 64), nn.Dropout(0.1),
         nn.Linear(64, 16), nn.Linear(16, 1),
     )  # fmt: skip
-    head = nn.Sequential(OrderedDict(layers=layers))
+    head = nn.Sequential(OrderedDict(layers=layers))  # LAION's file names its weights layers.0.weight, …
     try:
         if path.suffix == ".safetensors":
             state = read_tensors(path)

@@ -1,9 +1,9 @@
-"""BERTScore of a caption: a captioner says what the picture shows, and its words are compared with the prompt's.
+"""BERTScore of a caption: a captioner describes the image, and a text model compares the caption with the prompt.
 
-The second reward of arXiv 2503.11240; question, reference sentence and recall as the reward are those of DDPO (Black et al.
-2023, arXiv 2305.13301, section 5.2). BERTScore: Zhang et al. 2020, arXiv 1904.09675.
+This is the second reward of B2-DiffuRL (arXiv 2503.11240). The question, the reference sentence and the choice of recall as
+reward are from DDPO (Black et al. 2023, arXiv 2305.13301, section 5.2). BERTScore: Zhang et al. 2020, arXiv 1904.09675.
 
-N images, L tokens of a text, E width of the scorer
+N images, L tokens of a text, E width of the text model (the scorer)
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from b2diffurl.rewards import Parts, Reward
 from b2diffurl.runtime.hub import load_whole, model_files, model_folder
 
 NOT_DECISIVE = ("captioner", "scorer")
-MAX_TOKENS = 128  # of prompt or caption in the scorer; longer ones are cut
+MAX_TOKENS = 128  # that the scorer reads of a caption or reference; the rest is cut
 TEXT_BATCH_SIZE = 32
 
 
@@ -48,7 +48,7 @@ def load(name: str, own: Mapping[str, Any], device: torch.device, dtype: torch.d
 
 
 class Captioner:
-    """A vision-language model of transformers' image-text-to-text classes; call it with images uint8 [N,H,W,3]."""
+    """Captions images by one of transformers' image-text-to-text models. Call it with images uint8 [N,H,W,3]."""
 
     def __init__(self, model: str, question: str, max_new_tokens: int, device: torch.device, dtype: torch.dtype):
         root = model_folder(model)
@@ -64,22 +64,23 @@ class Captioner:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> list[str]:
-        """The likeliest caption of each image, word by word."""
+        """One caption for each image, by greedy decoding: no randomness."""
         pictures = [[image] for image in images.permute(0, 3, 1, 2).cpu()]
         inputs = self.processor(images=pictures, text=[self.text] * len(images), return_tensors="pt")
         inputs = inputs.to(self.device, self.dtype)
         tokens = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
-        asked = inputs["input_ids"]
-        if torch.equal(tokens[:, : asked.shape[1]], asked):  # decoders repeat the question, encoder-decoders do not
-            tokens = tokens[:, asked.shape[1] :]
+        question = inputs["input_ids"]
+        # A decoder-only model returns the question before its answer, an encoder-decoder the answer alone.
+        if torch.equal(tokens[:, : question.shape[1]], question):
+            tokens = tokens[:, question.shape[1] :]
         return [caption.strip() for caption in self.processor.batch_decode(tokens, skip_special_tokens=True)]
 
 
 class TextScorer:
-    """BERTScore with the text model of that hub id or directory; call it with texts [N] and references [N].
+    """BERTScore by the text model `model` (hub id or directory). Call it with texts [N] and references [N].
 
-    torchmetrics compares the embeddings. It is given one pair at a time, because in a batch it mixes up pairs of different
-    lengths (its issue 2728), and each text's embedding from here, where a text that comes again is not computed again.
+    torchmetrics computes the score from token embeddings. It gets one pair at a time: in a batch it mixes up pairs of
+    different lengths (its issue 2728). The embeddings come from here, so a text that occurs twice is embedded once.
     """
 
     def __init__(self, model: str, num_layers: int, device: torch.device):
@@ -90,7 +91,7 @@ class TextScorer:
         if not 0 <= num_layers <= depth:
             raise ValueError(f"reward.bertscore.num_layers is {num_layers}; {root} has {depth} layers, and 0 takes the last")
         self.layer = num_layers or depth
-        self.known: dict[tuple[int, ...], Tensor] = {}  # embedding [L,E] of each text seen, by its tokens
+        self.known: dict[tuple[int, ...], Tensor] = {}  # tokens of a text -> their embeddings [L,E]
 
     def __call__(self, texts: Sequence[str], references: Sequence[str]) -> dict[str, Tensor]:
         """precision, recall and f1 [N]; all 0 for an empty text."""
@@ -114,7 +115,11 @@ class TextScorer:
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> None:
-        """Compute what is not known yet, in batches of a constant shape, so that no text's embedding depends on others."""
+        """Embed the texts that are new, and remember them.
+
+        Batches are padded to a constant shape [TEXT_BATCH_SIZE, MAX_TOKENS]. Kernels round differently at other shapes, and
+        the embedding of a text must not depend on which texts are embedded with it.
+        """
         new = [tokens for tokens in dict.fromkeys(map(self.tokens, texts)) if tokens not in self.known]
         for start in range(0, len(new), TEXT_BATCH_SIZE):
             some = new[start : start + TEXT_BATCH_SIZE]
@@ -128,9 +133,10 @@ class TextScorer:
             self.known |= {tokens: state[: len(tokens)].cpu() for tokens, state in zip(some, states, strict=False)}
 
     def tokens(self, text: str) -> tuple[int, ...]:
+        """The token ids of a text, at most MAX_TOKENS."""
         return tuple(self.tokenizer(text, truncation=True, max_length=MAX_TOKENS).input_ids)
 
     def look_up(self, _: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """The known embeddings [1,L,E] of torchmetrics' batch of one text; a copy, for it is normalised in place."""
+        """The embeddings [1,L,E] of torchmetrics' batch of one text. A copy, because torchmetrics normalises it in place."""
         tokens = batch["input_ids"][0][batch["attention_mask"][0].bool()]
         return self.known[tuple(tokens.tolist())].clone()[None]

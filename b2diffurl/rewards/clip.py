@@ -16,7 +16,7 @@ from b2diffurl.rewards import Reward
 from b2diffurl.runtime.hub import load_whole, model_files, model_folder
 
 NOT_DECISIVE = ("model",)
-TEXT_BATCH_SIZE = 32  # constant, so that a prompt's embedding does not depend on which others there are
+TEXT_BATCH_SIZE = 32  # constant: a prompt's embedding must not depend on the prompts beside it
 
 
 def check(name: str, own: Mapping[str, Any], prompts: Sequence[str]) -> None:
@@ -32,7 +32,7 @@ def load(name: str, own: Mapping[str, Any], device: torch.device, dtype: torch.d
 
 
 class Clip:
-    """The CLIP model of that hub id or directory; call it with images uint8 [N,H,W,3] and prompts [N]."""
+    """A CLIP model (hub id or directory) that scores images. Call it with images uint8 [N,H,W,3] and prompts [N]."""
 
     def __init__(self, model: str, device: torch.device, dtype: torch.dtype):
         root = model_folder(model)
@@ -40,21 +40,21 @@ class Clip:
         self.tokenizer = CLIPTokenizer.from_pretrained(root)
         self.processor = AutoImageProcessor.from_pretrained(root, backend="pil", trust_remote_code=False)
         self.device, self.dtype = device, dtype
-        self.known: dict[str, Tensor] = {}  # embedding of each prompt seen
+        self.known: dict[str, Tensor] = {}  # prompt -> its embedding [E]
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return cosine_similarity(self.embed_images(images), self.embed_prompts(prompts))
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
-        """Embeddings float32 [N,E] of images uint8 [N,H,W,3]; their length means nothing."""
+        """Embeddings float32 [N,E] of images uint8 [N,H,W,3], not normalised."""
         pixels = self.processor(images=list(images.permute(0, 3, 1, 2).cpu()), return_tensors="pt").pixel_values
         features = self.model.get_image_features(pixel_values=pixels.to(self.device, self.dtype))
         return features.pooler_output.float()
 
     @torch.no_grad()
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings float32 [N,E] of prompts, cut at the text tower's length; each distinct one is computed once."""
+        """Embeddings float32 [N,E] of prompts, each cut to the text encoder's length. Equal prompts are embedded once."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
         for start in range(0, len(new), TEXT_BATCH_SIZE):
             some = new[start : start + TEXT_BATCH_SIZE]

@@ -16,7 +16,7 @@ from b2diffurl.runtime.files import write_bytes
 
 
 def check(name: str, own: Mapping[str, Any], prompts: Sequence[str]) -> None:
-    """Nothing yet: the scores are asked for once there are images."""
+    """Nothing to check yet: scores can be given only once the images exist."""
 
 
 def files(name: str, own: Mapping[str, Any]) -> list[Path]:
@@ -28,7 +28,7 @@ def load(name: str, own: Mapping[str, Any], device: torch.device, dtype: torch.d
 
 
 def write_template(stage: Stage, prompts: Sequence[str]) -> None:
-    """A CSV with the id, image and prompt of every row that is to be scored; one that is there already is left alone."""
+    """Write scores_wanted.csv with a row (id, empty score, image, prompt) for each image, unless it exists."""
     if stage.wanted_scores.is_file():
         return
     text = io.StringIO()
@@ -39,9 +39,9 @@ def write_template(stage: Stage, prompts: Sequence[str]) -> None:
 
 
 def read_scores(path: Path, count: int) -> Tensor:
-    """Scores [count] of the images 0..count-1; a ValueError that names lines which are none, and ids that are missing."""
+    """Read the scores [count] of the images 0..count-1. A ValueError names the bad line, or the ids without a score."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets may write a byte order mark
             table = csv.DictReader(file)
             columns = list(table.fieldnames or ())
             rows = list(enumerate(table, start=2))
@@ -52,7 +52,7 @@ def read_scores(path: Path, count: int) -> Tensor:
     scores: dict[int, float] = {}
     for line, row in rows:
         if not (row["score"] or "").strip():
-            continue
+            continue  # not scored yet: reported below with all others
         if None in row:
             raise ValueError(f"{path}, line {line} has more fields than the first line; a decimal comma?")
         try:

@@ -1,7 +1,7 @@
 """A reward behind a URL: images and prompts go out as JSON, scores come back. docs/reward_server.py is such a server.
 
-Request: POST {"prompts": ["a cat", …], "images": ["<PNG, base64>", …]}. Answer: {"scores": [0.5, …]}, one an image.
-The environment variable REWARD_HTTP_AUTHORIZATION goes with it as the header Authorization, and is written nowhere.
+Request: POST {"prompts": ["a cat", …], "images": ["<PNG, base64>", …]}. Answer: {"scores": [0.5, …]}, one for each image.
+The environment variable REWARD_HTTP_AUTHORIZATION, if set, is sent as the header Authorization. It is never written to disk.
 """
 
 import base64
@@ -25,12 +25,12 @@ from b2diffurl.rewards import Reward
 from b2diffurl.runtime.logs import logger
 
 NOT_DECISIVE = ("timeout_sec", "num_retries")
-FIRST_WAIT_SEC = 0.5  # before the first repetition; each further wait is twice as long
+FIRST_WAIT_SEC = 0.5  # before the first retry; each further wait is twice as long
 AUTHORIZATION = "REWARD_HTTP_AUTHORIZATION"
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirected POST would lose its images: an error instead."""
+    """Makes a redirect an error: urllib would repeat the request as a GET, without the images."""
 
     def redirect_request(self, *_: object) -> None:
         return None
@@ -64,12 +64,15 @@ def encode(image: Tensor) -> str:
 
 
 def post(body: bytes, *, url: str, timeout_sec: float, num_retries: int) -> bytes:
-    """The answer to `body`; asked again, `num_retries` times at most, where the server is away, slow, or has an error of its
-    own (5xx). A ConnectionError says what happened last."""
-    known = os.environ.get(AUTHORIZATION, "").strip()
-    if not known.isprintable():
+    """Send `body` by POST and return the answer.
+
+    If the server is down, too slow, or answers with an error of its own (5xx), it is asked again, `num_retries` times at
+    most. Then a ConnectionError says what happened last.
+    """
+    secret = os.environ.get(AUTHORIZATION, "").strip()
+    if not secret.isprintable():
         raise ValueError(f"the variable {AUTHORIZATION} has a character in it that no header can have")
-    headers = {"Content-Type": "application/json"} | ({"Authorization": known} if known else {})
+    headers = {"Content-Type": "application/json"} | ({"Authorization": secret} if secret else {})
     request = urllib.request.Request(url, body, headers)
     problem = ""
     for attempt in range(num_retries + 1):
@@ -84,7 +87,7 @@ def post(body: bytes, *, url: str, timeout_sec: float, num_retries: int) -> byte
             with contextlib.suppress(OSError, HTTPException):
                 said = error.read(500)
             problem = f"{url} answered {error.code} {error.reason}: {without_secret(said)}".rstrip(": ")
-            if error.code < 500:
+            if error.code < 500:  # the request itself is wrong: asking again would not help
                 break
         except TimeoutError:
             problem = f"{url} did not answer within {timeout_sec} s (reward.http.timeout_sec)"
@@ -95,14 +98,17 @@ def post(body: bytes, *, url: str, timeout_sec: float, num_retries: int) -> byte
 
 
 def without_secret(said: bytes) -> str:
-    """What a server said, without the secret that it was sent, should it repeat it."""
+    """A server's answer as text, with our secret replaced by *** in case the server repeats it."""
     words = os.environ.get(AUTHORIZATION, "").split()
     text = said.decode(errors="replace")
     return text.replace(words[-1], "***") if words else text
 
 
 def read_within(answer: HTTPResponse, timeout_sec: float) -> bytes:
-    """The whole answer; a TimeoutError if it takes longer, however steadily it drips."""
+    """Read the whole answer within `timeout_sec`, or raise a TimeoutError.
+
+    urllib's own timeout bounds only the wait for the next bytes. A server that sends a few at a time would never reach it.
+    """
     data, deadline = b"", time.monotonic() + timeout_sec
     while chunk := answer.read1():
         data += chunk
@@ -114,7 +120,7 @@ def read_within(answer: HTTPResponse, timeout_sec: float) -> bytes:
 
 
 def read_scores(answer: bytes, url: str, count: int) -> Tensor:
-    """The scores [count] in an answer; a ValueError if it holds something else."""
+    """Parse the scores [count] of an answer; a ValueError says what the server should have sent."""
     try:
         scores = json.loads(answer)["scores"]
     except (ValueError, KeyError, TypeError):

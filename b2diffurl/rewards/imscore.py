@@ -1,4 +1,4 @@
-"""Preference models of the package imscore (github.com/RE-N-Y/imscore), where it is installed."""
+"""Preference models of the package imscore (github.com/RE-N-Y/imscore), an optional dependency."""
 
 import contextlib
 import importlib
@@ -19,9 +19,11 @@ NOT_DECISIVE = ("model",)
 
 @dataclass(frozen=True)
 class Scorer:
+    """Where imscore has a model."""
+
     module: str
-    kind: str  # the class in it
-    one_by_one: bool = False  # it returns one figure for all it is given
+    class_name: str
+    one_by_one: bool = False  # its `score` returns one number for the whole batch, so images go in one at a time
 
 
 SCORERS = {
@@ -42,11 +44,11 @@ def files(name: str, own: Mapping[str, Any]) -> list[Path]:
 
 
 def load(name: str, own: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Reward:
-    """Images go in as float32 in 0..1; the model keeps the precision in which the package loads it."""
+    """`dtype` is ignored: a model keeps the precision in which imscore loads it. It takes images as float32 in 0..1."""
     scorer = SCORERS[name]
     with tokenizers_of_transformers_4():
-        kind = getattr(importlib.import_module(scorer.module), scorer.kind)
-        model = kind.from_pretrained(model_folder(own["model"])).to(device).eval()
+        model_class = getattr(importlib.import_module(scorer.module), scorer.class_name)
+        model = model_class.from_pretrained(model_folder(own["model"])).to(device).eval()
 
     def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
         pixels = images.permute(0, 3, 1, 2).to(device).float() / 255
@@ -59,7 +61,7 @@ def load(name: str, own: Mapping[str, Any], device: torch.device, dtype: torch.d
 
 
 def model_folder(model: str) -> Path:
-    """The directory of the model's weights; unlike models of transformers it may have no config.json."""
+    """The directory with the model's weights. `hub.model_folder` will not do: these models may have no config.json."""
     root = locate(model, patterns=["*.json"], weights=["model*.safetensors"])
     if not any(root.glob("model*.safetensors")):
         raise FileNotFoundError(f"{root} has no model.safetensors, in which the package imscore keeps weights.")
@@ -68,7 +70,7 @@ def model_folder(model: str) -> Path:
 
 @contextlib.contextmanager
 def tokenizers_of_transformers_4() -> Iterator[None]:
-    """Inside it tokenizers have the attribute that imscore 0.0.11 reads and transformers 5 has renamed."""
+    """Inside the block tokenizers have `additional_special_tokens_ids`: imscore 0.0.11 reads it, transformers 5 lacks it."""
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
     if hasattr(Tokenizer, "additional_special_tokens_ids"):

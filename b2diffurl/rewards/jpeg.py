@@ -1,4 +1,4 @@
-"""Size of the picture as a JPEG file, as in DDPO (Black et al. 2023, arXiv 2305.13301, section 5.1): kB at quality 95."""
+"""Size of the image as a JPEG file at quality 95, in kB, as in DDPO (Black et al. 2023, arXiv 2305.13301, section 5.1)."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ QUALITY = 95
 
 
 def check(name: str, own: Mapping[str, Any], prompts: Sequence[str]) -> None:
-    """Nothing can be wrong."""
+    """Needs nothing, so nothing can be missing."""
 
 
 def files(name: str, own: Mapping[str, Any]) -> list[Path]:
@@ -27,12 +27,12 @@ def load(name: str, own: Mapping[str, Any], device: torch.device, dtype: torch.d
 
 
 def compressibility(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Images uint8 [N,H,W,3] -> minus their size in kB (1,000 bytes) [N]."""
+    """Images uint8 [N,H,W,3] -> minus their JPEG size in kB (1,000 bytes) [N]."""
     return -incompressibility(images, prompts)
 
 
 def incompressibility(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Images uint8 [N,H,W,3] -> their size in kB (1,000 bytes) [N]."""
+    """Images uint8 [N,H,W,3] -> their JPEG size in kB (1,000 bytes) [N]."""
     sizes = []
     for image in images.cpu().numpy():
         buffer = io.BytesIO()

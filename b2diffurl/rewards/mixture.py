@@ -1,4 +1,4 @@
-"""A mixture of rewards: their weighted sum, as they are or each in units of its own deviation.
+"""A mixture of rewards: their weighted sum, either of the raw values or of standardised ones.
 
 N images
 """
@@ -11,11 +11,14 @@ from torch import Tensor
 
 from b2diffurl.experiment.stage import finished_stages
 
-Scales = dict[str, list[float]]  # mean and deviation of each reward
+Scales = dict[str, list[float]]  # name of a reward -> [mean, standard deviation]
 
 
 def combine(values: Mapping[str, Tensor], weights: Mapping[str, float], scales: Scales | None) -> Tensor:
-    """sum of weight * (value - mean) / deviation, float32 [N], of rewards [N] by name; as they are without `scales`."""
+    """The mixture, float32 [N]: the sum of weight * (value - mean) / deviation over the rewards, `values` by name, each [N].
+
+    Without `scales` it is the sum of weight * value.
+    """
     total = torch.zeros(1, dtype=torch.float64)
     for name, weight in weights.items():
         mean, deviation = scales[name] if scales else (0.0, 1.0)
@@ -24,7 +27,7 @@ def combine(values: Mapping[str, Tensor], weights: Mapping[str, float], scales: 
 
 
 def measure_scales(values: Mapping[str, Tensor]) -> Scales:
-    """Mean and deviation of rewards [N]; a deviation of 1 where all are equal."""
+    """Mean and standard deviation of each reward [N]. The deviation is 1 if all values are equal, to avoid dividing by 0."""
     scales = {}
     for name, numbers in values.items():
         deviation = numbers.double().std(unbiased=False).item()
@@ -33,9 +36,10 @@ def measure_scales(values: Mapping[str, Tensor]) -> Scales:
 
 
 def recorded_scales(root: Path) -> Scales | None:
-    """The scales of the experiment's earliest selected stage, which hold for all; None before there is one.
+    """The scales measured in the experiment's first selected stage; None if no stage is selected yet.
 
-    Scales of each stage's own would hide that the reward rises, and mix units in a prompt's history.
+    All stages use these. With scales of its own, every stage would have mean reward 0, so learning would not show, and the
+    rewards in a prompt's history would have different units.
     """
     selected = finished_stages(root, "select")
     return selected[0].manifest("select").get("scales") if selected else None

@@ -1,5 +1,7 @@
-"""PickScore (Kirstain et al. 2023, arXiv 2305.01569): a CLIP trained on people's choices; cosine similarity times its logit
-scale, before any softmax over candidates."""
+"""PickScore (Kirstain et al. 2023, arXiv 2305.01569): a CLIP trained on which of two images people preferred.
+
+The score is the cosine similarity times the model's logit scale, without the softmax over candidate images.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

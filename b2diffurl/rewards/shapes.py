@@ -1,4 +1,4 @@
-"""The embedded world's exact checker as a sparse reward: 1 if the picture shows what the prompt says, else 0."""
+"""The exact checker of the shapes world as a sparse reward: 1 if the image shows what the prompt says, else 0."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,9 +27,10 @@ def load(name: str, own: Mapping[str, Any], device: torch.device, dtype: torch.d
 
 
 def shapes(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Images uint8 [N,64,64,3] -> rewards [N] in {0, 1}, and each part of the prompt on its own."""
+    """Images uint8 [N,64,64,3] -> rewards [N] in {0, 1}, and the checker's verdicts on the parts of the prompt, likewise."""
     verdicts = checker.check(images, prompts)
     parts = {"well_formed": [verdict.well_formed for verdict in verdicts]}
+    # Not every prompt has every part. One without a relation, say, counts as right in it if the image is well formed.
     for key in dict.fromkeys(key for verdict in verdicts for key in verdict.parts):
         parts[key] = [verdict.parts.get(key, verdict.well_formed) for verdict in verdicts]
     rewards = torch.tensor([verdict.correct for verdict in verdicts], dtype=torch.float32)
@@ -37,9 +38,9 @@ def shapes(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Te
 
 
 def layouts(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Where the things of each prompt are: x, y and size in px of the first, then of the second (0 if it names one), [N,6].
+    """Where the image shows what its prompt names, [N,6]: x, y and size in px of the first thing, then of the second.
 
-    NaN where the picture does not show those very things.
+    A prompt that names one thing has 0 for the second. A thing that the image does not show has NaN.
     """
     rows = torch.zeros(len(prompts), 6)
     for n, (verdict, prompt) in enumerate(zip(checker.check(images, prompts), map(parse, prompts), strict=True)):
