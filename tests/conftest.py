@@ -194,6 +194,17 @@ def run_stage(folder: Path, overrides: dict, index: int = 0, verbs=VERBS) -> Non
         run_verb(folder, make_config(overrides, run_name=f"stage{index}"), verb)
 
 
+def run_evaluation(folder: Path, overrides: dict, *checkpoints: str) -> None:
+    """What run_eval.py does, but for the report."""
+    from b2diffurl.configuration.plan import checked_settings
+    from b2diffurl.evaluation.generate import training_sampler
+    from b2diffurl.evaluation.measure import evaluate
+
+    with contextlib.chdir(folder):
+        settings = checked_settings(make_config(overrides))
+        evaluate(settings, checkpoints or ("base", "last"), ["test"], {"training": training_sampler(settings)})
+
+
 # ---- experiments on disk ----
 
 
@@ -234,6 +245,8 @@ def assert_same(one: Path, other: Path) -> None:
 
 
 # ---- the scripts ----
+
+LIMIT_SEC = 10  # until a script has refused what it cannot do
 
 
 @dataclass(frozen=True)
@@ -294,3 +307,22 @@ def call(folder: Path, argv: list[str], main: Callable[[], object]) -> Ended:
                 logging.getLogger("b2diffurl").removeHandler(handler)
                 handler.close()
     return Ended(code, stdout.getvalue(), stderr.getvalue(), time.perf_counter() - started)
+
+
+def assert_refused(ended: Ended, *said: str) -> None:
+    """Two lines on stderr that say all of `said`; no traceback anywhere; and soon."""
+    assert ended.code not in (0, None)
+    assert "Traceback" not in ended.stdout + ended.stderr, ended.stderr
+    first, second = ended.stderr.splitlines()
+    assert first.startswith("error: ")
+    assert second.startswith("       ")
+    for words in said:
+        assert re.search(words, first), first
+    assert ended.seconds < LIMIT_SEC
+
+
+def refuse(folder: Path, verb: str, overrides: dict, *said: str, arguments: tuple = (), preset: str = "sd14") -> None:
+    """Run a script that must be refused, and look whether anything but the log has changed in `folder`."""
+    before = snapshot(folder)
+    assert_refused(run_script(folder, verb, overrides, *arguments, preset=preset), *said)
+    assert snapshot(folder) == before

@@ -1,4 +1,5 @@
-"""README and docs: README is short; every link, file and heading that a page names is there. Commands: test_config.py."""
+"""README and docs: README is short; every link, file and heading that a page names is there. Commands:
+configuration/test_command_line.py."""
 
 import re
 

@@ -24,9 +24,20 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import ROOT, VERBS, call, experiment, flags, make_config, run_script, run_stage, snapshot
+from conftest import (
+    ROOT,
+    VERBS,
+    assert_refused,
+    call,
+    experiment,
+    flags,
+    make_config,
+    refuse,
+    run_script,
+    run_stage,
+    snapshot,
+)
 from PIL import Image
-from test_bad_input import assert_refused, refuse
 from transformers import PreTrainedModel
 
 from b2diffurl.configuration.plan import make_plan
@@ -999,7 +1010,7 @@ def big(images, prompts):
 
 def test_a_sum_that_is_not_finite(begin):
     """Each reward is finite, their weighted sum is beyond a float32: the run stops with the ids."""
-    folder, settings = begin({"reward.weights": {"test_scoring:big": 1e3}})
+    folder, settings = begin({"reward.weights": {f"{__name__}:big": 1e3}})
     said = r"reward \(weighted sum\) is not finite for images \[0, 1, 2, .*scores.jsonl"
     assert_refused(run_script(folder, "select", settings), said)
 

@@ -1,7 +1,7 @@
 """Stable Diffusion at its real size: one stage of a tiny budget through the three scripts.
 
-    python -m pytest -m slow -rP tests/test_sd14.py     on the CPU, in float32
-    python -m pytest -m gpu -rP tests/test_sd14.py      on CUDA, in bf16 and fp16
+    python -m pytest -m slow -rP tests/benchmarks/test_sd14.py     on the CPU, in float32
+    python -m pytest -m gpu -rP tests/benchmarks/test_sd14.py      on CUDA, in bf16 and fp16
 
 On two CPU cores that other work shared (2026-11-23), sampling took 304 s and 6.4 GiB, training 1,703 s and 9.8 GiB.
 

@@ -221,7 +221,8 @@ def test_a_stage_holds_few_batches(overrides, tmp_path, monkeypatch):
 def test_memory_does_not_grow_with_a_stages_batches(tmp_path):
     """Sampling, selecting and training 12 batches, then 48, of 8 MB each: the process grows by less than a tenth of what
     the 36 batches more weigh."""
-    code = "import sys; sys.path[:0] = ['tests', '.']; from test_performance import grow; grow(sys.argv[1])"
+    path = [str(Path(__file__).parent), str(ROOT / "tests"), str(ROOT)]
+    code = f"import sys; sys.path[:0] = {path}; from {__name__} import grow; grow(sys.argv[1])"
     command = [sys.executable, "-c", code, str(tmp_path)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stderr
@@ -547,7 +548,7 @@ print([name for name in {unwanted!r} if name in sys.modules])
 
 @pytest.mark.slow
 def test_a_compiled_network_gives_the_same_stage_within_rounding(finished, overrides, tmp_path, monkeypatch):
-    """python -m pytest -m slow tests/test_performance.py: latents as uncompiled, the first ratio within 1e-4 of 1, and
+    """Latents as uncompiled, the first ratio within 1e-4 of 1, and
     nothing is compiled any more once a phase has begun."""
     compiled = torch._dynamo.utils.counters["stats"]
     warm_ups = {"sample": (sample, sample.warm_up), "train": (train, train.warm_up)}

@@ -382,7 +382,7 @@ def stock_of(model: Model) -> DDIMScheduler:
 
 def test_rounding_on_the_embedded_model():
     """What the table moves by rounding, against the way over x_0 and against everything in float64; before the first update
-    every ratio is 1 exactly. To see the figures: python -m pytest -s tests/test_ddim.py -k rounding"""
+    every ratio is 1 exactly. To see the figures: python -m pytest -s tests/algorithm/test_ddim.py -k rounding"""
     by_table = embedded_run(torch.float32, lambda model: partial(transition, model.sampler(10, 1.0)))
     over_x_0, exact = (
         embedded_run(dtype, lambda model, dtype=dtype: written_out(stock_of(model), dtype))

@@ -12,7 +12,7 @@ from conftest import experiment, run_script, run_stage
 from b2diffurl.configuration.prompts import batch_prompts, load_prompts, named_prompts, place_prompts
 from b2diffurl.configuration.settings import read_settings
 
-FOLDER = Path(__file__).parent.parent / "config" / "prompt"
+FOLDER = Path(__file__).parents[2] / "config" / "prompt"
 ANIMALS = """
 cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear
 raccoon fox wolf lizard beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake

@@ -1,6 +1,6 @@
 """The default run learns, and the figures that say so are computed right.
 
-python -m pytest -m slow -rP tests/test_learning.py     a shortened default run, 14 minutes on one core
+python -m pytest -m slow -rP tests/benchmarks/test_learning.py     a shortened default run, 14 minutes on one core
 """
 
 import json

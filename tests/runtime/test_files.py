@@ -13,13 +13,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import VERBS, Ended, assert_same, call, experiment, make_config, run_script, run_stage, snapshot
-from test_bad_input import assert_refused, refuse
+from conftest import (
+    VERBS,
+    Ended,
+    assert_refused,
+    assert_same,
+    call,
+    experiment,
+    refuse,
+    run_evaluation,
+    run_script,
+    run_stage,
+    snapshot,
+)
 
 from b2diffurl import export, report
-from b2diffurl.configuration.plan import checked_settings
-from b2diffurl.evaluation.generate import training_sampler
-from b2diffurl.evaluation.measure import evaluate
 from b2diffurl.experiment.checkpoints import OPTIMIZER_FILE, STATE_FILE
 from b2diffurl.experiment.folder import resolve_checkpoint
 from b2diffurl.experiment.metrics import read_events
@@ -217,7 +225,7 @@ def test_a_folder_in_a_records_place_is_refused(work, overrides):
 def test_what_decides_shapes_and_what_was_judged(work, overrides):
     """batch_sizes.json, an evaluation's result and the table of all: named; deleted, they are made again as they were."""
     root = experiment(work)
-    judge(work, overrides)
+    run_evaluation(work, overrides)
     judged = snapshot(root)
     for path in (root / "eval.jsonl", *root.glob("eval/stage1*/result.json")):
         whole = path.read_bytes()
@@ -226,7 +234,7 @@ def test_what_decides_shapes_and_what_was_judged(work, overrides):
             said = rf"{re.escape(path.name)} is damaged.*Delete it"
             assert_refused(run_script(work, "eval", overrides, *JUDGE), said)
         path.unlink()
-        judge(work, overrides)
+        run_evaluation(work, overrides)
         assert snapshot(root) == judged
     path = root / "batch_sizes.json"
     entry = {"key": "sample.decode_batch_size", "device": "cpu", "wanted": 16, "size": 4}
@@ -236,14 +244,6 @@ def test_what_decides_shapes_and_what_was_judged(work, overrides):
     for damage in (cut, flip_in_the_middle, flip_a_digit):
         path.write_bytes(damage(whole))
         refuse(work, "sample", overrides | {"run_name": "stage1"}, r"batch_sizes\.json is damaged.*Delete it")
-
-
-def judge(folder: Path, overrides: dict, *checkpoints: str) -> None:
-    """What run_eval.py does, but for the report."""
-    config = make_config(overrides)
-    with contextlib.chdir(folder):
-        settings = checked_settings(config)
-        evaluate(settings, checkpoints or ("base", "last"), ["test"], {"training": training_sampler(settings)})
 
 
 def test_a_report_shows_no_damaged_tree(work):
@@ -414,7 +414,7 @@ def test_judging_and_reporting_on_a_full_disk(finished, workplace, disk, overrid
     run_out(disk, rooms, lambda: run_script(work, "eval", overrides, "--checkpoint=last", "--sampler=training"))
     run_out(disk, (), lambda: call(work, ["report.py", "tiny"], report.main))
     assert not list(work.rglob("*" + files.TEMPORARY))
-    judge(workplace, overrides, "last")
+    run_evaluation(workplace, overrides, "last")
     assert not call(workplace, ["report.py", "tiny"], report.main).code
     done, expected = snapshot(experiment(work)), snapshot(experiment(workplace))
     # the page's size of all files has its own in it
