@@ -10,10 +10,18 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
-from b2diffurl.models import stable_diffusion
+from b2diffurl.models import Model, stable_diffusion
 
 RANK = 4
 LORA_TARGETS = list(stable_diffusion.LORA.targets)
+
+
+def output(model: Model, *, guidance_scale: float = 3.0) -> Tensor:
+    """What the model predicts on fixed noise."""
+    noise = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    conditions, unconditional = model.encode(["a red circle", "a blue square"]), model.encode([""])
+    with torch.no_grad():
+        return model.predict(noise, torch.tensor(501), conditions, unconditional, guidance_scale)
 
 
 def original_layout(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:

@@ -45,13 +45,6 @@ def base(models, tmp_path) -> Path:
     return shutil.copytree(models / "sd", tmp_path / "sd")
 
 
-@pytest.fixture
-def empty(tmp_path) -> Path:
-    """A folder in which nothing has been run."""
-    (tmp_path / "work").mkdir()
-    return tmp_path / "work"
-
-
 # ---- models that cannot be had ----
 
 

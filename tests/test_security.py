@@ -313,7 +313,7 @@ def test_everything_may_be_a_link(finished, own, tmp_path):
     lora = Path("stage0") / "checkpoints" / "checkpoint_2" / LORA_FILE
     assert (far / "experiment" / lora).read_bytes() == (experiment(finished) / lora).read_bytes()
     path = experiment(work) / "stage0"
-    run_evaluation(work, own, "base", "last", str(path))
+    run_evaluation(work, own, ["base", "last", str(path)])
     named = {row["checkpoint"] for row in files.read_json_lines(far / "experiment" / "eval.jsonl")}
     assert named == {"base", "stage0", "stage0/checkpoint_2"}  # as inside the experiment, by whatever path they were given
     assert not call(work, ["export.py", "tiny"], export.main).code

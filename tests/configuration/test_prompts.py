@@ -3,12 +3,14 @@
 import json
 import math
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import experiment, run_script, run_stage
 
+from b2diffurl.algorithm.seeding import generator
 from b2diffurl.configuration.prompts import batch_prompts, load_prompts, named_prompts, place_prompts
 from b2diffurl.configuration.settings import read_settings
 
@@ -168,3 +170,16 @@ def test_one_prompt_instead_of_a_file(config, overrides, tmp_path):
     sources = read_settings(config).prompts
     assert named_prompts(sources, "train") == [("prompt", "a red bird")]
     assert [prompt for _, prompt in named_prompts(sources, "test")] == load_prompts(overrides["eval.prompt_file"])
+
+
+def test_prompts_in_turn_run_through_the_file():
+    """Without a generator global batch b of n takes prompts b*n, b*n + 1, … modulo their number."""
+    taken = [prompt for batch in range(3) for prompt in batch_prompts(list("abcd"), 3, batch, None)]
+    assert taken == list("abcdabcda")
+
+
+def test_random_prompts_are_uniform_and_fixed_by_their_generator():
+    """Each prompt comes as often as chance has it (within 5 standard errors), and the key decides which."""
+    drawn = batch_prompts(list("abcd"), 8000, 0, generator(0, "prompts"))
+    assert drawn == batch_prompts(list("abcd"), 8000, 5, generator(0, "prompts"))
+    assert all(abs(count - 2000) < 5 * (8000 * 0.25 * 0.75) ** 0.5 for count in Counter(drawn).values())

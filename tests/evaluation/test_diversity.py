@@ -54,9 +54,6 @@ def test_unknown_metric_is_refused():
         mean_pairwise_distance(torch.zeros(2, 1), list("aa"), metric="manhattan")
 
 
-# ---- Vendi score ----
-
-
 @pytest.mark.parametrize(
     ("rows", "score"),
     [

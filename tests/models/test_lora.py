@@ -1,79 +1,17 @@
-"""Weights of other programs: a base model in one file of the original layout, and LoRAs that were not trained here."""
-
-from pathlib import Path
+"""LoRAs that other programs trained, and what is refused of them."""
 
 import pytest
 import safetensors.torch
+import tiny
 import torch
 from conftest import experiment, run_stage, run_verb
 from diffusers import StableDiffusionPipeline
-from foreign import LORA_TARGETS, RANK, original_layout, random_lora, save, save_diffusers
+from foreign import LORA_TARGETS, RANK, output, random_lora, save, save_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
-from b2diffurl.configuration.settings import ModelSettings
-from b2diffurl.models import Model, stable_diffusion
 from b2diffurl.runtime import files
-
-
-def load(model: Path, *, rank: int = RANK, config: str = "") -> Model:
-    settings = ModelSettings("stable_diffusion", str(model), "main", "", config, resolution=0, lora_rank=rank)
-    return stable_diffusion.load(settings, device=torch.device("cpu"), dtype=torch.float32, seed=0, decoder=True)
-
-
-def output(model: Model, *, guidance_scale: float = 3.0) -> Tensor:
-    """What the model predicts on fixed noise."""
-    noise = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
-    conditions, unconditional = model.encode(["a red circle", "a blue square"]), model.encode([""])
-    with torch.no_grad():
-        return model.predict(noise, torch.tensor(501), conditions, unconditional, guidance_scale)
-
-
-# ---- a base model in one file ----
-
-
-@pytest.fixture(scope="module")
-def single_file(models, tmp_path_factory) -> Path:
-    """The tiny model as the one .safetensors file that the original Stable Diffusion code would read."""
-    pipeline = StableDiffusionPipeline.from_pretrained(models / "sd", safety_checker=None)
-    path = tmp_path_factory.mktemp("single") / "tiny.safetensors"
-    safetensors.torch.save_file(original_layout(pipeline), path)
-    return path
-
-
-def test_single_file_is_the_directory(models, single_file):
-    """A base in one file, its configs from a local directory, computes what the directory does, bit for bit."""
-    directory, file = load(models / "sd"), load(single_file, config=str(models / "sd"))
-    assert torch.equal(output(file), output(directory))
-    assert torch.equal(file.encode(["a cross"])["prompt_embeds"], directory.encode(["a cross"])["prompt_embeds"])
-    latents = torch.randn(2, *file.latent_shape, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(file.decode(latents), directory.decode(latents))
-    assert file.scheduler_config == directory.scheduler_config
-    assert file.fingerprint == files.sha256(single_file)
-
-
-def test_stage_from_a_single_file(models, single_file, overrides, finished, tmp_path):
-    """A stage on it ends in the LoRA that the directory gives, bit for bit."""
-    run_stage(tmp_path, overrides | {"pretrained.model": str(single_file), "pretrained.config": str(models / "sd")})
-    lora = "stage0/checkpoints/checkpoint_2/pytorch_lora_weights.safetensors"
-    assert (experiment(tmp_path) / lora).read_bytes() == (experiment(finished) / lora).read_bytes()
-
-
-def test_single_file_must_be_safetensors(models, tmp_path):
-    """A pickled checkpoint is refused before anything of it is read."""
-    (tmp_path / "model.ckpt").write_bytes(b"never a pickle")
-    with pytest.raises(ValueError, match=r"model\.ckpt is not a \.safetensors file"):
-        load(tmp_path / "model.ckpt", config=str(models / "sd"))
-
-
-def test_single_file_needs_its_configs(single_file):
-    """Without configs at hand, and no hub, the error names what is missing and how to get it."""
-    with pytest.raises(FileNotFoundError, match=r"pretrained\.config.*CompVis/stable-diffusion-v1-4.*hf download"):
-        load(single_file, config="CompVis/stable-diffusion-v1-4")
-
-
-# ---- LoRAs from elsewhere ----
 
 
 @pytest.fixture
@@ -97,7 +35,7 @@ def stock_output(pipeline: StableDiffusionPipeline) -> Tensor:
 def test_foreign_lora_acts_as_where_it_comes_from(models, pipeline, tmp_path, form, alpha):
     """A LoRA of another program predicts here what it predicted there, whatever its alpha, and is float32 from then on."""
     path = save(form, tmp_path, pipeline, random_lora(pipeline, alpha=alpha), alpha)
-    model = load(models / "sd")
+    model = tiny.load_model(models / "sd")
     untouched = output(model, guidance_scale=1.0)
     model.load_adapter(path)
     expected = stock_output(pipeline)
@@ -139,7 +77,7 @@ def test_lora_on_the_text_encoder_is_refused(models, pipeline, tmp_path):
     text = get_peft_model_state_dict(pipeline.text_encoder)
     path = save_diffusers(tmp_path, pipeline, random_lora(pipeline), text_encoder_lora_layers=text)
     with pytest.raises(ValueError, match="also changes the text encoder"):
-        load(models / "sd").load_adapter(path)
+        tiny.load_model(models / "sd").load_adapter(path)
 
 
 @pytest.mark.parametrize("form", ["diffusers", "kohya"])
@@ -147,8 +85,8 @@ def test_lora_of_another_rank_is_refused(models, pipeline, tmp_path, form):
     """The error says which setting to change, and with it the file loads."""
     path = save(form, tmp_path, pipeline, random_lora(pipeline, rank=8, alpha=8), 8)
     with pytest.raises(ValueError, match=r"Set train\.lora_rank to its rank"):
-        load(models / "sd").load_adapter(path)
-    load(models / "sd", rank=8).load_adapter(path)
+        tiny.load_model(models / "sd").load_adapter(path)
+    tiny.load_model(models / "sd", rank=8).load_adapter(path)
 
 
 @pytest.mark.parametrize("form", ["diffusers", "kohya"])
@@ -156,14 +94,14 @@ def test_lora_on_other_layers_is_refused(models, pipeline, tmp_path, form):
     """One on the feed-forward layers too, as kohya's default is, would lose weights: refused, with a layer named."""
     path = save(form, tmp_path, pipeline, random_lora(pipeline, targets=[*LORA_TARGETS, "ff.net.2"]))
     with pytest.raises(ValueError, match=r"keys differ, such as unet\..*ff\.net\.2.*must be a LoRA on the UNet's attention"):
-        load(models / "sd").load_adapter(path)
+        tiny.load_model(models / "sd").load_adapter(path)
 
 
 def test_lora_with_an_alpha_a_layer_is_refused(models, pipeline, tmp_path):
     """One scale cannot stand for several, so the error names what is not supported."""
     path = save("diffusers", tmp_path, pipeline, random_lora(pipeline, alpha_pattern={"to_q": 8}))
     with pytest.raises(ValueError, match="alpha_pattern"):
-        load(models / "sd").load_adapter(path)
+        tiny.load_model(models / "sd").load_adapter(path)
 
 
 def test_dora_is_refused(models, pipeline, tmp_path):
@@ -173,7 +111,7 @@ def test_dora_is_refused(models, pipeline, tmp_path):
     state["lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.dora_scale"] = torch.ones(16, 1)
     safetensors.torch.save_file(state, path)
     with pytest.raises(ValueError, match="is a DoRA"):
-        load(models / "sd").load_adapter(path)
+        tiny.load_model(models / "sd").load_adapter(path)
 
 
 def test_refused_lora_leaves_the_disk_alone(models, config, pipeline, tmp_path):

@@ -6,33 +6,26 @@ N selected trajectories, S trained steps, U units: trajectories or pairs of them
 import contextlib
 import itertools
 import json
-import re
-import shutil
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
-from conftest import REFERRING, experiment, make_config, read_selected, run_stage
+from conftest import experiment, make_config, read_selected
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from b2diffurl.algorithm.selection import Selected
 from b2diffurl.algorithm.transition import step_weights
 from b2diffurl.configuration.plan import make_plan
-from b2diffurl.configuration.settings import ModelSettings, read_settings
-from b2diffurl.experiment.checkpoints import load_optimizer, save_checkpoint
+from b2diffurl.configuration.settings import read_settings
 from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.experiment.trajectories import Trajectories
-from b2diffurl.models import stable_diffusion
 from b2diffurl.models.policy import load_policy
 from b2diffurl.objectives import Objective
 from b2diffurl.objectives.options import NoOptions
-from b2diffurl.phases.train import update_rows
 from b2diffurl.phases.trainer import Trainer, make_trainer, micro_batches
 from b2diffurl.phases.update_report import UpdateReport
 from b2diffurl.runtime.device import make_accelerator
@@ -262,23 +255,6 @@ def test_a_remainder_is_divided_by_its_own_size(bench, batch, settings):
         assert difference(total, whole) < 1e-5
 
 
-@pytest.mark.parametrize("num_trajectories", [1, 2, 7, 8, 9, 100])
-@pytest.mark.parametrize("effective", [1, 4, 8, 128])
-def test_every_trajectory_counts_once_an_epoch(num_trajectories, effective):
-    """An epoch deals all rows, each once, to ceil(N / effective) updates of equal size, one more or less; its order
-    depends on the epoch's key alone."""
-    dealt = [update_rows(num_trajectories, effective, torch.Generator().manual_seed(3)) for _ in range(2)]
-    sizes = [len(rows) for rows in dealt[0]]
-    assert sorted(torch.cat(dealt[0]).tolist()) == list(range(num_trajectories))
-    assert len(sizes) == -(-num_trajectories // effective)
-    assert max(sizes) <= effective
-    assert max(sizes) - min(sizes) <= 1
-    assert torch.equal(torch.cat(dealt[0]), torch.cat(dealt[1]))
-    if num_trajectories == 100:
-        other = torch.cat(update_rows(num_trajectories, effective, torch.Generator().manual_seed(4)))
-        assert not torch.equal(other, torch.cat(dealt[0]))
-
-
 @pytest.mark.parametrize("num_units", [1, 2, 5, 12])
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 2, 5, 64])
@@ -392,191 +368,6 @@ def test_the_base_policy_leaves_no_trace(bench, batch, base_unet):
     assert torch.equal(again, accumulated)
 
 
-# ---- the stage ----
-
-
-def updates(stage: Stage) -> list[dict]:
-    events = [json.loads(line) for line in stage.metrics("train").read_text().splitlines()]
-    return [event for event in events if event["event"] == "update"]
-
-
-def is_fresh(stage: Stage) -> bool:
-    """Whether the stage's LoRA is still one that changes nothing."""
-    tensors = load_file(stage.checkpoints()[-1] / LORA_FILE)
-    return not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
-
-
-def test_a_stage_updates_on_its_whole_selection(finished):
-    """Each epoch's updates take all selected trajectories; the manifest counts the updates, and what is not finite
-    cannot be written."""
-    for index in range(2):
-        stage = Stage(experiment(finished), index)
-        selected = len(json.loads(stage.selection.read_text()))
-        assert selected % 4, "the remainder is what is tested here"
-        for epoch in (1, 2):
-            sizes = [event["num_trajectories"] for event in updates(stage) if event["epoch"] == epoch]
-            assert sum(sizes) == selected
-            assert len(sizes) == -(-selected // 4)
-        assert stage.manifest("train")["num_updates"] == len(updates(stage))
-
-
-def test_a_stage_of_pairs_leaves_single_siblings_out(stage_with):
-    """d3po trains on the groups of which both siblings were selected: an update has half as many pairs as the effective
-    batch has trajectories, rounded down, and all of them count in every epoch."""
-    stage = Stage(experiment(stage_with(**REFERRING["d3po"])), 0)
-    groups = [row["group"] for row in json.loads(stage.selection.read_text())]
-    assert sorted(Counter(groups).values()) == [1, 1, 1, 2, 2, 2]
-    sizes = [(event["epoch"], event["num_trajectories"]) for event in updates(stage)]
-    assert sizes == [(1, 4), (1, 2), (2, 4), (2, 2)]
-    assert stage.manifest("train")["num_transitions"] == (4 + 2) * 2 * 4
-    assert not is_fresh(stage)
-
-
-@pytest.mark.parametrize(("objective", "metric"), [("dpok", "kl"), ("d3po", "margin")])
-def test_a_stage_reports_its_way_from_the_base(stage_with, objective, metric):
-    """The distance to the base policy is exactly 0 at a fresh LoRA's first update, and not at the next ones."""
-    first, *later = updates(Stage(experiment(stage_with(**REFERRING[objective])), 0))
-    assert first[metric] == 0.0
-    assert all(update[metric] != 0.0 for update in later)
-    assert {"kl", "margin"} & first.keys() == {metric}
-
-
-def test_without_a_complete_group_the_weights_go_on(overrides, tmp_path):
-    """d3po on a selection of single siblings: no update, and the stage is finished with the LoRA it began with."""
-    run_stage(tmp_path, overrides | {"train.objective": "d3po"})
-    stage = Stage(experiment(tmp_path), 0)
-    groups = [row["group"] for row in json.loads(stage.selection.read_text())]
-    assert len(set(groups)) == len(groups) > 0
-    assert (updates(stage), stage.manifest("train")["num_updates"]) == ([], 0)
-    assert is_fresh(stage)
-
-
-def test_optimizer_state_carries_over_from_stage_to_stage(finished):
-    """AdamW's step count after stage 1 is the updates of both stages; its weights are not those of stage 0."""
-    stages = [Stage(experiment(finished), index) for index in range(2)]
-    counted = 0
-    for stage in stages:
-        counted += len(updates(stage))
-        optimizer = load_file(stage.checkpoints()[-1] / "optimizer.safetensors")
-        assert {int(value) for name, value in optimizer.items() if name.endswith("::step")} == {counted}
-    one, two = (load_file(stage.checkpoints()[-1] / LORA_FILE) for stage in stages)
-    assert any(not torch.equal(one[name], two[name]) for name in one)
-
-
-@pytest.mark.parametrize(("epochs", "interval", "saved"), [(1, 2, {1: 1}), (3, 2, {1: 2, 2: 3}), (4, 2, {1: 2, 2: 4})])
-def test_checkpoints_are_numbered_by_the_save_interval(finished, overrides, tmp_path, epochs, interval, saved):
-    """checkpoint_<n> holds epoch n * interval; the last epoch is always saved."""
-    settings = overrides | {"train.num_epochs": epochs, "train.save_interval": interval, "train.batch_size": 16}
-    run_stage(tmp_path, settings)
-    found = {
-        int(path.name.split("_")[1]): json.loads((path / "state.json").read_text())["epoch"]
-        for path in Stage(experiment(tmp_path), 0).checkpoints()
-    }
-    assert found == saved
-
-
-def test_an_empty_selection_passes_the_weights_on(finished, overrides, tmp_path):
-    """Nothing selected: the stage ends in a checkpoint with the weights, and the optimizer, it began with, to the bit;
-    the first stage in the fresh LoRA; and the next stage goes on from it."""
-    strict = overrides | {"eval.pos_threshold": 1e9, "eval.neg_threshold": -1e9}
-    for index in range(2):
-        run_stage(tmp_path, strict, index)
-        stage = Stage(experiment(tmp_path), index)
-        assert json.loads(stage.selection.read_text()) == []
-        assert updates(stage) == []
-        assert stage.manifest("train")["num_updates"] == 0
-        assert is_fresh(stage)
-    # and a trained LoRA with its optimizer
-    last = Stage(experiment(finished), 1).checkpoints()[-1]
-    run_stage(tmp_path, strict | {"exp_name": "other", "resume_from": str(last)})
-    other = Stage(tmp_path / "model" / "lora" / "other", 0).checkpoints()[-1]
-    for name in (LORA_FILE, "optimizer.safetensors"):
-        one, two = load_file(last / name), load_file(other / name)
-        assert one.keys() == two.keys()
-        assert all(torch.equal(one[key], two[key]) for key in one)
-
-
-# ---- the LoRA ----
-
-
-@cache
-def tiny_model(root: str, seed: int = 0, rank: int = 4, dtype: torch.dtype = torch.float32):
-    settings = ModelSettings("stable_diffusion", root, "main", variant="", config="", resolution=0, lora_rank=rank)
-    return stable_diffusion.load(settings, device=torch.device("cpu"), dtype=dtype, seed=seed, decoder=False)
-
-
-@pytest.mark.parametrize("rank", [1, 4, 8])
-def test_a_fresh_lora_changes_nothing(models, rank):
-    """With B = 0 the network gives the base's own output, to the bit; alpha equals rank, so the scaling is 1; A is
-    gaussian of deviation 1 / rank; there is no dropout, and only the attention is trained."""
-    model = tiny_model(str(models / "sd"), rank=rank)
-    base = UNet2DConditionModel.from_pretrained(models / "sd", subfolder="unet")
-    generator = torch.Generator().manual_seed(0)
-    x, text = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 77, 16, generator=generator)
-    with torch.no_grad():
-        assert torch.equal(model.network(x, 500, text).sample, base(x, 500, text).sample)
-    lora = model.unet.peft_config["default"]
-    assert (lora.r, lora.lora_alpha, lora.lora_dropout) == (rank, rank, 0)
-    assert {module.scaling["default"] for module in model.unet.modules() if hasattr(module, "lora_A")} == {1.0}
-    names = model.trainable().keys()
-    assert {re.search(r"\.(to_\w+(?:\.0)?)\.lora_[AB]\.", name)[1] for name in names} == {"to_q", "to_k", "to_v", "to_out.0"}
-    assert len(names) == 2 * sum(name.split(".")[-1] in ("to_q", "to_k", "to_v") or name.endswith("to_out.0")
-                                 for name, _ in base.named_modules())  # fmt: skip
-    gaussian = torch.cat([value.flatten() for name, value in model.trainable().items() if "lora_A" in name])
-    assert abs(gaussian.std().item() * rank - 1) < 0.2
-    assert {name for name, value in model.unet.named_parameters() if value.requires_grad} == set(names)
-
-
-def test_a_fresh_lora_follows_from_the_seed(models):
-    """The same seed gives the same initial A, another seed another, and torch's global generator is left alone."""
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    one = tiny_model.__wrapped__(str(models / "sd"), seed=1).adapter_state()
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(5)
-    same, other = (tiny_model.__wrapped__(str(models / "sd"), seed=seed).adapter_state() for seed in (1, 2))
-    for name, value in one.items():
-        assert torch.equal(value, same[name])
-        assert "lora_B" in name or not torch.equal(value, other[name])
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_trainable_parameters_are_float32_in_every_precision(models, dtype):
-    """A half-precision base carries a float32 LoRA, and it is saved so."""
-    model = tiny_model(str(models / "sd"), dtype=dtype)
-    assert {value.dtype for value in model.trainable().values()} == {torch.float32}
-    assert {value.dtype for value in model.adapter_state().values()} == {torch.float32}
-    assert {value.dtype for name, value in model.unet.named_parameters() if ".lora_" not in name} == {dtype}
-
-
-def test_checkpoint_round_trip_is_exact(models, tmp_path):
-    """LoRA and AdamW's state come back from disk bit for bit, and the next step is the same as without the trip."""
-    model = tiny_model.__wrapped__(str(models / "sd"), seed=0)
-    parameters = model.trainable()
-    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
-
-    def step(model, optimizer, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in model.trainable().values():
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
-        optimizer.step()
-
-    step(model, optimizer, 0)
-    state = {"stage": 0, "epoch": 1, "base_model_sha256": model.fingerprint, "scaler": None}
-    save_checkpoint(tmp_path / "checkpoint_1", model.adapter_state(), optimizer, list(parameters), state)
-    other = tiny_model.__wrapped__(str(models / "sd"), seed=9)
-    other.load_adapter(tmp_path / "checkpoint_1" / LORA_FILE)
-    other_optimizer = torch.optim.AdamW(other.trainable().values(), lr=1e-2)
-    load_optimizer(tmp_path / "checkpoint_1" / LORA_FILE, other_optimizer, list(other.trainable()))
-    for _ in range(2):
-        for one, two in zip(parameters.values(), other.trainable().values(), strict=True):
-            assert torch.equal(one, two)
-            for key, value in optimizer.state[one].items():
-                assert torch.equal(value, other_optimizer.state[two][key])
-        step(model, optimizer, 1)
-        step(other, other_optimizer, 1)
-
-
 # ---- not finite ----
 
 
@@ -606,32 +397,3 @@ def test_a_non_finite_loss_stops_the_update(bench, batch, tmp_path, settings, wh
     assert found["losses"].isfinite().all(1).tolist() == [True, False, True]
     assert torch.equal(found["latents"].isnan(), trajectories.latents[rows].isnan())
     assert len(found["latents"]) == len(rows)
-
-
-def test_a_non_finite_stage_is_not_sampled(finished, overrides, tmp_path):
-    """A policy that has turned to NaN stops in sampling: what is needed to look into it is on disk, the error names batch
-    and groups, and no sample is written."""
-    stage, lora = Stage(experiment(tmp_path), 0), tmp_path / LORA_FILE
-    trained = Stage(experiment(finished), 1).checkpoints()[-1] / LORA_FILE
-    save_file({name: torch.full_like(value, torch.nan) for name, value in load_file(trained).items()}, lora)
-    with pytest.raises(FloatingPointError, match=r"batch_00000.*groups \[0, 1\]"):
-        run_stage(tmp_path, overrides | {"resume_from": str(lora)})
-    assert [path.relative_to(stage.folder).as_posix() for path in stage.folder.rglob("*.*")] == [
-        "debug/batch_00000.safetensors"
-    ]
-    assert load_file(stage.debug / "batch_00000.safetensors")["log_probs"].isnan().any()
-
-
-def test_a_non_finite_reward_stops_the_selection(workplace, overrides, models, tmp_path):
-    """A scorer that has turned to NaN: the scores are on disk, the error names the images, nothing is selected."""
-    broken = shutil.copytree(models / "clip", tmp_path / "clip")
-    weights = load_file(broken / "model.safetensors")
-    save_file({name: torch.full_like(value, torch.nan) for name, value in weights.items()}, broken / "model.safetensors")
-    settings = overrides | {"exp_name": "broken", "reward.clip.model": str(broken)}
-    run_stage(tmp_path, settings, verbs=["sample"])
-    with pytest.raises(FloatingPointError, match=r"images \[0, 1, 2"):
-        run_stage(tmp_path, settings, verbs=["select"])
-    stage = Stage(tmp_path / "model" / "lora" / "broken", 0)
-    assert [json.loads(line)["reward"] for line in stage.scores.read_text().splitlines()] == [None] * 18
-    assert not stage.finished("select")
-    assert not stage.selection.exists()

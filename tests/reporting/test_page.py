@@ -7,43 +7,21 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, experiment, run_script, snapshot
-from matplotlib.figure import Figure
+from conftest import ROOT, experiment, run_script, snapshot
 from PIL import Image
 
-from b2diffurl.experiment.branch_picture import Tree, decode_tree, load_tree, recording_prefix, save_tree, spread
 from b2diffurl.experiment.evaluation_table import with_error
-from b2diffurl.experiment.metrics import read_events
 from b2diffurl.experiment.stage import Stage
-from b2diffurl.experiment.stage_table import per_step_rows, stage_rows
+from b2diffurl.experiment.stage_table import stage_list, stage_rows
 from b2diffurl.phases.health import ADVICE, warn
-from b2diffurl.report import main
 from b2diffurl.reporting import page
-from b2diffurl.reporting.page import change, disk_usage, figure_table, read_pairs, refresh, write_report
-from b2diffurl.reporting.plots import Pair, curve_panels, heat_map, panel_figure, panels_figure, short
-from b2diffurl.runtime.files import read_image, read_json, read_json_lines, write_json, write_json_lines
-
-JUDGED = {"eval.judge": "shapes", "eval.diversity": ("clip", "layout")}
-
-
-@pytest.fixture(scope="module")
-def reported(finished, overrides, tmp_path_factory) -> Path:
-    """A folder in which the tiny experiment is judged, every stage on both prompt sets, and reported. Not to be changed."""
-    folder = shutil.copytree(finished, tmp_path_factory.mktemp("reported") / "copy")
-    ended = run_script(folder, "eval", overrides | JUDGED, "--all", "--prompts=test,train", "--sampler=training")
-    assert ended.code == 0, ended.stderr
-    return folder
-
-
-@pytest.fixture
-def root(reported, tmp_path) -> Path:
-    """A copy of that experiment's own folder, to work on."""
-    return shutil.copytree(experiment(reported), tmp_path / "tiny")
+from b2diffurl.reporting.page import change, disk_usage, figure_table, read_pairs, refresh, warned_kinds, write_report
+from b2diffurl.reporting.plots import Pair
+from b2diffurl.runtime.files import read_json, read_json_lines, write_json, write_json_lines
 
 
 def test_the_page_is_self_contained_and_the_same_each_time(root):
@@ -61,25 +39,6 @@ def test_the_page_is_self_contained_and_the_same_each_time(root):
     before = snapshot(root)
     write_report(root)
     assert snapshot(root) == before
-
-
-def test_stage_rows_are_what_the_files_say(root):
-    one, two = stage_rows(root)
-    assert (one["queries"], two["queries"]) == (18, 36)
-    assert (one["num_trained_steps"], two["num_trained_steps"]) == (2, 3)
-    for row, stage in zip((one, two), (Stage(root, 0), Stage(root, 1)), strict=True):
-        rewards = np.array([score["reward"] for score in read_json_lines(stage.scores)])
-        assert row["reward_mean"] == pytest.approx(rewards.mean())
-        assert row["reward_std"] == pytest.approx(rewards.std(ddof=1))
-        updates = read_events(stage.metrics("train"), "update")
-        assert row["num_updates"] == len(updates) > 1
-        assert row["clip_fraction"] == pytest.approx(np.mean([update["clip_fraction"] for update in updates]))
-        assert row["grad_norm"] == pytest.approx(np.mean([update["grad_norm"] for update in updates]))
-        assert row["max_abs_log_ratio_first"] == updates[0]["max_abs_log_ratio"]
-        assert row["seconds/train/train"] == read_json(stage.manifest_path("train"))["seconds"]["train"]
-        columns = np.mean([update["log_ratio_per_step"] for update in updates], axis=0)
-        assert list(per_step_rows(root, "log_ratio_per_step")[stage.index].values()) == pytest.approx(columns)
-    assert list(per_step_rows(root, "log_ratio_per_step")[1]) == read_events(Stage(root, 1).metrics("train"))[0]["timesteps"]
 
 
 def test_the_table_has_base_newest_stage_and_paired_difference(root):
@@ -154,145 +113,6 @@ def test_large_images_are_scaled_down_for_the_page(tmp_path):
     assert found["src"].startswith("data:image/webp;base64,")
     assert len(found["src"]) < path.stat().st_size / 2
     assert not found["small"]
-
-
-def drawn(panels: list, title: str):
-    """The axes of a panel."""
-    axes = Figure().subplots()
-    next(panel for panel in panels if panel.title == title).draw(axes)
-    return axes
-
-
-def test_curves_are_drawn_of_the_rows(root):
-    """Everything at the images scored by then, the spread one deviation to both sides, evaluations with their errors,
-    seconds stacked to their sum."""
-    rows, judged = stage_rows(root), page.evaluation_rows(root)
-    panels = curve_panels(rows, judged)
-    (line,) = drawn(panels, "Reward of the stage's images, ± one sd").lines
-    assert line.get_xydata().tolist() == [[row["queries"], row["reward_mean"]] for row in rows]
-    (band,) = drawn(panels, "Reward of the stage's images, ± one sd").collections
-    heights = band.get_paths()[0].vertices[:, 1]
-    assert heights.max() == pytest.approx(max(row["reward_mean"] + row["reward_std"] for row in rows))
-    assert heights.min() == pytest.approx(min(row["reward_mean"] - row["reward_std"] for row in rows))
-    test, train = drawn(panels, "Judged: reward").containers
-    for container, prompts in ((test, "test"), (train, "train")):
-        mine = [row for row in judged if row["prompts"] == prompts]
-        assert container[0].get_xydata().tolist() == [[row["queries"], row["reward"]] for row in mine]
-        (errors,) = container[2]
-        spread = [segment[1, 1] - segment[0, 1] for segment in errors.get_segments()]
-        assert spread == pytest.approx([2 * row["reward_se"] for row in mine])
-    bars = drawn(panels, "Seconds a stage").patches
-    tops = [max(bar.get_y() + bar.get_height() for bar in bars[n::2]) for n in range(2)]
-    timed = ("sample/load", "sample/sample", "select/load", "select/score", "train/load", "train/train")
-    assert tops == pytest.approx([sum(row[f"seconds/{part}"] for part in timed) for row in rows])
-
-
-def test_heat_maps_run_from_noise_to_image():
-    """Stages across, timesteps down; what was not trained is empty."""
-    figure = heat_map("title", {0: {101: 0.5}, 2: {901: 0.2, 101: 0.1}}, log=False)
-    axes = figure.axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["901", "101"]
-    assert axes.get_ylim()[0] > axes.get_ylim()[1]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "2"]
-    (mesh,) = axes.collections[:1]
-    np.testing.assert_array_equal(mesh.get_array().filled(np.nan), [[np.nan, 0.2], [0.5, 0.1]])
-
-
-def test_what_was_trained_and_is_zero_is_no_gap():
-    """On a logarithmic scale, too, where a stage of one update has ratios of exactly 1."""
-    (mesh,) = heat_map("title", {0: {101: 1e-3}, 1: {901: 0.0, 101: 1e-5}}, log=True).axes[0].collections[:1]
-    np.testing.assert_array_equal(mesh.get_array().filled(np.nan), [[np.nan, 1e-5], [1e-3, 1e-5]])
-
-
-def test_axes_say_what_is_there():
-    """Percentages at half points are not rounded to whole ones, and there is no negative clip fraction."""
-    judged = {"prompts": "test", "sampler": "training", "accuracy_se": 0.01}
-    rows = [judged | {"queries": n, "accuracy": 0.45 + n / 100} for n in (0, 10)]
-    panels = curve_panels([{"queries": 10, "num_updates": 1, "clip_fraction": 0.0}], rows)
-    axis = drawn(panels, "Judged: accuracy").yaxis
-    places = axis.get_majorticklocs()
-    said = [float(label.removesuffix("%")) for label in axis.get_major_formatter().format_ticks(places)]
-    assert said == pytest.approx([100 * place for place in places])
-    assert drawn(panels, "Clip fraction, mean over updates").get_ylim()[0] == 0
-
-
-def test_long_names_end_where_their_panel_ends():
-    """Titles and legends of a function of a long package, and of a prompt file; what tells them apart is to be seen."""
-    names = [f"my_company.rewards_of_ours:how_{word}_it_is" for word in ("beautiful", "surprising")]
-    rows = [
-        {"prompts": f"/home/{'a_long_name_' * 4}{n}.txt", "sampler": "training", "queries": 0, "stage": None}
-        | dict.fromkeys(names, 0.5)
-        | {f"{name}_se": 0.1 for name in names}
-        for n in range(3)
-    ]
-    panels = [panel for panel in curve_panels([{"queries": 10}], rows) if panel.title.startswith("Judged")]
-    assert len({panel.title for panel in panels}) == 2
-    for panel in panels:
-        figure = panel_figure(panel)
-        figure.draw_without_rendering()
-        (axes,) = figure.axes
-        assert axes._left_title.get_window_extent().x1 < figure.bbox.x1
-        legend = axes.get_legend().get_window_extent()
-        assert figure.bbox.x0 < legend.x0 < legend.x1 < figure.bbox.x1
-
-
-# ---- the branch picture ----
-
-
-def test_what_is_watched_of_a_prefix_is_the_first_group_s():
-    """Its state before each step of the prefix; predictions pass through."""
-    seen: list[torch.Tensor] = []
-    predict = recording_prefix(lambda x, i: x * 2, 2, seen)
-    x = torch.arange(6.0).view(3, 2, 1, 1)
-    for i in range(4):
-        assert torch.equal(predict(x + i, i), (x + i) * 2)
-    assert [state.flatten().tolist() for state in seen] == [[0.0, 1.0], [1.0, 2.0]]
-
-
-def test_a_tree_shows_the_first_group_s_way(root, config, models):
-    """Its last column is the first group's images, its first the decoded noise that all branches share."""
-    for index, split in ((0, 2), (1, 1)):
-        stage = Stage(root, index)
-        tree = load_tree(stage)
-        assert tree.prompt == read_json(stage.prompts)[0]
-        assert (tree.num_steps, list(tree.shared)) == (4, list(range(split + 1)))
-        assert [list(branch) for branch in tree.branches] == [list(range(split + 1, 5))] * 3
-        for branch, states in enumerate(tree.branches):
-            np.testing.assert_allclose(states[4].astype(int), read_image(stage.image(branch)).numpy().astype(int), atol=1)
-        assert len({states[split + 1].tobytes() for states in tree.branches}) == 3
-        assert tree.shared[0].std() > 0
-
-
-def test_a_tree_decodes_each_state_at_its_place(tmp_path):
-    """States that are numbers: the tile of step j has the number of step j, that of branch k is k more."""
-    stage = Stage(tmp_path, 0)
-    prefix = [torch.full((1, 3, 2, 2), float(step)) for step in range(6)]
-    latents = torch.stack([torch.arange(6, 21.0) + 20 * (k > 0) * k for k in range(2)])
-    latents[:, 0] = 6
-    latents = latents[:, :, None, None, None].expand(-1, -1, 3, 2, 2)
-    save_tree(stage, decode_tree("a prompt", prefix, latents, lambda states: states.permute(0, 2, 3, 1).to(torch.uint8)))
-    tree = load_tree(stage)
-    assert tree == Tree("a prompt", 20, tree.shared, tree.branches)
-    assert {step: int(tile.max()) for step, tile in tree.shared.items()} == {0: 0, 2: 2, 4: 4, 6: 6}
-    for k, states in enumerate(tree.branches):
-        assert {step: (int(tile.min()), int(tile.max())) for step, tile in states.items()} == {
-            step: (step + 20 * k, step + 20 * k) for step in (7, 11, 16, 20)
-        }
-
-
-@pytest.mark.parametrize(
-    ("first", "last", "count", "expected"),
-    [
-        (0, 0, 4, [0]),
-        (3, 3, 4, [3]),
-        (0, 1, 4, [0, 1]),
-        (0, 9, 4, [0, 3, 6, 9]),
-        (1, 10, 4, [1, 4, 7, 10]),
-        (5, 7, 2, [5, 7]),
-    ],
-)
-def test_states_are_spread_over_the_way(first, last, count, expected):
-    assert spread(first, last, count) == expected
 
 
 def test_marks_are_the_selection(root):
@@ -406,19 +226,6 @@ def test_losses_are_losses_and_gains_are_gains(root):
     assert not (root / "report" / "losses_test.png").exists()
 
 
-def test_watched_rewards_have_their_curve(root):
-    for index in range(2):
-        path = Stage(root, index).metrics("select")
-        write_json_lines(
-            path, [row | {"watch/clip_mean": 0.5, "watch/clip/part_mean": 0.1} for row in read_json_lines(path)]
-        )
-    titles = [panel.title for panel in curve_panels(stage_rows(root), [])]
-    assert "clip, watched" in titles
-    assert len(titles) == len(set(titles)) == 9
-    assert titles[0] == "Reward of the stage's images, ± one sd"
-    panels_figure(curve_panels(stage_rows(root), [])).draw_without_rendering()
-
-
 def test_a_mistake_in_the_report_stops_nothing(root, caplog, monkeypatch):
     """One warning that names the command, and no exception."""
     (Stage(root, 1).scores).write_text("{")
@@ -470,32 +277,6 @@ def test_facts_are_on_the_page(root):
     html = (root / "report.html").read_text()
     for text in ("torch", torch.__version__, "images sampled a second", "cpu_cores", "sample: load"):
         assert text in html
-
-
-# ---- by hand ----
-
-
-def test_by_hand(reported, tmp_path):
-    """`python -m b2diffurl.report EXP` takes a name or a folder; mistakes end in two lines and code 2."""
-    work = shutil.copytree(reported, tmp_path / "work")
-    (experiment(work) / "report.html").unlink()
-    for name in ("tiny", "model/lora/tiny"):
-        ended = call(work, ["report", name], main)
-        assert (ended.code, ended.stdout.strip()) == (0, "model/lora/tiny/report.html"), ended.stderr
-    ended = call(work, ["report", "tiyn"], main)
-    assert ended.code == 2
-    assert ended.stderr.startswith(
-        "error: report: no experiment 'tiyn'. Give its folder, or its name. Experiments in model/lora: tiny."
-    )
-    (work / "empty").mkdir()
-    shutil.copy(experiment(work) / "config.json", work / "empty")
-    ended = call(work, ["report", "empty"], main)
-    assert ended.code == 2
-    assert "no stage that has been scored" in ended.stderr
-
-
-def test_rewards_are_short():
-    assert [short(value) for value in (0.00878, -1.8521, 12.345)] == ["0.009", "-1.852", "12.3"]
 
 
 # ---- in a browser ----
@@ -571,3 +352,14 @@ def test_reading_a_report_s_files_needs_no_model():
     code = "import sys, b2diffurl.reporting.page; print(sorted({'diffusers', 'transformers', 'wandb'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(found.stdout.replace("'", '"')) == []
+
+
+def test_the_report_shows_the_first_warnings_of_a_kind():
+    rows = [{"stage": n, "kind": "A" if n < 7 else "B", "what": f"{n}", "advice": "rest"} for n in (1, 2, 4, 5, 6, 9)]
+    a, b = warned_kinds(rows)
+    assert (a["kind"], a["stages"], a["more"], [row["what"] for row in a["first"]]) == (
+        *("A", "stages 1-2, 4-6", "stages 5-6"),
+        ["1", "2", "4"],
+    )
+    assert (b["stages"], b["more"]) == ("stage 9", "")
+    assert stage_list([3, 3, 4]) == "stages 3-4"
