@@ -13,8 +13,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
 from unittest import mock
 
@@ -29,12 +30,18 @@ import tiny  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from absl.flags import FLAGS  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 from b2diffurl.algorithm.selection import Selected  # noqa: E402
+from b2diffurl.configuration.plan import Plan, make_plan  # noqa: E402
+from b2diffurl.configuration.recorded import record_experiment  # noqa: E402
 from b2diffurl.configuration.settings import Settings, read_settings  # noqa: E402
-from b2diffurl.experiment.stage import Stage  # noqa: E402
+from b2diffurl.experiment.stage import LORA_FILE, Stage  # noqa: E402
 from b2diffurl.experiment.trajectories import SelectedTrajectories, Trajectories, save_selected  # noqa: E402
+from b2diffurl.objectives import OBJECTIVES  # noqa: E402
+from b2diffurl.phases.trainer import Trainer  # noqa: E402
 from b2diffurl.runtime.files import SEAL  # noqa: E402
 
 torch.set_num_threads(1)
@@ -44,6 +51,8 @@ for library in (diffusers, transformers):
 
 PROMPTS = ["a red circle", "a blue square", "a green cross"]
 VERBS = ("sample", "select", "train")
+PRESETS = ("shapes", "sd14", "sd14_10gb", "b2", "bs", "bpt", "ddpo")
+CONFIG = f"--config={ROOT}/config/stage_process.py"
 
 # Two stages of 18 images that every selection rule meets: what the preset sd14 needs to run on a tiny model.
 TINY = {
@@ -68,6 +77,8 @@ TINY = {
     "train.learning_rate": 1e-2,
     "keep.samples": True,
 }
+
+JUDGED = {"eval.judge": "shapes", "eval.diversity": ("clip", "layout")}
 
 # What stages need beside TINY for the objectives that ask the base policy. Trained on all their steps siblings differ enough
 # for three of the six groups to be complete, and the three pairs make one update of two and one of what is left.
@@ -147,6 +158,96 @@ def workplace(finished, tmp_path) -> Path:
     return shutil.copytree(finished, tmp_path / "copy")
 
 
+@pytest.fixture(scope="session")
+def sampled(overrides, tmp_path_factory) -> Path:
+    """A folder in which stage 0 of the tiny experiment is sampled. Not to be changed: see `begin`."""
+    folder = tmp_path_factory.mktemp("sampled")
+    run_stage(folder, overrides, verbs=["sample"])
+    return folder
+
+
+@pytest.fixture
+def begin(sampled, overrides, tmp_path) -> Callable[..., tuple[Path, dict]]:
+    """begin(settings) -> (folder, all settings): an experiment begun with these settings, its stage 0 sampled."""
+
+    def make(settings: dict) -> tuple[Path, dict]:
+        folder = shutil.copytree(sampled, tmp_path / "work")
+        (experiment(folder) / "config.json").unlink()
+        with contextlib.chdir(folder):
+            record_experiment(make_plan(make_config(overrides | settings)).record, 1)
+        return folder, overrides | settings
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reported(finished, overrides, tmp_path_factory) -> Path:
+    """A folder in which the tiny experiment is judged, every stage on both prompt sets, and reported. Not to be changed."""
+    folder = shutil.copytree(finished, tmp_path_factory.mktemp("reported") / "copy")
+    ended = run_script(folder, "eval", overrides | JUDGED, "--all", "--prompts=test,train", "--sampler=training")
+    assert ended.code == 0, ended.stderr
+    return folder
+
+
+@pytest.fixture
+def root(reported, tmp_path) -> Path:
+    """A copy of that experiment's own folder, to work on."""
+    return shutil.copytree(experiment(reported), tmp_path / "tiny")
+
+
+@pytest.fixture
+def harm(monkeypatch) -> Callable[[Callable], None]:
+    """harm(how): from now on the loss of the reference objective is how(num_updates, loss, metrics)."""
+    sound, update, running = OBJECTIVES["ddpo"], Trainer.update, []
+
+    def noted(self, *given):
+        running[:] = [self]
+        return update(self, *given)
+
+    def begin(how: Callable) -> None:
+        @wraps(sound.loss)
+        def loss(*tensors, **options):
+            return how(running[0].num_updates, *sound.loss(*tensors, **options))
+
+        monkeypatch.setattr(Trainer, "update", noted)
+        monkeypatch.setitem(OBJECTIVES, "ddpo", replace(sound, loss=loss))
+
+    return begin
+
+
+@pytest.fixture
+def empty(tmp_path) -> Path:
+    """A folder in which nothing has been run."""
+    (tmp_path / "work").mkdir()
+    return tmp_path / "work"
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch) -> Iterator[Callable[[str], str]]:
+    """module(source) -> the name of a module with that source on the Python path."""
+    name = "rewards_of_" + re.sub(r"\W", "_", tmp_path.name)
+
+    def write(source: str) -> str:
+        (tmp_path / f"{name}.py").write_text(source)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        return name
+
+    yield write
+    sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def new_accelerator() -> Iterator[Callable[[], None]]:
+    """Device and precision are chosen anew, as in a process of its own; called, once more."""
+
+    def reset() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+    reset()
+    yield reset
+    reset()
+
+
 def make_config(overrides: dict, preset: str = "sd14", **more) -> ConfigDict:
     config = get_config(preset)
     config.update_from_flattened_dict(overrides | more)
@@ -167,6 +268,50 @@ def experiment(folder: Path) -> Path:
     return folder / "model" / "lora" / "tiny"
 
 
+def stage_of(folder: Path, index: int = 0) -> Stage:
+    """A stage of the experiment in `folder`."""
+    return Stage(experiment(folder), index)
+
+
+def json_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def updates_of(stage: Stage) -> list[dict]:
+    return [event for event in json_lines(stage.metrics("train")) if event["event"] == "update"]
+
+
+def update_of(folder: Path) -> torch.Tensor:
+    """What stage 0's training made of B, which is 0 at first."""
+    state = load_file(stage_of(folder).checkpoints()[-1] / LORA_FILE)
+    return torch.cat([value.flatten() for name, value in state.items() if "lora_B" in name])
+
+
+def distance(one: Path, other: Path) -> float:
+    """Between the LoRAs of two experiments, relative to the other's update."""
+    return ((update_of(one) - update_of(other)).norm() / update_of(other).norm()).item()
+
+
+def forget(folder: Path, verb: str) -> None:
+    """Make one phase of stage 0 unfinished, and what it needs be there."""
+    one = stage_of(folder)
+    one.manifest_path(verb).unlink()
+    if verb == "sample":
+        shutil.rmtree(one.samples)
+    if verb == "train":
+        shutil.rmtree(one.folder / "checkpoints")
+        rows = json.loads(one.selection.read_text())
+        save_selected(one, [Selected(row["group"], row["branch"], row["score"]) for row in rows], 2)
+
+
+def unfinish(folder: Path, verb: str, index: int = 1) -> Stage:
+    """Take back the end of a phase of a stage, and those after it; returns the stage."""
+    stage = stage_of(folder, index)
+    for later in VERBS[VERBS.index(verb) :]:
+        stage.manifest_path(later).unlink(missing_ok=True)
+    return stage
+
+
 def read_selected(stage: Stage, selected: list[Selected], batch_size: int) -> Trajectories:
     """Trajectories of a stage whose samples were kept, by way of the files that selecting writes."""
     with tempfile.TemporaryDirectory() as folder:
@@ -176,10 +321,15 @@ def read_selected(stage: Stage, selected: list[Selected], batch_size: int) -> Tr
         return SelectedTrajectories(copied, selected, batch_size).read(range(len(selected)))
 
 
+def plan(folder: Path, overrides: dict, **more) -> Plan:
+    """The plan of a call in `folder`."""
+    with contextlib.chdir(folder):
+        return make_plan(make_config(overrides, **more))
+
+
 def run_verb(folder: Path, config: ConfigDict, verb: str) -> None:
     """Call one verb with `folder` as the current directory."""
     from b2diffurl.configuration.command_line import named_preset
-    from b2diffurl.configuration.plan import make_plan
     from b2diffurl.phases.sample import sample_stage
     from b2diffurl.phases.select import select_stage
     from b2diffurl.phases.train import train_stage
@@ -192,6 +342,19 @@ def run_verb(folder: Path, config: ConfigDict, verb: str) -> None:
 def run_stage(folder: Path, overrides: dict, index: int = 0, verbs=VERBS) -> None:
     for verb in verbs:
         run_verb(folder, make_config(overrides, run_name=f"stage{index}"), verb)
+
+
+def run_evaluation(
+    folder: Path, overrides: dict, checkpoints: Sequence[str] = ("base", "last"), prompts: Sequence[str] = ("test",), **more
+) -> list[dict]:
+    """What run_eval.py does with the training's sampler, but for the report."""
+    from b2diffurl.configuration.plan import checked_settings
+    from b2diffurl.evaluation.generate import training_sampler
+    from b2diffurl.evaluation.measure import evaluate
+
+    with contextlib.chdir(folder):
+        settings = checked_settings(make_config(overrides, **more))
+        return evaluate(settings, checkpoints, prompts, {"training": training_sampler(settings)})
 
 
 # ---- experiments on disk ----
@@ -235,6 +398,8 @@ def assert_same(one: Path, other: Path) -> None:
 
 # ---- the scripts ----
 
+LIMIT_SEC = 10  # until a script has refused what it cannot do
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -249,13 +414,32 @@ def flags(overrides: dict) -> list[str]:
 
 
 def script_arguments(verb: str, overrides: dict, *more: str, preset: str = "sd14") -> list[str]:
-    return [f"run_{verb}.py", f"--config={ROOT}/config/stage_process.py:{preset}", *flags(overrides), *more]
+    return [f"run_{verb}.py", f"{CONFIG}:{preset}", *flags(overrides), *more]
 
 
 def run_script(folder: Path, verb: str, overrides: dict, *more: str, preset: str = "sd14") -> Ended:
     """run_<verb>.py from its first line to its exit code, in this process, with flags and in `folder`."""
     argv = script_arguments(verb, overrides, *more, preset=preset)
     return call(folder, argv, lambda: runpy.run_path(str(ROOT / argv[0]), run_name="__main__"))
+
+
+def process_variables() -> set[str]:
+    """What run_process.sh takes from the environment."""
+    return set(re.findall(r"^(\w+)=\"\$\{\1:-", (ROOT / "run_process.sh").read_text(), re.MULTILINE))
+
+
+def ran(folder: Path, verb: str, settings: dict, *more: str) -> str:
+    """What a script printed that must have worked."""
+    ended = run_script(folder, verb, settings, *more)
+    assert ended.code == 0, ended.stderr
+    return ended.stdout
+
+
+def start(folder: Path, overrides: dict, *more: str, preset: str = "sd14") -> Ended:
+    """`python -m b2diffurl.start`, in `folder`."""
+    path = str(ROOT / "b2diffurl" / "start.py")
+    argv = [path, *script_arguments("sample", overrides, *more, preset=preset)[1:]]
+    return call(folder, argv, lambda: runpy.run_path(path, run_name="__main__"))
 
 
 def parse_command(folder: Path, argv: list[str]) -> Ended:
@@ -294,3 +478,22 @@ def call(folder: Path, argv: list[str], main: Callable[[], object]) -> Ended:
                 logging.getLogger("b2diffurl").removeHandler(handler)
                 handler.close()
     return Ended(code, stdout.getvalue(), stderr.getvalue(), time.perf_counter() - started)
+
+
+def assert_refused(ended: Ended, *said: str) -> None:
+    """Two lines on stderr that say all of `said`; no traceback anywhere; and soon."""
+    assert ended.code not in (0, None)
+    assert "Traceback" not in ended.stdout + ended.stderr, ended.stderr
+    first, second = ended.stderr.splitlines()
+    assert first.startswith("error: ")
+    assert second.startswith("       ")
+    for words in said:
+        assert re.search(words, first), first
+    assert ended.seconds < LIMIT_SEC
+
+
+def refuse(folder: Path, verb: str, overrides: dict, *said: str, arguments: tuple = (), preset: str = "sd14") -> None:
+    """Run a script that must be refused, and look whether anything but the log has changed in `folder`."""
+    before = snapshot(folder)
+    assert_refused(run_script(folder, verb, overrides, *arguments, preset=preset), *said)
+    assert snapshot(folder) == before

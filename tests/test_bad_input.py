@@ -14,31 +14,21 @@ from pathlib import Path
 
 import pytest
 import tiny
-from conftest import ROOT, VERBS, Ended, experiment, flags, run_script, run_stage, script_arguments, snapshot
+from conftest import (
+    LIMIT_SEC,
+    ROOT,
+    VERBS,
+    experiment,
+    flags,
+    refuse,
+    run_script,
+    run_stage,
+    script_arguments,
+    snapshot,
+)
 from safetensors.torch import load_file, save_file
 
 from b2diffurl.experiment.stage import LORA_FILE, Stage
-
-LIMIT_SEC = 10
-
-
-def assert_refused(ended: Ended, *said: str) -> None:
-    """Two lines on stderr that say all of `said`; no traceback anywhere; and soon."""
-    assert ended.code not in (0, None)
-    assert "Traceback" not in ended.stdout + ended.stderr, ended.stderr
-    first, second = ended.stderr.splitlines()
-    assert first.startswith("error: ")
-    assert second.startswith("       ")
-    for words in said:
-        assert re.search(words, first), first
-    assert ended.seconds < LIMIT_SEC
-
-
-def refuse(folder: Path, verb: str, overrides: dict, *said: str, arguments: tuple = (), preset: str = "sd14") -> None:
-    """Run a script that must be refused, and look whether anything but the log has changed in `folder`."""
-    before = snapshot(folder)
-    assert_refused(run_script(folder, verb, overrides, *arguments, preset=preset), *said)
-    assert snapshot(folder) == before
 
 
 def run_process(folder: Path, overrides: dict, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
@@ -53,13 +43,6 @@ def run_process(folder: Path, overrides: dict, environment: dict[str, str] | Non
 def base(models, tmp_path) -> Path:
     """A base model of its own, to be damaged."""
     return shutil.copytree(models / "sd", tmp_path / "sd")
-
-
-@pytest.fixture
-def empty(tmp_path) -> Path:
-    """A folder in which nothing has been run."""
-    (tmp_path / "work").mkdir()
-    return tmp_path / "work"
 
 
 # ---- models that cannot be had ----

@@ -1,9 +1,14 @@
-"""README and docs: README is short; every link, file and heading that a page names is there. Commands: test_config.py."""
+"""README and docs: README is short; every link, file and heading that a page names is there; every command parses."""
 
+import importlib.util
+import itertools
 import re
+import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import CONFIG, ROOT, parse_command, process_variables
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TOP = ("b2diffurl", "benchmarks", "config", "docs", "tests")
@@ -49,3 +54,57 @@ def test_links_and_paths_lead_somewhere(page):
         if path.split("/")[0] in TOP and "/" in path and not (ROOT / path).exists():
             broken.append(path)
     assert broken == []
+
+
+def commands() -> list[tuple[str, str]]:
+    """(file, command) of every bash block in README.md and docs/: continued lines joined, here-documents left out."""
+    found = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        for block in re.findall(r"^```(?:bash|sh)\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL):
+            subprocess.run(["bash", "-n", "-c", block], check=True, timeout=60)
+            block = re.sub(r"<<-?'?(\w+)'?\n.*?^\1$", "", block.replace("\\\n", " "), flags=re.MULTILINE | re.DOTALL)
+            lines = [line.strip() for line in block.splitlines()]
+            found += [(path.name, line) for line in lines if line and not line.startswith("#")]
+    return found
+
+
+def test_the_pages_have_commands():
+    """Quick start and tests in README, word for word, and the single scripts in docs/, are there to be checked."""
+    lines = commands()
+    readme = [line for name, line in lines if name == "README.md"]
+    assert "pip install -r requirements.txt && bash run_process.sh" in readme
+    tests = "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest -n 2 --dist worksteal"
+    assert tests in readme
+    text = "\n".join(line for _, line in lines)
+    for script in ("run_sample.py", "run_select.py", "run_train.py", "run_eval.py"):
+        assert script in text
+
+
+def test_documented_commands_parse(tmp_path):
+    """Every bash block is valid bash; the scripts, modules and requirement files its commands name exist, their
+    variables are run_process.sh's, and their flags are accepted."""
+    for name, line in commands():
+        for command in re.split(r"&&|;|\|", line):
+            words = shlex.split(command, comments=True)
+            variables = [words.pop(0).partition("=")[0] for _ in range(len(words)) if re.match(r"\w+=", words[0])]
+            check_command(tmp_path, f"{name}: {line}", words, variables)
+
+
+def check_command(folder: Path, where: str, words: list[str], variables: list[str]) -> None:
+    if words[:2] == ["python", "-"]:
+        return
+    if words[:2] == ["python", "-m"]:
+        assert importlib.util.find_spec(words[2]), where
+    elif words[0] == "python" and words[1].startswith("run_"):
+        argv = [word.replace("--config=config", f"--config={ROOT}/config") for word in words[1:]]
+        if not any(word.startswith("--config=") for word in argv):  # the default file, as where the scripts lie
+            argv.append(f"{CONFIG}:shapes")
+        assert parse_command(folder, argv).code == 0, where
+    elif words[0] in ("python", "bash"):
+        assert (ROOT / words[1]).is_file(), where
+    if words[:2] == ["bash", "run_process.sh"]:
+        assert {*variables} <= process_variables(), where
+        settings = [word for word in words[2:] if word != "--dry_run"]
+        assert parse_command(folder, ["run_train.py", f"{CONFIG}:shapes", *settings]).code == 0, where
+    for word, following in itertools.pairwise(words):
+        assert word != "-r" or (ROOT / following).is_file(), where

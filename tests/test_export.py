@@ -20,8 +20,8 @@ import torch
 import yaml
 from conftest import PROMPTS, ROOT, Ended, call, experiment, run_script, snapshot
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from foreign import random_lora, save, save_kohya
 from huggingface_hub import ModelCardData
-from test_foreign_weights import random_lora, save, save_kohya
 
 from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.export import export, main

@@ -1,4 +1,5 @@
-"""The house (docs/development.md): which room of the package may import which, and how large its pieces may be."""
+"""The house (docs/development.md): which room of the package may import which, and how large its pieces may be. Tests follow
+it: a folder of tests/ is named after the room that it tests, and what belongs to no room lies in tests/ itself."""
 
 import ast
 import sys
@@ -21,6 +22,7 @@ FLOORS = (
     ("algorithm", "runtime"),
 )
 WORLD = "shapes"  # the embedded world: a project of its own, which rewards and tests look into
+NO_ROOMS = {"benchmarks", "recorded", "faults"}  # of tests/: beside the package, data, runs of the whole
 MAX_LINES, USUAL_LINES, MAX_FIELDS, MAX_CONFIG = 60, 20, 10, 25
 
 
@@ -75,6 +77,14 @@ def test_no_module_imports_itself_in_a_circle():
         for name in free:
             del left[name]
     assert not left
+
+
+def test_tests_lie_in_the_room_they_test():
+    """Every room has tests; and no test file shares its name with another, for they are imported by name."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and any(path.glob("[a-z]*"))}
+    assert folders - NO_ROOMS == {path.name for path in PACKAGE.iterdir() if any(path.glob("*.py"))}
 
 
 def test_the_embedded_world_is_looked_into_by_rewards_alone():

@@ -1,10 +1,15 @@
 """The whole pipeline on a tiny model: what it writes, that it may be run twice, killed, spread over processes, and that
 stock diffusers agrees with it."""
 
+import contextlib
 import hashlib
+import importlib.util
 import json
 import os
+import re
+import runpy
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,13 +25,18 @@ from conftest import (
     ROOT,
     VERBS,
     assert_same,
+    call,
     experiment,
     flags,
+    forget,
+    json_lines,
     make_config,
     run_script,
     run_stage,
     script_arguments,
     snapshot,
+    stage_of,
+    updates_of,
 )
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
@@ -35,6 +45,7 @@ from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPTokenizer
 
 from b2diffurl.algorithm.branching import denoise
+from b2diffurl.configuration.keys import flatten
 from b2diffurl.configuration.settings import read_settings
 from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.models.policy import decode, load_policy, predictor
@@ -47,10 +58,6 @@ LOG_RATIO_BOUND = 1e-5
 
 def stages(folder: Path) -> list[Stage]:
     return [Stage(experiment(folder), index) for index in range(2)]
-
-
-def json_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # ---- what is written ----
@@ -566,3 +573,144 @@ def test_several_gpus_do_the_work_of_one(overrides, tmp_path):
     one, two = (load_file(found[count].checkpoints()[-1] / "optimizer.safetensors") for count in (1, 2))
     for name in (name for name in one if name.endswith("::exp_avg")):
         torch.testing.assert_close(two[name], one[name], rtol=1e-2, atol=1e-2 * one[name].abs().max().item())
+
+
+# ---- start-up ----
+
+
+NOT_IN_TRAINING = [
+    "b2diffurl.rewards.clip",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "transformers.models.clip.modeling_clip",
+]
+
+
+@pytest.mark.parametrize(
+    ("verb", "unwanted"),
+    [
+        pytest.param("sample", ["wandb", "matplotlib", "tensorboard"], marks=pytest.mark.long),
+        (
+            "select",
+            [
+                "diffusers",
+                "peft",
+                "wandb",
+                "matplotlib",
+                "tensorboard",
+                "b2diffurl.phases.train",
+                "b2diffurl.phases.trainer",
+            ],
+        ),
+        pytest.param("train", [*NOT_IN_TRAINING, "wandb", "matplotlib", "tensorboard"], marks=pytest.mark.long),
+    ],
+)
+def test_a_script_imports_what_it_uses(workplace, overrides, verb, unwanted):
+    """Selecting needs no diffusers, training no scorer, none of them trackers or pictures."""
+    forget(workplace, verb)
+    given = [f"--config={ROOT}/config/stage_process.py:sd14", *(f"--config.{k}={v}" for k, v in overrides.items())]
+    code = f"""
+import runpy, sys
+sys.argv = ["run_{verb}.py", *{given!r}]
+runpy.run_path({str(ROOT / f"run_{verb}.py")!r}, run_name="__main__")
+print([name for name in {unwanted!r} if name in sys.modules])
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert stage_of(workplace).finished(verb)
+    assert ended.stdout.splitlines()[-1] == "[]"
+
+
+INDEPENDENT = {"sampling": "independent"}
+
+
+# ---- run_process.sh ----
+
+
+PYTHON = f"""#!{sys.executable} -SE
+import json, os, socket, sys
+
+with socket.create_connection(("127.0.0.1", int(os.environ["WARM_PYTHON"]))) as server:
+    server.sendall(json.dumps([os.getcwd(), sys.argv[1:]]).encode())
+    server.shutdown(socket.SHUT_WR)
+    code, stdout, stderr = json.load(server.makefile())
+sys.stdout.write(stdout)
+sys.stderr.write(stderr)
+sys.exit(code)
+"""
+
+
+def run_process(folder: Path, arguments: list[str], variables: dict[str, str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of run_process.sh under `variables` of its environment. Its `python` hands each script to
+    this process, where torch need not be imported anew."""
+    stub = folder / "bin" / "python"
+    stub.parent.mkdir()
+    stub.write_text(PYTHON)
+    stub.chmod(0o755)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.02)
+        environment = os.environ | variables | {"PATH": f"{stub.parent}:{os.environ['PATH']}"}
+        environment["WARM_PYTHON"] = str(server.getsockname()[1])
+        command = ["bash", str(ROOT / "run_process.sh"), *arguments]
+        shell = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while shell.poll() is None:
+            with contextlib.suppress(TimeoutError):
+                answer(server.accept()[0])
+    return shell.returncode, *shell.communicate()
+
+
+def answer(connection: socket.socket) -> None:
+    """Run the script that a stub's command line names, and send back its exit code and streams."""
+    with connection:
+        folder, argv = json.load(connection.makefile())
+        if argv[0] == "-m":
+            argv = [importlib.util.find_spec(argv[1]).origin, *argv[2:]]
+        ended = call(folder, argv, lambda: runpy.run_path(argv[0], run_name="__main__"))
+        connection.sendall(json.dumps([ended.code, ended.stdout, ended.stderr]).encode())
+
+
+SWITCHES = {  # beside TINY; what has a variable in run_process.sh is set by it
+    "dpok": REFERRING["dpok"],
+    "d3po": REFERRING["d3po"],
+    "reinforce": INDEPENDENT
+    | {"curriculum": "fixed", "eval.selection": "all", "train.objective": "reinforce", "train.num_epochs": 1},
+}
+VARIABLES = {
+    "train.objective": "Objective",
+    "curriculum": "Curriculum",
+    "sampling": "Sampling",
+    "eval.selection": "Selection",
+    "split_step_left": "SplitStepLeft",
+    "split_step_right": "SplitStepRight",
+    "train.num_epochs": "TrainEpoch",
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("objective", SWITCHES)
+def test_the_shell_script_takes_the_switches_from_the_environment(stage_with, overrides, tmp_path, objective):
+    """Objective, Curriculum, Sampling and Selection of the environment end up in config.json, and in the bits that the
+    functions give under the same settings; the LoRA has changed, and base and final are judged."""
+    settings = SWITCHES[objective]
+    switches = settings.keys() & VARIABLES.keys()
+    variables = {VARIABLES[key]: str(settings[key]) for key in switches}
+    variables |= {"Preset": "sd14", "StageCnt": "1", "SavePath": str(tmp_path), "Resident": "1"}
+    rest = {key: value for key, value in (overrides | settings).items() if key not in {*switches, "stage_cnt"}}
+    code, stdout, stderr = run_process(tmp_path, flags(rest | {"log_path": tmp_path}), variables)
+    assert code == 0, stderr
+    found, expected = Stage(tmp_path / "tiny", 0), stage_of(stage_with(**settings))
+    recorded = flatten(json.loads((tmp_path / "tiny" / "config.json").read_text())["config"])
+    assert {key: recorded[key] for key in settings} == settings
+    kept = [name for name in snapshot(expected.folder) if not re.search(r"(sample|select|train)\.jsonl?$", name)]
+    assert {name: (found.folder / name).read_bytes() for name in kept} == {
+        name: (expected.folder / name).read_bytes() for name in kept
+    }
+    lora = load_file(found.checkpoints()[-1] / LORA_FILE)
+    assert all(tensor.any() for tensor in lora.values())
+    last = updates_of(found)[-1]
+    assert ("kl" in last, "margin" in last) == (objective == "dpok", objective == "d3po")
+    num_selected = len(json.loads(found.selection.read_text()))
+    assert (num_selected == 18) == (objective == "reinforce")
+    assert json.loads(stdout.splitlines()[-1])["checkpoint"] == "stage0"

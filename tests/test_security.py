@@ -14,10 +14,20 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import ROOT, VERBS, Ended, call, experiment, make_config, run_script, snapshot
-from test_bad_input import assert_refused, refuse
-from test_damage import judge
-from test_foreign_weights import original_layout
+from conftest import (
+    ROOT,
+    VERBS,
+    Ended,
+    assert_refused,
+    call,
+    experiment,
+    make_config,
+    refuse,
+    run_evaluation,
+    run_script,
+    snapshot,
+)
+from foreign import original_layout
 
 from b2diffurl import export
 from b2diffurl.configuration.rules import check
@@ -134,7 +144,7 @@ def test_nothing_hostile_runs_beside_what_is_loaded(own, marker, tmp_path):
         ended = run_script(work, verb, settings | {"run_name": f"stage{index}"})
         assert ended.code == 0, ended.stderr
     plant(work, marker)
-    judge(work, settings)
+    run_evaluation(work, settings)
     for form in export.FORMATS:
         ended = call(work, ["export.py", "tiny", f"--format={form}"], export.main)
         assert not ended.code, ended.stderr
@@ -303,7 +313,7 @@ def test_everything_may_be_a_link(finished, own, tmp_path):
     lora = Path("stage0") / "checkpoints" / "checkpoint_2" / LORA_FILE
     assert (far / "experiment" / lora).read_bytes() == (experiment(finished) / lora).read_bytes()
     path = experiment(work) / "stage0"
-    judge(work, own, "base", "last", str(path))
+    run_evaluation(work, own, ["base", "last", str(path)])
     named = {row["checkpoint"] for row in files.read_json_lines(far / "experiment" / "eval.jsonl")}
     assert named == {"base", "stage0", "stage0/checkpoint_2"}  # as inside the experiment, by whatever path they were given
     assert not call(work, ["export.py", "tiny"], export.main).code

@@ -30,6 +30,9 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from b2diffurl.configuration.settings import ModelSettings
+from b2diffurl.models import stable_diffusion as family
+from b2diffurl.models.stable_diffusion import StableDiffusion
 from benchmarks.sd14 import BOS, EOS, V1_4_SCHEDULER
 
 MAX_TOKENS, WIDTH = 77, 16
@@ -70,6 +73,14 @@ def stable_diffusion(root: Path, *, prediction_type: str = "epsilon", **schedule
     kind = {} if prediction_type == "epsilon" else {"prediction_type": prediction_type}
     write_scheduler(root, V1_4_SCHEDULER | kind | scheduler)
     return root
+
+
+def load_model(
+    root: Path, *, seed: int = 0, rank: int = 4, dtype: torch.dtype = torch.float32, config: str = ""
+) -> StableDiffusion:
+    """A Stable Diffusion with a fresh LoRA."""
+    settings = ModelSettings("stable_diffusion", str(root), "main", "", config, resolution=0, lora_rank=rank)
+    return family.load(settings, device=torch.device("cpu"), dtype=dtype, seed=seed, decoder=True)
 
 
 def exact_stable_diffusion(root: Path) -> Path:

@@ -1,0 +1,168 @@
+"""run_process.sh: its variables, the calls it makes, the signals it hands on."""
+
+import json
+import os
+import shlex
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, get_config, parse_command, process_variables
+
+from b2diffurl.configuration.keys import flatten
+from b2diffurl.configuration.loop import calls
+
+VARIABLES = {
+    "ExpName": ("exp_name", "other"),
+    "SavePath": ("save_path", "other"),
+    "ModelVersion": ("pretrained.model", "other"),
+    "PromptFile": ("prompt_file", "other"),
+    "RandomPrompt": ("prompt_random_choose", 0),
+    "Seed": ("seed", 7),
+    "Beta1": ("train.beta1", 0.5),
+    "Beta2": ("train.beta2", 0.25),
+    "BatchCnt": ("sample.num_batches_per_epoch", 3),
+    "StageCnt": ("stage_cnt", 2),
+    "Curriculum": ("curriculum", "reversed"),
+    "SplitStepLeft": ("split_step_left", 3),
+    "SplitStepRight": ("split_step_right", 4),
+    "TrainEpoch": ("train.num_epochs", 5),
+    "AccStep": ("train.gradient_accumulation_steps", 6),
+    "LR": ("train.learning_rate", 0.125),
+    "NumStep": ("sample.num_steps", 8),
+    "History_Cnt": ("eval.history_cnt", 9),
+    "PosThreshold": ("eval.pos_threshold", 0.75),
+    "NegThreshold": ("eval.neg_threshold", -0.75),
+    "SplitTime": ("split_time", 11),
+    "Sampling": ("sampling", "independent"),
+    "Advantage": ("eval.advantage", "group"),
+    "Selection": ("eval.selection", "all"),
+    "Objective": ("train.objective", "dpok"),
+    "SaveInterval": ("train.save_interval", 12),
+    "Dev_Id": ("dev_id", 13),
+    "EvalEvery": ("eval.every", 14),
+    "Reward": ("reward.name", "jpeg_compressibility"),
+    "RewardWeights": ("reward.weights", {"clip": 1.0, "my.rewards:beauty": -0.5}),
+    "Watch": ("reward.watch", ("shapes", "my.rewards:beauty")),
+    "TrackWith": ("track_with", ("wandb", "tensorboard")),
+}
+OTHERS = ("Preset", "Resident", "NumProcesses", "NumMachines", "MachineRank", "MainProcessIp", "MainProcessPort", "Launcher")
+# What a stub for `python -m b2diffurl.start` says: a run of two stages.
+CALLS = "".join("\t".join(("call", one.needs, f"run_{one.script}.py", *one.flags)) + "\n" for one in calls(2))
+PLAN = f"folder\n{CALLS}PLAN\n".replace("\t", r"\t").replace("\n", r"\n")
+
+
+def called(tmp_path: Path, variables: dict[str, str], *arguments: str, plan: str = PLAN) -> tuple[list[list[str]], str]:
+    """The commands run_process.sh runs, with a `python` on the PATH that only says how it was called, and its stdout."""
+    stub = tmp_path / "bin" / "python"
+    stub.parent.mkdir()
+    stub.write_text(f'#!/bin/bash\nprintf "%q " "$@" >> {tmp_path}/calls; echo >> {tmp_path}/calls\nprintf "{plan}"')
+    stub.chmod(0o755)
+    environment = {key: value for key, value in os.environ.items() if key not in {*VARIABLES, *OTHERS}}
+    environment |= variables | {"PATH": f"{stub.parent}:{os.environ['PATH']}"}
+    command = ["bash", ROOT / "run_process.sh", *arguments]
+    ended = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=60)
+    return [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()], ended.stdout
+
+
+def test_run_process_goes_through_the_stages(tmp_path):
+    """First the configuration is checked and the plan is said, then sample, select, train and, when due, judge each stage in
+    order, then base and last are judged; what it was given goes to each of them, and no key is set that nobody named."""
+    calls, stdout = called(tmp_path, {}, "--config.train.step_weight=none")
+    verbs = [f"run_{verb}.py" for verb in ("sample", "select", "train", "eval")]
+    assert [call[0] for call in calls] == ["-m", *verbs, *verbs, "run_eval.py", "run_eval.py"]
+    names = [argument.partition("=")[2] for call in calls for argument in call if "run_name" in argument]
+    assert names == ["stage0"] * 4 + ["stage1"] * 4
+    assert [call[-1] == "--due" for call in calls] == ([False] + ([False] * 3 + [True]) * 2 + [False] * 2)
+    assert stdout == "PLAN\n" + f"folder\n{CALLS}PLAN\n" * (len(calls) - 1)
+    for call in calls:
+        settings = [argument for argument in call if argument.startswith("--config") and "run_name" not in argument]
+        assert settings == ["--config=config/stage_process.py:shapes", "--config.train.step_weight=none"]
+    assert calls[-2][-3:] == ["--checkpoint=base,last", "--prompts=train,test", "--sampler=training"]
+    assert calls[-1][-3:] == ["--checkpoint=base,last", "--prompts=test", "--sampler=deployed"]
+
+
+TORCHRUN = ["-m", "torch.distributed.run"]
+CLUSTER = {"NumProcesses": "4", "NumMachines": "2", "MainProcessIp": "10.0.0.1"}
+RENDEZVOUS = ["--master_addr=10.0.0.1", "--master_port=29500", "--rdzv_conf=timeout=7200"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "launch", "num_processes", "judges"),
+    [
+        ({"NumProcesses": "1"}, [], 1, True),
+        ({"NumProcesses": "2"}, [*TORCHRUN, "--nproc_per_node=2", "--standalone"], 2, True),
+        (CLUSTER, [*TORCHRUN, "--nproc_per_node=4", "--nnodes=2", "--node_rank=0", *RENDEZVOUS], 8, True),
+        (
+            CLUSTER | {"MachineRank": "1"},
+            [*TORCHRUN, "--nproc_per_node=4", "--nnodes=2", "--node_rank=1", *RENDEZVOUS],
+            8,
+            False,
+        ),
+        (
+            {"Launcher": "python -m accelerate.commands.launch --multi_gpu", "NumProcesses": "3"},
+            ["-m", "accelerate.commands.launch", "--multi_gpu"],
+            3,
+            True,
+        ),
+    ],
+)
+def test_run_process_starts_as_many_processes_as_asked_for(tmp_path, variables, launch, num_processes, judges):
+    """Each phase by a launcher, and told how many processes it must be one of; machine 0 alone judges."""
+    calls, _ = called(tmp_path, variables)
+    phases = [call for call in calls if any(f"run_{verb}.py" in call for verb in ("sample", "select", "train"))]
+    assert len(phases) == 6
+    for call in phases:
+        assert call[: len(launch)] == launch
+        assert call[len(launch)].startswith("run_")
+        assert f"--config.num_processes={num_processes}" in call
+    assert any("run_eval.py" in call for call in calls) == judges
+
+
+def test_run_process_hands_a_signal_on(tmp_path):
+    """SIGTERM to the script alone ends its child, too; exit code 143, and it says how to go on."""
+    stub = tmp_path / "bin" / "python"
+    stub.parent.mkdir()
+    stub.write_text(
+        f'#!/bin/bash\nif [ "$1" = -m ]; then printf "{PLAN}"; else echo $$ > {tmp_path}/child; exec sleep 100; fi'
+    )
+    stub.chmod(0o755)
+    environment = os.environ | {"PATH": f"{stub.parent}:{os.environ['PATH']}"}
+    with subprocess.Popen(["bash", ROOT / "run_process.sh"], env=environment, stderr=subprocess.PIPE, text=True) as script:
+        while not (tmp_path / "child").is_file() or not (tmp_path / "child").read_text():
+            time.sleep(0.01)
+        script.terminate()
+        assert script.wait(10) == 143
+        assert "run the same command again" in script.stderr.read()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "child").read_text()), 0)
+
+
+@pytest.mark.parametrize("flag", ["--dry_run", "--dry_run=true", "-dry_run"])
+def test_a_dry_run_calls_nothing_else(tmp_path, flag):
+    """However it is written, it goes to the first process, whose words are handed on, and there is no second one."""
+    calls, stdout = called(tmp_path, {}, "--config.train.step_weight=none", flag, plan=r"experiment a\npreset b\n")
+    assert [call[:2] for call in calls] == [["-m", "b2diffurl.start"]]
+    assert calls[0][-2:] == ["--config.train.step_weight=none", flag]
+    assert stdout == "experiment a\npreset b\n"
+
+
+def test_there_is_a_folder_for_logs():
+    """In a fresh clone, too: a shell opens `bash run_process.sh > log/NAME` before anything of ours runs."""
+    assert (ROOT / "log" / ".gitignore").is_file()
+
+
+def test_every_variable_of_run_process_sets_its_key(tmp_path):
+    """Each documented variable, from the environment, ends up in the key it stands for, in each script."""
+    variables = {name: str(value) for name, (_, value) in VARIABLES.items()}
+    variables |= {"Watch": "shapes, my.rewards:beauty", "TrackWith": "wandb,tensorboard"}
+    assert process_variables() == {*VARIABLES, *OTHERS}
+    calls, _ = called(tmp_path, variables | {"Preset": "sd14"})
+    for call in calls[1:]:
+        argv = [argument.replace("--config=config", f"--config={ROOT}/config") for argument in call]
+        ended = parse_command(tmp_path, argv)
+        assert ended.code == 0, ended.stderr
+        found = flatten(json.loads(ended.stdout))
+        reference = json.loads(json.dumps(flatten(flatten(get_config("sd14").to_dict()) | dict(VARIABLES.values()))))
+        assert found | {"run_name": ""} == reference | {"run_name": ""}

@@ -1,0 +1,101 @@
+"""From configuration to plan: how many steps each stage trains, and that planning writes nothing."""
+
+from collections import Counter
+
+import pytest
+from conftest import plan, snapshot
+
+from b2diffurl.configuration.settings import Schedule
+
+
+def steps_of(curriculum: str, left: int, right: int, num_stages: int, seed: int = 0) -> list[int]:
+    """S of every stage."""
+    schedule = Schedule(num_stages, curriculum, left, right, given=0, seed=seed)
+    return [schedule.num_trained_steps(stage) for stage in range(num_stages)]
+
+
+def test_reference_schedule():
+    """L = 14, R = 20, M = 100: the table of the method, stage by stage; reversed, its mirror image."""
+    table = {14: range(0, 15), 15: range(15, 29), 16: range(29, 43), 17: range(43, 58), 18: range(58, 72)}
+    table |= {19: range(72, 86), 20: range(86, 100)}
+    expected = [steps for steps, stages in table.items() for _ in stages]
+    assert steps_of("progressive", 14, 20, 100) == expected
+    mirror = {14: 20, 15: 19, 16: 18, 17: 17, 18: 16, 19: 15, 20: 14}
+    assert steps_of("reversed", 14, 20, 100) == [mirror[steps] for steps in expected]
+
+
+@pytest.mark.parametrize(("left", "right", "num_stages"), [(1, 1, 1), (6, 10, 8), (1, 20, 7), (14, 20, 100), (3, 9, 70)])
+def test_schedule_grows_evenly_from_left_to_right(left, right, num_stages):
+    """S starts at L, never falls, ends at R if there are stages enough, and each value holds for as many stages, one
+    more or less. Fixed, it stays at L."""
+    assert steps_of("fixed", left, right, num_stages) == [left] * num_stages
+    steps = steps_of("progressive", left, right, num_stages)
+    assert steps[0] == left
+    assert steps == sorted(steps)
+    assert max(steps) <= right
+    if num_stages > right - left:
+        assert set(steps) == set(range(left, right + 1))
+        assert max(Counter(steps).values()) - min(Counter(steps).values()) <= 1
+
+
+def test_random_steps_are_uniform_and_follow_from_the_seed():
+    """Every S of L..R comes as often as chance has it (within 5 standard errors) and no other; the seed and the stage decide
+    it, however many stages there are."""
+    steps = steps_of("random", 14, 20, 7000)
+    assert set(steps) == set(range(14, 21))
+    assert all(abs(count - 1000) < 5 * (7000 * 1 / 7 * 6 / 7) ** 0.5 for count in Counter(steps).values())
+    assert steps_of("random", 14, 20, 100) == steps[:100]
+    assert steps_of("random", 14, 20, 100, seed=1) != steps[:100]
+    assert steps_of("random", 5, 5, 3) == [5, 5, 5]
+
+
+@pytest.mark.parametrize(("curriculum", "last"), [("progressive", 9), ("reversed", 4), ("fixed", 4)])
+def test_stages_beyond_the_last_stay_within_the_bounds(curriculum, last):
+    """Stage 6 of 6 and stage 1,000 train as many steps as stage 5, R or L; at random any in L..R."""
+    schedule = Schedule(6, curriculum, 4, 9, given=0, seed=0)
+    assert [schedule.num_trained_steps(stage) for stage in (5, 6, 1000)] == [last] * 3
+    schedule = Schedule(6, "random", 4, 9, given=0, seed=0)
+    assert {schedule.num_trained_steps(stage) for stage in range(6, 100)} == set(range(4, 10))
+
+
+def test_unknown_curriculum_lists_the_choices():
+    """A ValueError names all four."""
+    with pytest.raises(ValueError, match=r"'forward'.*progressive, fixed, reversed, random"):
+        Schedule(3, "forward", 1, 2, given=0, seed=0).num_trained_steps(0)
+
+
+@pytest.mark.parametrize(("curriculum", "steps"), [("progressive", [2, 3]), ("fixed", [2, 2]), ("reversed", [3, 2])])
+def test_stage_takes_its_steps_from_schedule_or_flag(tmp_path, overrides, curriculum, steps):
+    """split_step 0 follows the curriculum's schedule of the named stage; any other value is taken as it is."""
+    lora = tmp_path / "any.safetensors"
+    lora.touch()
+    overrides = overrides | {"curriculum": curriculum}
+    for stage, wanted in enumerate(steps):
+        assert plan(tmp_path, overrides, run_name=f"stage{stage}", resume_from=str(lora)).num_trained_steps == wanted
+    assert plan(tmp_path, overrides, split_step=4).num_trained_steps == 4
+
+
+def test_random_steps_follow_from_the_experiment_s_seed(tmp_path, overrides):
+    """The plan of stage 0 takes what the schedule has for its seed; some seeds have L, others R."""
+    overrides = overrides | {"curriculum": "random"}
+    planned = [plan(tmp_path, overrides, seed=seed).num_trained_steps for seed in range(12)]
+    assert planned == [Schedule(2, "random", 2, 3, given=0, seed=seed).num_trained_steps(0) for seed in range(12)]
+    assert set(planned) == {2, 3}
+
+
+def test_a_sampled_stage_keeps_its_steps(finished, overrides):
+    """More stages stretch the schedule, but a stage already sampled is trained on the steps it was sampled with; asking
+    for others is an error."""
+    assert Schedule(20, "progressive", 2, 3, given=0, seed=300).num_trained_steps(1) == 2
+    assert plan(finished, overrides, run_name="stage1", stage_cnt=20).num_trained_steps == 3
+    with pytest.raises(ValueError, match="split_step 3, not 2"):
+        plan(finished, overrides, run_name="stage1", split_step=2)
+
+
+def test_planning_writes_nothing(finished, overrides, tmp_path):
+    """A plan only reads: neither a new experiment's folder nor a finished one changes."""
+    before = snapshot(finished)
+    plan(finished, overrides, run_name="stage1")
+    plan(tmp_path, overrides)
+    assert snapshot(finished) == before
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,242 @@
+"""What an experiment records of its configuration, and what of it may change."""
+
+import contextlib
+import json
+import runpy
+
+import conftest
+import pytest
+from conftest import PROMPTS, ROOT, experiment, flags, get_config, make_config, plan, run_script, run_stage, snapshot
+
+from b2diffurl.configuration.command_line import named_preset
+from b2diffurl.configuration.keys import flatten
+from b2diffurl.configuration.plan import make_plan
+from b2diffurl.configuration.recorded import take_recorded
+from b2diffurl.configuration.rules import check
+from b2diffurl.runtime import files
+from b2diffurl.runtime.files import read_json, write_record
+
+# ---- what differs from the preset ----
+
+
+OWN_FILE = """
+import runpy
+
+def get_config(preset):
+    open("runs", "a").write(preset)
+    config = runpy.run_path("{root}/config/stage_process.py")["get_config"]("sd14")
+    config.preset = preset
+    config.seed = 5
+    config.reward.weights = {{"jpeg_compressibility": 2.0}}
+    return config
+"""
+
+
+def test_an_experiment_records_how_it_differs_from_the_preset_of_the_file_it_was_begun_with(tmp_path, overrides):
+    """Each setting that the command line changed, with the preset's value, and nothing that the file itself has otherwise;
+    for that the file is run no second time."""
+    mixture = {"jpeg_compressibility": 1.0}
+    settings = overrides | {"reward.weights": mixture, "eval.diversity": "('layout',)", "train.eps": 0.2}
+    (tmp_path / "own.py").write_text(OWN_FILE.format(root=ROOT))
+    argv = ["run_sample.py", f"--config={tmp_path}/own.py:mine", *flags(settings), "--config.sample.eta=1.0"]
+    ended = conftest.call(tmp_path, argv, lambda: runpy.run_path(str(ROOT / argv[0]), run_name="__main__"))
+    assert ended.code == 0, ended.stderr
+    assert (tmp_path / "runs").read_text() == "mine"
+    found = json.loads((tmp_path / "model" / "lora" / "tiny" / "config.json").read_text())["differs_from_preset"]
+    preset = flatten(get_config("sd14").to_dict()) | {"reward.weights": {"jpeg_compressibility": 2.0}}
+    given = settings | {"eval.diversity": ["layout"]}
+    expected = {key: [value, preset[key]] for key, value in given.items() if value != preset[key]}
+    assert found == json.loads(json.dumps(expected))
+    assert found["reward.weights"] == [mixture, {"jpeg_compressibility": 2.0}]
+
+
+def test_what_is_recorded_of_the_preset_holds_no_secret(overrides, tmp_path):
+    """A preset's password is refused even where the command line replaces it, for the record has both."""
+    preset = get_config("sd14")
+    preset.reward.http.url = "http://me:secret@localhost:1/"
+    with named_preset(preset.to_dict()), pytest.raises(ValueError, match=r"reward\.http\.url has a user name or a password"):
+        make_plan(make_config(overrides, save_path=str(tmp_path)))
+
+
+# ---- identity ----
+
+
+FREE = {  # key: a value other than the tiny experiment's, which another call may well have
+    "split_step": 2,
+    "stage_cnt": 50,
+    "dev_id": 1,
+    "num_threads": 2,
+    "log_path": "elsewhere",
+    "track_with": ("wandb", "tensorboard"),
+    "wandb_mode": "online",
+    "keep.samples": False,
+    "keep.images": 1,
+    "sample.micro_batch_size": 1,
+    "sample.decode_batch_size": 1,
+    "train.micro_batch_size": 1,
+    "reward.batch_size": 5,
+    "eval.num_images": 5,
+    "eval.batch_size": 5,
+    "eval.seed": 1,
+    "eval.judge": "shapes",
+    "eval.diversity": (),
+}
+
+
+def test_identity_leaves_room_for_what_changes_from_call_to_call(finished, overrides):
+    """The step, the number of stages, device, logging, retention, judging and what only memory limits may differ from the
+    recorded configuration."""
+    for key, value in FREE.items():
+        plan(finished, overrides | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 301),
+        ("curriculum", "fixed"),
+        ("sampling", "independent"),
+        ("split_step_left", 1),
+        ("split_step_right", 4),
+        ("split_time", 4),
+        ("prompt", "another prompt"),
+        ("prompt_random_choose", 0),
+        ("mixed_precision", "no"),
+        ("pretrained.resolution", 128),
+        ("sample.num_steps", 5),
+        ("sample.eta", 0.5),
+        ("sample.guidance_scale", 3.0),
+        ("sample.batch_size", 3),
+        ("sample.num_batches_per_epoch", 4),
+        ("reward.name", "shapes"),
+        ("eval.history_cnt", 2),
+        ("eval.advantage", "group"),
+        ("eval.selection", "all"),
+        ("eval.pos_threshold", 0.6),
+        ("eval.neg_threshold", -0.6),
+        ("train.num_epochs", 3),
+        ("train.batch_size", 3),
+        ("train.gradient_accumulation_steps", 3),
+        ("train.learning_rate", 2e-2),
+        ("train.objective", "dpok"),
+        ("train.eps", 0.2),
+        ("train.kl_weight", 1.0),
+        ("train.dpo_beta", 1.0),
+        ("train.beta1", 2.0),
+        ("train.step_weight", "leverage"),
+        ("train.lora_rank", 8),
+        ("train.save_interval", 2),
+    ],
+)
+def test_identity_refuses_every_other_key(finished, overrides, key, value):
+    """A call with another value of any key that makes the experiment is refused; the error names key and both values."""
+    assert key not in FREE
+    was = flatten(make_config(overrides).to_dict())[key]
+    assert value != was
+    with pytest.raises(ValueError) as error:
+        plan(finished, overrides | {key: value})
+    assert f"{key} is {value!r}, was {was!r}" in str(error.value) or key == "prompt"
+    assert "another configuration" in str(error.value)
+
+
+def test_an_experiment_begun_before_a_key_was_there_goes_on_as_it_was(workplace, overrides):
+    """Without the switches in its config.json a run is what was done before there were any: branches, pairs, progressive,
+    and no other; options of objectives that there were not may have any value."""
+    path = experiment(workplace) / "config.json"
+    recorded = files.read_json(path)
+    for section, key in (("", "curriculum"), ("", "sampling"), ("eval", "selection"), ("train", "kl_weight")):
+        del (recorded["config"][section] if section else recorded["config"])[key]
+    files.write_record(path, recorded)
+    assert plan(workplace, overrides, **{"train.kl_weight": 0.7}).num_trained_steps == 2
+    for key, value in (("curriculum", "fixed"), ("sampling", "independent"), ("eval.selection", "all")):
+        with pytest.raises(ValueError, match=f"{key} is '{value}', was"):
+            plan(workplace, overrides, **{key: value})
+
+
+def test_a_preset_may_change_under_an_experiment(finished, overrides):
+    """What is recorded of it is for people, and makes no other experiment."""
+    with named_preset(get_config("b2").to_dict()):
+        assert plan(finished, overrides).record.changes == ()
+
+
+def test_a_fixed_curriculum_needs_no_upper_end(tmp_path, overrides):
+    """S may be anything in 1..T, whatever split_step_right is."""
+    for steps in (1, 4):
+        settings = {"curriculum": "fixed", "split_step_left": steps, "split_step_right": 3, "exp_name": f"fixed{steps}"}
+        assert plan(tmp_path, overrides, **settings).num_trained_steps == steps
+    with pytest.raises(ValueError, match=r"1\.\.4"):
+        plan(tmp_path, overrides, curriculum="fixed", split_step_left=5, exp_name="fixed5")
+
+
+def test_other_prompts_under_the_same_name_are_another_experiment(finished, overrides, tmp_path):
+    """The prompts count, not the file: a copy of it will do, another list is refused."""
+    (tmp_path / "copy.json").write_text(json.dumps(PROMPTS, indent=4))
+    plan(finished, overrides, prompt_file=str(tmp_path / "copy.json"))
+    (tmp_path / "copy.json").write_text(json.dumps(PROMPTS[::-1]))
+    with pytest.raises(ValueError, match="prompts"):
+        plan(finished, overrides, prompt_file=str(tmp_path / "copy.json"))
+
+
+def test_threads_are_reused_as_recorded(finished, overrides):
+    """num_threads 0 takes the number the experiment was begun with; another number, if given, wins."""
+    assert plan(finished, overrides, num_threads=0).settings.compute.num_threads == 1
+    assert plan(finished, overrides, num_threads=2).settings.compute.num_threads == 2
+
+
+def test_a_change_is_refused_unless_it_is_allowed(workplace, overrides):
+    """The error lists what differs; allowed, the change counts from the next stage's beginning and is recorded once."""
+    changed = overrides | {"train.learning_rate": 1e-3, "sample.guidance_scale": 3.0, "stage_cnt": 3, "run_name": "stage2"}
+    before = snapshot(workplace)
+    ended = run_script(workplace, "sample", changed)
+    assert ended.code == 2
+    assert "sample.guidance_scale is 3.0, was 5.0; train.learning_rate is 0.001, was 0.01" in ended.stderr
+    assert "--config.allow_config_change" in ended.stderr
+    assert snapshot(workplace) == before
+    allowed = changed | {"allow_config_change": True}
+    for verb in ("sample", "select", "train"):
+        assert run_script(workplace, verb, allowed).code == 0
+    record = json.loads((experiment(workplace) / "config.json").read_text())
+    assert record["config"]["train"]["learning_rate"] == 1e-3
+    assert [change["stage"] for change in record["changed"]] == [2]
+    assert run_script(workplace, "train", changed).code == 0  # it is the experiment's configuration now
+    assert run_script(workplace, "train", overrides | {"run_name": "stage0"}).code == 2
+
+
+def test_no_change_in_the_middle_of_a_stage(overrides, tmp_path):
+    run_stage(tmp_path, overrides, verbs=["sample"])
+    before = snapshot(tmp_path)
+    ended = run_script(tmp_path, "select", overrides | {"eval.pos_threshold": 1.0, "allow_config_change": True})
+    assert ended.code == 2
+    assert "stage0 is half done with another configuration: eval.pos_threshold is 1.0, was 0.5" in ended.stderr
+    assert snapshot(tmp_path) == before
+
+
+def test_a_reward_that_is_given_stands_alone(workplace, overrides):
+    """A name on the command line is not outdone by a recorded mixture, nor a prompt file by a recorded prompt; without
+    either both are as recorded. What the record lacks, and what earlier versions called otherwise, is understood."""
+    path = experiment(workplace) / "config.json"
+    record = read_json(path)
+    mixture = {"clip": 1.0, "jpeg_compressibility": 0.5}
+    record["config"]["reward"] |= {"weights": mixture, "standardise": True, "model": "another/clip"}
+    record["config"]["prompt"] = "a red circle"
+    del record["config"]["reward"]["clip"], record["config"]["reward"]["dtype"], record["config"]["sample"]["eta"]
+    write_record(path, record)
+
+    def begun(*given: str) -> dict:
+        config = make_config({"exp_name": "tiny", "reward.name": "aesthetic", "sample.eta": 0.5, "eval.seed": 7})
+        with contextlib.chdir(workplace):
+            take_recorded(config, given)
+        check(config)
+        return flatten(config.to_dict())
+
+    alone = begun("reward.name", "prompt_file")
+    assert (alone["reward.name"], alone["reward.weights"], alone["reward.standardise"]) == ("aesthetic", None, False)
+    assert alone["prompt"] == ""
+    assert begun("reward.weights")["reward.standardise"] is False
+    assert begun("reward.standardise")["reward.weights"] == mixture
+    recorded = begun("eval.seed")
+    assert recorded["reward.weights"] == mixture
+    assert (recorded["reward.standardise"], recorded["prompt"]) == (True, "a red circle")
+    for found in (alone, recorded):
+        assert (found["reward.clip.model"], found["reward.dtype"]) == ("another/clip", "auto")
+        assert (found["sample.num_steps"], found["sample.eta"], found["eval.seed"]) == (4, 0.5, 7)

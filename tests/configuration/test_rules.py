@@ -1,0 +1,111 @@
+"""Values that cannot work are refused with what is allowed; switches combine but for what an objective needs."""
+
+import pytest
+from conftest import make_config, plan
+
+from b2diffurl.configuration.plan import make_plan
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("run_name", "latest", "stage0, stage1"),
+        ("exp_name", "../elsewhere", "exp_name"),
+        ("exp_name", "..", "exp_name"),
+        ("split_step", 5, r"1\.\.4"),
+        ("split_step", -1, r"1\.\.4"),
+        ("split_step_right", 5, r"1\.\.4"),
+        ("split_step_left", 0, r"1\.\.4"),
+        ("split_step_left", 4, r"4\.\.3"),
+        ("split_time", 0, "split_time is 0"),
+        ("split_time", 1, "at least 2 siblings"),
+        ("curriculum", "forward", "'progressive', 'fixed', 'reversed', 'random'"),
+        ("sampling", "prefix", "'branch', 'independent'"),
+        ("sample.num_steps", 0, "sample.num_steps is 0"),
+        ("sample.batch_size", 0, "sample.batch_size is 0"),
+        ("sample.num_batches_per_epoch", -1, "sample.num_batches_per_epoch is -1"),
+        ("sample.eta", 0.0, "eta is 0"),
+        ("sample.eta", 1.5, "eta is 1.5"),
+        ("sample.eta", float("nan"), "eta is nan"),
+        ("sample.guidance_scale", 0.5, "guidance_scale is 0.5"),
+        ("reward.batch_size", 0, "reward.batch_size is 0"),
+        ("eval.pos_threshold", -0.6, "pos_threshold is below"),
+        ("eval.history_cnt", -1, "history_cnt is -1"),
+        ("train.num_epochs", 0, "train.num_epochs is 0"),
+        ("train.batch_size", 0, "train.batch_size is 0"),
+        ("train.gradient_accumulation_steps", 0, "train.gradient_accumulation_steps is 0"),
+        ("train.micro_batch_size", 0, "train.micro_batch_size is 0"),
+        ("train.lora_rank", 0, "train.lora_rank is 0"),
+        ("train.save_interval", 0, "train.save_interval is 0"),
+        ("train.objective", "ppo2", "'ddpo', 'reinforce', 'dpok', 'd3po'"),
+        ("train.objective", "reinforce", "num_epochs is 2; reinforce .* one pass"),
+        ("train.kl_weight", -0.1, "kl_weight is -0.1"),
+        ("train.kl_weight", float("nan"), "kl_weight is nan"),
+        ("train.kl_weight", float("inf"), "kl_weight is inf"),
+        ("train.dpo_beta", -1.0, "dpo_beta is -1.0"),
+        ("train.eps", -0.1, "eps is -0.1"),
+        ("train.step_weight", "both", "'none', 'leverage', 'sigma'"),
+        ("eval.advantage", "batch", "'prompt', 'group'"),
+        ("eval.selection", "best", "'pairs', 'all'"),
+        ("mixed_precision", "fp8", "'bf16'"),
+        ("track_with", ("mlflow",), "'wandb', 'tensorboard'"),
+        ("wandb_mode", "yes", "'offline', 'online'"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(tmp_path, overrides, key, value, message):
+    """The error says what was given and what is allowed."""
+    with pytest.raises(ValueError, match=message):
+        plan(tmp_path, overrides | {key: value})
+
+
+OBJECTIVE_NEEDS = {
+    "ddpo": {},
+    "dpok": {},
+    "reinforce": {"train.num_epochs": 1},
+    "d3po": {"sampling": "branch", "eval.selection": "pairs"},
+}
+
+
+@pytest.mark.parametrize("advantage", ["prompt", "group"])
+@pytest.mark.parametrize("selection", ["pairs", "all"])
+@pytest.mark.parametrize("sampling", ["branch", "independent"])
+@pytest.mark.parametrize("objective", OBJECTIVE_NEEDS)
+def test_switches_combine_freely_but_for_what_an_objective_needs(
+    tmp_path, overrides, objective, sampling, selection, advantage
+):
+    """Any objective runs with any sampling, selection and advantage, except for d3po, which compares branches in pairs, and
+    reinforce, which makes one pass."""
+    settings = {"train.objective": objective, "sampling": sampling, "eval.selection": selection, "eval.advantage": advantage}
+    needs = OBJECTIVE_NEEDS[objective]
+    if settings | needs == settings:
+        plan(tmp_path, overrides | settings)
+    else:
+        with pytest.raises(ValueError, match=f"{objective}.*(one pass|must be (branch|pairs))"):
+            plan(tmp_path, overrides | settings)
+    plan(tmp_path, overrides | settings | needs)
+
+
+@pytest.mark.parametrize("sampling", ["branch", "independent"])
+def test_a_single_sibling_has_nothing_to_be_compared_with(tmp_path, overrides, sampling):
+    """K = 1 works with selection all and scores relative to the prompt, and with nothing else."""
+    single = overrides | {"split_time": 1, "sampling": sampling, "eval.selection": "all"}
+    plan(tmp_path, single)
+    with pytest.raises(ValueError, match=r"split_time is 1.*eval.advantage=group"):
+        plan(tmp_path, single | {"eval.advantage": "group"})
+    with pytest.raises(ValueError, match=r"split_time is 1.*eval.selection=all"):
+        plan(tmp_path, single | {"eval.selection": "pairs"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train.timestep_fraction", 0.0, "train.timestep_fraction is 0.0; it must lie in (0, 1]"),
+        ("train.timestep_fraction", 1.5, "train.timestep_fraction is 1.5"),
+        ("sample.prefix_eta", -0.5, "sample.prefix_eta is -0.5; it must be -1"),
+        ("sample.prefix_eta", 2.0, "sample.prefix_eta is 2.0"),
+    ],
+)
+def test_values_that_cannot_be(overrides, key, value, message):
+    with pytest.raises(ValueError) as error:
+        make_plan(make_config(overrides | {key: value}))
+    assert message in str(error.value)

@@ -1,0 +1,140 @@
+"""Measuring a checkpoint: the same noise for each, the same numbers each time, and what belongs to an evaluation."""
+
+import contextlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import PROMPTS, experiment, make_config, ran, run_evaluation, run_script, run_stage, snapshot
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from scored import CLIP, JPEG
+
+from b2diffurl.configuration.plan import checked_settings
+from b2diffurl.evaluation.generate import SamplerSettings
+from b2diffurl.evaluation.measure import prompt_images
+from b2diffurl.experiment.stage import LORA_FILE, Stage
+from b2diffurl.runtime.files import read_json, write_record
+
+SAMPLERS = {"training": SamplerSettings(num_steps=4, eta=1.0, guidance_scale=5.0)}
+
+
+def test_judging_the_base_twice_gives_the_same_numbers(overrides, tmp_path):
+    """Everything sampled and scored anew: every value is the same, and every image that is kept; by one process, also in a
+    run of several.
+
+    Both batches ask for the same three prompts, and draw them from noise of their own.
+    """
+    batch = {"eval.batch_size": len(PROMPTS)}
+    (one,) = run_evaluation(tmp_path, overrides, ["base"], **batch)
+    files = snapshot(tmp_path)
+    shutil.rmtree(tmp_path / "model")
+    (two,) = run_evaluation(tmp_path, overrides, ["base"], num_processes=2, **batch)
+    assert one == two
+    assert snapshot(tmp_path) == files
+    assert len(set(one["values"]["reward"])) == 6
+
+
+def test_a_lora_that_was_never_updated_equals_the_base(overrides, tmp_path):
+    """A stage that selected nothing leaves the base: the same rewards to the bit, image by image, and a gain of 0."""
+    run_stage(tmp_path, overrides | {"eval.pos_threshold": 1e9, "eval.neg_threshold": -1e9})
+    base, last = run_evaluation(tmp_path, overrides, ["last", "base"])
+    assert (base["checkpoint"], last["checkpoint"]) == ("base", "stage0")
+    assert base["values"] == last["values"]
+    assert (last["reward_gain"], last["reward_gain_se"]) == (0.0, 0.0)
+
+
+def test_a_reward_of_the_users_own(overrides, tmp_path, monkeypatch):
+    """`package.module:function` names any function on the Python path: its mean is the reward."""
+    (tmp_path / "my_rewards.py").write_text(
+        "def redness(images, prompts):\n    return images[..., 0].float().mean((1, 2))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (result,) = run_evaluation(tmp_path, overrides, ["base"], **{"reward.name": "my_rewards:redness", "eval.num_images": 4})
+    shown = sorted((experiment(tmp_path) / result["folder"]).glob("*.png"))
+    assert result["values"]["reward"] == pytest.approx([np.asarray(Image.open(path))[..., 0].mean() for path in shown])
+
+
+def test_what_a_reward_is_belongs_to_an_evaluation(overrides, tmp_path, monkeypatch):
+    """Another line in the file of your reward, or other weights of the CLIP that only diversity uses: judged anew."""
+    source = tmp_path / "constant_reward.py"
+    source.write_text("def one(images, prompts):\n    return images[:, 0, 0, 0] * 0.0 + 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    clip = shutil.copytree(overrides["reward.clip.model"], tmp_path / "clip")
+    settings = {"reward.name": "constant_reward:one", "reward.clip.model": str(clip), "eval.num_images": 2}
+    folders = []
+    for changed in (None, None, source, clip / "model.safetensors"):
+        if changed == source:
+            source.write_text(source.read_text() + "# another version\n")
+        elif changed:
+            weights = load_file(changed)
+            save_file({name: value * 1.5 for name, value in weights.items()}, changed)
+        folders.append(run_evaluation(tmp_path, overrides, ["base"], **settings)[0]["folder"])
+    assert folders[0] == folders[1]
+    assert len(set(folders)) == 3
+
+
+def test_a_checkpoint_that_draws_the_base_s_images_is_refused(workplace, overrides):
+    """Its weights are all zero though its state tells of updates: somebody lost what was learned."""
+    folder = Stage(experiment(workplace), 1).checkpoints()[-1]
+    elsewhere = shutil.copytree(folder, workplace / "copied")
+    weights = load_file(elsewhere / LORA_FILE)
+    save_file({name: value * 0 for name, value in weights.items()}, elsewhere / LORA_FILE)
+    state = read_json(elsewhere / "state.json")
+    del state["files"]  # of an earlier version, which noted no checksums
+    write_record(elsewhere / "state.json", state)
+    said = r"updates and draws exactly the base model's images"
+    with pytest.raises(ValueError, match=said):  # whether the base is judged, too, or not
+        run_evaluation(workplace, overrides, [str(elsewhere)])
+    with pytest.raises(ValueError, match=said):
+        run_evaluation(workplace, overrides, ["base", str(elsewhere)])
+    with pytest.raises(ValueError, match=said):  # the base was judged before
+        run_evaluation(workplace, overrides, [str(elsewhere)])
+    with contextlib.chdir(workplace), pytest.raises(ValueError, match=said):
+        prompt_images(checked_settings(make_config(overrides)), str(elsewhere), "a red circle", SAMPLERS["training"])
+    shutil.copy(folder / LORA_FILE, elsewhere)
+    base, tuned = run_evaluation(workplace, overrides, ["base", str(elsewhere)])
+    assert base["images_sha256"] != tuned["images_sha256"]
+
+
+def test_a_prompt_is_drawn_by_base_and_checkpoint(workplace, overrides):
+    """One PNG of two rows on the same noise, which differ; the same bytes each time; base against itself is alike."""
+    ended = run_script(workplace, "eval", overrides, "--prompt=a red circle", "--sampler=training")
+    assert ended.code == 0, ended.stderr
+    picture = workplace / json.loads(ended.stdout.splitlines()[-1])["picture"]
+    drawn = picture.read_bytes()
+    assert Image.open(picture).width > 800
+    run_script(workplace, "eval", overrides, "--prompt=a red circle", "--sampler=training")
+    assert picture.read_bytes() == drawn
+    names = set()
+    for arguments in (("--checkpoint=stage0",), ("--checkpoint=base",), ("--sampler=deployed",)):
+        line = run_script(workplace, "eval", overrides, "--prompt=a red circle", *arguments).stdout.splitlines()[-1]
+        names.add(json.loads(line)["picture"])
+    assert len(names | {str(picture.relative_to(workplace))}) == 4
+    with contextlib.chdir(workplace):
+        images = prompt_images(checked_settings(make_config(overrides)), "last", "a red circle", SAMPLERS["training"])
+        alone = prompt_images(checked_settings(make_config(overrides)), "base", "a red circle", SAMPLERS["training"])
+    assert (list(images), list(alone)) == (["base", "stage1"], ["base"])
+    base, tuned = images.values()
+    assert torch.equal(base, alone["base"])
+    assert not torch.equal(base, tuned)
+    assert len({image.numpy().tobytes() for image in base}) == len(base)
+
+
+def test_what_else_belongs_to_an_evaluation(begin):
+    """An evaluation without a watched reward is not taken for one with it, though the judge has said the same; nor one of
+    other weights, or of another precision, for this one."""
+    folder, settings = begin({"eval.judge": JPEG})
+    ran(folder, "eval", settings, "--checkpoint=base", "--sampler=training")
+    watching = settings | {"reward.watch": (JPEG,)}
+    result = json.loads(ran(folder, "eval", watching, "--checkpoint=base", "--sampler=training").splitlines()[-1])
+    assert result[JPEG] == result["accuracy"] < 0
+    folders = len([*(experiment(folder) / "eval").iterdir()])
+    ran(folder, "eval", watching, "--checkpoint=base", "--sampler=training")
+    assert len([*(experiment(folder) / "eval").iterdir()]) == folders == 2
+    for weight in (1.0, 2.0):
+        ran(folder, "eval", settings | {"reward.weights": {CLIP: weight}}, "--checkpoint=base", "--sampler=training")
+    ran(folder, "eval", settings | {"reward.dtype": "bfloat16"}, "--checkpoint=base", "--sampler=training")
+    assert len([*(experiment(folder) / "eval").iterdir()]) == 5

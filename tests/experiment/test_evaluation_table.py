@@ -1,0 +1,57 @@
+"""The table of evaluations: what makes a curve, and what a row says."""
+
+from conftest import experiment, run_evaluation
+
+from b2diffurl.configuration.settings import read_settings
+from b2diffurl.evaluation.generate import SamplerSettings, deployed_sampler
+from b2diffurl.experiment.evaluation_table import describe_sampler, evaluation_rows
+from b2diffurl.runtime.files import read_json_lines
+
+
+def test_an_earlier_difference_stays_when_the_base_is_not_asked_for(workplace, overrides):
+    run_evaluation(workplace, overrides, ["base", "last"])
+    path = experiment(workplace) / "eval.jsonl"
+    before = {row["checkpoint"]: row for row in read_json_lines(path)}
+    run_evaluation(workplace, overrides, ["last"])
+    rows = read_json_lines(path)
+    assert {row["checkpoint"]: row for row in rows} == before
+    assert rows[-1]["checkpoint"] == "stage1"
+    assert rows[-1]["reward_gain"] != 0
+
+
+def test_only_rows_that_can_be_compared_make_a_curve(workplace, overrides):
+    """Rows of another number of images are other conditions: readers get the longest curve, of equals the newest. What was
+    judged inside a stage is no part of it."""
+    root = experiment(workplace)
+    run_evaluation(workplace, overrides, ["base", "stage1"])
+    run_evaluation(workplace, overrides, ["base", "stage1"], **{"eval.num_images": 3})
+    assert [(row["checkpoint"], row["n_images"], row["queries"]) for row in evaluation_rows(root)] == [
+        ("base", 3, 0),
+        ("stage1", 3, 36),
+    ]
+    run_evaluation(workplace, overrides, ["stage0", "model/lora/tiny/stage1/checkpoints/checkpoint_1"])
+    run_evaluation(workplace, overrides, ["base", "stage1"], **{"eval.num_images": 3})
+    names = [row["checkpoint"] for row in read_json_lines(root / "eval.jsonl")]
+    assert sorted(names) == ["base", "base", "stage0", "stage1", "stage1", "stage1/checkpoint_1"]
+    rows = evaluation_rows(root, prompts="test", sampler="training")
+    assert [(row["checkpoint"], row["n_images"], row["queries"]) for row in rows] == [
+        ("base", 6, 0),
+        ("stage0", 6, 18),
+        ("stage1", 6, 36),
+    ]
+    assert evaluation_rows(root, prompts="train") == []
+
+
+def test_only_schedulers_that_have_an_eta_are_said_to(config):
+    """DDIM is; Euler's ancestral one is stochastic without."""
+    assert (
+        describe_sampler(row_of(deployed_sampler(read_settings(config))))
+        == "deployed sampler: DDIM, 6 steps, eta 0, guidance 5"
+    )
+    config.eval.deployed.scheduler = "EulerAncestralDiscrete"
+    said = describe_sampler(row_of(deployed_sampler(read_settings(config))))
+    assert said == "deployed sampler: EulerAncestralDiscrete, 6 steps, guidance 5"
+
+
+def row_of(settings: SamplerSettings) -> dict:
+    return {"sampler": "deployed"} | vars(settings)

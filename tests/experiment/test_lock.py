@@ -1,0 +1,145 @@
+"""A second run is refused while the first one lives, and a dead one's lock is nobody's."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, experiment, run_script, snapshot
+
+from b2diffurl.configuration import command_line
+from b2diffurl.experiment import lock
+
+
+@pytest.fixture
+def other_run():
+    """A process that lives."""
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        yield process
+        process.kill()
+
+
+def test_a_second_run_is_refused_while_the_first_one_lives(workplace, overrides, other_run):
+    """Every phase names the process and the host of the first run and changes nothing; when that one is dead, killed or not,
+    the same command goes on, and the lock is gone in the end."""
+    root = experiment(workplace)
+    lock.take(root, other_run.pid)
+    lock_text = json.loads((root / "run.lock").read_text())
+    lock_text["processes"] = lock_text["processes"][:1]  # as if its script were that process
+    (root / "run.lock").write_text(json.dumps(lock_text))
+    before = snapshot(workplace)
+    for verb in ("sample", "select", "train"):
+        ended = run_script(workplace, verb, overrides)
+        assert ended.code == 2
+        assert f"process {other_run.pid} on {lock_text['host']}" in ended.stderr
+        assert len(ended.stderr.splitlines()) == 2
+        assert snapshot(workplace) == before
+    other_run.kill()
+    other_run.wait()
+    assert run_script(workplace, "sample", overrides).code == 0
+    assert not (root / "run.lock").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "silence_sec", "refused"),
+    [
+        ({"host": "elsewhere"}, 0, True),
+        ({"host": "elsewhere"}, lock.SILENCE_SEC + 10, False),
+        ({"boot": "before"}, 0, True),  # of this name: another machine, a container, or this one before it was started anew
+        ({"boot": "before"}, lock.SILENCE_SEC + 10, False),
+        ({"processes": [[os.getppid(), "1"]]}, 0, False),  # the number is another process's now
+        (None, 0, False),  # cut off by a crash
+        ({"processes": []}, 0, False),  # damaged
+        ({"host": 1}, 0, False),
+    ],
+)
+def test_which_locks_count(tmp_path, other_run, change, silence_sec, refused):
+    """One of another machine while it is marked; one of this machine while its process lives."""
+    lock.take(tmp_path, other_run.pid)
+    path = tmp_path / "run.lock"
+    found = json.loads(path.read_text()) | {"processes": [[other_run.pid, lock.started(other_run.pid)]]}
+    path.write_text("" if change is None else json.dumps(found | change))
+    os.utime(path, (time.time() - silence_sec,) * 2)
+    if refused:
+        with pytest.raises(ValueError, match="is being worked on by"):
+            lock.take(tmp_path, os.getpid())
+    else:
+        lock.take(tmp_path, os.getpid())
+        assert json.loads(path.read_text())["processes"][0][0] == os.getpid()
+
+
+@pytest.mark.parametrize(
+    "text", [b"123", b"[]", b"{}", b'{"hosu": "a"}', b"\xff\xfe", b'{"host": "a", "boot": "", "processes": [7]}']
+)
+def test_a_damaged_lock_is_nobodys(tmp_path, text):
+    (tmp_path / "run.lock").write_bytes(text)
+    lock.take(tmp_path, os.getpid())
+    assert lock.is_ours(tmp_path, os.getpid())
+
+
+def test_a_run_that_was_taken_for_dead_stops(tmp_path, other_run, monkeypatch):
+    """Another one has the lock when it wakes: it neither marks nor deletes that, and ends."""
+    monkeypatch.setattr(lock, "HEARTBEAT_SEC", 0.05)
+    path = tmp_path / "run.lock"
+    with pytest.raises(KeyboardInterrupt), command_line.stopping_in_order(), lock.holding(tmp_path):
+        marked = path.stat().st_mtime_ns
+        time.sleep(0.3)
+        assert path.stat().st_mtime_ns > marked
+        theirs = json.loads(path.read_text()) | {"processes": [[other_run.pid, lock.started(other_run.pid)]]}
+        path.write_text(json.dumps(theirs))
+        os.utime(path, (1, 1))
+        time.sleep(10)
+    assert json.loads(path.read_text()) == theirs
+    assert path.stat().st_mtime == 1
+
+
+def test_judging_keeps_its_runs_lock(tmp_path, other_run, monkeypatch):
+    """run_eval.py of run_process.sh marks that one's lock while it works; alone it takes none."""
+    monkeypatch.setattr(lock, "HEARTBEAT_SEC", 0.05)
+    path = tmp_path / "run.lock"
+    with lock.within_run(tmp_path):
+        assert not path.exists()
+    monkeypatch.setenv(lock.OWNER, str(other_run.pid))
+    with lock.within_run(tmp_path):
+        os.utime(path, (1, 1))
+        time.sleep(0.3)
+        assert path.stat().st_mtime > 1
+    assert lock.is_ours(tmp_path, other_run.pid)
+
+
+def test_the_clock_is_the_disks(tmp_path):
+    assert abs(lock.clock_of_disk(tmp_path) - time.time()) < 5
+    assert lock.clock_of_disk(tmp_path / "missing") == pytest.approx(time.time(), abs=5)
+
+
+def test_a_script_leaves_the_lock_to_run_process(workplace, overrides, other_run, monkeypatch):
+    """What a script of run_process.sh works under is that one's lock; another machine's scripts take none."""
+    path = experiment(workplace) / "run.lock"
+    monkeypatch.setenv(lock.OWNER, str(other_run.pid))
+    assert run_script(workplace, "sample", overrides).code == 0
+    assert [number for number, _ in json.loads(path.read_text())["processes"]] == [other_run.pid, os.getpid()]
+    monkeypatch.setenv(lock.OWNER, "0")
+    path.unlink()
+    assert run_script(workplace, "sample", overrides).code == 0
+    assert not path.exists()
+
+
+def test_only_one_of_many_gets_the_lock(tmp_path):
+    """Processes that ask at the same moment."""
+    code = "import os, sys; from pathlib import Path; from b2diffurl.experiment import lock; "
+    code += "lock.take(Path(sys.argv[1]), os.getpid()); print('mine', flush=True); sys.stdin.read()"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    askers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)],
+            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(4)
+    ]  # fmt: skip
+    deadline = time.monotonic() + 60
+    while sum(asker.poll() is not None for asker in askers) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    ended = [asker.communicate("")[0].strip() for asker in askers]
+    assert sorted(ended) == [""] * 3 + ["mine"]

@@ -1,0 +1,53 @@
+"""A base model in one file of the original layout computes what its folder does."""
+
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import tiny
+import torch
+from conftest import experiment, run_stage
+from diffusers import StableDiffusionPipeline
+from foreign import original_layout, output
+
+from b2diffurl.runtime import files
+
+
+@pytest.fixture(scope="module")
+def single_file(models, tmp_path_factory) -> Path:
+    """The tiny model as the one .safetensors file that the original Stable Diffusion code would read."""
+    pipeline = StableDiffusionPipeline.from_pretrained(models / "sd", safety_checker=None)
+    path = tmp_path_factory.mktemp("single") / "tiny.safetensors"
+    safetensors.torch.save_file(original_layout(pipeline), path)
+    return path
+
+
+def test_single_file_is_the_directory(models, single_file):
+    """A base in one file, its configs from a local directory, computes what the directory does, bit for bit."""
+    directory, file = tiny.load_model(models / "sd"), tiny.load_model(single_file, config=str(models / "sd"))
+    assert torch.equal(output(file), output(directory))
+    assert torch.equal(file.encode(["a cross"])["prompt_embeds"], directory.encode(["a cross"])["prompt_embeds"])
+    latents = torch.randn(2, *file.latent_shape, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(file.decode(latents), directory.decode(latents))
+    assert file.scheduler_config == directory.scheduler_config
+    assert file.fingerprint == files.sha256(single_file)
+
+
+def test_stage_from_a_single_file(models, single_file, overrides, finished, tmp_path):
+    """A stage on it ends in the LoRA that the directory gives, bit for bit."""
+    run_stage(tmp_path, overrides | {"pretrained.model": str(single_file), "pretrained.config": str(models / "sd")})
+    lora = "stage0/checkpoints/checkpoint_2/pytorch_lora_weights.safetensors"
+    assert (experiment(tmp_path) / lora).read_bytes() == (experiment(finished) / lora).read_bytes()
+
+
+def test_single_file_must_be_safetensors(models, tmp_path):
+    """A pickled checkpoint is refused before anything of it is read."""
+    (tmp_path / "model.ckpt").write_bytes(b"never a pickle")
+    with pytest.raises(ValueError, match=r"model\.ckpt is not a \.safetensors file"):
+        tiny.load_model(tmp_path / "model.ckpt", config=str(models / "sd"))
+
+
+def test_single_file_needs_its_configs(single_file):
+    """Without configs at hand, and no hub, the error names what is missing and how to get it."""
+    with pytest.raises(FileNotFoundError, match=r"pretrained\.config.*CompVis/stable-diffusion-v1-4.*hf download"):
+        tiny.load_model(single_file, config="CompVis/stable-diffusion-v1-4")

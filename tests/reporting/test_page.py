@@ -1,0 +1,374 @@
+"""The report: figures and pictures that are those of the experiment's files, in one page that a browser shows whole."""
+
+import base64
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, experiment, run_script, snapshot
+from PIL import Image
+
+from b2diffurl.experiment.evaluation_table import with_error
+from b2diffurl.experiment.stage import Stage
+from b2diffurl.experiment.stage_table import stage_list, stage_rows
+from b2diffurl.phases.health import ADVICE, warn
+from b2diffurl.reporting import page
+from b2diffurl.reporting.page import change, disk_usage, figure_table, read_pairs, refresh, warned_kinds, write_report
+from b2diffurl.reporting.plots import Pair
+from b2diffurl.runtime.files import read_json, read_json_lines, write_json, write_json_lines
+
+
+def test_the_page_is_self_contained_and_the_same_each_time(root):
+    """Nothing is loaded from anywhere, every picture has its PNG, and writing it again changes no byte of anything."""
+    html = (root / "report.html").read_text()
+    assert "<h2>Warnings" not in html
+    sources = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?([^"\'\s>)]+)', html)
+    assert sources
+    assert [source[:40] for source in sources if not source.startswith(("data:", "#"))] == []
+    names = {path.name for path in (root / "report").iterdir()}
+    assert names == {
+        *("curves.png", "log_ratio_per_step.png", "clip_fraction_per_step.png", "branches.png", "branches_last.png"),
+        *(f"{kind}_{prompts}.png" for kind in ("before_after", "losses", "gains") for prompts in ("test", "train")),
+    }
+    before = snapshot(root)
+    write_report(root)
+    assert snapshot(root) == before
+
+
+def test_the_table_has_base_newest_stage_and_paired_difference(root):
+    """Held-out prompts first; of the stages the newest; the numbers are eval.jsonl's."""
+    rows = read_json_lines(root / "eval.jsonl")
+    table = figure_table(page.evaluation_rows(root))
+    assert table[0]["prompts"] == "Held-out prompts"
+    assert {row["checkpoint"] for row in table} == {"stage1"}
+    reward = next(row for row in table if row["figure"] == "reward" and row["prompts"] == "Training prompts")
+    base, tuned = (
+        next(row for row in rows if (row["checkpoint"], row["prompts"]) == (name, "train")) for name in ("base", "stage1")
+    )
+    assert reward["base"] == with_error(base, "reward")
+    assert reward["tuned"] == with_error(tuned, "reward")
+    assert reward["gain"] == with_error(tuned, "reward_gain", signed=True)
+    assert "4 steps, eta 1, guidance 5" in reward["sampler"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error", "options", "expected"),
+    [
+        ("reward", 0.17864, 0.0112, {}, "0.179 ± 0.011"),
+        ("reward", 29.3843, 1.8423, {}, "29.4 ± 1.8"),
+        ("reward", 1234.5, 99.9, {}, "1234 ± 100"),
+        ("reward", 0.5, 0.0, {}, "0.5000 ± 0.0000"),
+        ("reward", 0.0757, 0.0105, {"signed": True}, "+0.076 ± 0.011"),
+        ("accuracy", 0.461, 0.0442, {}, "46.1 ± 4.4 %"),
+        ("accuracy_gain", 0.2968, 0.042, {"signed": True}, "+29.7 ± 4.2 points"),
+        ("reward", None, None, {}, ""),
+    ],
+)
+def test_figures_are_written_with_as_many_digits_as_their_error_allows(key, value, error, options, expected):
+    assert with_error({key: value, f"{key}_se": error}, key, **options) == expected
+
+
+def test_pairs_are_of_the_same_noise_and_losses_come_by_the_judge_first(root, tmp_path):
+    """Each pair's images, rewards and verdicts are those of its two evaluations; from right to wrong is the worst."""
+    base, _, tuned = page.evaluation_rows(root, prompts="test")
+    pairs = read_pairs(root, base, tuned)
+    assert len(pairs) == 6
+    for n, pair in enumerate(pairs):
+        for image, row, reward in zip(pair.images, (base, tuned), pair.rewards, strict=True):
+            assert image == root / row["folder"] / f"{n:05d}.png"
+            assert image.is_file()
+            found = read_json(root / row["folder"] / "result.json")
+            assert reward == found["values"]["reward"][n]
+            assert pair.prompt == found["shown_prompts"][n]
+    nowhere = (tmp_path, tmp_path)
+    one, two, three = (
+        Pair("wrong now", nowhere, (0.1, 0.9), (True, False)),
+        Pair("lower", nowhere, (0.5, 0.2), (True, True)),
+        Pair("right now", nowhere, (0.5, 0.1), (False, True)),
+    )
+    assert sorted([three, two, one], key=change) == [one, two, three]
+    assert change(Pair("unknown", nowhere, (None, None), None)) is None
+    assert change(Pair("judged", nowhere, (None, None), (False, True))) == (1, 0.0)
+
+
+def test_the_page_shows_the_experiment_s_own_images(root):
+    """The first held-out images of base and newest stage, byte for byte, in order, then those of other galleries."""
+    html = (root / "report.html").read_text()
+    embedded = [base64.b64decode(data) for data in re.findall(r'<img src="data:image/png;base64,([^"]+)"', html)]
+    base, _, tuned = page.evaluation_rows(root, prompts="test")
+    expected = [(root / row["folder"] / f"{n:05d}.png").read_bytes() for n in range(6) for row in (base, tuned)]
+    assert embedded[: len(expected)] == expected
+
+
+def test_large_images_are_scaled_down_for_the_page(tmp_path):
+    path = tmp_path / "large.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (512, 512, 3), dtype=np.uint8)).save(path)
+    found = page.embed(path)
+    assert found["src"].startswith("data:image/webp;base64,")
+    assert len(found["src"]) < path.stat().st_size / 2
+    assert not found["small"]
+
+
+def test_marks_are_the_selection(root):
+    """Winner above, loser below its prompt's mean; the branch picture is of a stage that has both if there is one."""
+    stage = Stage(root, 0)
+    rows = [
+        {"id": 0, "group": 0, "branch": 2, "score": 1.5, "advantage": 1.5},
+        {"id": 1, "group": 0, "branch": 0, "score": -0.6},
+    ]
+    write_json(stage.selection, [*rows, {"id": 9, "group": 3, "branch": 1, "score": 9.0}])
+    assert page.marks(stage) == {2: "winner", 0: "loser"}
+    record = read_json(root / "config.json")
+    record["config"]["eval"]["selection"] = "all"
+    write_json(root / "config.json", record)
+    assert page.marks(stage) == {}
+    assert "all of them are trained on" in write_report(root).read_text()
+
+
+# ---- what need not be there ----
+
+
+def test_a_report_of_an_experiment_that_nobody_judged(root):
+    """It says how to judge it, and has its curves; without trees it has no branch picture."""
+    for path in ("eval", "report"):
+        shutil.rmtree(root / path)
+    for path in (root / "eval.jsonl", *root.glob("stage*/tree.*")):
+        path.unlink()
+    html = write_report(root).read_text()
+    assert "Nothing has been judged yet" in html
+    assert "<h2>Branches</h2>" not in html
+    assert {path.name for path in (root / "report").iterdir()} == {
+        *("curves.png", "log_ratio_per_step.png", "clip_fraction_per_step.png"),
+    }
+
+
+def test_a_report_in_the_middle_of_a_stage(root):
+    """Scored but not trained, and one whose selection was empty: no update, no ratio, and still a page."""
+    shutil.rmtree(root / "eval")
+    (root / "eval.jsonl").unlink()
+    stage = Stage(root, 1)
+    shutil.rmtree(stage.folder / "checkpoints")
+    stage.manifest_path("train").unlink()
+    write_json_lines(Stage(root, 0).metrics("train"), [])
+    row = stage_rows(root)[0]
+    assert (row["num_updates"], row["max_abs_log_ratio_first"], row["clip_fraction"]) == (0, None, None)
+    assert [key for key in stage_rows(root)[1] if key.startswith("seconds/train")] == []
+    assert re.search(r"clip on .*: 2 stages,\s+36 scored images", write_report(root).read_text())
+    record = read_json(root / "config.json")
+    record["config"]["stage_cnt"] = 100
+    write_json(root / "config.json", record)
+    assert ": 2 of 100 stages," in write_report(root).read_text()
+
+
+def test_rewards_may_be_unknown(root):
+    """Reward `file` has no scores for new images: the judge's verdicts stand alone."""
+    for row in read_json_lines(root / "eval.jsonl"):
+        path = root / row["folder"] / "result.json"
+        result = read_json(path)
+        result["values"].pop("reward", None)
+        write_json(path, result)
+    rows = read_json_lines(root / "eval.jsonl")
+    for row in rows:
+        row |= dict.fromkeys(("reward", "reward_se", "reward_gain", "reward_gain_se"))
+    write_json_lines(root / "eval.jsonl", rows)
+    html = write_report(root).read_text()
+    assert "Judged: accuracy" in html
+    assert "Judged: reward" not in html
+
+
+def test_other_prompt_files_are_kept_apart(reported, overrides, tmp_path):
+    """A file of the name test.json is not the held-out set: it has its own pictures, and its name as a title, without the
+    folders; prompts are text and neither markup nor mathematics."""
+    work = shutil.copytree(reported, tmp_path / "work")
+    prompts = ["a $5 bill and a $10 bill", r"price $\foo$", '<script>alert(1)</script> & "quotes"']
+    (work / "test.json").write_text(json.dumps(prompts))
+    before = (experiment(work) / "report" / "before_after_test.png").read_bytes()
+    ended = run_script(work, "eval", overrides, "--prompts=test.json", "--sampler=training")
+    assert ended.code == 0, ended.stderr
+    assert "report: model" in ended.stdout
+    assert (experiment(work) / "report" / "before_after_test.png").read_bytes() == before
+    names = {re.sub("test_[0-9a-f]{6}", "other", path.name) for path in (experiment(work) / "report").iterdir()}
+    assert "before_after_other.png" in names
+    html = (experiment(work) / "report.html").read_text()
+    assert "<h2>test.json: the first 6</h2>" in html
+    assert "<script>" not in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp;" in html
+    ended = run_script(work, "eval", overrides, r"--prompt=price $\foo$", "--sampler=training")
+    assert ended.code == 0, ended.stderr
+
+
+def test_what_was_watched_when_judged_is_on_the_page(reported, overrides, tmp_path):
+    work = shutil.copytree(reported, tmp_path / "work")
+    watching = overrides | {"reward.watch": ("jpeg_compressibility",)}
+    ended = run_script(work, "eval", watching, "--all", "--prompts=train", "--sampler=training")
+    assert ended.code == 0, ended.stderr
+    table = figure_table(page.evaluation_rows(experiment(work)))
+    assert "jpeg_compressibility" in {row["figure"] for row in table}
+    assert "Judged: jpeg_compressibility" in (experiment(work) / "report.html").read_text()
+
+
+def test_losses_are_losses_and_gains_are_gains(root):
+    """Where no image is worse there is no picture of losses."""
+    for row in page.evaluation_rows(root, prompts="test"):
+        path = root / row["folder"] / "result.json"
+        result = read_json(path)
+        result["values"]["reward"] = [float(n if row["checkpoint"] == "base" else n + 0.5) for n in range(6)]
+        write_json(path, result)
+    html = write_report(root).read_text()
+    assert "Held-out prompts: the largest gains of 6 images" in html
+    assert "Held-out prompts: the largest losses" not in html
+    assert not (root / "report" / "losses_test.png").exists()
+
+
+def test_a_mistake_in_the_report_stops_nothing(root, caplog, monkeypatch):
+    """One warning that names the command, and no exception."""
+    (Stage(root, 1).scores).write_text("{")
+    monkeypatch.setattr(page.logger, "propagate", True)
+    refresh(root)
+    assert "python -m b2diffurl.report" in caplog.text
+    assert "is damaged" in caplog.text
+
+
+def test_nothing_is_reported_before_anything_is_scored(tmp_path):
+    refresh(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- facts ----
+
+
+def test_settings_that_differ_from_the_preset(root):
+    """The tiny experiment is sd14 with other settings: each of them with the preset's value, and nothing else."""
+    found = {key: (here, preset) for key, here, preset in page.facts(root, stage_rows(root))["differences"]}
+    assert found["split_time"] == (3, 5)
+    assert found["train.learning_rate"] == (1e-2, 1e-4)
+    assert "sample.eta" not in found
+    assert "run_name" not in found
+    assert page.preset_rows({"config": {"preset": "gone"}}) == page.preset_rows({"config": {}}) == []
+
+
+def test_differences_are_those_of_when_it_was_recorded(root):
+    """The preset of a record that says nothing, as an earlier version wrote it, is read anew, and says the same; one that
+    says what differed is believed, whatever the preset has become."""
+    record = read_json(root / "config.json")
+    found = page.preset_rows(record)
+    assert found == page.preset_rows({"config": record["config"]})
+    recorded = {"differs_from_preset": {"seed": [1, 2]}}
+    assert page.preset_rows(record | recorded) == [("seed", 1, 2)]
+    assert page.preset_rows(record | {"differs_from_preset": {}}) == []
+
+
+def test_disk_is_counted_by_kind_without_the_report(root):
+    found = disk_usage(root)
+    samples = sum(path.stat().st_size for path in root.glob("stage*/samples/*"))
+    assert found["samples"] == samples > 0
+    ours = {"report.html", *(str(path.relative_to(root)) for path in (root / "report").iterdir())}
+    everything = {name: len(data) for name, data in snapshot(root).items() if name not in ours}
+    assert sum(found.values()) == sum(everything.values())
+
+
+def test_facts_are_on_the_page(root):
+    html = (root / "report.html").read_text()
+    for text in ("torch", torch.__version__, "images sampled per second", "cpu_cores", "sample: load"):
+        assert text in html
+
+
+# ---- in a browser ----
+
+
+def browser():
+    """Headless Chromium from Debian's packages; without it the test is skipped, but not under CI."""
+    missing = [name for name in ("chromium", "chromedriver") if not shutil.which(name)]
+    if missing:
+        message = f"no {' and '.join(missing)}: apt-get install chromium chromium-driver"
+        assert not os.environ.get("CI"), message
+        pytest.skip(message)
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    return webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+
+
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.long)])
+def test_a_browser_shows_it_whole(root, tmp_path, scheme):
+    """At phone and desktop width: every image is rendered, every curve has its size, warnings are in sight before all else,
+    nothing is wider than the window, the console is empty, and the paper is light or dark as the reader's system is.
+    Screenshots are left in the test's folder."""
+    for index, phase in ((0, "train"), (1, "select"), (1, "train")):
+        path = Stage(root, index).manifest_path(phase)
+        kinds = [kind for kind in ADVICE if kind.startswith(("Mean", "Rewards", "Ident")) == (phase == "select")]
+        warned = [warn(kind, f"some figure up to 0.53, in {path}, usual 0.0075") for kind in kinds]
+        write_json(path, read_json(path) | {"warnings": warned})
+    write_report(root)
+    driver = browser()
+    try:
+        emulate(driver, "setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+        for width in (390, 1280):
+            metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+            emulate(driver, "setDeviceMetricsOverride", metrics)
+            driver.get((root / "report.html").as_uri())
+            images = driver.execute_script("return [...document.images].map(image => image.complete && image.naturalWidth)")
+            assert len(images) == 2 * (6 + 6) * 2  # the first of each prompt set, and of each image that it lost or gained
+            assert min(images) == 64
+            sizes = driver.execute_script(
+                "return [...document.querySelectorAll('svg')].map(svg => [svg.clientWidth, svg.clientHeight])"
+            )
+            assert len(sizes) >= 14
+            assert min(min(size) for size in sizes) > 150
+            assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+            top = "return document.querySelector('.warnings h2').getBoundingClientRect().top"
+            assert 0 < driver.execute_script(top) < 300
+            height = driver.execute_script("return document.documentElement.scrollHeight")
+            emulate(driver, "setDeviceMetricsOverride", metrics | {"height": height})
+            shot = base64.b64decode(driver.execute_cdp_cmd("Page.captureScreenshot", {})["data"])
+            picture = tmp_path / f"{scheme}_{width}.png"
+            picture.write_bytes(shot)
+            pixels = np.asarray(Image.open(picture).convert("L"))
+            assert pixels.shape == (height, width)
+            assert (pixels[:20].mean() > 240) if scheme == "light" else (pixels[:20].mean() < 40)
+            assert pixels.std() > 10
+        assert driver.get_log("browser") == []
+    finally:
+        driver.quit()
+
+
+def emulate(driver, what: str, settings: dict) -> None:
+    driver.execute_cdp_cmd(f"Emulation.{what}", settings)
+
+
+def test_reading_a_report_s_files_needs_no_model():
+    """The report of a long run is written in seconds: neither diffusers nor transformers is imported."""
+    code = "import sys, b2diffurl.reporting.page; print(sorted({'diffusers', 'transformers', 'wandb'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(found.stdout.replace("'", '"')) == []
+
+
+def test_the_report_shows_the_first_warnings_of_a_kind():
+    rows = [{"stage": n, "kind": "A" if n < 7 else "B", "what": f"{n}", "advice": "rest"} for n in (1, 2, 4, 5, 6, 9)]
+    a, b = warned_kinds(rows)
+    assert (a["kind"], a["stages"], a["more"], [row["what"] for row in a["first"]]) == (
+        *("A", "stages 1-2, 4-6", "stages 5-6"),
+        ["1", "2", "4"],
+    )
+    assert (b["stages"], b["more"]) == ("stage 9", "")
+    assert stage_list([3, 3, 4]) == "stages 3-4"
+
+
+def test_letters_that_the_font_lacks_are_no_warnings(tmp_path):
+    """A prompt in Chinese is drawn without a word about each of its letters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        path = page.draw_prompt(tmp_path, "一只猫", {"base": torch.zeros(2, 8, 8, 3, dtype=torch.uint8)}, "training")
+    assert path.is_file()

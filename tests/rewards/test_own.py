@@ -1,0 +1,138 @@
+"""Rewards of the user's own: a function of any module, what it returns, and what it raises."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    assert_refused,
+    experiment,
+    ran,
+    refuse,
+    run_script,
+    snapshot,
+    stage_of,
+)
+from scored import BATCH, NUM_IMAGES, REDNESS, pixels, redness, scores
+
+
+def test_a_function_that_returns_too_few_scores(begin, module):
+    """Both numbers and the batch are told; nothing on disk has changed."""
+    mine = module(REDNESS + "def short(images, prompts):\n    return redness(images, prompts)[1:]\n")
+    folder, settings = begin({"reward.name": f"{mine}:short"})
+    refuse(folder, "select", settings, r"shape \(3,\) for 4 images", f"reward {mine}:short, batch 0: images 0 to 3 of ")
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_function_that_returns_nan(begin, sampled, module, watched):
+    """The run stops with the very ids, which scores.jsonl has as null; nothing that was there has changed."""
+    limit = float(np.median([redness(image) for image in pixels(sampled)]))
+    mine = module(REDNESS + f"def bad(images, prompts):\n    values = redness(images, prompts)\n"
+                  f"    return values.where(values < {limit}, float('nan'))\n")  # fmt: skip
+    bad = [n for n, image in enumerate(pixels(sampled)) if redness(image) >= limit]
+    assert 0 < len(bad) < NUM_IMAGES
+    folder, settings = begin({"reward.watch": (f"{mine}:bad",)} if watched else {"reward.name": f"{mine}:bad"})
+    before = snapshot(folder)
+    ended = run_script(folder, "select", settings)
+    assert_refused(ended, f"reward {mine}:bad is not finite for images {re.escape(str(bad))} of .*scores.jsonl")
+    after = snapshot(folder)
+    assert {name: after[name] for name in before} == before
+    assert not stage_of(folder).finished("select")
+    found = [row["watch"][f"{mine}:bad"] if watched else row["reward"] for row in scores(folder)]
+    assert [n for n, value in enumerate(found) if value is None] == bad
+
+
+def test_a_function_that_raises(begin, module):
+    """Its own traceback is shown, with the batch and its images; the exit code is not 0 and nothing on disk has changed."""
+    mine = module(
+        "import torch\ncalls = []\n"
+        "def fails(images, prompts):\n    calls.append(1)\n"
+        "    return torch.zeros(len(prompts)) + 1 // (3 - len(calls))  # the third batch\n"
+    )
+    folder, settings = begin({"reward.name": f"{mine}:fails"})
+    before = snapshot(folder)
+    ended = run_script(folder, "select", settings)
+    assert ended.code not in (0, None)
+    assert "# the third batch" in ended.stderr
+    assert "ZeroDivisionError" in ended.stderr
+    last = ended.stderr[ended.stderr.rindex("RuntimeError") :]
+    assert re.search(f"reward {mine}:fails raised ZeroDivisionError", last)
+    assert re.search(f"reward {mine}:fails, batch 2: images 8 to 11 of .*images", last)
+    assert snapshot(folder) == before
+
+
+def test_the_readmes_reward_runs(begin, tmp_path, monkeypatch):
+    """The reward in README, of at most ten lines, works under the name given there; the scores are what it returns."""
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    source = next(block for block in blocks if "def " in block and "images" in block)
+    assert len([line for line in source.splitlines() if line.strip()]) <= 10
+    name, function = re.search(r"Reward=(\w+):(\w+)", text).groups()
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    folder, settings = begin({"reward.name": f"{name}:{function}"})
+    sys.modules.pop(name, None)  # another test's module of that name
+    try:
+        ran(folder, "select", settings)
+    finally:
+        sys.modules.pop(name, None)
+    space: dict = {}
+    exec(source, space)
+    rows = scores(folder)
+    result = space[function](torch.from_numpy(np.stack(pixels(folder))), [row["prompt"] for row in rows])
+    expected = (result[0] if isinstance(result, tuple) else result).float().tolist()
+    assert [row["reward"] for row in rows] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert len(set(expected)) > 1
+
+
+# ---- what a reward's parts may be ----
+
+
+PARTED = """
+import torch
+
+calls = []
+
+def some(images, prompts):
+    calls.append(len(prompts))
+    late = {"late": images.float().mean((1, 2, 3)), "said": list(prompts)}
+    parts = late if len(calls) > 1 else {"holed": images[:, 0, 0, 0] / 0}
+    return images.float().mean((1, 2, 3)), parts
+"""
+
+
+def test_parts_that_some_batches_lack(begin, module):
+    """A part that only later batches have stands beside their images, and null or nothing beside the others; parts that are
+    not finite are null; means are of what there is. run_eval.py takes the same parts."""
+    mine = module(PARTED)
+    folder, settings = begin({"reward.name": f"{mine}:some"})
+    ran(folder, "select", settings)
+    parts = [row["parts"] for row in scores(folder)]
+    late = [row["reward"] for row in scores(folder)][BATCH:]
+    assert [part["late"] for part in parts] == [None] * BATCH + late
+    assert [part["said"] for part in parts] == [""] * BATCH + [row["prompt"] for row in scores(folder)[BATCH:]]
+    assert {part["holed"] for part in parts} == {None}
+    (metrics,) = map(json.loads, stage_of(folder).metrics("select").read_text().splitlines())
+    assert metrics["late_mean"] == pytest.approx(
+        np.mean(late), rel=1e-6
+    )  # of the images alone, not of what pads the last batch
+    assert "holed_mean" not in metrics
+    sys.modules[mine].calls.clear()
+    result = json.loads(ran(folder, "eval", settings, "--checkpoint=base", "--sampler=training").splitlines()[-1])
+    assert result[f"{mine}:some/late"] > 0
+    assert result[f"{mine}:some/holed"] is None
+
+
+@pytest.mark.parametrize("source", ["import json\njson.loads('{')\n", "import no_such_package\n"])
+def test_a_module_that_raises_when_imported(empty, overrides, module, source):
+    """Its own traceback is shown, not advice on where to keep it."""
+    mine = module(source)
+    ended = run_script(empty, "sample", overrides | {"reward.name": f"{mine}:reward"})
+    assert ended.code == 1
+    assert f"reward {mine}:reward: importing {mine} raised" in ended.stderr
+    assert re.search(rf'{mine}.py", line \d', ended.stderr)
+    assert not experiment(empty).exists()

@@ -1,0 +1,220 @@
+"""Files: every flipped bit is found; full disks, and folders in which nothing can be written, are named."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from conftest import (
+    VERBS,
+    Ended,
+    assert_refused,
+    assert_same,
+    call,
+    experiment,
+    run_evaluation,
+    run_script,
+    snapshot,
+    unfinish,
+)
+
+from b2diffurl import export, report
+from b2diffurl.runtime import files
+
+JUDGE = ("--checkpoint=base,last", "--sampler=training")
+
+
+def flip(data: bytes, bit: int) -> bytes:
+    """The data with one bit another."""
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+@pytest.fixture
+def work(workplace) -> Path:
+    return workplace
+
+
+def test_every_flipped_bit_of_a_record_is_found(tmp_path):
+    """Whichever bit of a manifest or of an evaluation's rows it is: the file is named, or the same values are read."""
+    rows = [{"seed": 3, "name": 'é "x" {}', "seconds": {"load": 0.25}, "steps": [1, None], "scale": 1e-3}, {"n": 1}]
+    files.write_record(tmp_path / "record.json", rows[0])
+    files.write_json_lines(tmp_path / "rows.jsonl", rows, sealed=True)
+    for name, read in (("record.json", lambda path: [files.read_json(path)]), ("rows.jsonl", files.read_json_lines)):
+        path, found = tmp_path / name, 0
+        whole, expected = path.read_bytes(), read(path)
+        assert expected == rows[: len(expected)]
+        for bit in range(8 * len(whole)):
+            path.write_bytes(flip(whole, bit))
+            try:
+                read_now = read(path)
+            except ValueError as error:
+                assert str(path) in str(error)
+                found += 1
+            else:
+                same = [{key: now[key] for key in row} for now, row in zip(read_now, expected, strict=True)]
+                assert same == expected
+        assert found > 0.8 * 8 * len(whole)  # the others are in the checksum's own name
+
+
+# ---- disks ----
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Path]:
+    """A disk of 8 MB of its own; skipped where this process may not mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    try:
+        command = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(place)]
+        made = subprocess.run(command, capture_output=True, text=True)
+        problem = made.stderr.strip() if made.returncode else ""
+    except FileNotFoundError as error:
+        problem = str(error)
+    if problem:
+        pytest.skip(f"no disk of its own: {problem}")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+@contextlib.contextmanager
+def filled(disk: Path, *, left: int) -> Iterator[None]:
+    """Inside it the disk is full but for about `left` bytes."""
+    filler = disk / "filler"
+    with filler.open("wb") as file:
+        space = os.statvfs(disk)
+        os.posix_fallocate(file.fileno(), 0, space.f_bavail * space.f_frsize - left)
+    try:
+        yield
+    finally:
+        filler.unlink()
+
+
+def run_out(disk: Path, rooms: Sequence[int], run: Callable[[], Ended]) -> None:
+    """Run on a disk with nothing left, and with other `rooms`, and then with all there is; failures must be told."""
+    failures = 0
+    for left in (0, *rooms):
+        with filled(disk, left=left):
+            ended = run()
+        if ended.code:
+            assert_refused(ended, "No space left on device: '[^']+'")
+            assert "Make room on that disk and run the same command again" in ended.stderr.splitlines()[1]
+            assert not [path for path in disk.rglob("*" + files.TEMPORARY) if path.is_file()]  # it would take up room
+            failures += 1
+    assert failures >= 1
+    ended = run()
+    assert ended.code in (0, None), ended.stderr
+
+
+MANY_ROOMS = pytest.param([4_096 * n**2 for n in range(1, 16)], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("rooms", [(70_000,), MANY_ROOMS])
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_full_disk(finished, disk, overrides, verb, rooms):
+    """A phase ends in two lines that name the file and say what to do, wherever the disk was full, log and all; with room
+    again the same command ends in the same bits, and leaves no temporary file."""
+    work = shutil.copytree(finished, disk / "work")
+    stage = unfinish(work, verb)
+    doomed = {"sample": ("samples", "images", "checkpoints", "selected"), "select": ("selected",), "train": ("checkpoints",)}
+    for name in doomed[verb]:
+        shutil.rmtree(stage.folder / name)
+    settings = overrides | {"run_name": "stage1"}
+    run_out(disk, rooms, lambda: run_script(work, verb, settings))
+    assert not list(work.rglob("*" + files.TEMPORARY))
+    for later in VERBS[VERBS.index(verb) + 1 :]:
+        assert run_script(work, later, settings).code == 0
+    assert_same(work, finished)
+
+
+@pytest.mark.parametrize("rooms", [(), MANY_ROOMS])
+@pytest.mark.parametrize("form", ["diffusers", "pipeline"])
+def test_exporting_on_a_full_disk(finished, workplace, disk, form, rooms):
+    """The same for exports."""
+    work = shutil.copytree(finished, disk / "work")
+    command = ["export.py", "tiny", f"--format={form}"]
+    run_out(disk, rooms, lambda: call(work, command, export.main))
+    assert not list(work.rglob("*" + files.TEMPORARY))
+    assert not call(workplace, command, export.main).code
+    assert snapshot(experiment(work)) == snapshot(experiment(workplace))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rooms", [(), MANY_ROOMS])
+def test_judging_and_reporting_on_a_full_disk(finished, workplace, disk, overrides, rooms):
+    """The same for run_eval.py and the report, which is made with the evaluation, and on its own."""
+    work = shutil.copytree(finished, disk / "work")
+    run_out(disk, rooms, lambda: run_script(work, "eval", overrides, "--checkpoint=last", "--sampler=training"))
+    run_out(disk, (), lambda: call(work, ["report.py", "tiny"], report.main))
+    assert not list(work.rglob("*" + files.TEMPORARY))
+    run_evaluation(workplace, overrides, ["last"])
+    assert not call(workplace, ["report.py", "tiny"], report.main).code
+    done, expected = snapshot(experiment(work)), snapshot(experiment(workplace))
+    # the page's size of all files has its own in it
+    assert {name for name in done if done[name] != expected[name]} <= {"report.html"}
+    assert done.keys() == expected.keys()
+
+
+@pytest.fixture
+def locked(tmp_path) -> Iterator[Callable[[Path], None]]:
+    """locked(folder) makes a folder one in which nothing can be written; for root by mounting it on itself, read-only."""
+    undo = []
+
+    def lock(folder: Path) -> None:
+        if os.geteuid():
+            folder.chmod(0o500)
+            undo.append(lambda: folder.chmod(0o700))
+            return
+        try:
+            subprocess.run(["mount", "--bind", folder, folder], check=True, capture_output=True)
+            undo.append(lambda: subprocess.run(["umount", "--lazy", folder], check=True))
+            subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True, capture_output=True)
+        except (FileNotFoundError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"root may write everywhere, and nothing can be mounted read-only: {error}")
+
+    yield lock
+    for each in reversed(undo):
+        each()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_folder_in_which_nothing_can_be_written(work, overrides, locked, verb):
+    """Before any work, the folder is named with what to do, and nothing is changed. What is finished there can be read: a
+    finished phase is skipped, and a plan made."""
+    unfinish(work, verb)
+    place = (experiment(work) / "stage1").resolve()
+    locked(place)
+    settings = overrides | {"run_name": "stage1"}
+    before = snapshot(work)
+    ended = run_script(work, verb, settings)
+    assert_refused(ended, r"nothing can be written here: '.*stage1'")
+    assert "--config.save_path" in ended.stderr
+    assert snapshot(work) == before
+    assert run_script(work, verb, settings | {"run_name": "stage0"}).code == 0
+
+
+def test_an_experiment_s_folder_that_cannot_be_written(work, overrides, locked):
+    """Nor can evaluations, reports and exports: two lines each, with the path."""
+    root = experiment(work).resolve()
+    locked(root)
+    for ended in (
+        run_script(work, "eval", overrides, *JUDGE),
+        call(work, ["report.py", "tiny"], report.main),
+        call(work, ["export.py", "tiny"], export.main),
+    ):
+        assert_refused(ended, r"Read-only file system|Permission denied")
+        assert "Make that place writable" in ended.stderr
+
+
+def test_a_log_that_cannot_be_written(work, overrides, locked):
+    """Is told before any work, with the option that says where it goes."""
+    (work / "log").mkdir(exist_ok=True)
+    locked((work / "log").resolve())
+    for name in ("tiny", "another"):
+        ended = run_script(work, "sample", overrides | {"exp_name": name})
+        assert_refused(ended, rf"the log cannot be written: .*log/{name}\.log")
+        assert "--config.log_path" in ended.stderr
