@@ -57,17 +57,31 @@ def reference() -> ConfigDict:
     config.prompt = ""  # train on this single prompt instead of the file; "": use the file
     config.prompt_random_choose = 1  # 1: draw prompts at random; 0: take them in the order of the file
 
-    # ---- the base model ----
-    config.pretrained = pretrained = ConfigDict()
+    # ---- sections, each in its own function below ----
+    config.pretrained = base_model()
+    config.sample = sampling()
+    config.reward = rewards()
+    config.eval = selection_and_judging()
+    config.train = training()
+    config.keep = kept_files()
+    return config
+
+
+def base_model() -> ConfigDict:
+    """The base model."""
+    pretrained = ConfigDict()
     pretrained.family = "stable_diffusion"  # kind of model: stable_diffusion (1.x and 2.x)
     pretrained.model = "CompVis/stable-diffusion-v1-4"  # hub id, local directory, or a single .safetensors file
     pretrained.revision = "main"  # branch, tag or commit of the model on the hub
     pretrained.variant = ""  # variant of the weight files, such as fp16; "": the plain ones
     pretrained.config = "CompVis/stable-diffusion-v1-4"  # for a single file: a model whose configs fit (prediction type!)
     pretrained.resolution = 0  # height and width of images in pixels; 0: the model's own
+    return pretrained
 
-    # ---- sampling ----
-    config.sample = sample = ConfigDict()
+
+def sampling() -> ConfigDict:
+    """Sampling a stage's images."""
+    sample = ConfigDict()
     sample.num_steps = 20  # T, sampler steps
     sample.eta = 1.0  # DDIM's eta: 1 is fully stochastic; 0 is refused, because deterministic steps have no log-prob
     sample.prefix_eta = -1.0  # eta of the steps before the trained ones; -1: as sample.eta; 0: deterministic
@@ -77,9 +91,12 @@ def reference() -> ConfigDict:
     # The next two may be too large for the memory: they are halved until they fit, if one process runs.
     sample.micro_batch_size = 0  # images in one forward pass of the network; 0: the whole batch
     sample.decode_batch_size = 16  # latents decoded at once
+    return sample
 
-    # ---- reward ----
-    config.reward = reward = ConfigDict()
+
+def rewards() -> ConfigDict:
+    """What is rewarded, and each reward's own settings."""
+    reward = ConfigDict()
     reward.name = "clip"  # a reward of docs/rewards.md, or your own as package.module:function
     reward.weights = config_dict.placeholder(object)  # a mixture instead of name: {"clip": 1.0, "aesthetic": 0.1}
     reward.standardise = False  # True: standardise the rewards of a mixture, by mean and deviation in the first stage
@@ -111,9 +128,12 @@ def reference() -> ConfigDict:
     http.url = ""  # URL of a reward server, http://HOST:PORT/ (docs/reward_server.py is one)
     http.timeout_sec = 60.0  # longest wait for the scores of a batch, in seconds
     http.num_retries = 3  # how often a batch is sent again if the server is down, too slow, or has an internal error
+    return reward
 
-    # ---- selection, which the paper's repository keeps in `eval`, and judging ----
-    config.eval = evaluation = ConfigDict()
+
+def selection_and_judging() -> ConfigDict:
+    """Selection, which the paper's repository keeps in `eval`, and judging."""
+    evaluation = ConfigDict()
     evaluation.history_cnt = 8  # earlier stages whose rewards count in a prompt's mean and standard deviation
     evaluation.advantage = "prompt"  # prompt | group: subtract the mean reward of the prompt, or of the group
     evaluation.selection = "pairs"  # trained on: pairs (best and worst of a group, by the thresholds) | all (every image)
@@ -133,9 +153,12 @@ def reference() -> ConfigDict:
     deployed.num_steps = 50  # sampler steps
     deployed.eta = 0.0  # DDIM's eta, if the scheduler has one; 0 is deterministic
     deployed.guidance_scale = 0.0  # classifier-free guidance; 0: as in training
+    return evaluation
 
-    # ---- training ----
-    config.train = train = ConfigDict()
+
+def training() -> ConfigDict:
+    """Training the LoRA on what was selected."""
+    train = ConfigDict()
     train.objective = "ddpo"  # ddpo | reinforce (unclipped, one epoch) | dpok (ddpo + KL to the base) | d3po (DPO on pairs)
     train.num_epochs = 2  # passes over the selected trajectories of a stage
     train.batch_size = 2  # an update takes batch_size * gradient_accumulation_steps trajectories with all their steps
@@ -160,12 +183,15 @@ def reference() -> ConfigDict:
     train.step_weight = "none"  # weight of a step: none (1) | leverage (1 / leverage) | sigma (its noise); docs/method.md
     train.lora_rank = 4  # rank of the LoRA; its alpha always equals the rank
     train.save_interval = 2  # epochs between checkpoints; the last epoch is always saved
+    return train
 
-    # ---- what stays on disk ----
-    config.keep = keep = ConfigDict()
+
+def kept_files() -> ConfigDict:
+    """What stays on disk."""
+    keep = ConfigDict()
     keep.samples = False  # True: keep all trajectories. Otherwise they are deleted once they are no longer needed
     keep.images = -1  # images of each stage that stay after its training; -1: all
-    return config
+    return keep
 
 
 def sd14(config: ConfigDict) -> None:
