@@ -118,16 +118,20 @@ def take_recorded(config: ConfigDict, given: Collection[str]) -> None:
     before, now, path = recorded_settings(begun["config"]), flatten(config.to_dict()), root / "config.json"
     kept = {key for key, row in KEYS.items() if row.may_change or not set(given).isdisjoint((key, *row.not_beside))}
     taken = {key: before[key] for key in now if key not in kept and before.get(key, now[key]) != now[key]}
-    # An experiment's folder may come from somebody else: never import code because a file in it says so.
-    for name in (taken.get("reward.name", ""), *(taken.get("reward.weights") or {})):
+    refuse_code(path, [taken.get("reward.name", ""), *(taken.get("reward.weights") or {})])
+    if taken:
+        logger.info("as %s has it: %s", path, ", ".join(f"{key} {value!r}" for key, value in taken.items()))
+    config.update_from_flattened_dict(taken)
+
+
+def refuse_code(path: Path, rewards: Sequence[str]) -> None:
+    """Refuse a reward of the user's own code that only the record `path` names: its folder may be somebody else's."""
+    for name in rewards:
         if ":" in name:
             raise ValueError(
                 f"{path} has the reward {name}, which is code of its own and is not run because a file says so. If you know "
                 f"it, give it yourself: --config.reward.name={name}, or --config.reward.weights"
             )
-    if taken:
-        logger.info("as %s has it: %s", path, ", ".join(f"{key} {value!r}" for key, value in taken.items()))
-    config.update_from_flattened_dict(taken)
 
 
 def record_experiment(record: Record, num_threads: int) -> None:

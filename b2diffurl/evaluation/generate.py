@@ -88,14 +88,8 @@ def sample_images(settings: Settings, model: Model, prompts: list[str], sampler:
         noise = noise_source(rng, device)
 
         def predict_at(timesteps: Tensor) -> Predict:
-            return predictor(
-                model,
-                timesteps,
-                conditions,
-                unconditional,
-                guidance_scale=sampler.guidance_scale,
-                micro_batch_size=micro_batch_size,
-            )
+            options = {"guidance_scale": sampler.guidance_scale, "micro_batch_size": micro_batch_size}
+            return predictor(model, timesteps, conditions, unconditional, **options)
 
         x_T = noise((len(prompts), *model.latent_shape))
         if sampler.scheduler:

@@ -75,13 +75,7 @@ def evaluate(
 
 def prepare(settings: Settings, prompt_sets: Sequence[str], loras: Sequence[Path]) -> "Evaluation":
     """The evaluation of these prompt sets. What cannot be judged is refused before any work: a ValueError says why."""
-    root, scorers = settings.output.root, named_scorers(settings)
-    scales = recorded_scales(root) if settings.rewards.standardise else None
-    if settings.rewards.standardise and not scales:
-        raise ValueError(
-            f"reward.standardise takes its scale from the first stage, but {root} has no selected stage with one. Sample "
-            "and select a stage first, or set reward.standardise=False."
-        )
+    root, scorers, scales = settings.output.root, named_scorers(settings), mixture_scales(settings)
     placed = {name: named_prompts(settings.prompts, name) for name in prompt_sets}
     all_prompts = [prompt for prompt_set in placed.values() for _, prompt in prompt_set]
     check_rewards(scorers, settings.rewards, all_prompts)
@@ -94,6 +88,18 @@ def prepare(settings: Settings, prompt_sets: Sequence[str], loras: Sequence[Path
         warn_of_other_settings(settings, files.read_json(root / "config.json")["config"])
     accelerator = make_accelerator(settings.compute, shared=False)
     return Evaluation(settings, placed, scorers, scales, fingerprint, accelerator)
+
+
+def mixture_scales(settings: Settings) -> Scales | None:
+    """The scales of a mixture's parts, which the first stage has recorded; None where they are not standardised."""
+    if not settings.rewards.standardise:
+        return None
+    if scales := recorded_scales(settings.output.root):
+        return scales
+    raise ValueError(
+        f"reward.standardise takes its scale from the first stage, but {settings.output.root} has no selected stage with "
+        "one. Sample and select a stage first, or set reward.standardise=False."
+    )
 
 
 @dataclass

@@ -91,6 +91,11 @@ def stage_table(budget: Budget, steps: Sequence[int], volumes: Sequence[int]) ->
     totals = [len(steps) * budget.num_images, sum(budget.num_evaluations(num_steps) for num_steps in steps)]
     totals.append(len(steps) * budget.most_updates)
     rows.append(["in all", "", *(f"{count:,}" for count in totals), size(sum(volumes)) if volumes else "?"])
+    return align(rows)
+
+
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines, the first column to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
