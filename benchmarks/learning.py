@@ -192,7 +192,8 @@ def curve(name: str, threads: int = 0) -> list[dict]:
 
 def at_best(name: str, threads: int = 0) -> list[dict]:
     """The results of a run's last stage, or of the base, by the base's best sampler."""
-    return evaluate(judged(name, threads), [BASE if name == BASE else "last"], list(SETS), {"best": best_sampler(threads)})
+    settings, checkpoints = checked_settings(judged(name, threads)), [BASE if name == BASE else "last"]
+    return evaluate(settings, checkpoints, list(SETS), {"best": best_sampler(threads)})
 
 
 @cache
@@ -221,7 +222,8 @@ def best_sampler(threads: int = 0) -> SamplerSettings:
     The best NUM_FINALISTS of the sweep are judged again on other noise: the best of 49 noisy figures is partly luck.
     """
     few = sorted(swept(threads), key=lambda result: -result["accuracy"])[:NUM_FINALISTS]
-    again = evaluate(judged(BASE, threads), [BASE], ["train"], {one["sampler"]: sampler_of(one) for one in few})
+    samplers = {one["sampler"]: sampler_of(one) for one in few}
+    again = evaluate(checked_settings(judged(BASE, threads)), [BASE], ["train"], samplers)
     return sampler_of(max(again, key=lambda result: result["accuracy"]))
 
 

@@ -154,7 +154,7 @@ def test_standardised_evaluation_of_another_experiment(workplace, overrides):
         workplace,
         "eval",
         settings,
-        "none selected with it",
+        "has no selected stage with one",
         arguments=(
             "--checkpoint=base",
             "--sampler=training",
@@ -167,7 +167,7 @@ def test_standardised_evaluation_of_another_experiment(workplace, overrides):
         workplace,
         "eval",
         settings,
-        "none selected with it",
+        "has no selected stage with one",
         arguments=(
             "--checkpoint=base",
             "--sampler=training",
