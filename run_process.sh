@@ -96,7 +96,7 @@ set_flag train.beta1 "$Beta1"
 set_flag train.beta2 "$Beta2"
 set_flag train.save_interval "$SaveInterval"
 set_flag dev_id "$Dev_Id"
-Flags+=("$@")    # last, so that arguments win over variables
+Flags+=("$@")    # after the variables, so that arguments win over them
 
 # Check the numbers of processes and machines here, because bash computes with them.
 for Number in "${NumProcesses:-1}" "$NumMachines" "$MachineRank" "$MainProcessPort"; do
@@ -125,7 +125,7 @@ elif [ "${NumProcesses:-1}" -gt 1 ] || [ "$NumMachines" -gt 1 ]; then
 fi
 if [ -n "$NumProcesses" ]; then set_flag num_processes $((NumProcesses * NumMachines)); fi
 
-# run COMMAND…: run it in the background and wait. A trap interrupts `wait`, but not a command in the foreground.
+# run COMMAND…: run it in the background and wait. During `wait` bash runs a trap at once; during a foreground command only when that has ended.
 run() {
     "$@" &
     wait $! || return $?

@@ -1,4 +1,7 @@
-"""Which LoRA a stage starts from, and how many steps it trains."""
+"""Which LoRA a stage starts from, and how many steps it trains.
+
+How a run that was stopped goes on is elsewhere: each phase skips what is on disk already (Stage.finished, and the phases).
+"""
 
 import os
 from pathlib import Path

@@ -40,7 +40,7 @@ class Schedule:
     right: int  # R, trained steps of the last stage
     given: int  # S of this call, instead of the curriculum's; 0: by the curriculum
     seed: int  # of the experiment
-    initial_lora: str = ""  # LoRA that the first stage starts from; "": a fresh one
+    initial_lora: str = ""  # LoRA to start from, as `resume.resume_source` says; "": a fresh one
 
     def num_trained_steps(self, index: int) -> int:
         """S of stage `index`, in left..right: how many of the last steps are trained.
@@ -177,14 +177,14 @@ class SamplerSettings:
 class Judging:
     """How checkpoints are judged."""
 
-    judge: str  # a reward, not the one trained on, whose mean is reported as accuracy; "": none
+    judge: str  # the reward whose mean is reported as accuracy; "": none
     diversity: tuple[str, ...]  # features whose diversity is measured; names in b2diffurl.evaluation.features
     inception_model: str  # image classifier of the Inception Score
     num_images: int  # for each prompt set
     batch_size: int  # images generated at once
     seed: int  # of the evaluation noise
-    every: int  # evaluate on held-out prompts after every so many stages; 0: never
-    deployed: SamplerSettings  # as the user gave it: `Scheduler` may be missing, guidance_scale 0 means training's
+    every: int  # evaluate on held-out prompts after every so many stages; 0: only at the end of the run
+    deployed: SamplerSettings  # as given: its class may lack the ending `Scheduler`; guidance_scale 0: training's
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 
 Training writes files with diffusers' keys, `unet.<module>.lora_A.weight` and `unet.<module>.lora_B.weight`. Files of other
 programs (peft, kohya's scripts, the paper's repository) are converted to these keys. `LoraSpec` says what differs between
-families.
+families, the targets too: each family's module has its own.
 """
 
 import json

@@ -13,7 +13,7 @@ from b2diffurl.objectives.options import option
 class D3poOptions:
     """Options of `d3po`."""
 
-    beta: float = option("dpo_beta", "[0, 1e6]")  # the paper's beta times D, because log-ratios are means over D
+    beta: float = option("dpo_beta", "[0, 1e6]")  # of mean log-ratios: for b on joint ones give b D
 
 
 def d3po(log_prob: Tensor, old_log_prob: Tensor, base_log_prob: Tensor, *, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
