@@ -35,7 +35,7 @@ def run_stages(config: ConfigDict) -> None:
     loop = calls(first.settings.schedule.num_stages, waits=first.settings.rewards.made_elsewhere)
     with lock.holding(root):
         for call in loop:
-            if not (root / call.needs).exists():
+            if not call.is_possible(root):
                 return
             if call.stage is None:  # the evaluations at the end of the run
                 results = judge(first.settings, ["base", "last"], call.prompts, [call.sampler])

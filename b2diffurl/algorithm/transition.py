@@ -77,12 +77,12 @@ def log_prob(x_prev: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
     return density.flatten(1).mean(1)
 
 
-def transition_kl(mu: Tensor, mu_ref: Tensor, sigma: Tensor) -> Tensor:
-    """KL(N(mu, sigma^2) || N(mu_ref, sigma^2)) = |mu - mu_ref|^2 / (2 sigma^2), [N,C,H,W] -> [N].
+def transition_kl(mu: Tensor, mu_base: Tensor, sigma: Tensor) -> Tensor:
+    """KL(N(mu, sigma^2) || N(mu_base, sigma^2)) = |mu - mu_base|^2 / (2 sigma^2), [N,C,H,W] -> [N].
 
     Exact, because the variances are equal. Like `log_prob` it is the mean (not the sum) over the latent dimensions.
     """
-    return (0.5 * ((mu - mu_ref) / sigma) ** 2).flatten(1).mean(1)
+    return (0.5 * ((mu - mu_base) / sigma) ** 2).flatten(1).mean(1)
 
 
 def leverage(table: Transitions) -> Tensor:

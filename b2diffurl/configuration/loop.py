@@ -6,6 +6,7 @@ those that are left.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class Call:
         if self.stage is None:
             return ["--checkpoint=base,last", f"--prompts={','.join(self.prompts)}", f"--sampler={self.sampler}"]
         return [f"--config.run_name=stage{self.stage}", *(["--due"] if self.script == "eval" else [])]
+
+    def is_possible(self, root: Path) -> bool:
+        """Whether what the call needs is in the experiment's folder `root`, which need not exist yet."""
+        return self.needs == "." or (root / self.needs).exists()
 
     def evaluations(self, num_stages: int, every: int) -> set[tuple[str, str, str]]:
         """(checkpoint, prompt set, sampler) of each evaluation that this call makes; none if it is not an `eval`.

@@ -63,7 +63,8 @@ def make_plan(config: ConfigDict) -> Plan:
     Raises ValueError or FileNotFoundError.
     """
     settings, preset = checked_settings(config), PRESET.get()
-    check_secrets(flatten(preset or {}))  # config.json also keeps the preset's values that the command line replaced
+    # config.json also keeps the preset's values that the command line replaced.
+    check_secrets({f"{key} of the preset": value for key, value in flatten(preset or {}).items()})
     stage = Stage(settings.output.root, stage_index(config["run_name"]))
     prompts = tuple(prompt for _, prompt in named_prompts(settings.prompts, "train"))
     record = make_record(stage, config.to_dict(), prompts, preset, read_record(stage.root))

@@ -140,6 +140,8 @@ def record_experiment(record: Record, num_threads: int) -> None:
     begun = read_record(root)
     if not begun:
         files.write_record(root / "config.json", record.content | {"num_threads": num_threads})
+    elif not record.changes and (meanwhile := differences(begun, record.content)):
+        refuse_change(record.stage, meanwhile, allowed=False)  # another run began it after this one had planned
     elif record.changes and begun["config"] != record.content["config"]:
         logger.warning("stage%d goes on with another configuration: %s", index, "; ".join(record.changes))
         changed = [*begun.get("changed", []), {"stage": index, "changes": record.changes}]

@@ -125,11 +125,11 @@ def was_skipped(update: Mapping[str, Any]) -> bool:
     return update["grad_norm"] is None
 
 
-class UpdateWatch:
+class UpdateHealth:
     """Watches a stage's updates, given one after the other in the form of metrics/train.jsonl."""
 
-    def __init__(self, earlier: Sequence[Mapping[str, Any]], *, clip_range: float):
-        """`earlier` are the latest updates of the stages before. A first log-ratio above `clip_range` is warned of."""
+    def __init__(self, earlier: Sequence[Mapping[str, Any]], *, max_first_log_ratio: float):
+        """`earlier` are the latest updates of the stages before."""
 
         def measure(kind: str, name: str, read: Callable, **more: float) -> Measure:
             figures = (read(update) for update in earlier)
@@ -139,7 +139,7 @@ class UpdateWatch:
             measure("Gradient norm", "gradient norm", gradient_norm),
             measure("Log-ratio", "mean |log-ratio| of a step", log_ratio, floor=MIN_LOG_RATIO),
         )
-        self.clip_range = clip_range
+        self.max_first_log_ratio = max_first_log_ratio
         self.first: list[Warned] = []
         # Skipped updates in a row: up to now, and at most. A row that began in the stage before goes on.
         self.skipped = len(list(takewhile(was_skipped, reversed(earlier))))
@@ -148,9 +148,9 @@ class UpdateWatch:
     def see(self, update: Mapping[str, Any]) -> list[Warned]:
         """The warnings that this update adds: those of a kind that the stage has not had yet."""
         known = {warning["kind"] for warning in self.warnings()}
-        if update["first"] and update["max_abs_log_ratio"] > self.clip_range:
+        if update["first"] and update["max_abs_log_ratio"] > self.max_first_log_ratio:
             what = f"max |log-ratio| {update['max_abs_log_ratio']:.1e} at the first update, where it should be about 0"
-            self.first = [warn("First log-ratio", f"{what}, is beyond the clip range {self.clip_range:g}")]
+            self.first = [warn("First log-ratio", f"{what}, is beyond the clip range {self.max_first_log_ratio:g}")]
         for measure in self.measures:
             measure.see(update)
         self.skipped = self.skipped + 1 if was_skipped(update) else 0

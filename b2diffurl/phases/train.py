@@ -24,7 +24,7 @@ from b2diffurl.experiment.stage_table import updates_before
 from b2diffurl.experiment.trajectories import SelectedTrajectories, Trajectories
 from b2diffurl.models import Model
 from b2diffurl.models.policy import compiling, load_policy
-from b2diffurl.phases.health import WINDOW, UpdateWatch, in_words
+from b2diffurl.phases.health import WINDOW, UpdateHealth, in_words
 from b2diffurl.phases.trainer import Trainer, make_trainer, warm_up
 from b2diffurl.reporting.forecast import stage_done_line
 from b2diffurl.runtime import files
@@ -125,20 +125,20 @@ def check_policy(plan: Plan, sampled: dict, model: Model) -> None:
 class UpdateLog:
     """Writes a stage's updates to metrics/train.jsonl and logs warnings about them."""
 
-    def __init__(self, stage: Stage, clip_range: float, interrupted: Path | None, epochs_done: int, *, writes: bool):
+    def __init__(self, stage: Stage, limit: float, interrupted: Path | None, epochs_done: int, *, writes: bool):
         """Start the log, or continue that of an interrupted training.
 
-        `interrupted` is the LoRA file of the last checkpoint, written after `epochs_done` epochs. Updates that came later
-        are dropped from the file: they will be made again. A ValueError if earlier ones are missing. Only the process with
-        `writes` writes and warns.
+        A first log-ratio above `limit` is warned of. `interrupted` is the LoRA file of the last checkpoint, written after
+        `epochs_done` epochs. Updates that came later are dropped from the file: they will be made again. A ValueError if
+        earlier ones are missing. Only the process with `writes` writes and warns.
         """
-        self.stage, self.watch = stage, UpdateWatch(updates_before(stage, WINDOW), clip_range=clip_range)
+        self.stage, self.health = stage, UpdateHealth(updates_before(stage, WINDOW), max_first_log_ratio=limit)
         path, kept, self.num_kept = stage.metrics("train"), [], 0
         # A damaged file stops the loop early. Then too few updates are kept, and the check below refuses the file.
         with suppress(ValueError, KeyError, TypeError):
             kept = [event for event in read_events(path) if event["epoch"] <= epochs_done] if interrupted else []
             for event in kept:
-                self.watch.see(event)
+                self.health.see(event)
                 self.num_kept += 1
         if interrupted and self.num_kept != read_state(interrupted)["num_updates"]:
             raise ValueError(
@@ -158,7 +158,7 @@ class UpdateLog:
         if update["first"]:
             message = "stage%d train: max |log-ratio| at the first update %.1e"
             logger.info(message, self.stage.index, update["max_abs_log_ratio"])
-        for warning in self.watch.see(update):
+        for warning in self.health.see(update):
             logger.warning("stage%d train: %s", self.stage.index, in_words(warning))
 
 
@@ -262,7 +262,7 @@ def finish(plan: Plan, trainer: Trainer, log: UpdateLog, sampled: dict, seconds:
         "num_threads": torch.get_num_threads(),
         "num_processes": accelerator.num_processes,
         "batch_sizes": trainer.sizes.sizes,
-        "warnings": log.watch.warnings(),
+        "warnings": log.health.warnings(),
         "seconds": seconds,
     } | peak_memory(accelerator.device)
     written = [path for folder in stage.checkpoints() for path in folder.iterdir()]

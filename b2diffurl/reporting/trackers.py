@@ -140,6 +140,7 @@ def caption(prompt: str, **values: float | None) -> str:
 def configuration(root: Path) -> dict[str, Any]:
     """The recorded configuration and, beside its sections, what else config.json has recorded."""
     record = files.read_json(root / "config.json")
+    record.pop("differs_from_preset", None)  # follows from the settings
     return record.pop("config") | record
 
 

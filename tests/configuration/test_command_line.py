@@ -170,7 +170,7 @@ def test_a_process_that_fails_ends_all_and_the_next_run_goes_on(overrides, tmp_p
     run_stage(one, settings, verbs=["select"])
     argv = script_arguments("select", settings | {"num_processes": 2})
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / argv[0])]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{Path(__file__).parent}"}
     failed = subprocess.run([*launch, *argv[1:]], cwd=two, env=environment, capture_output=True, text=True, timeout=100)
     assert failed.returncode != 0
     assert time.time() - (two / "failed_once").stat().st_mtime < 60

@@ -166,3 +166,14 @@ def test_every_variable_of_run_process_sets_its_key(tmp_path):
         found = flatten(json.loads(ended.stdout))
         reference = json.loads(json.dumps(flatten(flatten(get_config("sd14").to_dict()) | dict(VARIABLES.values()))))
         assert found | {"run_name": ""} == reference | {"run_name": ""}
+
+
+def test_a_call_that_needs_nothing_is_possible_before_the_folder_is_there(tmp_path):
+    """As on a machine that has not the lock, and so has not made the experiment's folder; scores are waited for."""
+    sample, _, train, _ = list(calls(1, waits=True))[:4]
+    assert sample.is_possible(tmp_path / "new")
+    assert not train.is_possible(tmp_path / "new")
+    (tmp_path / "stage0").mkdir()
+    (tmp_path / "stage0" / "select.json").touch()
+    assert train.is_possible(tmp_path)
+    assert all(call.is_possible(tmp_path / "new") for call in calls(2))

@@ -12,7 +12,7 @@ from conftest import experiment, make_config, ran, settings_at, stage_of
 
 from b2diffurl.models.stable_diffusion import StableDiffusion
 from b2diffurl.phases import health
-from b2diffurl.phases.health import MIN_UPDATES, WINDOW, UpdateWatch, stage_warnings
+from b2diffurl.phases.health import MIN_UPDATES, WINDOW, UpdateHealth, stage_warnings
 from b2diffurl.reporting import forecast
 from b2diffurl.reporting.page import write_report
 
@@ -28,7 +28,7 @@ def update(norm: float | None = 1.0, ratio: float = 0.01, *, first: bool = False
 
 def said(earlier: list[dict], updates: list[dict]) -> list[tuple[int, str]]:
     """(number of the update, kind) of each warning when it is first given."""
-    seeing = UpdateWatch(earlier, clip_range=0.1)
+    seeing = UpdateHealth(earlier, max_first_log_ratio=0.1)
     return [(number, one["kind"]) for number, each in enumerate(updates) for one in seeing.see(each)]
 
 
@@ -39,7 +39,7 @@ def test_far_above_the_median_is_more_than_ten_times():
     assert said(usual, [update(61.0)]) == [(0, "Gradient norm")]
     assert said([], [*usual, update(60.0), update(61.0)]) == []  # by then the median is 6.5, and then 7
     assert said([], [*usual, update(60.0), update(61.0), update(71.0)]) == [(13, "Gradient norm")]
-    seeing = UpdateWatch(usual, clip_range=0.1)
+    seeing = UpdateHealth(usual, max_first_log_ratio=0.1)
     assert [len(seeing.see(update(norm))) for norm in (61.0, 1.0, 100.0, 99.0)] == [1, 0, 0, 0]
     (warned,) = seeing.warnings()
     assert warned["what"] == "gradient norm up to 1e+02: 3 of 4 updates are above 10 times the median of those before, 6"

@@ -235,7 +235,8 @@ def test_micro_batching_does_not_change_the_update(bench, batch, settings):
     for size, apart, constant in shapes:
         trainer.sizes.sizes["train.micro_batch_size"], trainer.constant_shape = size, constant
         split, report = gradient(trainer, *batch, units, apart=apart)
-        assert difference(split, whole) < 1e-5
+        # A pair's gradient is a difference of two nearly equal ones, so that more of it is rounding.
+        assert difference(split, whole) < (5e-5 if settings else 1e-5)
         torch.testing.assert_close(report.values.loss, looped.values.loss, rtol=1e-4, atol=1e-6)
         assert torch.equal(report.units, units)
         assert (report.step_norms is not None) == (apart or constant or size < 2 * units.numel())
