@@ -50,9 +50,8 @@ noise. The best of these is *the base's best sampler*.
 
 ## As it is deployed
 
-In stock diffusers, with deterministic DDIM and 50 steps. The LoRA is loaded with `load_lora_weights`.
-{deployed_images} images
-each.
+In stock diffusers, with deterministic DDIM and 50 steps. The LoRA is loaded with `load_lora_weights`. Each figure is of
+{deployed_images} images.
 
 {deployed}
 

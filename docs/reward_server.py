@@ -1,9 +1,9 @@
-"""A reference server for config.reward.name=http, for rewards that need an environment or a machine of their own.
+"""An example server for config.reward.name=http, for rewards that need their own environment or machine.
 
     pip install numpy pillow && python docs/reward_server.py my_rewards:redness --port 8000
 
-It serves a function of (images uint8 [N,H,W,3], prompts [N]) (numpy) that returns N numbers; b2diffurl need not be there.
-A request is {"prompts": ["a cat", …], "images": ["<PNG, base64>", …]}, the answer {"scores": [0.5, …]}.
+It serves a function of a numpy array of images uint8 [N,H,W,3] and N prompts that returns N numbers. b2diffurl need not be
+installed. A request is {"prompts": ["a cat", …], "images": ["<PNG, base64>", …]}, the answer {"scores": [0.5, …]}.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from PIL import Image
 
 
 def serve(reward, host: str, port: int) -> ThreadingHTTPServer:
-    """A server that answers with `reward`'s scores; its serve_forever() starts it."""
+    """A server that answers requests with `reward`'s scores. Call its serve_forever()."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
