@@ -54,7 +54,8 @@ def test_what_is_recorded_of_the_preset_holds_no_secret(overrides, tmp_path):
     """A preset's password is refused even where the command line replaces it, for the record has both."""
     preset = get_config("sd14")
     preset.reward.http.url = "http://me:secret@localhost:1/"
-    with named_preset(preset.to_dict()), pytest.raises(ValueError, match=r"reward\.http\.url of the preset has a user name or a password"):
+    said = r"reward\.http\.url of the preset has a user name or a password"
+    with named_preset(preset.to_dict()), pytest.raises(ValueError, match=said):
         make_plan(make_config(overrides, save_path=str(tmp_path)))
 
 
