@@ -42,7 +42,8 @@ from b2diffurl.experiment.stage import LORA_FILE, Stage  # noqa: E402
 from b2diffurl.experiment.trajectories import SelectedTrajectories, Trajectories, save_selected  # noqa: E402
 from b2diffurl.objectives import OBJECTIVES  # noqa: E402
 from b2diffurl.phases.trainer import Trainer  # noqa: E402
-from b2diffurl.runtime.files import SEAL  # noqa: E402
+from b2diffurl.reporting import page  # noqa: E402
+from b2diffurl.runtime.files import SEAL, write_bytes  # noqa: E402
 
 torch.set_num_threads(1)
 for library in (diffusers, transformers):
@@ -213,6 +214,19 @@ def harm(monkeypatch) -> Callable[[Callable], None]:
         monkeypatch.setitem(OBJECTIVES, "ddpo", replace(sound, loss=loss))
 
     return begin
+
+
+@pytest.fixture
+def no_pngs(monkeypatch) -> None:
+    """A report's PNG files are empty: drawing them takes a second. Its page is whole."""
+    monkeypatch.setattr(page, "save_png", lambda _figure, path: write_bytes(path, b""))
+
+
+@pytest.fixture
+def no_pictures(no_pngs, monkeypatch) -> None:
+    """Nothing is drawn for a report, which takes seconds: for tests of what is reported, not of how."""
+    for name in ("draw_curves", "draw_heat_maps", "draw_trees", "pairs_figure"):
+        monkeypatch.setattr(page, name, lambda *_: [])
 
 
 @pytest.fixture

@@ -365,6 +365,7 @@ def test_card_of_an_earlier_stage(workplace):
     assert "a later prompt" in read_card(export(root))[1]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_card_of_what_was_judged(workplace, overrides):
     """The figures that run_eval.py prints are those of the card of the next export."""
     printed = run_script(workplace, "eval", overrides, "--prompts=test", "--sampler=deployed")

@@ -2,11 +2,13 @@
 
 import shutil
 
+import pytest
 from conftest import call, experiment
 
 from b2diffurl.report import main
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_by_hand(reported, tmp_path):
     """`python -m b2diffurl.report EXP` takes a name or a folder; mistakes end in two lines and code 2."""
     work = shutil.copytree(reported, tmp_path / "work")

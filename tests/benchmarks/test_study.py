@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, experiment, make_config
+from matplotlib.figure import Figure
 from scipy.stats import ttest_rel
 
 from b2diffurl.configuration.keys import flatten
@@ -174,8 +175,9 @@ def test_a_page_of_few_runs(tmp_path, made):
     assert "b2 − ddpo | 1 |" not in page
 
 
-def test_two_seeds_decide_nothing(tmp_path):
+def test_two_seeds_decide_nothing(tmp_path, monkeypatch):
     """However wide apart two arms are, a claim needs three seeds."""
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **options: None)  # the pictures are another test's
     page = draw_page(
         [run(name, seed, [0.4, end + seed / 100]) for name, end in (("ddpo", 0.5), ("b2", 0.9)) for seed in (1, 2)], tmp_path
     )

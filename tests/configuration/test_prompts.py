@@ -162,6 +162,7 @@ def test_a_prompt_that_is_too_long_is_named(models, overrides, tmp_path, name):
     assert len(re.findall(place, judged.stdout)) == 1
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_one_prompt_instead_of_a_file(config, overrides, tmp_path):
     """config.prompt is all that is trained on, sampled and judged as `train`; `test` is the held-out file still."""
     run_stage(tmp_path, overrides | {"prompt": "a red bird"}, verbs=["sample"])

@@ -123,6 +123,7 @@ def test_a_prompt_is_drawn_by_base_and_checkpoint(workplace, overrides):
     assert len({image.numpy().tobytes() for image in base}) == len(base)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_what_else_belongs_to_an_evaluation(begin):
     """An evaluation without a watched reward is not taken for one with it, though the judge has said the same; nor one of
     other weights, or of another precision, for this one."""

@@ -1,13 +1,16 @@
 """A second run is refused while the first one lives, and a dead one's lock is nobody's."""
 
 import json
+import multiprocessing
 import os
 import subprocess
-import sys
 import time
+from multiprocessing import Queue
+from multiprocessing.synchronize import Barrier, Event
+from pathlib import Path
 
 import pytest
-from conftest import ROOT, experiment, run_script, snapshot
+from conftest import experiment, run_script, snapshot
 
 from b2diffurl.configuration import command_line
 from b2diffurl.experiment import lock
@@ -128,18 +131,23 @@ def test_a_script_leaves_the_lock_to_run_process(workplace, overrides, other_run
 
 def test_only_one_of_many_gets_the_lock(tmp_path):
     """Processes that ask at the same moment."""
-    code = "import os, sys; from pathlib import Path; from b2diffurl.experiment import lock; "
-    code += "lock.take(Path(sys.argv[1]), os.getpid()); print('mine', flush=True); sys.stdin.read()"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    askers = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path)],
-            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for _ in range(4)
-    ]  # fmt: skip
-    deadline = time.monotonic() + 60
-    while sum(asker.poll() is not None for asker in askers) < 3 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    ended = [asker.communicate("")[0].strip() for asker in askers]
-    assert sorted(ended) == [""] * 3 + ["mine"]
+    fork = multiprocessing.get_context("fork")
+    together, answers, end = fork.Barrier(4), fork.Queue(), fork.Event()
+    askers = [fork.Process(target=ask, args=(tmp_path, together, answers, end), daemon=True) for _ in range(4)]
+    for asker in askers:
+        asker.start()
+    assert sorted(answers.get(timeout=60) for _ in askers) == ["another's"] * 3 + ["mine"]
+    end.set()
+    for asker in askers:
+        asker.join()
+
+
+def ask(root: Path, together: Barrier, answers: Queue, end: Event) -> None:
+    """Ask for the lock as soon as all do, and live on with it until the end."""
+    together.wait()
+    try:
+        lock.take(root, os.getpid())
+        answers.put("mine")
+    except ValueError:
+        answers.put("another's")
+    end.wait()

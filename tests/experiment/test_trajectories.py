@@ -62,19 +62,20 @@ def test_a_stage_holds_few_batches(overrides, tmp_path, monkeypatch):
 
 @pytest.mark.long
 def test_memory_does_not_grow_with_a_stages_batches(tmp_path):
-    """Sampling, selecting and training 12 batches, then 48, of 8 MB each: the process grows by less than a third of what
+    """Sampling, selecting and training 12 batches, then 48, of 8 MB each: the process grows by less than a tenth of what
     the 36 batches more weigh."""
     path = [str(Path(__file__).parent), str(ROOT / "tests"), str(ROOT)]
     code = f"import sys; sys.path[:0] = {path}; from {__name__} import grow; grow(sys.argv[1])"
     command = [sys.executable, "-c", code, str(tmp_path)]
-    # One arena: glibc gives each thread its own, and keeps what is freed there, more of it or less by chance.
-    environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
+    # Large blocks go back to the system when they are freed. By default glibc raises this limit to the size of the first one
+    # that is freed, and keeps the others in its heap, more of it or less by chance.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stderr
     few, many, weight = json.loads(ended.stdout.splitlines()[-1])
     print(f"grew by {(many - few) / 1e6:.0f} MB of {weight / 1e6:.0f} MB")
     assert weight > 250e6
-    assert many - few < weight / 3
+    assert many - few < weight / 10
 
 
 def grow(folder: str) -> None:

@@ -8,6 +8,8 @@ from conftest import experiment, run_script, snapshot
 from b2diffurl.configuration.keys import KEYS
 from b2diffurl.runtime.files import read_json, read_json_lines, write_record
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 def test_judging_leaves_the_experiment_alone(workplace, overrides):
     """Evaluations and the report are added, a second call changes nothing, and its last line is one JSON object."""

@@ -6,6 +6,7 @@
 import re
 import shutil
 
+import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from conftest import experiment, make_config, ran, settings_at, stage_of
@@ -151,6 +152,7 @@ def test_identical_siblings_warn_beyond_a_few_groups():
     assert kinds([], group(6, 6, 6)) == ["Rewards of siblings", "Identical images"]
 
 
+@pytest.mark.usefixtures("no_pngs")
 def test_a_blank_model_warns_in_log_manifest_and_report(finished, overrides, monkeypatch, tmp_path):
     """A model that draws nothing any more: the same picture in every group, the same reward, nothing selected."""
     work = tmp_path / "work"

@@ -32,6 +32,7 @@ from b2diffurl.runtime import files
 CPU = torch.device("cpu")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_watched_reward_is_recorded_and_changes_nothing(begin, sampled, module):
     """What is watched stands in scores.jsonl, with its parts, and in the metrics; rewards, parts and selection are what they
     are without it. run_eval.py reports it beside the reward."""

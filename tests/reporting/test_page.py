@@ -116,6 +116,7 @@ def test_large_images_are_scaled_down_for_the_page(tmp_path):
     assert not found["small"]
 
 
+@pytest.mark.usefixtures("no_pngs")
 def test_marks_are_the_selection(root):
     """Winner above, loser below its prompt's mean; the branch picture is of a stage that has both if there is one."""
     stage = Stage(root, 0)
@@ -135,6 +136,7 @@ def test_marks_are_the_selection(root):
 # ---- what need not be there ----
 
 
+@pytest.mark.usefixtures("no_pngs")
 def test_a_report_of_an_experiment_that_nobody_judged(root):
     """It says how to judge it, and has its curves; without trees it has no branch picture."""
     for path in ("eval", "report"):
@@ -149,6 +151,7 @@ def test_a_report_of_an_experiment_that_nobody_judged(root):
     }
 
 
+@pytest.mark.usefixtures("no_pngs")
 def test_a_report_in_the_middle_of_a_stage(root):
     """Scored but not trained, and one whose selection was empty: no update, no ratio, and still a page."""
     shutil.rmtree(root / "eval")
@@ -167,6 +170,7 @@ def test_a_report_in_the_middle_of_a_stage(root):
     assert ": 2 of 100 stages," in write_report(root).read_text()
 
 
+@pytest.mark.usefixtures("no_pngs")
 def test_rewards_may_be_unknown(root):
     """Reward `file` has no scores for new images: the judge's verdicts stand alone."""
     for row in read_json_lines(root / "eval.jsonl"):
@@ -204,6 +208,7 @@ def test_other_prompt_files_are_kept_apart(reported, overrides, tmp_path):
     assert ended.code == 0, ended.stderr
 
 
+@pytest.mark.usefixtures("no_pngs")
 def test_what_was_watched_when_judged_is_on_the_page(reported, overrides, tmp_path):
     work = shutil.copytree(reported, tmp_path / "work")
     watching = overrides | {"reward.watch": ("jpeg_compressibility",)}
@@ -214,6 +219,7 @@ def test_what_was_watched_when_judged_is_on_the_page(reported, overrides, tmp_pa
     assert "Judged: jpeg_compressibility" in (experiment(work) / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("no_pngs")
 def test_losses_are_losses_and_gains_are_gains(root):
     """Where no image is worse there is no picture of losses."""
     for row in page.evaluation_rows(root, prompts="test"):
@@ -227,6 +233,7 @@ def test_losses_are_losses_and_gains_are_gains(root):
     assert not (root / "report" / "losses_test.png").exists()
 
 
+@pytest.mark.usefixtures("no_pngs")
 def test_a_mistake_in_the_report_stops_nothing(root, caplog, monkeypatch):
     """One warning that names the command, and no exception."""
     (Stage(root, 1).scores).write_text("{")
@@ -301,6 +308,7 @@ def browser():
     return webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
 
 
+@pytest.mark.usefixtures("no_pngs")
 @pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.long)])
 def test_a_browser_shows_it_whole(root, tmp_path, scheme):
     """At phone and desktop width: every image is rendered, every curve has its size, warnings are in sight before all else,

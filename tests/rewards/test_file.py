@@ -155,6 +155,7 @@ def test_score_files_that_are_none(begin, damage):
     refuse(folder, "select", settings, "scores_given.csv")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_other_images_need_another_reward(begin):
     """run_eval.py, whose images nobody has scored, judges without the reward; it is not a judge itself."""
     folder, settings = begin(FILE)

@@ -20,6 +20,7 @@ from b2diffurl.configuration.rules import check
 from b2diffurl.runtime import files
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_mixture_is_the_weighted_sum_of_recorded_parts(begin, module, overrides):
     """Three rewards, one of them the user's with a part of its own: each is recorded, and the reward is their weighted
     sum; alone, each says the same. run_eval.py reports the parts and the sum."""
@@ -56,6 +57,7 @@ def test_a_mixture_is_the_weighted_sum_of_recorded_parts(begin, module, override
     assert json.loads(ended.splitlines()[-1])["reward"] == pytest.approx(np.mean(expected), abs=1e-6)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_standardised_parts_keep_the_first_stages_scales(overrides, module, tmp_path):
     """With reward.standardise the parts are z-scores by the first stage's mean and population deviation, in the next stage
     and in run_eval.py, too; a part that is constant counts for nothing. The parts are recorded as they are."""

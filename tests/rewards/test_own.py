@@ -105,6 +105,7 @@ def some(images, prompts):
 """
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_parts_that_some_batches_lack(begin, module):
     """A part that only later batches have stands beside their images, and null or nothing beside the others; parts that are
     not finite are null; means are of what there is. run_eval.py takes the same parts."""

@@ -14,11 +14,10 @@ import pytest
 from conftest import (
     ROOT,
     VERBS,
+    Ended,
     assert_same,
     experiment,
-    make_config,
     run_script,
-    run_verb,
     script_arguments,
     start,
 )
@@ -31,18 +30,26 @@ from b2diffurl.experiment.stage import Stage
 LINE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 
 
-def test_the_log_tells_the_run(overrides, tmp_path):
+@pytest.fixture(scope="module")
+def run(overrides, tmp_path_factory) -> tuple[Path, list[Ended]]:
+    """A folder in which start.py and the scripts of both stages have run, and how each ended."""
+    folder = tmp_path_factory.mktemp("run")
+    ended = [start(folder, overrides)]
+    for index in range(2):
+        ended += [run_script(folder, verb, overrides | {"run_name": f"stage{index}"}) for verb in VERBS]
+    return folder, ended
+
+
+def test_the_log_tells_the_run(overrides, run):
     """The same lines on stdout and in the log, each with date and time, stage and phase; at the beginning the plan, after
     the first batch the time for all, after a stage the time left; paths are short."""
-    ended = [start(tmp_path, overrides)]
+    place, ended = run
     folder, *made = ended[0].stdout.splitlines()[:11]
     assert folder == "model/lora/tiny"
     scripts = [line.split("\t")[2] for line in made]
     assert scripts == [f"run_{verb}.py" for verb in ("sample", "select", "train", "eval")] * 2 + ["run_eval.py"] * 2
-    for index in range(2):
-        ended += [run_script(tmp_path, verb, overrides | {"run_name": f"stage{index}"}) for verb in VERBS]
     lines = [line for one in ended for line in one.stdout.splitlines()][11:]
-    assert (tmp_path / "log" / "tiny.log").read_text().splitlines() == lines
+    assert (place / "log" / "tiny.log").read_text().splitlines() == lines
     assert all(re.match(LINE + r"(plan: |stage[01] (sample: |select: |train: |done: ))", line) for line in lines)
     said = [re.sub(LINE, "", line) for line in lines]
     model = overrides["pretrained.model"]
@@ -153,12 +160,9 @@ def test_bars_on_a_terminal(stage_with, overrides, tmp_path):
     assert_same(stage.root, experiment(stage_with()))
 
 
-def test_no_bars_in_a_pipe(overrides, tmp_path):
+def test_no_bars_in_a_pipe(run):
     """Where stderr is no terminal nothing is written there."""
-    for verb in VERBS:
-        with contextlib.redirect_stderr((tmp_path / "stderr").open("a")):
-            run_verb(tmp_path, make_config(overrides), verb)
-    assert (tmp_path / "stderr").read_text() == ""
+    assert [ended.stderr for ended in run[1]] == [""] * (1 + 2 * len(VERBS))
 
 
 def test_the_plan_needs_no_rank_but_the_first(overrides, tmp_path, monkeypatch):
