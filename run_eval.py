@@ -34,7 +34,7 @@ def main(config):
     from b2diffurl.evaluation.statistics import name_best
     from b2diffurl.experiment.evaluation_table import headline
     from b2diffurl.experiment.lock import within_run
-    from b2diffurl.phases.evaluate import draw_prompt, judge, judge_due
+    from b2diffurl.phases.evaluate import draw_prompt, evaluate_and_show, evaluate_due
 
     given = flags.FLAGS
     # What defines the experiment comes from its config.json, unless the command line says otherwise.
@@ -47,10 +47,10 @@ def main(config):
             picture = draw_prompt(settings, given.checkpoint[-1], given.prompt, given.sampler[-1])
             print(json.dumps({"prompt": given.prompt, "picture": str(picture)}), flush=True)
         elif given.due:
-            judge_due(settings, stage_index(config.run_name))
+            evaluate_due(settings, stage_index(config.run_name))
         else:
             checkpoints = every_checkpoint(root) if given.all or given.best else given.checkpoint
-            results = judge(settings, checkpoints, given.prompts, given.sampler)
+            results = evaluate_and_show(settings, checkpoints, given.prompts, given.sampler)
             shown = name_best(results, given.sampler[0]) if given.best else results[-1]
             print(json.dumps(headline(shown)), flush=True)
 

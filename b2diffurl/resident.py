@@ -14,7 +14,7 @@ from b2diffurl.configuration.plan import make_plan
 from b2diffurl.experiment import lock
 from b2diffurl.experiment.evaluation_table import headline
 from b2diffurl.models import policy
-from b2diffurl.phases.evaluate import judge, judge_due
+from b2diffurl.phases.evaluate import evaluate_and_show, evaluate_due
 from b2diffurl.phases.sample import sample_stage
 from b2diffurl.phases.select import select_stage
 from b2diffurl.phases.train import train_stage
@@ -38,9 +38,9 @@ def run_stages(config: ConfigDict) -> None:
             if not call.is_possible(root):
                 return
             if call.stage is None:  # the evaluations at the end of the run
-                results = judge(first.settings, ["base", "last"], call.prompts, [call.sampler])
+                results = evaluate_and_show(first.settings, ["base", "last"], call.prompts, [call.sampler])
             elif call.script == "eval":
-                judge_due(first.settings, call.stage)
+                evaluate_due(first.settings, call.stage)
             else:
                 # A plan for each call: it reads what the calls before it have written.
                 config.run_name = f"stage{call.stage}"

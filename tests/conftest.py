@@ -374,6 +374,22 @@ def run_evaluation(
 # ---- experiments on disk ----
 
 
+JUDGE = ("--checkpoint=base,last", "--sampler=training")
+
+
+@pytest.fixture
+def work(workplace) -> Path:
+    """The same as `workplace`, by a shorter name."""
+    return workplace
+
+
+def flip(data: bytes, bit: int) -> bytes:
+    """The data with one bit another."""
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
 def snapshot(folder: Path, *, log: bool = False) -> dict[str, bytes]:
     """Every file below `folder` with its bytes; without `log`, all but the readable log."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())

@@ -341,7 +341,7 @@ def read_model(pretrained: Mapping[str, Any], lora_rank: int) -> ModelSettings:
 def read_rewards(reward: Mapping[str, Any]) -> Rewards:
     """The section `reward` of a configuration."""
     return Rewards(
-        weights=dict(reward["weights"] or {reward["name"]: 1.0}),
+        weights=reward_weights(reward),
         mixed=bool(reward["weights"]),
         standardise=reward["standardise"],
         watched=tuple(reward["watch"]),
@@ -375,6 +375,11 @@ def read_training(train: Mapping[str, Any]) -> Training:
         micro_batch_size=train["micro_batch_size"],
         gradient_checkpointing=train["gradient_checkpointing"],
     )
+
+
+def reward_weights(reward: Mapping[str, Any]) -> dict[str, float]:
+    """{reward: weight} of what is trained on, from a section `reward`; one of weight 1 where it has no mixture."""
+    return dict(reward.get("weights") or {reward["name"]: 1.0})
 
 
 def describe_reward(reward: Mapping[str, Any]) -> str:

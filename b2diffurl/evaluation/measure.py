@@ -140,7 +140,7 @@ class Evaluation:
                 folder = result_folder(root, checkpoint, lora, set_name, conditions)
                 base_result = result_folder(root, "base", None, set_name, conditions) / "result.json"
                 if not (folder / "result.json").is_file():
-                    model = model or load_judged(self.settings, self.accelerator, lora)
+                    model = model or load_checkpoint(self.settings, self.accelerator, lora)
                     # A LoRA that was not applied would be judged as the base is. Without a result of the base to compare
                     # with, draw a few images by both first.
                     if lora and not base_result.is_file():
@@ -282,7 +282,7 @@ def result_folder(root: Path, checkpoint: str, lora: Path | None, set_name: str,
     return root / "eval" / f"{label}_{Path(set_name).stem}_{digest}"
 
 
-def load_judged(settings: Settings, accelerator: Accelerator, lora: Path | None) -> Model:
+def load_checkpoint(settings: Settings, accelerator: Accelerator, lora: Path | None) -> Model:
     """Load the policy to judge: the base model with the LoRA of a checkpoint, or without one for None."""
     model = load_policy(settings.model, accelerator, lora, seed=settings.schedule.seed, compile=settings.compute.compile)
     model.network = accelerator.prepare_model(model.network, evaluation_mode=True)
@@ -295,7 +295,7 @@ def prompt_images(settings: Settings, checkpoint: str, prompt: str, sampler: Sam
         raise ValueError("--prompt is empty; give it the text to draw")
     root = settings.output.root
     lora = resolve_checkpoint(root, checkpoint)
-    model = load_judged(settings, make_accelerator(settings.compute, shared=False), lora)
+    model = load_checkpoint(settings, make_accelerator(settings.compute, shared=False), lora)
     warn_of_cut_prompts(model, [("--prompt", prompt)])
     prompts = [prompt] * NUM_DRAWN
     if lora is None:

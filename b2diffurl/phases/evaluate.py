@@ -12,7 +12,7 @@ from b2diffurl.reporting import page
 from b2diffurl.reporting.trackers import track
 
 
-def judge(
+def evaluate_and_show(
     settings: Settings, checkpoints: Sequence[str], prompt_sets: Sequence[str], samplers: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Judge checkpoints on prompt sets with samplers, all given by name, and update report and trackers.
@@ -24,7 +24,7 @@ def judge(
     return results
 
 
-def judge_due(settings: Settings, index: int) -> None:
+def evaluate_due(settings: Settings, index: int) -> None:
     """After the training of stage `index`: judge it and the base if eval.every says so, and update report and trackers.
 
     They are judged on held-out prompts with training's sampler. Nothing happens if a later stage has been trained already.

@@ -1,4 +1,4 @@
-"""Checks at the start of a run: what a later phase would refuse is refused before hours of work are lost."""
+"""Checks at the start of every sample phase: what a later phase would refuse is refused before hours of work are lost."""
 
 from importlib.util import find_spec
 

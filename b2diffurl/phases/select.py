@@ -27,7 +27,7 @@ from b2diffurl.runtime.batch_sizes import peak_memory
 from b2diffurl.runtime.device import make_accelerator
 from b2diffurl.runtime.logs import logger
 
-ROUNDING = 1e-6  # relative: by about as much a scorer's rewards of equal images differ with their place in the batch
+ROUNDING = 1e-6  # relative; a scorer's rewards of equal images differ by about this, by their place in the batch
 
 
 def select_stage(plan: Plan) -> None:
@@ -132,7 +132,7 @@ def write_selection(plan: Plan, selected: list[Selected]) -> list[Path]:
         for image, one, advantage in zip(ids, selected, weighted.tolist(), strict=True)
     ]
     files.write_json(stage.selection, rows)
-    # If its scores were others, it may have copied from batches that this one does not, and nothing would overwrite those.
+    # An interrupted selection with other scores may have copied from batches that this one leaves out.
     delete_batches(stage.selected)
     return [stage.selection]
 

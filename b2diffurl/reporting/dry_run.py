@@ -13,7 +13,7 @@ from b2diffurl.configuration.prompts import load_prompts
 from b2diffurl.configuration.settings import Settings
 from b2diffurl.experiment.stage import PHASES, Stage, finished_stages
 from b2diffurl.models import Sizes, family
-from b2diffurl.reporting.forecast import judging_left, num_done, number, time_text
+from b2diffurl.reporting.forecast import evaluations_left, num_done, number, time_text
 from b2diffurl.runtime.device import Compute, choose_device
 
 
@@ -123,7 +123,7 @@ def disk_text(settings: Settings, base: Sizes, volumes: Sequence[int]) -> str:
     written = checkpoints * checkpoint_bytes(settings, base)
     volume = sum(volumes) if output.keep_samples else max(volumes)  # all stages', or one's until it is trained
     trajectories = volume + volume * budget.most_selected // images  # batches, and the copies of the selected ones
-    judged = judging_left(settings, finished=set()).images  # evaluations keep all their images
+    judged = evaluations_left(settings, finished=set()).images  # evaluations keep all their images
     # The stage at work has all its images, finished ones have `kept`.
     total = trajectories + num_stages * (written + kept * per_image) + (images - kept + judged) * per_image
     return (

@@ -125,10 +125,10 @@ def work_left(settings: Settings) -> Work:
     latest = [stage.manifest("select") for stage in finished_stages(root, "select")[-NUM_LATEST:]]
     shares = [manifest["num_selected"] / manifest["num_images"] for manifest in latest]
     expected = median(shares) * budget.num_images if shares else budget.most_selected
-    left = judging_left(settings, finished={stage.index for stage in finished_stages(root, "train")})
+    left = evaluations_left(settings, finished={stage.index for stage in finished_stages(root, "train")})
     for call in calls(settings.schedule.num_stages):
         if call.script == "eval":
-            continue  # `judging_left` has them
+            continue  # `evaluations_left` has them
         stage = Stage(root, call.stage)
         if not stage.finished(call.script) and not stage.finished("train"):
             left += phase_work(settings, budget, stage, call, expected)
@@ -148,7 +148,7 @@ def phase_work(settings: Settings, budget: Budget, stage: Stage, call: Call, exp
     return Work(transitions=transitions, processes=1)
 
 
-def judging_left(settings: Settings, *, finished: set[int]) -> Work:
+def evaluations_left(settings: Settings, *, finished: set[int]) -> Work:
     """The work of the run's evaluations that are not done. Those due after the stages `finished` count as done."""
     num_stages, judging = settings.schedule.num_stages, settings.judging
     done, left, processes = set(), set(), 0

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from b2diffurl.configuration.recorded import recorded_settings
-from b2diffurl.configuration.settings import ModelSettings
+from b2diffurl.configuration.settings import ModelSettings, reward_weights
 from b2diffurl.experiment.checkpoints import read_state
 from b2diffurl.experiment.evaluation_table import (
     SETS,
@@ -133,7 +133,7 @@ def write_card(folder: Path, exported: Exported) -> None:
         use=usage(exported),
         grids=copy_grids(folder / "images", exported),
         judged=[table(row, before) for row, before in judged],
-        judge=config["eval"]["judge"] if config["eval"]["judge"] not in weights(config["reward"]) else "",
+        judge=config["eval"]["judge"] if config["eval"]["judge"] not in reward_weights(config["reward"]) else "",
         training=training(exported) if exported.stage else {},
         prompts=drawn_prompts(exported)[:NUM_PROMPTS],
     )
@@ -266,17 +266,12 @@ def usage(exported: Exported) -> dict[str, Any]:
 def reward_with_models(settings: Mapping) -> str:
     """The rewards with their weights and models, in Markdown: `` `clip` (`laion/…`) + 0.1 × `aesthetic` ``."""
     parts = []
-    for name, weight in weights(settings).items():
+    for name, weight in reward_weights(settings).items():
         own = settings.get(name) or {}
         named = [public(own[key]) for key in MODEL_KEYS if own.get(key)]
         models = f" ({', '.join(f'`{model}`' for model in named)})" if named else ""
         parts.append(f"`{name}`{models}" if weight == 1 else f"{weight:g} × `{name}`{models}")
     return " + ".join(parts)
-
-
-def weights(settings: Mapping) -> dict[str, float]:
-    """{reward: weight} that was trained on, from the section `reward` of a recorded configuration."""
-    return dict(settings.get("weights") or {settings["name"]: 1.0})
 
 
 def drawn_prompts(exported: Exported) -> list[str]:

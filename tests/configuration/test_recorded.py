@@ -11,7 +11,7 @@ from conftest import PROMPTS, ROOT, experiment, flags, get_config, make_config, 
 from b2diffurl.configuration.command_line import named_preset
 from b2diffurl.configuration.keys import flatten
 from b2diffurl.configuration.plan import make_plan
-from b2diffurl.configuration.recorded import take_recorded
+from b2diffurl.configuration.recorded import record_experiment, take_recorded
 from b2diffurl.configuration.rules import check
 from b2diffurl.runtime import files
 from b2diffurl.runtime.files import read_json, write_record
@@ -241,3 +241,14 @@ def test_a_reward_that_is_given_stands_alone(workplace, overrides):
     for found in (alone, recorded):
         assert (found["reward.clip.model"], found["reward.dtype"]) == ("another/clip", "auto")
         assert (found["sample.num_steps"], found["sample.eta"], found["eval.seed"]) == (4, 0.5, 7)
+
+
+def test_of_two_runs_that_begin_at_once_the_second_is_refused(overrides, tmp_path, monkeypatch):
+    """Both have planned before either has written config.json; the record is compared again when it is written."""
+    monkeypatch.chdir(tmp_path)
+    first, second = (make_plan(make_config(overrides, seed=seed)) for seed in (1, 2))
+    record_experiment(first.record, 1)
+    with pytest.raises(ValueError, match="seed is 2, was 1"):
+        record_experiment(second.record, 1)
+    record_experiment(first.record, 1)  # which is no change
+    assert files.read_json(experiment(tmp_path) / "config.json")["config"]["seed"] == 1

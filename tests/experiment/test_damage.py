@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 from conftest import (
+    JUDGE,
     VERBS,
     assert_refused,
     assert_same,
     experiment,
+    flip,
     refuse,
     run_evaluation,
     run_script,
@@ -27,15 +29,6 @@ from b2diffurl.experiment.folder import resolve_checkpoint
 from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.reporting import page
 from b2diffurl.runtime import files
-
-JUDGE = ("--checkpoint=base,last", "--sampler=training")
-
-
-def flip(data: bytes, bit: int) -> bytes:
-    """The data with one bit another."""
-    changed = bytearray(data)
-    changed[bit // 8] ^= 1 << bit % 8
-    return bytes(changed)
 
 
 def flip_in_the_middle(data: bytes) -> bytes:
@@ -51,11 +44,6 @@ def flip_a_digit(data: bytes) -> bytes:
     end = data.rfind(files.SEAL.encode())
     place = max(data.rfind(digit, 0, end if end > 0 else len(data)) for digit in (b"2", b"3", b"4", b"5", b"6", b"7"))
     return flip(data, 8 * place)
-
-
-@pytest.fixture
-def work(workplace) -> Path:
-    return workplace
 
 
 REFUSED = [  # what is damaged, of stage 1 or a path in the experiment, and the script that meets it

@@ -132,7 +132,7 @@ def test_evaluations_left(overrides, every, unfinished, sets):
     config = make_config(overrides | {"stage_cnt": 5, "eval.every": every, "eval.deployed.num_steps": 5})
     expected = Work(6 * (sets * 4 + 2 * 5), 6 * (sets + 2), processes=len(unfinished) + 2)
     finished = set(range(5)).difference(unfinished)
-    assert forecast.judging_left(read_settings(config), finished=finished) == expected
+    assert forecast.evaluations_left(read_settings(config), finished=finished) == expected
 
 
 def test_what_is_said_after_a_stage(overrides, tmp_path):

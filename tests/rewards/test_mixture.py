@@ -152,26 +152,9 @@ def test_a_sum_that_is_not_finite(begin):
 def test_standardised_evaluation_of_another_experiment(workplace, overrides):
     """An experiment that was selected without scales, or before there were any, has none to judge with: it is said so."""
     settings = overrides | {"reward.weights": {"clip": 1.0}, "reward.standardise": True}
-    refuse(
-        workplace,
-        "eval",
-        settings,
-        "has no selected stage with one",
-        arguments=(
-            "--checkpoint=base",
-            "--sampler=training",
-        ),
-    )
+    said, base = "has no selected stage with one", ("--checkpoint=base", "--sampler=training")
+    refuse(workplace, "eval", settings, said, arguments=base)
     manifest = stage_of(workplace).manifest_path("select")
     without = {key: value for key, value in files.read_json(manifest).items() if key != "scales"}
     files.write_record(manifest, without)
-    refuse(
-        workplace,
-        "eval",
-        settings,
-        "has no selected stage with one",
-        arguments=(
-            "--checkpoint=base",
-            "--sampler=training",
-        ),
-    )
+    refuse(workplace, "eval", settings, said, arguments=base)

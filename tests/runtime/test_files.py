@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 from conftest import (
+    JUDGE,
     VERBS,
     Ended,
     assert_refused,
     assert_same,
     call,
     experiment,
+    flip,
     run_evaluation,
     run_script,
     snapshot,
@@ -23,20 +25,6 @@ from conftest import (
 
 from b2diffurl import export, report
 from b2diffurl.runtime import files
-
-JUDGE = ("--checkpoint=base,last", "--sampler=training")
-
-
-def flip(data: bytes, bit: int) -> bytes:
-    """The data with one bit another."""
-    changed = bytearray(data)
-    changed[bit // 8] ^= 1 << bit % 8
-    return bytes(changed)
-
-
-@pytest.fixture
-def work(workplace) -> Path:
-    return workplace
 
 
 def test_every_flipped_bit_of_a_record_is_found(tmp_path):
