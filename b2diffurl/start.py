@@ -6,11 +6,14 @@ The list is the loop of the run (configuration/loop.py), which run_process.sh th
 from absl import flags
 from ml_collections import ConfigDict
 
+from b2diffurl.configuration.budget import Budget
 from b2diffurl.configuration.command_line import run_script
 from b2diffurl.configuration.loop import calls
 from b2diffurl.configuration.plan import make_plan
 from b2diffurl.configuration.prompts import load_prompts
 from b2diffurl.experiment import lock
+from b2diffurl.models import family
+from b2diffurl.phases.preflight import check_sampler
 from b2diffurl.reporting import dry_run, forecast
 from b2diffurl.runtime.logs import logger
 
@@ -25,6 +28,8 @@ def start(config: ConfigDict) -> None:
         the plan, for the log
     """
     plan = make_plan(config)
+    if family(plan.settings.model).sizes(plan.settings.model):  # its files are here, so nothing is downloaded for this
+        check_sampler(plan, max(Budget.of(plan.settings).planned_steps(plan.stage.root)))
     load_prompts(plan.settings.prompts.held_out_file)  # a bad file is refused now, not hours later by the first evaluation
     if flags.FLAGS.dry_run:
         print(dry_run.describe(plan))

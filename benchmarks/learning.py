@@ -34,7 +34,7 @@ from b2diffurl.evaluation.statistics import add_differences, mean_and_error, pai
 from b2diffurl.experiment.evaluation_table import evaluation_rows
 from b2diffurl.experiment.metrics import read_events
 from b2diffurl.experiment.stage import LORA_FILE, Stage
-from b2diffurl.models import base_fingerprint
+from b2diffurl.models import base_identity
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import set_up_logging
 from config.stage_process import get_config
@@ -256,7 +256,7 @@ def deployed_values(name: str, prompts: str, guidance: float) -> dict[str, list[
     config = judged(name)
     lora = None if name == BASE else Stage(read_settings(config).output.root, config.stage_cnt - 1).checkpoints()[-1]
     some = [prompt for _, prompt in named_prompts(read_settings(config).prompts, prompts)]
-    decisive = [base_fingerprint(read_settings(config).model), files.sha256(lora / LORA_FILE) if lora else "", some]
+    decisive = [base_identity(read_settings(config).model), files.sha256(lora / LORA_FILE) if lora else "", some]
     decisive += [guidance, DEPLOYED_STEPS, DEPLOYED_IMAGES, EVAL_SEED]
     file = read_settings(config).output.root / "eval" / f"deployed_{prompts}_{files.digest(decisive)}.json"
     if not file.is_file():

@@ -76,6 +76,7 @@ def base_model() -> ConfigDict:
     pretrained.variant = ""  # variant of the weight files, such as fp16; "": the plain ones
     pretrained.config = "CompVis/stable-diffusion-v1-4"  # for a single file: a model whose configs fit (prediction type!)
     pretrained.resolution = 0  # height and width of images in pixels; 0: the model's own
+    pretrained.scheduler = config_dict.placeholder(object)  # entries for its scheduler: {"timestep_spacing": "leading"}
     return pretrained
 
 

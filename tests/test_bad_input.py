@@ -239,10 +239,11 @@ def test_a_checkpoint_of_another_base_model(finished, empty, workplace, override
     save_file({name: tensor * 1.01 for name, tensor in load_file(weights).items()}, weights)
     other = {"pretrained.model": str(different)}
     refuse(empty, "sample", overrides | other | {"resume_from": str(lora)}, "another base model")
-    refuse(workplace, "sample", overrides | other | {"run_name": "stage2", "stage_cnt": 3}, "another base model")
+    next_stage = {"run_name": "stage2", "stage_cnt": 3}
+    refuse(workplace, "sample", overrides | other | next_stage, "the unet of the base model is another")
     Stage(experiment(workplace), 0).manifest_path("train").unlink()
     shutil.rmtree(experiment(workplace) / "stage0" / "checkpoints")
-    refuse(workplace, "train", overrides | other, "another base model")
+    refuse(workplace, "train", overrides | other, "the unet of the base model is another")
 
 
 def test_a_lora_that_does_not_fit(finished, empty, overrides):

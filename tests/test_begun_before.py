@@ -1,4 +1,4 @@
-"""An experiment that an earlier version began goes on: its records, checkpoint, scores and evaluations are read."""
+"""An experiment that an earlier version began goes on: its records, checkpoint, scores and evaluations are kept."""
 
 import json
 import zipfile
@@ -40,12 +40,21 @@ def test_what_was_recorded_is_left_as_it_was(resumed):
     root, before, _ = resumed
     now = snapshot(root)
     changed = [name for name in before if now[name] != before[name]]
-    assert changed == ["eval.jsonl"]  # which gets the rows of stage 1
+    assert changed == ["config.json", "eval.jsonl"]  # the second gets the rows of stage 1
+    old, new = (json.loads(content) for content in (before["config.json"], now["config.json"]))
+    added = {"base_model", "rewards", "content_sha256"}  # and the first, which had none, what the base model and rewards are
+    assert {key: value for key, value in new.items() if key not in added} == {
+        key: value for key, value in old.items() if key not in added
+    }
+    assert set(new["base_model"]) == {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
     assert set(before["eval.jsonl"].splitlines()) <= set(now["eval.jsonl"].splitlines())
 
 
-def test_the_recorded_evaluation_of_the_base_is_read_back(resumed):
-    """It is known by a checksum of all that decides it, which must not change with the code that computes it."""
+def test_the_base_is_judged_again_because_its_record_does_not_say_by_which_decoder(resumed):
+    """The old evaluation, known by its UNet alone, stays on disk. Stage 1 is compared with the new one."""
     root, _, said = resumed
-    assert "eval base on test prompts, training sampler: 4 images" not in said
-    assert len(list((root / "eval").glob("base_test_*"))) == 1
+    assert "eval base on test prompts, training sampler: 4 images" in said
+    assert len(list((root / "eval").glob("base_test_*"))) == 2
+    rows = [json.loads(line) for line in (root / "eval.jsonl").read_text().splitlines()]
+    conditions = {row["checkpoint"]: row["conditions"] for row in rows}  # the last row of each
+    assert conditions["base"] == conditions["stage1"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import string
 from pathlib import Path
 
@@ -100,6 +101,13 @@ def exact_stable_diffusion(root: Path) -> Path:
 
 def write_scheduler(root: Path, config: dict) -> None:
     (root / "scheduler" / "scheduler_config.json").write_text(json.dumps(config, indent=2))
+
+
+def copy_with_scheduler(base: Path, root: Path, change: dict) -> Path:
+    """A copy of a model in directory `root`, whose scheduler has v1.4's settings with `change`; None leaves an entry out."""
+    shutil.copytree(base, root)
+    write_scheduler(root, {key: value for key, value in (V1_4_SCHEDULER | change).items() if value is not None})
+    return root
 
 
 def clip(root: Path) -> Path:

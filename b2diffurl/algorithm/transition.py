@@ -52,10 +52,7 @@ def require_stochastic(table: Transitions, num_trained_steps: int) -> None:
     window = slice(table.num_steps - num_trained_steps, None)
     deterministic = table.timesteps[window][table.sigma[window] <= 0].tolist()
     if deterministic:
-        raise ValueError(
-            f"the transitions from t = {deterministic} have sigma = 0, so their log-probability is undefined. "
-            "Set sample.eta > 0, and use a scheduler with set_alpha_to_one = false and steps_offset = 1."
-        )
+        raise ValueError(f"the transitions from t = {deterministic} have sigma = 0, so their log-probability is undefined")
 
 
 def transition(table: Transitions, i: int | Tensor, x_t: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:

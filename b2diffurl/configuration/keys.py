@@ -8,6 +8,7 @@ from typing import Any
 from b2diffurl.algorithm.transition import STEP_WEIGHTS
 from b2diffurl.configuration.limits import (
     Choice,
+    Entries,
     Folder,
     Limit,
     Mixture,
@@ -85,6 +86,7 @@ KEYS = {
     "pretrained.variant": Key(TEXT_OR_NONE, may_change=True),
     "pretrained.config": Key(TEXT_OR_NONE, may_change=True),
     "pretrained.resolution": Key(Number("[0, 8192]")),
+    "pretrained.scheduler": Key(Entries(), before=None),
     # ---- sampling ----
     "sample.num_steps": Key(Number("[1, 1000]")),
     "sample.eta": Key(Number("[0.001, 1]", "without noise there is no log-probability")),
@@ -169,11 +171,14 @@ KEYS = {
 
 
 def flatten(nested: Mapping, prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one dict with keys such as `train.learning_rate`. The dict `reward.weights` stays one value."""
+    """Nested sections as one dict with keys such as `train.learning_rate`.
+
+    A dict that is the value of one key, such as `reward.weights`, stays one value.
+    """
     flat = {}
     for name, value in nested.items():
         key = f"{prefix}{name}"
-        # A mapping that is itself a key, reward.weights, is a value and no section.
+        # A mapping that is itself a key, such as reward.weights, is a value and no section.
         flat |= flatten(value, f"{key}.") if isinstance(value, Mapping) and key not in KEYS else {key: value}
     return flat
 

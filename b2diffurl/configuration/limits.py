@@ -135,6 +135,21 @@ class Mixture:
 
 
 @dataclass(frozen=True)
+class Entries:
+    """{name: a number, a text, True, False, None, or a list of these}, or None for no entries."""
+
+    def check(self, key: str, value: Any) -> None:
+        if value is None:
+            return
+        if not isinstance(value, Mapping):
+            raise ValueError(f'{key} is {shown(value)}; it must be like {{"timestep_spacing": "leading"}}')
+        for name, entry in value.items():
+            plain = entry if isinstance(entry, (list, tuple)) else [entry]
+            if not isinstance(name, str) or not all(isinstance(one, (int, float, str, type(None))) for one in plain):
+                raise ValueError(f"{key} has {shown(entry)} for {shown(name)}; it must give names numbers or texts")
+
+
+@dataclass(frozen=True)
 class Unknown:
     """Any value, of a key that we do not know: users may add keys in a config file of their own. Text must be printable."""
 
@@ -144,8 +159,8 @@ class Unknown:
 
 
 def check_value(key: str, value: Any, limit: Limit) -> None:
-    """Raise a ValueError if the value is not within `limit`. Only a mixture may be None."""
-    if value is None and not isinstance(limit, Mixture):
+    """Raise a ValueError if the value is not within `limit`. Only a mixture and entries may be None."""
+    if value is None and not isinstance(limit, (Mixture, Entries)):
         raise ValueError(f"{key} is None; it must have a value")
     limit.check(key, value)
 

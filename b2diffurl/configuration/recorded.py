@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from b2diffurl.experiment.stage import Stage
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import logger
 
+IDENTITIES = ("base_model", "rewards")  # entries of config.json with checksums of what the settings lead to
 OF_ONE_CALL = ("run_name", "split_step", "resume_from", "preset")  # keys of a single call, not of the experiment
 
 
@@ -38,6 +39,8 @@ def make_record(
 ) -> Record:
     """Compare the settings `asked` for with the experiment's config.json, `begun` (None: no experiment yet).
 
+    What files the settings lead to is compared later, by `identified`: that takes reading gigabytes.
+
     A ValueError lists the differences, unless they are allowed. `preset` holds the preset's own settings (None: unknown).
     """
     content = {
@@ -50,6 +53,24 @@ def make_record(
     if changes:
         refuse_change(stage, changes, allowed=asked["allow_config_change"])
     return Record(stage, content, changes)
+
+
+def identified(record: Record, found: Mapping[str, Mapping[str, str]]) -> Record:
+    """The record with checksums of what the settings lead to: `found` is {"base_model": {part: …}, "rewards": {name: …}}.
+
+    A ValueError names those that are others than the experiment began with, unless the user allows changes. An experiment
+    of an earlier version has none recorded; it gets today's.
+    """
+    content, begun = record.content | found, read_record(record.stage.root)
+    changes = differences(begun, content) if begun else ()
+    if changes:
+        refuse_change(record.stage, changes, allowed=content["config"]["allow_config_change"])
+    return replace(record, content=content, changes=changes)
+
+
+def exchanged(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The names in `now` whose checksum was another before; names without a checksum from before are passed over."""
+    return [name for name, checksum in now.items() if before.get(name, checksum) != checksum]
 
 
 def preset_differences(asked: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -73,8 +94,11 @@ def differences(begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[st
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and key not in free
     ]
-    same_prompts = begun["prompts_sha256"] == wanted["prompts_sha256"]
-    return (*found,) if same_prompts else (*found, "the training prompts are others")
+    if begun["prompts_sha256"] != wanted["prompts_sha256"]:
+        found.append("the training prompts are others")
+    parts, rewards = (exchanged(begun.get(kind, {}), wanted.get(kind, {})) for kind in IDENTITIES)
+    found += [f"the {part} of the base model is another" for part in parts]
+    return (*found, *(f"the model or code of reward {name} is another" for name in rewards))
 
 
 def refuse_change(stage: Stage, changes: Sequence[str], *, allowed: bool) -> None:
@@ -142,7 +166,9 @@ def record_experiment(record: Record, num_threads: int) -> None:
         files.write_record(root / "config.json", record.content | {"num_threads": num_threads})
     elif not record.changes and (meanwhile := differences(begun, record.content)):
         refuse_change(record.stage, meanwhile, allowed=False)  # another run began it after this one had planned
-    elif record.changes and begun["config"] != record.content["config"]:
+    elif record.changes and any(begun.get(key) != value for key, value in record.content.items()):
         logger.warning("stage%d goes on with another configuration: %s", index, "; ".join(record.changes))
         changed = [*begun.get("changed", []), {"stage": index, "changes": record.changes}]
         files.write_record(root / "config.json", record.content | {"num_threads": begun["num_threads"], "changed": changed})
+    elif added := {key: value for key, value in record.content.items() if key not in begun and key in IDENTITIES}:
+        files.write_record(root / "config.json", begun | added)

@@ -6,7 +6,7 @@ takes these dataclasses, or plain values, and never the configuration itself.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class ModelSettings:
     config: str  # if `name` is a single file: a similar model, from which the configs of its parts are taken
     resolution: int  # pixels; 0: the model's own
     lora_rank: int
+    scheduler: Mapping[str, Any] = field(default_factory=dict)  # entries that count as if the model's scheduler had them
 
 
 @dataclass(frozen=True)
@@ -335,6 +336,7 @@ def read_model(pretrained: Mapping[str, Any], lora_rank: int) -> ModelSettings:
         config=pretrained["config"],
         resolution=pretrained["resolution"],
         lora_rank=lora_rank,
+        scheduler=dict(pretrained.get("scheduler") or {}),  # older config.json files lack it
     )
 
 

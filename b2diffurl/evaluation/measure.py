@@ -17,6 +17,7 @@ from torch import Tensor
 
 from b2diffurl.configuration.limits import check_choice
 from b2diffurl.configuration.prompts import batch_prompts, named_prompts
+from b2diffurl.configuration.recorded import exchanged, read_record
 from b2diffurl.configuration.settings import SamplerSettings, Settings, describe_reward
 from b2diffurl.evaluation.features import Features, check_features, features_identity, load_features
 from b2diffurl.evaluation.generate import SAMPLERS, sample_images
@@ -24,8 +25,8 @@ from b2diffurl.evaluation.statistics import add_differences, summarise, summaris
 from b2diffurl.experiment.checkpoints import read_state
 from b2diffurl.experiment.evaluation_table import describe, record
 from b2diffurl.experiment.folder import checkpoint_name, relative_to, resolve_checkpoint, stage_of
-from b2diffurl.experiment.stage import finished_stages
-from b2diffurl.models import Model, base_fingerprint
+from b2diffurl.experiment.stage import finished_stages, versions
+from b2diffurl.models import Model, base_fingerprint, base_identity
 from b2diffurl.models.policy import check_base, load_policy, warn_of_cut_prompts
 from b2diffurl.rewards import (
     Parts,
@@ -44,7 +45,9 @@ from b2diffurl.runtime import files
 from b2diffurl.runtime.device import make_accelerator
 from b2diffurl.runtime.logs import logger, progress
 
-RESULT_FORMAT = 3  # raise it when result.json holds something new: results of an older format are then made again
+RESULT_FORMAT = 4  # raise it when result.json holds something new: results of an older format are then made again
+# Packages whose version may change an image or a score. Results made with other versions are not read back.
+DECISIVE_PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "pillow")
 NUM_DRAWN = 6  # images of `--prompt`, and images that show whether a checkpoint differs from the base
 
 Result = dict[str, Any]
@@ -81,13 +84,14 @@ def prepare(settings: Settings, prompt_sets: Sequence[str], loras: Sequence[Path
     check_rewards(scorers, settings.rewards, all_prompts)
     for name in settings.judging.diversity:
         check_features(name, settings.judging, settings.rewards, all_prompts)
-    fingerprint = base_fingerprint(settings.model)
+    fingerprint, base = base_fingerprint(settings.model), base_identity(settings.model)
     for lora in loras:
         check_base(lora, settings.model, fingerprint)
-    if (root / "config.json").is_file():
-        warn_of_other_settings(settings, files.read_json(root / "config.json")["config"])
+    if trained := read_record(root):
+        require_same_base(settings, trained, base)
+        warn_of_other_settings(settings, trained["config"])
     accelerator = make_accelerator(settings.compute, shared=False)
-    return Evaluation(settings, placed, scorers, scales, fingerprint, accelerator)
+    return Evaluation(settings, placed, scorers, scales, base, accelerator)
 
 
 def mixture_scales(settings: Settings) -> Scales | None:
@@ -110,7 +114,7 @@ class Evaluation:
     placed: dict[str, list[tuple[str, str]]]  # each prompt set by name: (file and line, prompt) of every prompt
     scorers: list[str]  # the rewards that score every image
     scales: Scales | None  # mean and deviation of a mixture's rewards, if it is standardised
-    fingerprint: str  # of the base model
+    base: dict[str, str]  # {part of the base model: its checksum}
     accelerator: Accelerator
     warned: set[str] = field(default_factory=set)  # prompt sets whose too long prompts have been named in the log
 
@@ -165,6 +169,7 @@ class Evaluation:
         The number of threads, which changes results by rounding alone, and this package's own code are left out.
         """
         rewards, judging, model = self.settings.rewards, self.settings.judging, self.settings.model
+        installed = versions()
         decisive = [
             RESULT_FORMAT,
             [reward_identity(name, rewards) for name in self.scorers],
@@ -178,8 +183,9 @@ class Evaluation:
                 "seed": judging.seed,
             },
             [self.accelerator.device.type, self.accelerator.mixed_precision, self.settings.compute.allow_tf32],
-            self.fingerprint,
+            self.base,
             model.resolution,
+            {package: installed[package] for package in DECISIVE_PACKAGES},
         ]
         return files.digest([vars(sampler), prompts, *decisive])
 
@@ -231,6 +237,15 @@ class Evaluation:
             for key, batches in features.items()
         }
         return summary
+
+
+def require_same_base(settings: Settings, trained: Mapping[str, Any], base: Mapping[str, str]) -> None:
+    """Refuse a base model of which a part is another than in the experiment's record `trained`."""
+    if parts := exchanged(trained.get("base_model", {}), base):
+        raise ValueError(
+            f"{settings.output.root} was begun with another {parts[0]} than {settings.model.name} has now, so images cannot "
+            "be compared. Put the old one back, or say where the old model is by --config.pretrained.model."
+        )
 
 
 def warn_of_other_settings(settings: Settings, trained: Mapping[str, Any]) -> None:

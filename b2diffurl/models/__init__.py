@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from b2diffurl.algorithm.transition import Transitions
 from b2diffurl.algorithm.types import Conditions
-from b2diffurl.configuration.settings import ModelSettings
+from b2diffurl.configuration.settings import ModelSettings, Sampling
 
 # Family name -> module of this package, which is imported when the family is first used.
 FAMILIES = {"stable_diffusion": "stable_diffusion"}
@@ -118,6 +118,15 @@ class Family(Protocol):
     def fingerprint(self, model: ModelSettings) -> str:
         """SHA-256 of the base network's weights, without loading the model."""
 
+    def identity(self, model: ModelSettings) -> dict[str, str]:
+        """{part of the pipeline: a checksum of all that decides its output}, without loading the model.
+
+        Every part counts that decides an image: the network, encoders, tokenizers, the decoder, the scheduler.
+        """
+
+    def check_sampler(self, model: ModelSettings, sampling: Sampling, num_trained_steps: int) -> None:
+        """Raise a ValueError if the last S steps of training's sampler have no log-probability. It names what works."""
+
     def sizes(self, model: ModelSettings) -> Sizes | None:
         """The model's sizes, from its files; None if they are not on this machine. Downloads nothing."""
 
@@ -151,5 +160,10 @@ def family(model: ModelSettings) -> Family:
 
 
 def base_fingerprint(model: ModelSettings) -> str:
-    """SHA-256 of the base network's weights, without loading the model."""
+    """SHA-256 of the base network's weights, without loading the model: which LoRAs fit it."""
     return family(model).fingerprint(model)
+
+
+def base_identity(model: ModelSettings) -> dict[str, str]:
+    """{part of the base model: a checksum of all that decides its output}: whether two images are of the same model."""
+    return family(model).identity(model)

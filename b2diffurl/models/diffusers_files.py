@@ -16,10 +16,16 @@ from typing import Any
 import torch
 
 from b2diffurl.configuration.settings import ModelSettings
+from b2diffurl.models import noise_schedule
 from b2diffurl.runtime import files
-from b2diffurl.runtime.hub import checksum, find_local, locate
+from b2diffurl.runtime.hub import MODEL_PARTS, checksum, find_local, locate
 
-SCHEDULER_FILE = Path("scheduler", "scheduler_config.json")  # in a model directory
+CONFIGS = ("config.json", "tokenizer_config.json")
+# Entries of a part's config that change nothing in its output.
+NOT_DECISIVE = (
+    "_name_or_path", "name_or_path", "_diffusers_version", "transformers_version", "_commit_hash", "torch_dtype", "dtype",
+    "architectures", "tokenizer_file", "special_tokens_map_file",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,12 +85,40 @@ def weight_files(folder: Path, variant: str) -> list[Path]:
     return weights
 
 
+def scheduler_config(model: ModelSettings, spec: PipelineSpec) -> dict[str, Any]:
+    """The settings of a base model's scheduler, with the entries of `pretrained.scheduler`."""
+    return noise_schedule.read_config(locate_configs(model, spec), model.scheduler)
+
+
 def fingerprint(model: ModelSettings, spec: PipelineSpec) -> str:
     """SHA-256 of the network's weights: of their file (a single-file model's only file), or of several files' digests."""
     root = locate_base(model, spec)
     weights = [root] if root.is_file() else weight_files(root / spec.network, model.variant)
     digests = [checksum(path) for path in weights]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def identity(model: ModelSettings, spec: PipelineSpec) -> dict[str, str]:
+    """{part: a checksum of all that decides its output}, the scheduler and the tokenizer among the parts.
+
+    Where the files lie does not count, nor what programs write into a config about themselves: a model may move.
+    """
+    root, configs = locate_base(model, spec), locate_configs(model, spec)
+    parts: dict[str, Any] = {}
+    for part in spec.classes:
+        if part in spec.weights:
+            weights = [root] if root.is_file() else weight_files(root / part, model.variant)
+            parts[part] = [settings_of(configs / part / "config.json"), [checksum(path) for path in weights]]
+        else:
+            read = sorted(path for pattern in MODEL_PARTS for path in (configs / part).glob(pattern))
+            parts[part] = {path.name: settings_of(path) if path.name in CONFIGS else checksum(path) for path in read}
+    parts["scheduler"] = noise_schedule.decisive(scheduler_config(model, spec))
+    return {part: files.digest(content) for part, content in parts.items()}
+
+
+def settings_of(path: Path) -> Any:
+    """A part's config without the entries by which programs describe themselves: paths, versions, the stored dtype."""
+    return {key: value for key, value in files.read_json(path).items() if key not in NOT_DECISIVE}
 
 
 def find_here(model: ModelSettings, spec: PipelineSpec) -> tuple[list[Path], dict[str, dict]] | None:
@@ -108,18 +142,15 @@ def find_here(model: ModelSettings, spec: PipelineSpec) -> tuple[list[Path], dic
 # ---- loading ----
 
 
-def load_parts(
-    model: ModelSettings, spec: PipelineSpec, dtype: torch.dtype, *, decoder: bool
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Load a pipeline: ({part: object}, the scheduler's config). Without `decoder` the network is the only part."""
+def load_parts(model: ModelSettings, spec: PipelineSpec, dtype: torch.dtype, *, decoder: bool) -> dict[str, Any]:
+    """Load a pipeline: {part: object}. Without `decoder` the network is the only part."""
     root = locate_base(model, spec)
     wanted = list(spec.classes) if decoder else [spec.network]
     if root.is_dir():
-        return load_directory(root, model.variant, spec, dtype, wanted), files.read_json(root / SCHEDULER_FILE)
+        return load_directory(root, model.variant, spec, dtype, wanted)
     if root.suffix != ".safetensors":
         raise ValueError(f"{root} is not a .safetensors file. Convert it first; pickled weights are never loaded.")
-    configs = locate_configs(model, spec)
-    return load_single_file(root, configs, spec, dtype, wanted), files.read_json(configs / SCHEDULER_FILE)
+    return load_single_file(root, locate_configs(model, spec), spec, dtype, wanted)
 
 
 def load_directory(
@@ -170,31 +201,6 @@ def check_index(path: Path, spec: PipelineSpec) -> None:
         raise ValueError(f"{path} names {index.get('scheduler')} as its scheduler; it must be one of diffusers")
 
 
-# ---- the scheduler ----
-
-
-def check_unclipped(scheduler: Mapping[str, Any], model: str) -> None:
-    """Refuse a DDIM scheduler that clips latents: a step would not be the Gaussian of which log-probabilities are taken."""
-    for key in ("clip_sample", "thresholding"):
-        if scheduler.get(key, key == "clip_sample"):  # diffusers' default is on for clip_sample, off for thresholding
-            state = "on" if key in scheduler else "not given, and on by DDIM's default"
-            raise ValueError(
-                f"{key} is {state} in the scheduler of {model}; latents must not be clipped. "
-                f'Put "{key}": false into its scheduler/scheduler_config.json.'
-            )
-
-
-def read_scheduler(path: Path) -> Any:
-    """The diffusers scheduler that a scheduler_config.json describes; a ValueError if it names another kind of class."""
-    import diffusers
-
-    config = files.read_json(path)
-    kind = getattr(diffusers, str(config.get("_class_name")), None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        raise ValueError(f"{path} names the class {config.get('_class_name')!r}, which is not a scheduler of diffusers")
-    return kind.from_config(config)
-
-
 # ---- writing ----
 
 
@@ -206,7 +212,7 @@ def write_pipeline(folder: Path, parts: Mapping[str, Any], model: ModelSettings,
     import diffusers
     import transformers
 
-    scheduler = read_scheduler(locate_configs(model, spec) / SCHEDULER_FILE)
+    scheduler = noise_schedule.stock_scheduler(scheduler_config(model, spec))
     transformers.utils.logging.set_verbosity_error()  # importing the pipeline warns of a torchvision that it does not need
     # Not by from_pretrained: it runs the classes that model_index.json names, and a file of code beside it.
     pipeline = getattr(diffusers, spec.pipeline)(**parts, scheduler=scheduler, **dict.fromkeys(spec.unused), **more)

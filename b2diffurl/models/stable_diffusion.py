@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from b2diffurl.algorithm.ddim import make_transitions
 from b2diffurl.algorithm.transition import Transitions
 from b2diffurl.algorithm.types import Conditions
-from b2diffurl.configuration.settings import ModelSettings
-from b2diffurl.models import Description, Sizes, diffusers_files, lora
+from b2diffurl.configuration.settings import ModelSettings, Sampling
+from b2diffurl.models import Description, Sizes, diffusers_files, lora, noise_schedule
 from b2diffurl.models.diffusers_files import PipelineSpec
 from b2diffurl.models.lora import LoraSpec, State
 
@@ -61,6 +60,15 @@ def describe() -> Description:
 
 def fingerprint(model: ModelSettings) -> str:
     return diffusers_files.fingerprint(model, PIPELINE)
+
+
+def identity(model: ModelSettings) -> dict[str, str]:
+    return diffusers_files.identity(model, PIPELINE)
+
+
+def check_sampler(model: ModelSettings, sampling: Sampling, num_trained_steps: int) -> None:
+    config = diffusers_files.scheduler_config(model, PIPELINE)
+    noise_schedule.require_trainable(config, model, sampling, num_trained_steps)
 
 
 def sizes(model: ModelSettings) -> Sizes | None:
@@ -116,12 +124,8 @@ class StableDiffusion:
     """
 
     def __init__(self, model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool):
-        from diffusers import DDIMScheduler
-
-        parts, scheduler_config = diffusers_files.load_parts(model, PIPELINE, dtype, decoder=decoder)
-        diffusers_files.check_unclipped(scheduler_config, model.name)
-        # DDIM whatever the model's own scheduler is: they share the noise schedule, which is all that is taken from it.
-        self._scheduler = DDIMScheduler.from_config(scheduler_config)
+        self._scheduler = noise_schedule.make_ddim(diffusers_files.scheduler_config(model, PIPELINE))
+        parts = diffusers_files.load_parts(model, PIPELINE, dtype, decoder=decoder)
         self.scheduler_config = {key: value for key, value in self._scheduler.config.items() if not key.startswith("_")}
         self.fingerprint = fingerprint(model)
         self.vae, self.text_encoder, self.tokenizer = parts.get("vae"), parts.get("text_encoder"), parts.get("tokenizer")
@@ -144,18 +148,7 @@ class StableDiffusion:
         return resolution // LATENT_PX
 
     def sampler(self, num_steps: int, eta: float) -> Transitions:
-        self._scheduler.set_timesteps(num_steps)
-        num_timesteps = len(self._scheduler.alphas_cumprod)
-        # The scheduler's offset can move the first timestep past the end, where diffusers would read no alpha.
-        if self._scheduler.timesteps.max() >= num_timesteps:
-            raise ValueError(f"sample.num_steps is {num_steps}; it must be less than this model's {num_timesteps} timesteps")
-        return make_transitions(
-            self._scheduler.timesteps,
-            self._scheduler.alphas_cumprod,
-            self._scheduler.final_alpha_cumprod,
-            eta=eta,
-            prediction_type=self._scheduler.config.prediction_type,
-        ).to(self.unet.device)
+        return noise_schedule.make_table(self._scheduler, num_steps, eta).to(self.unet.device)
 
     def scheduler(self, name: str) -> Any:
         import diffusers

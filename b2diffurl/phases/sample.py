@@ -34,7 +34,7 @@ from b2diffurl.experiment.stage import Stage, finished_stages
 from b2diffurl.experiment.trajectories import batch_damage, read_batch_prompts, save_batch
 from b2diffurl.models import Model
 from b2diffurl.models.policy import compiling, decode, load_policy, predictor, warn_of_cut_prompts
-from b2diffurl.phases.preflight import check_later_phases
+from b2diffurl.phases.preflight import check_later_phases, identified
 from b2diffurl.reporting.forecast import first_batch_text
 from b2diffurl.runtime import files
 from b2diffurl.runtime.batch_sizes import BatchSizes, peak_memory, sampling_sizes
@@ -54,6 +54,7 @@ def sample_stage(plan: Plan) -> None:
         logger.info("stage%d sample: already finished", stage.index)
         restore_record(plan)
         return
+    plan = identified(plan)
     files.require_writable(stage.folder)
     started = time.perf_counter()
     accelerator = make_accelerator(plan.settings.compute)

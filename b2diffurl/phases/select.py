@@ -19,6 +19,7 @@ from b2diffurl.experiment.not_finite import listed, not_finite
 from b2diffurl.experiment.stage import Stage, delete_batches, finished_stages
 from b2diffurl.experiment.trajectories import save_selected
 from b2diffurl.phases.health import in_words, stage_warnings
+from b2diffurl.phases.preflight import identified
 from b2diffurl.phases.scoring import Scores, score_stage
 from b2diffurl.rewards import check_rewards
 from b2diffurl.rewards.file import write_template
@@ -42,6 +43,7 @@ def select_stage(plan: Plan) -> None:
         logger.info("stage%d select: already finished", stage.index)
         clean_up(plan)  # a run killed between the manifest and its own clean_up has left files
         return
+    plan = identified(plan, base_model=False)
     files.require_writable(stage.folder)
     sampled = stage.manifest("sample")
     accelerator = make_accelerator(plan.settings.compute)

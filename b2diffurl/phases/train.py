@@ -25,6 +25,7 @@ from b2diffurl.experiment.trajectories import SelectedTrajectories, Trajectories
 from b2diffurl.models import Model
 from b2diffurl.models.policy import compiling, load_policy
 from b2diffurl.phases.health import WINDOW, UpdateHealth, in_words
+from b2diffurl.phases.preflight import identified
 from b2diffurl.phases.trainer import Trainer, make_trainer, warm_up
 from b2diffurl.reporting.forecast import stage_done_line
 from b2diffurl.runtime import files
@@ -58,6 +59,7 @@ def train_stage(plan: Plan) -> None:
         logger.info("stage%d train: already finished", stage.index)
         clean_up(plan)  # a run killed between the manifest and its own clean_up has left files
         return
+    plan = identified(plan)
     started = time.perf_counter()
     files.require_writable(stage.folder)
     sampled = stage.manifest("sample")

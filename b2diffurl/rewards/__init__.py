@@ -93,7 +93,12 @@ def reward_identity(name: str, rewards: Rewards) -> list[Any]:
     module, own = reward_module(name), rewards.own.get(name, {})
     not_decisive = getattr(module, "NOT_DECISIVE", ())
     decisive = {key: value for key, value in own.items() if key not in not_decisive}
-    return [name, decisive, [checksum(path) for path in module.files(name, own)]]
+    return [name, decisive, file_checksums(name, rewards)]
+
+
+def file_checksums(name: str, rewards: Rewards) -> list[str]:
+    """The SHA-256 of each of a reward's files: its model's, or the code of a function of the user's own."""
+    return [checksum(path) for path in reward_module(name).files(name, rewards.own.get(name, {}))]
 
 
 def reward_module(name: str) -> RewardModule:

@@ -1,5 +1,6 @@
 """A user's own reward function, named `package.module:function` and found on the Python path."""
 
+import ast
 import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +20,9 @@ def check(name: str, own: Mapping[str, Any], prompts: Sequence[str]) -> None:
 
 def files(name: str, own: Mapping[str, Any]) -> list[Path]:
     # The module that defines the function, which is another one if the named module only imports it.
-    source = getattr(importlib.import_module(import_function(name).__module__), "__file__", None)
-    return [Path(source)] if source else []
+    module = import_function(name).__module__
+    source = getattr(importlib.import_module(module), "__file__", None)
+    return modules_beside(Path(source), module) if source else []
 
 
 def load(name: str, own: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Reward:
@@ -34,6 +36,43 @@ def load(name: str, own: Mapping[str, Any], device: torch.device, dtype: torch.d
             raise RuntimeError(f"reward {name} raised {error!r}") from error
 
     return reward
+
+
+def modules_beside(source: Path, module: str) -> list[Path]:
+    """The file `source` of a module, and the files of all modules that it imports from beside it, directly or not.
+
+    Beside it is the folder that its top package or module lies in. Only the package itself counts if that folder is one of
+    installed packages. What is imported under a computed name is not found, and data files are not looked for.
+    """
+    depth = module.count(".") + (source.name == "__init__.py")
+    folder, top = source.parents[depth], module.split(".")[0]
+    installed = {"site-packages", "dist-packages"} & set(folder.parts)
+    found, waiting = set(), [source]
+    while waiting:
+        path = waiting.pop()
+        if path in found or path.suffix != ".py":
+            continue
+        found.add(path)
+        for parts in imported_names(path, folder):
+            if parts[0] != "b2diffurl" and (parts[0] == top or not installed):
+                prefixes = [folder.joinpath(*parts[:count]) for count in range(1, len(parts) + 1)]
+                waiting += [
+                    file for one in prefixes for file in (one.with_suffix(".py"), one / "__init__.py") if file.is_file()
+                ]
+    return sorted(found | {source})
+
+
+def imported_names(path: Path, folder: Path) -> list[tuple[str, ...]]:
+    """What a Python file imports anywhere in it, as the parts of absolute names; of `from a import b` both a and a.b."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            names += [tuple(alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = path.parents[node.level - 1].relative_to(folder).parts if node.level else ()
+            base = (*package, *(node.module.split(".") if node.module else ()))
+            names += [(*base, alias.name) for alias in node.names]
+    return names
 
 
 def import_function(name: str) -> Callable:

@@ -1,6 +1,7 @@
 """A model's files: at a local path, in the cache of the Hugging Face hub, or on the hub; and whether they are whole."""
 
 import contextlib
+import functools
 import os
 import pickle
 import re
@@ -157,7 +158,16 @@ def model_files(model: str, *, tokenizer: bool = True) -> list[Path]:
 def checksum(path: Path) -> str:
     """SHA-256 of a file. In the hub's cache large files have it as their name, which saves reading gigabytes."""
     blob = path.resolve()
-    return blob.name if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name) else files.sha256(path)
+    if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
+        return blob.name
+    status = blob.stat()
+    return _checksum(blob, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@functools.lru_cache(maxsize=256)
+def _checksum(path: Path, *_status: int) -> str:
+    """SHA-256 of a file, read once in a process while its size, its time and its place on the disk stay."""
+    return files.sha256(path)
 
 
 def load_whole(kind: Any, root: Path, dtype: torch.dtype, device: torch.device) -> Any:

@@ -3,10 +3,15 @@
 import contextlib
 import json
 import runpy
+import shutil
+import sys
+from pathlib import Path
 
 import conftest
 import pytest
-from conftest import PROMPTS, ROOT, experiment, flags, get_config, make_config, plan, run_script, run_stage, snapshot
+import tiny
+from conftest import PROMPTS, ROOT, experiment, flags, get_config, make_config, plan, refuse, run_script, run_stage, snapshot
+from safetensors.torch import load_file, save_file
 
 from b2diffurl.configuration.command_line import named_preset
 from b2diffurl.configuration.keys import flatten
@@ -241,6 +246,94 @@ def test_a_reward_that_is_given_stands_alone(workplace, overrides):
     for found in (alone, recorded):
         assert (found["reward.clip.model"], found["reward.dtype"]) == ("another/clip", "auto")
         assert (found["sample.num_steps"], found["sample.eta"], found["eval.seed"]) == (4, 0.5, 7)
+
+
+def exchange(base: Path, part: str) -> None:
+    """Put another thing into a model directory in a part's place, of the same form."""
+    if part == "tokenizer":
+        path = base / part / "tokenizer.json"
+        content = json.loads(path.read_text())
+        content["model"]["vocab"] |= {"a": content["model"]["vocab"]["b"], "b": content["model"]["vocab"]["a"]}
+        path.write_text(json.dumps(content))
+    elif part == "scheduler":
+        tiny.write_scheduler(base, tiny.V1_4_SCHEDULER | {"beta_end": 0.011})
+    elif part == "config":
+        path = base / "vae" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"scaling_factor": 0.2}))
+    else:
+        [weights] = (base / part).glob("*.safetensors")
+        save_file({name: tensor * 1.01 for name, tensor in load_file(weights).items()}, weights)
+
+
+@pytest.fixture(scope="module")
+def begun_on_a_copy(overrides, models, tmp_path_factory) -> Path:
+    """A folder with a base model of its own, `base`, and an experiment whose stage 0 is finished and judged."""
+    folder = tmp_path_factory.mktemp("begun")
+    shutil.copytree(models / "sd", folder / "base")
+    settings = overrides | {"pretrained.model": "base"}
+    run_stage(folder, settings)
+    assert run_script(folder, "eval", settings, "--sampler=training").code == 0
+    return folder
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer", "scheduler", "config", "unet"])
+def test_a_base_model_with_an_exchanged_part_is_refused_by_every_phase(part, begun_on_a_copy, overrides, tmp_path):
+    """Between two stages, in the middle of one, and before judging; the part is named. Put back, all goes on."""
+    folder = shutil.copytree(begun_on_a_copy, tmp_path / "copy")
+    settings, stage1 = overrides | {"pretrained.model": "base"}, {"run_name": "stage1"}
+    whole = shutil.copytree(folder / "base", tmp_path / "whole")
+    exchange(folder / "base", part)
+    named = "vae" if part == "config" else part
+    refuse(
+        folder, "sample", settings | stage1, f"the {named} of the base model is another" if part != "unet" else "base model"
+    )
+    refuse(folder, "eval", settings, named if part != "unet" else "base model", arguments=("--sampler=training",))
+    shutil.rmtree(folder / "base")
+    shutil.copytree(whole, folder / "base")
+    for verb in ("sample", "select"):
+        assert run_script(folder, verb, settings | stage1).code == 0
+    exchange(folder / "base", part)
+    refuse(folder, "train", settings | stage1, f"the {named} of the base model is another")
+
+
+def test_a_base_model_that_moved_is_the_same(begun_on_a_copy, overrides, tmp_path):
+    """Neither its place counts nor what programs write about themselves."""
+    folder = shutil.copytree(begun_on_a_copy, tmp_path / "copy")
+    (folder / "base").rename(tmp_path / "moved")
+    for path in (tmp_path / "moved").glob("*/config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"_name_or_path": "x", "transformers_version": "9"}))
+    moved = overrides | {"pretrained.model": str(tmp_path / "moved"), "run_name": "stage1"}
+    assert run_script(folder, "sample", moved).code == 0
+    judged = run_script(folder, "eval", moved, "--sampler=training", "--checkpoint=base")
+    assert "images" not in judged.stdout.split("eval base on test prompts, training sampler")[0]
+    assert len(list((experiment(folder) / "eval").glob("base_*"))) == 1  # which was read back
+
+
+def test_an_allowed_exchange_is_recorded_once(begun_on_a_copy, overrides, tmp_path):
+    folder = shutil.copytree(begun_on_a_copy, tmp_path / "copy")
+    settings = overrides | {"pretrained.model": "base", "run_name": "stage1"}
+    exchange(folder / "base", "vae")
+    assert run_script(folder, "sample", settings | {"allow_config_change": True}).code == 0
+    for verb in ("select", "train"):
+        assert run_script(folder, verb, settings).code == 0
+    record = read_json(experiment(folder) / "config.json")
+    assert record["changed"] == [{"stage": 1, "changes": ["the vae of the base model is another"]}]
+
+
+def test_a_reward_whose_code_or_a_helper_beside_it_changed_is_refused(overrides, tmp_path, module, monkeypatch):
+    """Between two stages, before its scores are mixed with the old ones."""
+    helper = f"{module('')}_helper"
+    (tmp_path / f"{helper}.py").write_text("FACTOR = 1\n")
+    name = module(
+        f"def mean(images, prompts):\n    from {helper} import FACTOR\n    return FACTOR * images.float().mean((1, 2, 3))\n"
+    )
+    folder = tmp_path / "work"
+    folder.mkdir()
+    settings = overrides | {"reward.name": f"{name}:mean"}
+    run_stage(folder, settings)
+    (tmp_path / f"{helper}.py").write_text("FACTOR = -1\n")
+    refuse(folder, "sample", settings | {"run_name": "stage1"}, f"the model or code of reward {name}:mean is another")
+    monkeypatch.delitem(sys.modules, helper, raising=False)
 
 
 def test_of_two_runs_that_begin_at_once_the_second_is_refused(overrides, tmp_path, monkeypatch):

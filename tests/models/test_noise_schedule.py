@@ -1,0 +1,153 @@
+"""Noise schedules: which can be trained, and advice that works for every scheduler that a model may have been saved with."""
+
+import ast
+import json
+import re
+from dataclasses import replace
+
+import diffusers
+import pytest
+import tiny
+from conftest import refuse, run_script, stage_of
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from schedulers import HUB_CONFIGS
+
+from b2diffurl.configuration.settings import read_settings
+from b2diffurl.models.noise_schedule import (
+    decisive,
+    make_ddim,
+    read_config,
+    require_trainable,
+    stock_scheduler,
+    why_untrainable,
+)
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+# Diffusers' schedulers for Stable Diffusion, but one that is made of sigmas, and one that needs a further package.
+UNFIT = {"EDMEulerScheduler", "DPMSolverSDEScheduler"}
+CLASSES = sorted({one.name for one in KarrasDiffusionSchedulers} - UNFIT | {"LCMScheduler", "TCDScheduler"})
+
+
+def saved(name: str) -> dict:
+    """What `save_pretrained` writes for a scheduler of that class."""
+    return json.loads(getattr(diffusers, name).from_config(SD).to_json_string())
+
+
+def without_spacing(config: dict) -> dict:
+    """As classes save it that have no such entry, and as old versions saved it."""
+    return {key: value for key, value in config.items() if key != "timestep_spacing"}
+
+
+SPACINGS = ("linspace", "leading", "trailing")
+CONFIGS = HUB_CONFIGS | {f"{name}, default": without_spacing(saved(name)) for name in CLASSES}
+CONFIGS |= {f"{name}, {one}": saved(name) | {"timestep_spacing": one} for name in CLASSES for one in SPACINGS}
+
+
+@pytest.fixture
+def asked(config):
+    settings = read_settings(config)
+    return settings.model, replace(settings.sampling, num_steps=20)
+
+
+@pytest.mark.parametrize("config_name", CONFIGS)
+def test_the_advice_works_on_the_config_it_is_given_for(config_name, asked):
+    """A schedule is trainable as it is, or with the very entries that the refusal names; all S steps, from 1 to T."""
+    (model, sampling), schedule = asked, CONFIGS[config_name]
+    for num_trained_steps in (1, 20):
+        try:
+            require_trainable(schedule, model, sampling, num_trained_steps)
+        except ValueError as error:
+            entries = ast.literal_eval(re.search(r'--config.pretrained.scheduler="(.*)"', str(error))[1])
+            require_trainable(schedule | entries, replace(model, scheduler=entries), sampling, num_trained_steps)
+
+
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        ({"timestep_spacing": "linspace"}, {"timestep_spacing": "leading"}),
+        ({"clip_sample": True}, {"clip_sample": False}),
+        (
+            {"clip_sample": True, "thresholding": True, "steps_offset": 0},
+            {"clip_sample": False, "thresholding": False, "steps_offset": 1},
+        ),
+        ({"set_alpha_to_one": True}, {"set_alpha_to_one": False}),
+        ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, {"timestep_spacing": "leading"}),
+    ],
+    ids=str,
+)
+def test_no_more_is_advised_than_is_needed(change, advice, asked):
+    model, sampling = asked
+    with pytest.raises(ValueError, match=re.escape(f'--config.pretrained.scheduler="{advice}"')):
+        require_trainable(tiny.V1_4_SCHEDULER | change, model, sampling, 20)
+
+
+def test_the_advice_keeps_entries_that_were_given(asked):
+    """The flag replaces the whole dict, so what is advised holds them."""
+    model, sampling = asked
+    given = {"beta_end": 0.011}
+    whole = given | {"timestep_spacing": "leading"}
+    schedule = tiny.V1_4_SCHEDULER | {"timestep_spacing": "linspace"} | given
+    with pytest.raises(ValueError, match=re.escape(f'="{whole}"')):
+        require_trainable(schedule, replace(model, scheduler=given), sampling, 20)
+
+
+def test_zero_terminal_snr_needs_another_prediction_than_epsilon(asked):
+    """At alpha_bar 0 epsilon gives no image; v does. Before, sampling ended in values that are not finite."""
+    schedule = tiny.V1_4_SCHEDULER | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    assert "no signal" in why_untrainable(schedule, asked[1], 20)
+    assert why_untrainable(schedule | {"prediction_type": "v_prediction"}, asked[1], 20) == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "not made of betas"),
+        ({"_class_name": "EDMEulerScheduler"}, "not made of betas"),
+        ({"_class_name": "os"}, "not a scheduler of diffusers"),
+        ({"_class_name": None}, "not a scheduler of diffusers"),
+        ({"beta_schedule": "cubic"}, "cubic"),
+        ({"beta_end": "much"}, "cannot be made"),
+        ({"prediction_type": "flow_prediction"}, "known: epsilon"),
+    ],
+    ids=str,
+)
+def test_what_no_entry_mends_is_refused_before_any_work(empty, overrides, models, tmp_path, change, said):
+    base = tiny.copy_with_scheduler(models / "sd", tmp_path / "sd", change)
+    refuse(empty, "sample", overrides | {"pretrained.model": str(base)}, said)
+
+
+def test_unknown_entries_are_named(empty, overrides):
+    refuse(
+        empty,
+        "sample",
+        overrides | {"pretrained.scheduler": {"timestep_spacin": "leading"}},
+        "timestep_spacin",
+        "steps_offset",
+    )
+    refuse(empty, "sample", overrides | {"pretrained.scheduler": "leading"}, "pretrained.scheduler is 'leading'")
+    refuse(empty, "sample", overrides | {"pretrained.scheduler": {"a": [{}]}}, "numbers or texts")
+
+
+def test_a_run_with_the_advised_entries_samples_and_its_record_holds_them(empty, overrides, models, tmp_path):
+    """The model's file stays as it is. The entries count in training, in judging and in what is exported."""
+    base = tiny.copy_with_scheduler(models / "sd", tmp_path / "sd", {"timestep_spacing": "linspace"})
+    entries = {"timestep_spacing": "leading"}
+    settings = overrides | {"pretrained.model": str(base), "pretrained.scheduler": entries}
+    assert run_script(empty, "sample", settings).code == 0
+    assert stage_of(empty).manifest("sample")["scheduler"]["timestep_spacing"] == "leading"
+    refuse(
+        empty,
+        "select",
+        overrides | {"pretrained.model": str(base)},
+        "scheduler is None, was {'timestep_spacing': 'leading'}",
+    )
+    schedule = read_config(base, entries)
+    assert make_ddim(schedule).config.timestep_spacing == "leading"
+    assert stock_scheduler(schedule).config.timestep_spacing == "leading"
+
+
+def test_the_same_schedule_written_otherwise_is_the_same():
+    """Defaults that are written out and what diffusers says of itself do not count; a beta does."""
+    written_out = tiny.V1_4_SCHEDULER | {"_diffusers_version": "9", "thresholding": False, "timestep_spacing": "leading"}
+    assert decisive(tiny.V1_4_SCHEDULER) == decisive(written_out)
+    assert decisive(tiny.V1_4_SCHEDULER) != decisive(tiny.V1_4_SCHEDULER | {"beta_end": 0.011})
