@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from conftest import (
     stage_of,
 )
 from scored import BATCH, NUM_IMAGES, REDNESS, pixels, redness, scores
+
+from b2diffurl.rewards.own import modules_beside
 
 
 def test_a_function_that_returns_too_few_scores(begin, module):
@@ -137,3 +140,49 @@ def test_a_module_that_raises_when_imported(empty, overrides, module, source):
     assert f"reward {mine}:reward: importing {mine} raised" in ended.stderr
     assert re.search(rf'{mine}.py", line \d', ended.stderr)
     assert not experiment(empty).exists()
+
+
+# ---- which files it is made of ----
+
+
+FILES = {
+    "mine/__init__.py": "from .scale import FACTOR\n",
+    "mine/scale.py": "FACTOR = 1\n",
+    "mine/score.py": "import torch\nfrom . import scale\nfrom .deep.inner import *\ndef score(i, p):\n    import lazy\n",
+    "mine/deep/inner.py": "from ..other import f\nfrom mine import scale\n",
+    "mine/other.py": "import b2diffurl.start\n",
+    "lazy.py": "import mine.score\n",
+    "unused.py": "",
+    "torch.py": "",
+}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for name, source in FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(source)
+    return tmp_path
+
+
+def names(folder: Path, name: str, module: str) -> set[str]:
+    return {str(path.relative_to(folder)) for path in modules_beside(folder / name, module)}
+
+
+def test_a_reward_is_made_of_all_modules_beside_it_that_it_imports(folder):
+    """Relative and absolute, within functions, in circles, from a folder without __init__.py; the package itself, too."""
+    made_of = names(folder, "mine/score.py", "mine.score")
+    assert made_of == {name for name in FILES if name not in ("unused.py",)}
+    assert names(folder, "mine/__init__.py", "mine") == {"mine/__init__.py", "mine/scale.py"}
+    assert names(folder, "unused.py", "unused") == {"unused.py"}
+
+
+def test_of_an_installed_package_only_its_own_modules_count(folder):
+    installed = folder.rename(folder.with_name("site-packages"))
+    made_of = names(installed, "mine/score.py", "mine.score")
+    assert made_of == {name for name in FILES if name.startswith("mine/")}
+
+
+def test_a_module_that_is_no_source_is_a_file_of_its_own(tmp_path):
+    (tmp_path / "fast.so").write_bytes(b"\\x7fELF")
+    assert modules_beside(tmp_path / "fast.so", "fast") == [tmp_path / "fast.so"]
