@@ -11,6 +11,7 @@ from b2diffurl.configuration.loop import calls
 from b2diffurl.configuration.plan import make_plan
 from b2diffurl.configuration.prompts import load_prompts
 from b2diffurl.experiment import lock
+from b2diffurl.models import family
 from b2diffurl.reporting import dry_run, forecast
 from b2diffurl.runtime.logs import logger
 
@@ -27,6 +28,7 @@ def start(config: ConfigDict) -> None:
     plan = make_plan(config)
     load_prompts(plan.settings.prompts.held_out_file)  # a bad file is refused now, not hours later by the first evaluation
     if flags.FLAGS.dry_run:
+        family(plan.settings.model).check(plan.settings.model)
         print(dry_run.describe(plan))
         return
     if owner := lock.owner():  # 0 on the other machines of a cluster, which leave the lock to the first one

@@ -118,6 +118,12 @@ class Family(Protocol):
     def fingerprint(self, model: ModelSettings) -> str:
         """SHA-256 of the base network's weights, without loading the model."""
 
+    def check(self, model: ModelSettings) -> None:
+        """Refuse, by a ValueError or FileNotFoundError, a model that is not whole or that this family cannot run.
+
+        It looks at what is on this machine, downloads nothing and loads no weights. `load` refuses the same.
+        """
+
     def sizes(self, model: ModelSettings) -> Sizes | None:
         """The model's sizes, from its files; None if they are not on this machine. Downloads nothing."""
 

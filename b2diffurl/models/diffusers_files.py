@@ -8,14 +8,16 @@ families.
 import glob
 import hashlib
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from b2diffurl.configuration.settings import ModelSettings
+from b2diffurl.models import whole
 from b2diffurl.runtime import files
 from b2diffurl.runtime.hub import checksum, find_local, locate
 
@@ -31,6 +33,9 @@ class PipelineSpec:
     classes: Mapping[str, list[str]]  # {part: [package, class]} as in model_index.json, without the scheduler
     weights: Mapping[str, str]  # {part: weight file}, for parts that have weights; {} in it stands for the variant
     unused: tuple[str, ...]  # parts that a pipeline may have and that are not loaded, such as a safety checker
+    check_fit: Callable[
+        [Path, Mapping[str, nn.Module]], None
+    ]  # refuses parts, in the folders of a directory, that do not fit
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -69,6 +74,15 @@ def config_patterns(spec: PipelineSpec) -> list[str]:
     return ["model_index.json", "*/*.json", *(f"{part}/*" for part in tokenizers)]
 
 
+def loaded_files(folder: Path, name: str, variant: str) -> list[Path]:
+    """The weight files of a part that are loaded: file `name`, or the shards that its index lists."""
+    suffix = f".{variant}" if variant else ""
+    single, index = folder / name.format(suffix), folder / f"{name.format('')}.index{suffix}.json"
+    if index.is_file():
+        return [folder / shard for shard in sorted({*files.read_json(index)["weight_map"].values()})]
+    return [single] if single.is_file() else weight_files(folder, variant)
+
+
 def weight_files(folder: Path, variant: str) -> list[Path]:
     """A component's weight files of one variant; a FileNotFoundError if there are none."""
     # Without a variant a name with a second dot, such as model.fp16.safetensors, is another variant's file.
@@ -105,6 +119,13 @@ def find_here(model: ModelSettings, spec: PipelineSpec) -> tuple[list[Path], dic
     return weights, {part: files.read_json(path) for part, path in paths.items()}
 
 
+def check_here(model: ModelSettings, spec: PipelineSpec) -> None:
+    """Refuse a model that is on this machine and not whole. Downloads nothing, and loads no weights."""
+    root = find_local(model.name, f"{spec.network}/config.json", revision=model.revision)
+    if root is not None and root.is_dir():
+        check_directory(root, model.variant, spec, list(spec.classes))
+
+
 # ---- loading ----
 
 
@@ -133,16 +154,28 @@ def load_directory(
     missing = [name for name in spec.folders if name in (*wanted, "scheduler") and not (root / name).is_dir()]
     if missing:
         raise FileNotFoundError(f"{root} has no {missing[0]}/. A model directory holds {', '.join(spec.folders)}.")
-    for name in spec.weights:
-        if name in wanted:
-            weight_files(root / name, variant)  # raises if there are none, before gigabytes of another part are read
+    check_directory(root, variant, spec, wanted)
     options = {"variant": variant or None, "use_safetensors": True, "dtype": dtype}  # use_safetensors: never a pickle
     parts = {}
     for name in wanted:
-        package, kind = spec.classes[name]
-        loader = getattr(importlib.import_module(package), kind)
+        loader = class_of(name, spec)
         parts[name] = loader.from_pretrained(root, subfolder=name, **(options if name in spec.weights else {}))
     return parts
+
+
+def class_of(part: str, spec: PipelineSpec) -> Any:
+    package, kind = spec.classes[part]
+    return getattr(importlib.import_module(package), kind)
+
+
+def check_directory(root: Path, variant: str, spec: PipelineSpec, wanted: Sequence[str]) -> None:
+    """Refuse a directory whose `wanted` parts are not whole or do not fit one another. It loads no weights."""
+    weighty = [name for name in spec.weights if name in wanted]
+    paths = {name: loaded_files(root / name, spec.weights[name], variant) for name in weighty}
+    empty = {name: whole.empty_part(class_of(name, spec), root / name) for name in weighty}
+    spec.check_fit(root, empty)
+    for name, part in empty.items():
+        whole.check_tensors(root / name, part, whole.stored_shapes(paths[name]))
 
 
 def load_single_file(

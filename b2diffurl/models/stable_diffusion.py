@@ -17,7 +17,7 @@ from b2diffurl.algorithm.ddim import make_transitions
 from b2diffurl.algorithm.transition import Transitions
 from b2diffurl.algorithm.types import Conditions
 from b2diffurl.configuration.settings import ModelSettings
-from b2diffurl.models import Description, Sizes, diffusers_files, lora
+from b2diffurl.models import Description, Sizes, diffusers_files, lora, whole
 from b2diffurl.models.diffusers_files import PipelineSpec
 from b2diffurl.models.lora import LoraSpec, State
 
@@ -26,6 +26,20 @@ MAX_GRAPHS = 256  # a block's graphs differ by number of rows, width, resolution
 LATENT_PX = 8  # one latent stands for 8 x 8 pixels
 # The first needs a network conditioned on sigma. The second draws noise that no generator controls, so it cannot be seeded.
 UNFIT_SCHEDULERS = ("EDMEulerScheduler", "DPMSolverSDEScheduler")
+
+
+def check_fit(root: Path, parts: Mapping[str, nn.Module]) -> None:
+    """Refuse parts that do not fit one another. Only those that are given are compared."""
+    if "text_encoder" in parts:
+        text = parts["text_encoder"].config
+        whole.check_tokenizer(
+            root / "tokenizer",
+            diffusers_files.class_of("tokenizer", PIPELINE),
+            text.vocab_size,
+            text.max_position_embeddings,
+        )
+
+
 PIPELINE = PipelineSpec(
     pipeline="StableDiffusionPipeline",
     network="unet",
@@ -41,6 +55,7 @@ PIPELINE = PipelineSpec(
         "text_encoder": "model{}.safetensors",
     },
     unused=("safety_checker", "feature_extractor", "image_encoder"),
+    check_fit=check_fit,
 )
 
 
@@ -61,6 +76,10 @@ def describe() -> Description:
 
 def fingerprint(model: ModelSettings) -> str:
     return diffusers_files.fingerprint(model, PIPELINE)
+
+
+def check(model: ModelSettings) -> None:
+    diffusers_files.check_here(model, PIPELINE)
 
 
 def sizes(model: ModelSettings) -> Sizes | None:

@@ -7,12 +7,14 @@ from b2diffurl.configuration.prompts import load_prompts
 from b2diffurl.configuration.settings import Settings
 from b2diffurl.evaluation.features import check_features
 from b2diffurl.evaluation.generate import deployed_sampler
+from b2diffurl.models import family
 from b2diffurl.rewards import check_rewards
 
 
 def check_later_phases(plan: Plan) -> None:
     """Raise the error that selecting, training or judging would raise later, as far as it shows without loading a model."""
     settings = plan.settings
+    family(settings.model).check(settings.model)
     check_optimizer(settings)
     check_rewards([*settings.rewards.weights, *settings.rewards.watched], settings.rewards, plan.prompts)
     if settings.judging.judge:

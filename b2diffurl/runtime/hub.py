@@ -20,7 +20,8 @@ PROBE_TIMEOUT_SEC = 5
 # nothing else; that is a pickle, of which `load_whole` reads tensors only.
 MODEL_PARTS = ("*.json", "*.txt", "*.model", "*.jinja")
 MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
-TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
+# Any of these is a tokenizer's vocabulary; files that only work together stand together.
+TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("*.model",))
 
 
 def locate(
@@ -131,9 +132,8 @@ def missing_part(root: Path, *, tokenizer: bool) -> str:
     """
     if not (root / "config.json").is_file():
         return "config.json"
-    # Without these files transformers would make up a tokenizer with an empty vocabulary.
-    if tokenizer and not any(any(root.glob(pattern)) for pattern in TOKENIZERS):
-        return f"a tokenizer ({', '.join(TOKENIZERS)})"
+    if tokenizer and (lacks := missing_tokenizer(root)):
+        return lacks
     if not (weights := weight_files(root)):
         return " or ".join(MODEL_WEIGHTS)
     for index in root.glob(f"*{weights[0].suffix}.index.json"):
@@ -141,6 +141,16 @@ def missing_part(root: Path, *, tokenizer: bool) -> str:
         if shards:
             return min(shards)
     return ""
+
+
+def missing_tokenizer(root: Path) -> str:
+    """The files of a tokenizer, for an error message, if a directory has none; else "".
+
+    Without them transformers would make up a tokenizer with an empty vocabulary.
+    """
+    if any(all(any(root.glob(pattern)) for pattern in together) for together in TOKENIZERS):
+        return ""
+    return f"a tokenizer ({', or '.join(' and '.join(together) for together in TOKENIZERS)})"
 
 
 def weight_files(root: Path) -> list[Path]:
