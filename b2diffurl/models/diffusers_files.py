@@ -19,8 +19,10 @@ from torch import nn
 from b2diffurl.configuration.settings import ModelSettings
 from b2diffurl.models import whole
 from b2diffurl.runtime import files
-from b2diffurl.runtime.hub import checksum, find_local, locate
+from b2diffurl.runtime.hub import checksum, find_local, locate, require_no_holes
 
+GET_ANEW = "Get its files anew, or give another base (pretrained.model)."
+ANOTHER_BASE = "Give another base (pretrained.model)."
 SCHEDULER_FILE = Path("scheduler", "scheduler_config.json")  # in a model directory
 
 
@@ -33,9 +35,9 @@ class PipelineSpec:
     classes: Mapping[str, list[str]]  # {part: [package, class]} as in model_index.json, without the scheduler
     weights: Mapping[str, str]  # {part: weight file}, for parts that have weights; {} in it stands for the variant
     unused: tuple[str, ...]  # parts that a pipeline may have and that are not loaded, such as a safety checker
-    check_fit: Callable[
-        [Path, Mapping[str, nn.Module]], None
-    ]  # refuses parts, in the folders of a directory, that do not fit
+    others: Mapping[str, str]  # what a key of another family's single file begins with, and that family's name
+    # Refuses parts of a directory that do not fit one another, or that the family cannot run. They may lack weights.
+    check_fit: Callable[[Path, Mapping[str, nn.Module]], None]
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -121,9 +123,12 @@ def find_here(model: ModelSettings, spec: PipelineSpec) -> tuple[list[Path], dic
 
 def check_here(model: ModelSettings, spec: PipelineSpec) -> None:
     """Refuse a model that is on this machine and not whole. Downloads nothing, and loads no weights."""
-    root = find_local(model.name, f"{spec.network}/config.json", revision=model.revision)
+    probe = f"{spec.network}/config.json"
+    root = find_local(model.name, probe, revision=model.revision)
     if root is not None and root.is_dir():
         check_directory(root, model.variant, spec, list(spec.classes))
+    elif root is not None and (configs := find_local(model.config, probe)):
+        check_single_file(root, configs, spec, list(spec.classes))
 
 
 # ---- loading ----
@@ -137,8 +142,7 @@ def load_parts(
     wanted = list(spec.classes) if decoder else [spec.network]
     if root.is_dir():
         return load_directory(root, model.variant, spec, dtype, wanted), files.read_json(root / SCHEDULER_FILE)
-    if root.suffix != ".safetensors":
-        raise ValueError(f"{root} is not a .safetensors file. Convert it first; pickled weights are never loaded.")
+    require_safetensors(root)
     configs = locate_configs(model, spec)
     return load_single_file(root, configs, spec, dtype, wanted), files.read_json(configs / SCHEDULER_FILE)
 
@@ -150,16 +154,16 @@ def load_directory(
 
     The classes are the family's: its JSON files may name others, even code of their own, and are not asked.
     """
-    # Said here: diffusers would say that some file of some part is missing.
-    missing = [name for name in spec.folders if name in (*wanted, "scheduler") and not (root / name).is_dir()]
-    if missing:
-        raise FileNotFoundError(f"{root} has no {missing[0]}/. A model directory holds {', '.join(spec.folders)}.")
     check_directory(root, variant, spec, wanted)
     options = {"variant": variant or None, "use_safetensors": True, "dtype": dtype}  # use_safetensors: never a pickle
     parts = {}
     for name in wanted:
-        loader = class_of(name, spec)
-        parts[name] = loader.from_pretrained(root, subfolder=name, **(options if name in spec.weights else {}))
+        load = class_of(name, spec).from_pretrained
+        if name in spec.weights:
+            parts[name], info = load(root, subfolder=name, output_loading_info=True, **options)
+            require_no_holes(root / name, parts[name], info)
+        else:
+            parts[name] = load(root, subfolder=name)
     return parts
 
 
@@ -168,29 +172,63 @@ def class_of(part: str, spec: PipelineSpec) -> Any:
     return getattr(importlib.import_module(package), kind)
 
 
-def check_directory(root: Path, variant: str, spec: PipelineSpec, wanted: Sequence[str]) -> None:
-    """Refuse a directory whose `wanted` parts are not whole or do not fit one another. It loads no weights."""
-    weighty = [name for name in spec.weights if name in wanted]
-    paths = {name: loaded_files(root / name, spec.weights[name], variant) for name in weighty}
-    empty = {name: whole.empty_part(class_of(name, spec), root / name) for name in weighty}
-    spec.check_fit(root, empty)
-    for name, part in empty.items():
-        whole.check_tensors(root / name, part, whole.stored_shapes(paths[name]))
-
-
 def load_single_file(
     root: Path, configs: Path, spec: PipelineSpec, dtype: torch.dtype, wanted: Sequence[str]
 ) -> dict[str, Any]:
     """Load the `wanted` parts from one .safetensors file, with the component configs in directory `configs`."""
     import diffusers
 
-    check_index(configs / "model_index.json", spec)
+    check_single_file(root, configs, spec, wanted)
     # A part that is given as None is not loaded.
     left_out = dict.fromkeys([*spec.unused, *(name for name in spec.classes if name not in wanted)])
     pipeline = getattr(diffusers, spec.pipeline).from_single_file(
         str(root), config=str(configs), dtype=dtype, local_files_only=True, **left_out
     )
     return {name: getattr(pipeline, name) for name in wanted}
+
+
+# ---- whether it is whole ----
+
+
+def check_directory(root: Path, variant: str, spec: PipelineSpec, wanted: Sequence[str]) -> None:
+    """Refuse a directory whose `wanted` parts are not whole or do not fit one another. It loads no weights."""
+    # Said here: diffusers would say that some file of some part is missing.
+    missing = [name for name in spec.folders if name in (*wanted, "scheduler") and not (root / name).is_dir()]
+    if missing:
+        raise FileNotFoundError(f"{root} has no {missing[0]}/. A model directory holds {', '.join(spec.folders)}.")
+    # Before any config is read: a part without weights is the plainest fault.
+    paths = {part: loaded_files(root / part, name, variant) for part, name in spec.weights.items() if part in wanted}
+    for name, part in empty_parts(root, spec, wanted).items():
+        whole.check_tensors(f"{root / name}", part, whole.stored_shapes(paths[name]), GET_ANEW)
+
+
+def check_single_file(root: Path, configs: Path, spec: PipelineSpec, wanted: Sequence[str]) -> None:
+    """Refuse a single file whose `wanted` parts are not whole, or not what `configs` describes. It loads no weights."""
+    require_safetensors(root)
+    check_index(configs / "model_index.json", spec)
+    shapes = whole.stored_shapes([root])
+    for key, title in spec.others.items():
+        if any(name.startswith(key) for name in shapes):
+            raise ValueError(f"{root} is a model of {title}, which is not supported yet. {ANOTHER_BASE}")
+    parts = empty_parts(configs, spec, wanted)
+    for name, part in parts.items():
+        found = whole.converted(part, shapes)
+        if not found.keys() & part.state_dict().keys():
+            raise ValueError(f"{root} has no {name}. A single file must hold {', '.join(spec.weights)}. {ANOTHER_BASE}")
+        remedy = f"Get the file anew, or give the model with its configs, now {configs}, as pretrained.config."
+        whole.check_tensors(f"the {name} in {root}", part, found, remedy)
+
+
+def empty_parts(root: Path, spec: PipelineSpec, wanted: Sequence[str]) -> dict[str, nn.Module]:
+    """The `wanted` parts that have weights, by their configs in directory `root`, without weights. They fit one another."""
+    parts = {name: whole.empty_part(class_of(name, spec), root / name) for name in spec.weights if name in wanted}
+    spec.check_fit(root, parts)
+    return parts
+
+
+def require_safetensors(path: Path) -> None:
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} is not a .safetensors file. Convert it first; pickled weights are never loaded.")
 
 
 def check_index(path: Path, spec: PipelineSpec) -> None:

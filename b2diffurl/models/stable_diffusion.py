@@ -55,6 +55,12 @@ PIPELINE = PipelineSpec(
         "text_encoder": "model{}.safetensors",
     },
     unused=("safety_checker", "feature_extractor", "image_encoder"),
+    others={
+        "conditioner.embedders.": "SDXL",
+        "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
+        "model.diffusion_model.double_blocks.": "Flux",
+        "double_blocks.": "Flux",
+    },
     check_fit=check_fit,
 )
 

@@ -27,8 +27,8 @@ ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 NUM_NAMED = 3  # so many tensors are named in an error
 
 
-def check_tensors(where: Path, part: nn.Module, stored: Shapes) -> None:
-    """Refuse the files of a part, in `where`, whose tensors are not those of `part`. That may lie on the meta device."""
+def check_tensors(where: str, part: nn.Module, stored: Shapes, remedy: str) -> None:
+    """Refuse the files of a part, at `where`, whose tensors are not those of `part`, which may lie on the meta device."""
     expected = canonical({name: tuple(tensor.shape) for name, tensor in part.state_dict().items()})
     stored = {name: shape for name, shape in canonical(stored).items() if not HARMLESS.search(name)}
     wrong = [
@@ -41,11 +41,10 @@ def check_tensors(where: Path, part: nn.Module, stored: Shapes) -> None:
     }
     if not any(faults.values()):
         return
-    remedy = "Get its files anew, or give another base (pretrained.model)."
     if any(".lora_" in name or ".base_layer." in name for name in stored):
         remedy = "It was saved with a LoRA attached: fuse the LoRA (fuse_lora, unload_lora_weights), and save it again."
     said = "; it ".join(f"{fault} tensors ({names})" for fault, names in faults.items() if names)
-    raise ValueError(f"{where} does not hold a whole {type(part).__name__}: it {said}. {remedy}")
+    raise ValueError(f"{where} is not a whole {type(part).__name__}: it {said}. {remedy}")
 
 
 def canonical(shapes: Shapes) -> dict[str, tuple[int, ...]]:
@@ -78,6 +77,31 @@ def stored_shapes(paths: Iterable[Path]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def converted(part: nn.Module, stored: Shapes) -> Shapes:
+    """The shapes of a part's tensors under the keys of diffusers, from all of a single file in the original layout."""
+    from diffusers.loaders import single_file_utils as original
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES as DIFFUSERS
+
+    kind = type(part).__name__
+    # The converters of diffusers work on empty tensors, too. Some remove what they have read, so they get a copy.
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in stored.items()}
+    unread = {}
+    try:
+        if kind in DIFFUSERS:
+            found = DIFFUSERS[kind]["checkpoint_mapping_fn"](config=dict(part.config), checkpoint=dict(tensors))
+        elif original.is_open_clip_model(tensors):
+            found = original.convert_open_clip_checkpoint(part, dict(tensors))
+        else:
+            found = original.convert_ldm_clip_checkpoint(dict(tensors))
+    except (KeyError, ValueError, IndexError):  # some stumble over what is missing: then nothing counts as found
+        found = {}
+    if kind == "UNet2DConditionModel":  # its tensors are renamed one to one; what the converter leaves out is unknown
+        read = {id(tensor) for tensor in found.values()}
+        mine = original.LDM_UNET_KEY
+        unread = {name: value for name, value in tensors.items() if name.startswith(mine) and id(value) not in read}
+    return {name.removeprefix("text_model."): tuple(tensor.shape) for name, tensor in (found | unread).items()}
+
+
 def empty_part(kind: Any, folder: Path) -> nn.Module:
     """A model of a class of diffusers or transformers with the config in `folder`, and without weights."""
     with torch.device("meta"):
@@ -90,7 +114,7 @@ def empty_part(kind: Any, folder: Path) -> nn.Module:
 
 
 def check_tokenizer(folder: Path, kind: Any, vocab_size: int, max_tokens: int) -> None:
-    """Refuse a tokenizer, of class `kind`, that does not fit a text encoder of `vocab_size` tokens and `max_tokens` positions."""
+    """Refuse a tokenizer of class `kind` that does not fit a text encoder of `vocab_size` ids and `max_tokens` positions."""
     if lacks := missing_tokenizer(folder):
         raise FileNotFoundError(f"{folder} lacks {lacks}, without which no prompt can be read. Get the model's files anew.")
     tokenizer = kind.from_pretrained(folder)
@@ -102,7 +126,7 @@ def check_tokenizer(folder: Path, kind: Any, vocab_size: int, max_tokens: int) -
         )
     if tokenizer.model_max_length > max_tokens:
         raise ValueError(
-            f"{folder} does not fit its text encoder: model_max_length is {tokenizer.model_max_length}, and the text encoder "
+            f"{folder} does not fit its text encoder: model_max_length is {tokenizer.model_max_length}, and that "
             f"reads {max_tokens} tokens. Set model_max_length in tokenizer_config.json to {max_tokens}."
         )
     some_word(folder, tokenizer)

@@ -7,7 +7,7 @@ import re
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,16 @@ def load_whole(kind: Any, root: Path, dtype: torch.dtype, device: torch.device) 
     except pickle.UnpicklingError as error:  # a .bin file is a pickle, and torch refuses anything in it but tensors
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"the weights in {root} are damaged, or hold more than tensors: {reason}") from None
-    if info["missing_keys"]:
-        raise ValueError(f"{root} lacks weights of {type(model).__name__}, such as {min(info['missing_keys'])}.")
+    require_no_holes(root, model, info)
     return model.to(device).eval()
+
+
+def require_no_holes(root: Path, model: Any, info: Mapping[str, Any]) -> None:
+    """Refuse a model that was loaded with `info` (`output_loading_info`) if some weights were not in its files.
+
+    The libraries fill such weights with random numbers.
+    """
+    # (name, shape, shape) is a tensor of another shape.
+    holes = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    if holes:
+        raise ValueError(f"{root} lacks weights of {type(model).__name__}, such as {min(holes)}.")
