@@ -91,7 +91,7 @@ class Sizes:
     """The sizes of a base model from which the sizes of an experiment's files follow."""
 
     latent_shape: tuple[int, int, int]  # C, h, w
-    image_px: int  # length of an image's side
+    image_px: tuple[int, int]  # height, width
     embedding: int  # how many numbers a prompt's embedding has
     lora: int  # how many numbers a LoRA of rank 1 has
 

@@ -1,5 +1,6 @@
 """A base model with something missing is refused in one sentence, before any work; one that is whole passes."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,11 +8,26 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import ROOT, assert_refused, refuse, start, unfinish
-from diffusers import UNet2DConditionModel
+from conftest import (
+    ROOT,
+    assert_refused,
+    experiment,
+    make_config,
+    refuse,
+    run_evaluation,
+    run_stage,
+    start,
+    unfinish,
+    update_of,
+)
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
+
+from b2diffurl.configuration.settings import read_settings
+from b2diffurl.models import stable_diffusion
 
 SHAPES = ROOT / "model" / "shapes" / "base"
 WEIGHTS = {
@@ -156,3 +172,84 @@ def test_a_tokenizer_of_another_model(base):
     tokens.save_pretrained(base / "tokenizer")
     with pytest.raises(ValueError, match="base/tokenizer reads every prompt as the empty one"):
         tiny.load_model(base)
+
+
+def change_config(base: Path, part: str, **entries) -> None:
+    path = base / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"time_cond_proj_dim": 8}, "has time_cond_proj_dim 8, for an input that is never given here"),
+        ({"class_embed_type": "timestep"}, "has class_embed_type 'timestep', for an input that is never given"),
+        ({"num_class_embeds": 10}, "has num_class_embeds 10, for an input that is never given"),
+        ({"addition_embed_type": "image", "encoder_hid_dim": 16}, "has addition_embed_type 'image', for an input that"),
+        ({"encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 16}, "has encoder_hid_dim_type 'image_proj', for an"),
+        ({"attention_type": "gated"}, "has attention_type 'gated', for an input that is never given"),
+        ({"in_channels": 9}, "has in_channels 9 and out_channels 4; models that also read an image, such as for inpainting"),
+        ({"in_channels": 16, "out_channels": 16}, "has in_channels 16, but vae/config.json has latent_channels 4"),
+        ({"cross_attention_dim": 32}, "has cross_attention_dim 32, but text_encoder/config.json has hidden_size 16"),
+        ({"cross_attention_dim": [16, 32]}, "has cross_attention_dim 32, but text_encoder/config.json has hidden_size 16"),
+        ({"encoder_hid_dim": 32}, "has encoder_hid_dim 32, but text_encoder/config.json has hidden_size 16"),
+        (
+            {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64},
+            r"is a model of SDXL \(addition_embed_type text_time\), which is not supported yet\. Give another base",
+        ),
+    ],
+)
+def test_a_unet_that_reads_more_than_it_is_given(base, entries, said):
+    """Or other text and latents than the other parts make."""
+    change_config(base, "unet", **entries)
+    with pytest.raises(ValueError, match=f"base/unet/config.json {said}"):
+        tiny.load_model(base)
+
+
+@pytest.mark.parametrize(
+    "inputs", [{"addition_embed_type": "text", "addition_embed_type_num_heads": 2}, {"encoder_hid_dim": 16}]
+)
+def test_a_unet_that_reads_text_in_another_way(base, inputs):
+    """Passes: what it needs is given to it."""
+    config = UNet2DConditionModel.load_config(base / "unet") | inputs
+    UNet2DConditionModel.from_config(config).save_pretrained(base / "unet")
+    model = tiny.load_model(base)
+    embeds = model.encode(["a"])
+    assert model.predict(torch.zeros(1, *model.latent_shape), torch.tensor(1), embeds, embeds, 2.0).isfinite().all()
+
+
+def test_a_sample_size_that_is_a_list(base, models, overrides, finished, tmp_path):
+    """[8, 8] is 8: the dry run passes, and a stage ends in the same LoRA, bit for bit."""
+    change_config(base, "unet", sample_size=[8, 8])
+    settings = overrides | {"pretrained.model": str(base)}
+    plans = [start(tmp_path, one, "--dry_run").stdout.splitlines() for one in (settings, overrides)]
+    assert plans[0][-1] == plans[1][-1]
+    assert [line for line in plans[0] if line.startswith("disk")] == [line for line in plans[1] if line.startswith("disk")]
+    run_stage(tmp_path, settings)
+    assert torch.equal(update_of(tmp_path), update_of(finished))
+
+
+def test_images_that_are_not_square(base, overrides, tmp_path):
+    """Height comes first, as in the pipeline of diffusers; sampling, training, judging and the plan follow."""
+    change_config(base, "unet", sample_size=[8, 16])
+    settings = overrides | {"pretrained.model": str(base)}
+    run_stage(tmp_path, settings)
+    run_evaluation(tmp_path, settings, checkpoints=["last"])
+    stock = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+    stock.set_progress_bar_config(disable=True)
+    drawn = stock("a red circle", num_inference_steps=1).images[0].size
+    images = [Image.open(path).size for path in experiment(tmp_path).rglob("*.png") if path.name != "tree.png"]
+    assert (drawn, set(images)) == ((128, 64), {(128, 64)})
+    sizes = stable_diffusion.sizes(read_settings(make_config(settings)).model)
+    assert (sizes.latent_shape, sizes.image_px) == ((4, 8, 16), (64, 128))
+
+
+def test_a_resolution_is_in_the_pixels_of_the_vae():
+    """One that halves an image twice makes latents of 4 x 4 pixels, as in the pipeline of diffusers."""
+    unet, vae = {"block_out_channels": [8, 16], "sample_size": 8}, {"block_out_channels": [4, 8, 8]}
+    assert stable_diffusion.latent_size(unet, vae, 64) == (16, 16)
+    assert stable_diffusion.latent_size(unet, vae, 0) == (8, 8)
+    with pytest.raises(ValueError, match="resolution is 60; this model needs a multiple of 8 pixels"):
+        stable_diffusion.latent_size(unet, vae, 60)
+    with pytest.raises(ValueError, match=r"no sample_size; set pretrained\.resolution"):
+        stable_diffusion.latent_size({"sample_size": None}, vae, 0)
