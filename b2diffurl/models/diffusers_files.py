@@ -19,7 +19,7 @@ from torch import nn
 from b2diffurl.configuration.settings import ModelSettings
 from b2diffurl.models import whole
 from b2diffurl.runtime import files
-from b2diffurl.runtime.hub import checksum, find_local, locate, require_no_holes
+from b2diffurl.runtime.hub import checksum, find_local, locate, missing_tokenizer, require_no_holes
 
 GET_ANEW = "Get its files anew, or give another base (pretrained.model)."
 ANOTHER_BASE = "Give another base (pretrained.model)."
@@ -50,7 +50,21 @@ class PipelineSpec:
 
 def locate_base(model: ModelSettings, spec: PipelineSpec) -> Path:
     """The directory or single file of a base model. Its files are downloaded if they are not on this machine."""
-    return locate(model.name, revision=model.revision, patterns=file_patterns(model.variant, spec))
+
+    def missing(root: Path) -> str:
+        return missing_file(root, spec)
+
+    try:
+        patterns = file_patterns(model.variant, spec)
+        root = locate(model.name, revision=model.revision, patterns=patterns, missing=missing)
+    except FileNotFoundError:  # the hub cannot be asked whether some parts have no such variant; they may be here without it
+        root = find_local(model.name, f"{spec.network}/config.json", revision=model.revision) if model.variant else None
+        if root is None:
+            raise
+    plain = [part for part in spec.weights if model.variant and not has_variant(root / part, model.variant)]
+    if not plain or len(plain) == len(spec.weights):
+        return root
+    return locate(model.name, revision=model.revision, patterns=file_patterns(model.variant, spec, plain))
 
 
 def locate_configs(model: ModelSettings, spec: PipelineSpec) -> Path:
@@ -64,10 +78,13 @@ def locate_configs(model: ModelSettings, spec: PipelineSpec) -> Path:
         raise FileNotFoundError(f"a single file needs the configs of its components (pretrained.config): {error}") from None
 
 
-def file_patterns(variant: str, spec: PipelineSpec) -> list[str]:
-    """What to download: configs, tokenizers, and one variant of the weights, as safetensors."""
-    suffix = f".{variant}" if variant else ""
-    return [*config_patterns(spec), *(f"{part}/{name.format(suffix)}" for part, name in spec.weights.items())]
+def file_patterns(variant: str, spec: PipelineSpec, plain: Sequence[str] = ()) -> list[str]:
+    """What to download: configs, tokenizers, and one variant of the weights, as safetensors.
+
+    Parts in `plain` have no such variant, and are downloaded without it.
+    """
+    suffixes = {part: f".{variant}" if variant and part not in plain else "" for part in spec.weights}
+    return [*config_patterns(spec), *(f"{part}/{name.format(suffixes[part])}" for part, name in spec.weights.items())]
 
 
 def config_patterns(spec: PipelineSpec) -> list[str]:
@@ -76,9 +93,26 @@ def config_patterns(spec: PipelineSpec) -> list[str]:
     return ["model_index.json", "*/*.json", *(f"{part}/*" for part in tokenizers)]
 
 
+def missing_file(root: Path, spec: PipelineSpec) -> str:
+    """Something that every model's directory has and this one lacks, "" if nothing. The variant of weights is not asked."""
+    for file in (SCHEDULER_FILE, *(Path(part, "config.json") for part in spec.weights)):
+        if not (root / file).is_file():
+            return str(file)
+    for part in spec.classes:
+        if part in spec.weights and not any((root / part).glob("*.safetensors")):
+            return f"{part}/*.safetensors"
+        if part not in spec.weights and (lacks := missing_tokenizer(root / part)):
+            return lacks
+    return ""
+
+
+def has_variant(folder: Path, variant: str) -> bool:
+    return any(folder.glob(f"*.{glob.escape(variant)}*.safetensors"))
+
+
 def loaded_files(folder: Path, name: str, variant: str) -> list[Path]:
     """The weight files of a part that are loaded: file `name`, or the shards that its index lists."""
-    suffix = f".{variant}" if variant else ""
+    suffix = f".{variant}" if variant and has_variant(folder, variant) else ""
     single, index = folder / name.format(suffix), folder / f"{name.format('')}.index{suffix}.json"
     if index.is_file():
         return [folder / shard for shard in sorted({*files.read_json(index)["weight_map"].values()})]
@@ -86,7 +120,11 @@ def loaded_files(folder: Path, name: str, variant: str) -> list[Path]:
 
 
 def weight_files(folder: Path, variant: str) -> list[Path]:
-    """A component's weight files of one variant; a FileNotFoundError if there are none."""
+    """A component's weight files of one variant, or without variant if it has none of it, as diffusers takes them.
+
+    A FileNotFoundError says that there are none at all.
+    """
+    variant = variant if has_variant(folder, variant) else ""
     # Without a variant a name with a second dot, such as model.fp16.safetensors, is another variant's file.
     pattern = f"*.{glob.escape(variant)}*.safetensors" if variant else "*.safetensors"
     weights = sorted(path for path in folder.glob(pattern) if variant or path.name.count(".") == 1)
@@ -122,12 +160,17 @@ def find_here(model: ModelSettings, spec: PipelineSpec) -> tuple[list[Path], dic
 
 
 def check_here(model: ModelSettings, spec: PipelineSpec) -> None:
-    """Refuse a model that is on this machine and not whole. Downloads nothing, and loads no weights."""
+    """Refuse a model that is on this machine and not whole. Downloads nothing, and loads no weights.
+
+    A model of the hub that is here in part passes, because loading it downloads the rest.
+    """
     probe = f"{spec.network}/config.json"
     root = find_local(model.name, probe, revision=model.revision)
-    if root is not None and root.is_dir():
+    if root is None or (not Path(model.name).expanduser().exists() and missing_file(root, spec)):
+        return
+    if root.is_dir():
         check_directory(root, model.variant, spec, list(spec.classes))
-    elif root is not None and (configs := find_local(model.config, probe)):
+    elif configs := find_local(model.config, probe):
         check_single_file(root, configs, spec, list(spec.classes))
 
 
@@ -155,12 +198,13 @@ def load_directory(
     The classes are the family's: its JSON files may name others, even code of their own, and are not asked.
     """
     check_directory(root, variant, spec, wanted)
-    options = {"variant": variant or None, "use_safetensors": True, "dtype": dtype}  # use_safetensors: never a pickle
+    options = {"use_safetensors": True, "dtype": dtype}  # use_safetensors: never a pickle
     parts = {}
     for name in wanted:
         load = class_of(name, spec).from_pretrained
         if name in spec.weights:
-            parts[name], info = load(root, subfolder=name, output_loading_info=True, **options)
+            own = variant if has_variant(root / name, variant) else None
+            parts[name], info = load(root, subfolder=name, variant=own, output_loading_info=True, **options)
             require_no_holes(root / name, parts[name], info)
         else:
             parts[name] = load(root, subfolder=name)
@@ -196,6 +240,10 @@ def check_directory(root: Path, variant: str, spec: PipelineSpec, wanted: Sequen
     missing = [name for name in spec.folders if name in (*wanted, "scheduler") and not (root / name).is_dir()]
     if missing:
         raise FileNotFoundError(f"{root} has no {missing[0]}/. A model directory holds {', '.join(spec.folders)}.")
+    if variant and not any(has_variant(root / part, variant) for part in spec.weights):
+        raise FileNotFoundError(
+            f"{root} has no *.{variant}.safetensors in any part. Set pretrained.variant to one that it has."
+        )
     # Before any config is read: a part without weights is the plainest fault.
     paths = {part: loaded_files(root / part, name, variant) for part, name in spec.weights.items() if part in wanted}
     for name, part in empty_parts(root, spec, wanted).items():

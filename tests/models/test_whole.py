@@ -21,13 +21,15 @@ from conftest import (
     update_of,
 )
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from foreign import output
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
-from b2diffurl.configuration.settings import read_settings
+from b2diffurl.configuration.settings import ModelSettings, read_settings
 from b2diffurl.models import stable_diffusion
+from b2diffurl.models.stable_diffusion import StableDiffusion
 
 SHAPES = ROOT / "model" / "shapes" / "base"
 WEIGHTS = {
@@ -253,3 +255,48 @@ def test_a_resolution_is_in_the_pixels_of_the_vae():
         stable_diffusion.latent_size(unet, vae, 60)
     with pytest.raises(ValueError, match=r"no sample_size; set pretrained\.resolution"):
         stable_diffusion.latent_size({"sample_size": None}, vae, 0)
+
+
+@pytest.fixture
+def in_the_hub(tmp_path, monkeypatch) -> Callable[[Path], Path]:
+    """in_the_hub(folder) -> the snapshot in the hub's cache that holds a copy of it, as the model somebody/model."""
+
+    def copy(folder: Path) -> Path:
+        root = tmp_path / "hub" / "models--somebody--model"
+        (root / "refs").mkdir(parents=True)
+        (root / "refs" / "main").write_text("abc")
+        return shutil.copytree(folder, root / "snapshots" / "abc")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return copy
+
+
+def settings_of(name: object, variant: str = "") -> ModelSettings:
+    return read_settings(make_config({"pretrained.model": str(name), "pretrained.variant": variant})).model
+
+
+def load(settings: ModelSettings) -> StableDiffusion:
+    return stable_diffusion.load(settings, device=torch.device("cpu"), dtype=torch.float32, seed=0, decoder=True)
+
+
+def test_a_variant_that_only_some_parts_have(base, models, in_the_hub):
+    """The others are taken without it, as diffusers does; also from the hub's cache, when the hub cannot be asked."""
+    file = base / WEIGHTS["unet"]
+    file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    in_the_hub(base)
+    expected = output(tiny.load_model(models / "sd"))
+    for name in (base, "somebody/model"):
+        assert torch.equal(output(load(settings_of(name, "fp16"))), expected)
+    with pytest.raises(FileNotFoundError, match=r"base has no \*\.fp32\.safetensors in any part\. Set pretrained\.variant"):
+        stable_diffusion.check(settings_of(base, "fp32"))
+
+
+def test_a_download_that_was_cut_off(models, in_the_hub):
+    """The check passes, because loading goes on with it. Without the hub loading says what to do."""
+    snapshot = in_the_hub(models / "sd")
+    settings = settings_of("somebody/model")
+    assert torch.equal(output(load(settings)), output(tiny.load_model(models / "sd")))
+    lose_vocabulary(snapshot)
+    stable_diffusion.check(settings)
+    with pytest.raises(FileNotFoundError, match=r"somebody/model is not, or not whole, in the local cache .* hf download"):
+        load(settings)
