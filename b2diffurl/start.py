@@ -32,6 +32,7 @@ def start(config: ConfigDict) -> None:
         check_sampler(plan, max(Budget.of(plan.settings).planned_steps(plan.stage.root)))
     load_prompts(plan.settings.prompts.held_out_file)  # a bad file is refused now, not hours later by the first evaluation
     if flags.FLAGS.dry_run:
+        family(plan.settings.model).check(plan.settings.model)
         print(dry_run.describe(plan))
         return
     if owner := lock.owner():  # 0 on the other machines of a cluster, which leave the lock to the first one

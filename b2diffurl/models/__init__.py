@@ -91,7 +91,7 @@ class Sizes:
     """The sizes of a base model from which the sizes of an experiment's files follow."""
 
     latent_shape: tuple[int, int, int]  # C, h, w
-    image_px: int  # length of an image's side
+    image_px: tuple[int, int]  # height, width
     embedding: int  # how many numbers a prompt's embedding has
     lora: int  # how many numbers a LoRA of rank 1 has
 
@@ -126,6 +126,12 @@ class Family(Protocol):
 
     def check_sampler(self, model: ModelSettings, sampling: Sampling, num_trained_steps: int) -> None:
         """Raise a ValueError if the last S steps of training's sampler have no log-probability. It names what works."""
+
+    def check(self, model: ModelSettings) -> None:
+        """Refuse, by a ValueError or FileNotFoundError, a model that is not whole or that this family cannot run.
+
+        It looks at what is on this machine, downloads nothing and loads no weights. `load` refuses the same.
+        """
 
     def sizes(self, model: ModelSettings) -> Sizes | None:
         """The model's sizes, from its files; None if they are not on this machine. Downloads nothing."""

@@ -8,17 +8,19 @@ families.
 import glob
 import hashlib
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from b2diffurl.configuration.settings import ModelSettings
-from b2diffurl.models import noise_schedule
+from b2diffurl.models import noise_schedule, whole
+from b2diffurl.models.noise_schedule import SCHEDULER_FILE
 from b2diffurl.runtime import files
-from b2diffurl.runtime.hub import MODEL_PARTS, checksum, find_local, locate
+from b2diffurl.runtime.hub import MODEL_PARTS, checksum, find_local, locate, missing_tokenizer, require_no_holes
 
 CONFIGS = ("config.json", "tokenizer_config.json")
 # Entries of a part's config that change nothing in its output.
@@ -26,6 +28,8 @@ NOT_DECISIVE = (
     "_name_or_path", "name_or_path", "_diffusers_version", "transformers_version", "_commit_hash", "torch_dtype", "dtype",
     "architectures", "tokenizer_file", "special_tokens_map_file",
 )  # fmt: skip
+GET_ANEW = "Get its files anew, or give another base (pretrained.model)."
+ANOTHER_BASE = "Give another base (pretrained.model)."
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,9 @@ class PipelineSpec:
     classes: Mapping[str, list[str]]  # {part: [package, class]} as in model_index.json, without the scheduler
     weights: Mapping[str, str]  # {part: weight file}, for parts that have weights; {} in it stands for the variant
     unused: tuple[str, ...]  # parts that a pipeline may have and that are not loaded, such as a safety checker
+    others: Mapping[str, str]  # what a key of another family's single file begins with, and that family's name
+    # Refuses parts of a directory that do not fit one another, or that the family cannot run. They may lack weights.
+    check_fit: Callable[[Path, Mapping[str, nn.Module]], None]
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -49,7 +56,21 @@ class PipelineSpec:
 
 def locate_base(model: ModelSettings, spec: PipelineSpec) -> Path:
     """The directory or single file of a base model. Its files are downloaded if they are not on this machine."""
-    return locate(model.name, revision=model.revision, patterns=file_patterns(model.variant, spec))
+
+    def missing(root: Path) -> str:
+        return missing_file(root, spec)
+
+    try:
+        patterns = file_patterns(model.variant, spec)
+        root = locate(model.name, revision=model.revision, patterns=patterns, missing=missing)
+    except FileNotFoundError:  # the hub cannot be asked whether some parts have no such variant; they may be here without it
+        root = find_local(model.name, f"{spec.network}/config.json", revision=model.revision) if model.variant else None
+        if root is None:
+            raise
+    plain = [part for part in spec.weights if model.variant and not has_variant(root / part, model.variant)]
+    if not plain or len(plain) == len(spec.weights):
+        return root
+    return locate(model.name, revision=model.revision, patterns=file_patterns(model.variant, spec, plain))
 
 
 def locate_configs(model: ModelSettings, spec: PipelineSpec) -> Path:
@@ -63,10 +84,13 @@ def locate_configs(model: ModelSettings, spec: PipelineSpec) -> Path:
         raise FileNotFoundError(f"a single file needs the configs of its components (pretrained.config): {error}") from None
 
 
-def file_patterns(variant: str, spec: PipelineSpec) -> list[str]:
-    """What to download: configs, tokenizers, and one variant of the weights, as safetensors."""
-    suffix = f".{variant}" if variant else ""
-    return [*config_patterns(spec), *(f"{part}/{name.format(suffix)}" for part, name in spec.weights.items())]
+def file_patterns(variant: str, spec: PipelineSpec, plain: Sequence[str] = ()) -> list[str]:
+    """What to download: configs, tokenizers, and one variant of the weights, as safetensors.
+
+    Parts in `plain` have no such variant, and are downloaded without it.
+    """
+    suffixes = {part: f".{variant}" if variant and part not in plain else "" for part in spec.weights}
+    return [*config_patterns(spec), *(f"{part}/{name.format(suffixes[part])}" for part, name in spec.weights.items())]
 
 
 def config_patterns(spec: PipelineSpec) -> list[str]:
@@ -75,8 +99,38 @@ def config_patterns(spec: PipelineSpec) -> list[str]:
     return ["model_index.json", "*/*.json", *(f"{part}/*" for part in tokenizers)]
 
 
+def missing_file(root: Path, spec: PipelineSpec) -> str:
+    """Something that every model's directory has and this one lacks, "" if nothing. The variant of weights is not asked."""
+    for file in (SCHEDULER_FILE, *(Path(part, "config.json") for part in spec.weights)):
+        if not (root / file).is_file():
+            return str(file)
+    for part in spec.classes:
+        if part in spec.weights and not any((root / part).glob("*.safetensors")):
+            return f"{part}/*.safetensors"
+        if part not in spec.weights and (lacks := missing_tokenizer(root / part)):
+            return lacks
+    return ""
+
+
+def has_variant(folder: Path, variant: str) -> bool:
+    return any(folder.glob(f"*.{glob.escape(variant)}*.safetensors"))
+
+
+def loaded_files(folder: Path, name: str, variant: str) -> list[Path]:
+    """The weight files of a part that are loaded: file `name`, or the shards that its index lists."""
+    suffix = f".{variant}" if variant and has_variant(folder, variant) else ""
+    single, index = folder / name.format(suffix), folder / f"{name.format('')}.index{suffix}.json"
+    if index.is_file():
+        return [folder / shard for shard in sorted({*files.read_json(index)["weight_map"].values()})]
+    return [single] if single.is_file() else weight_files(folder, variant)
+
+
 def weight_files(folder: Path, variant: str) -> list[Path]:
-    """A component's weight files of one variant; a FileNotFoundError if there are none."""
+    """A component's weight files of one variant, or without variant if it has none of it, as diffusers takes them.
+
+    A FileNotFoundError says that there are none at all.
+    """
+    variant = variant if has_variant(folder, variant) else ""
     # Without a variant a name with a second dot, such as model.fp16.safetensors, is another variant's file.
     pattern = f"*.{glob.escape(variant)}*.safetensors" if variant else "*.safetensors"
     weights = sorted(path for path in folder.glob(pattern) if variant or path.name.count(".") == 1)
@@ -139,6 +193,21 @@ def find_here(model: ModelSettings, spec: PipelineSpec) -> tuple[list[Path], dic
     return weights, {part: files.read_json(path) for part, path in paths.items()}
 
 
+def check_here(model: ModelSettings, spec: PipelineSpec) -> None:
+    """Refuse a model that is on this machine and not whole. Downloads nothing, and loads no weights.
+
+    A model of the hub that is here in part passes, because loading it downloads the rest.
+    """
+    probe = f"{spec.network}/config.json"
+    root = find_local(model.name, probe, revision=model.revision)
+    if root is None or (not Path(model.name).expanduser().exists() and missing_file(root, spec)):
+        return
+    if root.is_dir():
+        check_directory(root, model.variant, spec, list(spec.classes))
+    elif configs := find_local(model.config, probe):
+        check_single_file(root, configs, spec, list(spec.classes))
+
+
 # ---- loading ----
 
 
@@ -148,8 +217,7 @@ def load_parts(model: ModelSettings, spec: PipelineSpec, dtype: torch.dtype, *, 
     wanted = list(spec.classes) if decoder else [spec.network]
     if root.is_dir():
         return load_directory(root, model.variant, spec, dtype, wanted)
-    if root.suffix != ".safetensors":
-        raise ValueError(f"{root} is not a .safetensors file. Convert it first; pickled weights are never loaded.")
+    require_safetensors(root)
     return load_single_file(root, locate_configs(model, spec), spec, dtype, wanted)
 
 
@@ -160,20 +228,23 @@ def load_directory(
 
     The classes are the family's: its JSON files may name others, even code of their own, and are not asked.
     """
-    # Said here: diffusers would say that some file of some part is missing.
-    missing = [name for name in spec.folders if name in (*wanted, "scheduler") and not (root / name).is_dir()]
-    if missing:
-        raise FileNotFoundError(f"{root} has no {missing[0]}/. A model directory holds {', '.join(spec.folders)}.")
-    for name in spec.weights:
-        if name in wanted:
-            weight_files(root / name, variant)  # raises if there are none, before gigabytes of another part are read
-    options = {"variant": variant or None, "use_safetensors": True, "dtype": dtype}  # use_safetensors: never a pickle
+    check_directory(root, variant, spec, wanted)
+    options = {"use_safetensors": True, "dtype": dtype}  # use_safetensors: never a pickle
     parts = {}
     for name in wanted:
-        package, kind = spec.classes[name]
-        loader = getattr(importlib.import_module(package), kind)
-        parts[name] = loader.from_pretrained(root, subfolder=name, **(options if name in spec.weights else {}))
+        load = class_of(name, spec).from_pretrained
+        if name in spec.weights:
+            own = variant if has_variant(root / name, variant) else None
+            parts[name], info = load(root, subfolder=name, variant=own, output_loading_info=True, **options)
+            require_no_holes(root / name, parts[name], info)
+        else:
+            parts[name] = load(root, subfolder=name)
     return parts
+
+
+def class_of(part: str, spec: PipelineSpec) -> Any:
+    package, kind = spec.classes[part]
+    return getattr(importlib.import_module(package), kind)
 
 
 def load_single_file(
@@ -182,13 +253,61 @@ def load_single_file(
     """Load the `wanted` parts from one .safetensors file, with the component configs in directory `configs`."""
     import diffusers
 
-    check_index(configs / "model_index.json", spec)
+    check_single_file(root, configs, spec, wanted)
     # A part that is given as None is not loaded.
     left_out = dict.fromkeys([*spec.unused, *(name for name in spec.classes if name not in wanted)])
     pipeline = getattr(diffusers, spec.pipeline).from_single_file(
         str(root), config=str(configs), dtype=dtype, local_files_only=True, **left_out
     )
     return {name: getattr(pipeline, name) for name in wanted}
+
+
+# ---- whether it is whole ----
+
+
+def check_directory(root: Path, variant: str, spec: PipelineSpec, wanted: Sequence[str]) -> None:
+    """Refuse a directory whose `wanted` parts are not whole or do not fit one another. It loads no weights."""
+    # Said here: diffusers would say that some file of some part is missing.
+    missing = [name for name in spec.folders if name in (*wanted, "scheduler") and not (root / name).is_dir()]
+    if missing:
+        raise FileNotFoundError(f"{root} has no {missing[0]}/. A model directory holds {', '.join(spec.folders)}.")
+    if variant and not any(has_variant(root / part, variant) for part in spec.weights):
+        raise FileNotFoundError(
+            f"{root} has no *.{variant}.safetensors in any part. Set pretrained.variant to one that it has."
+        )
+    # Before any config is read: a part without weights is the plainest fault.
+    paths = {part: loaded_files(root / part, name, variant) for part, name in spec.weights.items() if part in wanted}
+    for name, part in empty_parts(root, spec, wanted).items():
+        whole.check_tensors(f"{root / name}", part, whole.stored_shapes(paths[name]), GET_ANEW)
+
+
+def check_single_file(root: Path, configs: Path, spec: PipelineSpec, wanted: Sequence[str]) -> None:
+    """Refuse a single file whose `wanted` parts are not whole, or not what `configs` describes. It loads no weights."""
+    require_safetensors(root)
+    check_index(configs / "model_index.json", spec)
+    shapes = whole.stored_shapes([root])
+    for key, title in spec.others.items():
+        if any(name.startswith(key) for name in shapes):
+            raise ValueError(f"{root} is a model of {title}, which is not supported yet. {ANOTHER_BASE}")
+    parts = empty_parts(configs, spec, wanted)
+    for name, part in parts.items():
+        found = whole.converted(part, shapes)
+        if not found.keys() & part.state_dict().keys():
+            raise ValueError(f"{root} has no {name}. A single file must hold {', '.join(spec.weights)}. {ANOTHER_BASE}")
+        remedy = f"Get the file anew, or give the model with its configs, now {configs}, as pretrained.config."
+        whole.check_tensors(f"the {name} in {root}", part, found, remedy)
+
+
+def empty_parts(root: Path, spec: PipelineSpec, wanted: Sequence[str]) -> dict[str, nn.Module]:
+    """The `wanted` parts that have weights, by their configs in directory `root`, without weights. They fit one another."""
+    parts = {name: whole.empty_part(class_of(name, spec), root / name) for name in spec.weights if name in wanted}
+    spec.check_fit(root, parts)
+    return parts
+
+
+def require_safetensors(path: Path) -> None:
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} is not a .safetensors file. Convert it first; pickled weights are never loaded.")
 
 
 def check_index(path: Path, spec: PipelineSpec) -> None:

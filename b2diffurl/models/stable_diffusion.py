@@ -16,15 +16,69 @@ from torch import Tensor, nn
 from b2diffurl.algorithm.transition import Transitions
 from b2diffurl.algorithm.types import Conditions
 from b2diffurl.configuration.settings import ModelSettings, Sampling
-from b2diffurl.models import Description, Sizes, diffusers_files, lora, noise_schedule
-from b2diffurl.models.diffusers_files import PipelineSpec
+from b2diffurl.models import Description, Sizes, diffusers_files, lora, noise_schedule, whole
+from b2diffurl.models.diffusers_files import ANOTHER_BASE, PipelineSpec
 from b2diffurl.models.lora import LoraSpec, State
+from b2diffurl.runtime import files
 
 COMPILED = ("ResnetBlock2D", "BasicTransformerBlock")  # blocks of the UNet that are compiled, each by itself
 MAX_GRAPHS = 256  # a block's graphs differ by number of rows, width, resolution, with and without gradient or LoRA
-LATENT_PX = 8  # one latent stands for 8 x 8 pixels
 # The first needs a network conditioned on sigma. The second draws noise that no generator controls, so it cannot be seeded.
 UNFIT_SCHEDULERS = ("EDMEulerScheduler", "DPMSolverSDEScheduler")
+
+
+# The values of a UNet's config with which it reads latents, timesteps and text alone. Nothing else is given to it.
+FED: dict[str, tuple[Any, ...]] = {
+    "addition_embed_type": (None, "text"),  # text_time: SDXL; others: Kandinsky
+    "time_cond_proj_dim": (None,),  # else the guidance scale, in latent consistency models (LCM)
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "encoder_hid_dim_type": (None, "text_proj"),  # else embeddings of images
+    "attention_type": ("default",),  # else boxes (GLIGEN)
+}
+
+
+def check_fit(root: Path, parts: Mapping[str, nn.Module]) -> None:
+    """Refuse a UNet that reads more than it is given, and parts that do not fit one another. Not all need be given."""
+    unet = parts["unet"].config
+    check_inputs(root / "unet" / "config.json", unet)
+    if "vae" in parts:
+        latent = {"latent_channels": parts["vae"].config.latent_channels}
+        require_equal(root, "in_channels", unet.in_channels, "vae", latent)
+    if "text_encoder" in parts:
+        text = parts["text_encoder"].config
+        key = "cross_attention_dim" if unet.encoder_hid_dim is None else "encoder_hid_dim"
+        widths = unet[key] if isinstance(unet[key], list | tuple) else [unet[key]]
+        for width in widths:
+            require_equal(root, key, width, "text_encoder", {"hidden_size": text.hidden_size})
+        kind = diffusers_files.class_of("tokenizer", PIPELINE)
+        whole.check_tokenizer(root / "tokenizer", kind, text.vocab_size, text.max_position_embeddings)
+
+
+def check_inputs(file: Path, unet: Mapping[str, Any]) -> None:
+    """Refuse a UNet, by its config in `file`, that reads anything beside latents, timesteps and text."""
+    for key, fed in FED.items():
+        if unet[key] == "text_time":
+            raise ValueError(f"{file} is a model of SDXL ({key} text_time), which is not supported yet. {ANOTHER_BASE}")
+        if unet[key] not in fed:
+            raise ValueError(f"{file} has {key} {unet[key]!r}, for an input that is never given here. {ANOTHER_BASE}")
+    if unet["in_channels"] != unet["out_channels"]:
+        raise ValueError(
+            f"{file} has in_channels {unet['in_channels']} and out_channels {unet['out_channels']}; models that also read "
+            f"an image, such as for inpainting, are not supported. {ANOTHER_BASE}"
+        )
+
+
+def require_equal(root: Path, key: str, value: Any, part: str, entry: Mapping[str, Any]) -> None:
+    """Refuse a UNet whose entry `key` of its config is another than the one that another part's config has."""
+    (other_key, other), *_ = entry.items()
+    if value != other:
+        raise ValueError(
+            f"{root}/unet/config.json has {key} {value}, but {part}/config.json has {other_key} {other}. "
+            "Get both parts from the same model."
+        )
+
+
 PIPELINE = PipelineSpec(
     pipeline="StableDiffusionPipeline",
     network="unet",
@@ -40,6 +94,13 @@ PIPELINE = PipelineSpec(
         "text_encoder": "model{}.safetensors",
     },
     unused=("safety_checker", "feature_extractor", "image_encoder"),
+    others={
+        "conditioner.embedders.": "SDXL",
+        "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
+        "model.diffusion_model.double_blocks.": "Flux",
+        "double_blocks.": "Flux",
+    },
+    check_fit=check_fit,
 )
 
 
@@ -71,19 +132,47 @@ def check_sampler(model: ModelSettings, sampling: Sampling, num_trained_steps: i
     noise_schedule.require_trainable(config, model, sampling, num_trained_steps)
 
 
+def check(model: ModelSettings) -> None:
+    diffusers_files.check_here(model, PIPELINE)
+
+
 def sizes(model: ModelSettings) -> Sizes | None:
     local = diffusers_files.find_here(model, PIPELINE)
     if local is None:
         return None
     weights, configs = local
     unet, vae, text = (configs[part] for part in ("unet", "vae", "text_encoder"))
-    side = model.resolution // LATENT_PX or unet["sample_size"]  # resolution 0: the model's own
+    height, width = latent_size(unet, vae, model.resolution)
+    px = latent_px(vae)
     return Sizes(
-        latent_shape=(unet["in_channels"], side, side),
-        image_px=side * 2 ** (len(vae["block_out_channels"]) - 1),
+        latent_shape=(unet["in_channels"], height, width),
+        image_px=(height * px, width * px),
         embedding=text["max_position_embeddings"] * text["hidden_size"],  # L * E: prompts are padded to full length
         lora=lora.count_numbers(weights, LORA),
     )
+
+
+def latent_size(unet: Mapping[str, Any], vae: Mapping[str, Any], resolution: int) -> tuple[int, int]:
+    """Height and width of latents, from the configs of UNet and VAE. With `resolution` 0 they are the UNet's own.
+
+    As in the pipeline of diffusers, these may be one number, or a height and a width.
+    """
+    if not resolution:
+        own = unet.get("sample_size")
+        if own is None:
+            raise ValueError("unet/config.json has no sample_size; set pretrained.resolution to the images' side in pixels")
+        height, width = own if isinstance(own, list | tuple) else (own, own)
+        return height, width
+    # Each of the UNet's down blocks but the last halves the latents, so they must divide evenly.
+    multiple = latent_px(vae) * 2 ** (len(unet["block_out_channels"]) - 1)
+    if resolution % multiple:
+        raise ValueError(f"pretrained.resolution is {resolution}; this model needs a multiple of {multiple} pixels")
+    return resolution // latent_px(vae), resolution // latent_px(vae)
+
+
+def latent_px(vae: Mapping[str, Any]) -> int:
+    """How many pixels a latent stands for, along each side: each of the VAE's blocks but the last halves an image."""
+    return 2 ** (len(vae["block_out_channels"]) - 1)
 
 
 def schedulers() -> list[str]:
@@ -137,15 +226,9 @@ class StableDiffusion:
         # Kept for `reset`: loading a checkpoint overwrites the fresh LoRA.
         self._fresh = {name: parameter.detach().clone() for name, parameter in self.trainable().items()}
         self.network: nn.Module = self.unet  # callers may wrap this one; `unet` stays the bare network
-        size = self._latent_size(model.resolution) if model.resolution else self.unet.config.sample_size
-        self.latent_shape = (self.unet.config.in_channels, size, size)
-
-    def _latent_size(self, resolution: int) -> int:
-        """Latents along an image's side. Each of the UNet's down blocks but the last halves it, so it must divide evenly."""
-        multiple = LATENT_PX * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        if resolution % multiple:
-            raise ValueError(f"pretrained.resolution is {resolution}; this model needs a multiple of {multiple} pixels")
-        return resolution // LATENT_PX
+        vae_config = files.read_json(diffusers_files.locate_configs(model, PIPELINE) / "vae" / "config.json")
+        size = latent_size(self.unet.config, vae_config, model.resolution)
+        self.latent_shape = (self.unet.config.in_channels, *size)
 
     def sampler(self, num_steps: int, eta: float) -> Transitions:
         return noise_schedule.make_table(self._scheduler, num_steps, eta).to(self.unet.device)

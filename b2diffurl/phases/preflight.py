@@ -17,6 +17,7 @@ from b2diffurl.runtime import files
 def check_later_phases(plan: Plan) -> None:
     """Raise the error that selecting, training or judging would raise later, as far as it shows without loading a model."""
     settings = plan.settings
+    family(settings.model).check(settings.model)
     check_optimizer(settings)
     check_rewards([*settings.rewards.weights, *settings.rewards.watched], settings.rewards, plan.prompts)
     if settings.judging.judge:

@@ -156,7 +156,7 @@ def image_bytes(root: Path, base: Sizes) -> float:
     """Bytes of an image: the mean in the latest sampled stage, or the size of an uncompressed one if there is no stage."""
     sampled = finished_stages(root, "sample")
     if not sampled:
-        return 3 * base.image_px**2
+        return 3 * math.prod(base.image_px)
     described = sampled[-1].manifest("sample")["files"]
     sizes = [file["bytes"] for name, file in described.items() if name.startswith("images/")]
     return sum(sizes) / len(sizes)

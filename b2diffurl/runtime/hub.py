@@ -8,7 +8,7 @@ import re
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ PROBE_TIMEOUT_SEC = 5
 # nothing else; that is a pickle, of which `load_whole` reads tensors only.
 MODEL_PARTS = ("*.json", "*.txt", "*.model", "*.jinja")
 MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
-TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
+# Any of these is a tokenizer's vocabulary; files that only work together stand together.
+TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("*.model",))
 
 
 def locate(
@@ -132,9 +133,8 @@ def missing_part(root: Path, *, tokenizer: bool) -> str:
     """
     if not (root / "config.json").is_file():
         return "config.json"
-    # Without these files transformers would make up a tokenizer with an empty vocabulary.
-    if tokenizer and not any(any(root.glob(pattern)) for pattern in TOKENIZERS):
-        return f"a tokenizer ({', '.join(TOKENIZERS)})"
+    if tokenizer and (lacks := missing_tokenizer(root)):
+        return lacks
     if not (weights := weight_files(root)):
         return " or ".join(MODEL_WEIGHTS)
     for index in root.glob(f"*{weights[0].suffix}.index.json"):
@@ -142,6 +142,16 @@ def missing_part(root: Path, *, tokenizer: bool) -> str:
         if shards:
             return min(shards)
     return ""
+
+
+def missing_tokenizer(root: Path) -> str:
+    """The files of a tokenizer, for an error message, if a directory has none; else "".
+
+    Without them transformers would make up a tokenizer with an empty vocabulary.
+    """
+    if any(all(any(root.glob(pattern)) for pattern in together) for together in TOKENIZERS):
+        return ""
+    return f"a tokenizer ({', or '.join(' and '.join(together) for together in TOKENIZERS)})"
 
 
 def weight_files(root: Path) -> list[Path]:
@@ -181,6 +191,16 @@ def load_whole(kind: Any, root: Path, dtype: torch.dtype, device: torch.device) 
     except pickle.UnpicklingError as error:  # a .bin file is a pickle, and torch refuses anything in it but tensors
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"the weights in {root} are damaged, or hold more than tensors: {reason}") from None
-    if info["missing_keys"]:
-        raise ValueError(f"{root} lacks weights of {type(model).__name__}, such as {min(info['missing_keys'])}.")
+    require_no_holes(root, model, info)
     return model.to(device).eval()
+
+
+def require_no_holes(root: Path, model: Any, info: Mapping[str, Any]) -> None:
+    """Refuse a model that was loaded with `info` (`output_loading_info`) if some weights were not in its files.
+
+    The libraries fill such weights with random numbers.
+    """
+    # (name, shape, shape) is a tensor of another shape.
+    holes = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    if holes:
+        raise ValueError(f"{root} lacks weights of {type(model).__name__}, such as {min(holes)}.")

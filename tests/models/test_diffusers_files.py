@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import tiny
 import torch
-from conftest import experiment, run_stage
+from conftest import assert_refused, experiment, run_stage, start
 from diffusers import StableDiffusionPipeline
 from foreign import original_layout, output
 
@@ -51,3 +51,69 @@ def test_single_file_needs_its_configs(single_file):
     """Without configs at hand, and no hub, the error names what is missing and how to get it."""
     with pytest.raises(FileNotFoundError, match=r"pretrained\.config.*CompVis/stable-diffusion-v1-4.*hf download"):
         tiny.load_model(single_file, config="CompVis/stable-diffusion-v1-4")
+
+
+def test_a_single_file_that_lacks_a_part(models, single_file, tmp_path):
+    """It is named. Diffusers would look elsewhere for it, or fill it with random numbers."""
+    tensors = safetensors.torch.load_file(single_file)
+    prefixes = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
+    for part, prefix in prefixes.items():
+        path = tmp_path / f"no_{part}.safetensors"
+        safetensors.torch.save_file({key: value for key, value in tensors.items() if not key.startswith(prefix)}, path)
+        said = rf"no_{part}\.safetensors has no {part}\. A single file must hold unet, vae, text_encoder\. Give another base"
+        with pytest.raises(ValueError, match=said):
+            tiny.load_model(path, config=str(models / "sd"))
+
+
+LACKS = r"is not a whole \w+: it lacks tensors "
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    {
+        "model.diffusion_model.time_embed.0.bias": rf"the unet in \S+ {LACKS}\(time_embedding\.linear_1\.bias\)",
+        "first_stage_model.decoder.conv_in.bias": rf"the vae in \S+ {LACKS}\(decoder\.conv_in\.bias\)",
+        "cond_stage_model.transformer.text_model.final_layer_norm.bias": rf"the text_encoder in \S+ {LACKS}",
+        "model.diffusion_model.time_embed.cond_proj.weight": r"unet .* unknown tensors \(\S+cond_proj.* pretrained\.config",
+        "conditioner.embedders.0.model.ln_final.bias": r"changed\.safetensors is a model of SDXL, .* not supported yet\.",
+    }.items(),
+)
+def test_a_single_file_that_is_not_whole(models, single_file, tmp_path, key, said):
+    """A tensor less in any part of it, one more in its UNet, or a model of another family."""
+    tensors = safetensors.torch.load_file(single_file)
+    if tensors.pop(key, None) is None:
+        tensors[key] = torch.zeros(1)
+    safetensors.torch.save_file(tensors, tmp_path / "changed.safetensors")
+    with pytest.raises(ValueError, match=said):
+        tiny.load_model(tmp_path / "changed.safetensors", config=str(models / "sd"))
+
+
+def test_a_single_file_with_the_text_encoder_of_2(models, single_file):
+    """Open CLIP's keys, with queries, keys and values in one tensor, are the same text encoder."""
+    tensors, prefix = safetensors.torch.load_file(single_file), "cond_stage_model.transformer.text_model."
+    text = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+    names = {"embeddings.token_embedding.weight": "token_embedding.weight", "final_layer_norm": "ln_final"}
+    names |= {"embeddings.position_embedding.weight": "positional_embedding", "encoder.layers": "transformer.resblocks"}
+    names |= {"layer_norm": "ln_", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj"}
+    for kind in ("weight", "bias"):
+        joined = torch.cat([text.pop(f"encoder.layers.0.self_attn.{one}_proj.{kind}") for one in "qkv"])
+        text[f"transformer.resblocks.0.attn.in_proj_{kind}"] = joined
+    for key, tensor in text.items():
+        for here, there in names.items():
+            key = key.replace(here, there)
+        tensors[f"cond_stage_model.model.{key}"] = tensor
+    path = single_file.with_name("open_clip.safetensors")
+    safetensors.torch.save_file(tensors, path)
+    one, other = tiny.load_model(path, config=str(models / "sd")), tiny.load_model(models / "sd")
+    assert torch.equal(one.encode(["a cross"])["prompt_embeds"], other.encode(["a cross"])["prompt_embeds"])
+
+
+def test_the_dry_run_checks_a_single_file(models, single_file, overrides, empty, tmp_path):
+    """As it checks a directory; what is whole passes."""
+    settings = overrides | {"pretrained.model": str(single_file), "pretrained.config": str(models / "sd")}
+    assert start(empty, settings, "--dry_run").code == 0
+    tensors = safetensors.torch.load_file(single_file)
+    del tensors["first_stage_model.decoder.conv_in.bias"]
+    safetensors.torch.save_file(tensors, tmp_path / "changed.safetensors")
+    settings["pretrained.model"] = str(tmp_path / "changed.safetensors")
+    assert_refused(start(empty, settings, "--dry_run"), r"the vae in .* lacks tensors \(decoder\.conv_in\.bias\)")

@@ -165,7 +165,7 @@ def test_sizes_of_files(finished, overrides):
     """Against the finished experiment's: trajectories but for their headers, checkpoints to the number, images."""
     settings = read_settings(make_config(overrides))
     base = stable_diffusion.sizes(settings.model)
-    assert (base.latent_shape, base.image_px, base.embedding) == ((4, 8, 8), 64, 77 * 16)
+    assert (base.latent_shape, base.image_px, base.embedding) == ((4, 8, 8), (64, 64), 77 * 16)
     for stage in finished_stages(experiment(finished), "train"):
         num_steps = stage.manifest("sample")["num_trained_steps"]
         tensors = [tensor for n in range(3) for tensor in load_file(stage.batch(n)).values()]

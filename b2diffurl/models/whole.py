@@ -1,0 +1,159 @@
+"""Whether a base model is whole: each tensor of each part is there in its shape, and the tokenizer fits the text encoder.
+
+Libraries fill in what a file lacks: with random weights, or with a tokenizer that knows no word. So a part's files are
+compared with an empty copy of its class. That reads the headers of the weight files and no weights.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from b2diffurl.runtime.hub import missing_tokenizer
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# Tensors that some files have and no model needs.
+HARMLESS = re.compile(
+    r"embeddings\.position_ids$"  # the numbers 0, 1, 2, …: older transformers saved them, newer ones count themselves
+    r"|^text_projection\.weight$"  # of a CLIP text encoder with a projection, which Stable Diffusion does not use
+)
+# A VAE's attention as older diffusers named it, and as it is called today.
+ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+NUM_NAMED = 3  # so many tensors are named in an error
+
+
+def check_tensors(where: str, part: nn.Module, stored: Shapes, remedy: str) -> None:
+    """Refuse the files of a part, at `where`, whose tensors are not those of `part`, which may lie on the meta device."""
+    expected = canonical({name: tuple(tensor.shape) for name, tensor in part.state_dict().items()})
+    stored = {name: shape for name, shape in canonical(stored).items() if not HARMLESS.search(name)}
+    wrong = [
+        f"{name} is {stored[name]}, not {shape}" for name, shape in expected.items() if stored.get(name, shape) != shape
+    ]
+    faults = {
+        "lacks": listed(expected.keys() - stored.keys()),
+        "has unknown": listed(stored.keys() - expected.keys()),
+        "has misshapen": listed(wrong),
+    }
+    if not any(faults.values()):
+        return
+    if any(".lora_" in name or ".base_layer." in name for name in stored):
+        remedy = "It was saved with a LoRA attached: fuse the LoRA (fuse_lora, unload_lora_weights), and save it again."
+    said = "; it ".join(f"{fault} tensors ({names})" for fault, names in faults.items() if names)
+    raise ValueError(f"{where} is not a whole {type(part).__name__}: it {said}. {remedy}")
+
+
+def canonical(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """The shapes under one name each, however old the library is that wrote the file."""
+    attention = re.compile(rf"\.({'|'.join(ATTENTION)})\.(weight|bias)$")
+
+    def rename(name: str) -> str:
+        # transformers 5 took away the prefix
+        return attention.sub(lambda match: f".{ATTENTION[match[1]]}.{match[2]}", name.removeprefix("text_model."))
+
+    return {rename(name): shape for name, shape in shapes.items()}
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
+    return ", ".join(names[:NUM_NAMED]) + more
+
+
+def stored_shapes(paths: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the tensors in safetensors files, from their headers."""
+    shapes = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged, or no safetensors file ({error}). Get it anew.") from None
+    return shapes
+
+
+def converted(part: nn.Module, stored: Shapes) -> Shapes:
+    """The shapes of a part's tensors under the keys of diffusers, from all of a single file in the original layout."""
+    from diffusers.loaders import single_file_utils as original
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES as DIFFUSERS
+
+    kind = type(part).__name__
+    # The converters of diffusers work on empty tensors, too. Some remove what they have read, so they get a copy.
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in stored.items()}
+    unread = {}
+    try:
+        if kind in DIFFUSERS:
+            found = DIFFUSERS[kind]["checkpoint_mapping_fn"](config=dict(part.config), checkpoint=dict(tensors))
+        elif original.is_open_clip_model(tensors):
+            found = original.convert_open_clip_checkpoint(part, dict(tensors))
+        else:
+            found = original.convert_ldm_clip_checkpoint(dict(tensors))
+    except (KeyError, ValueError, IndexError):  # some stumble over what is missing: then nothing counts as found
+        found = {}
+    if kind == "UNet2DConditionModel":  # its tensors are renamed one to one; what the converter leaves out is unknown
+        read = {id(tensor) for tensor in found.values()}
+        mine = original.LDM_UNET_KEY
+        unread = {name: value for name, value in tensors.items() if name.startswith(mine) and id(value) not in read}
+    return {name.removeprefix("text_model."): tuple(tensor.shape) for name, tensor in (found | unread).items()}
+
+
+def empty_part(kind: Any, folder: Path) -> nn.Module:
+    """A model of a class of diffusers or transformers with the config in `folder`, and without weights."""
+    with torch.device("meta"):
+        if hasattr(kind, "load_config"):  # diffusers
+            return kind.from_config(kind.load_config(folder))
+        return kind(kind.config_class.from_pretrained(folder))
+
+
+# ---- the tokenizer ----
+
+
+def check_tokenizer(folder: Path, kind: Any, vocab_size: int, max_tokens: int) -> None:
+    """Refuse a tokenizer of class `kind` that does not fit a text encoder of `vocab_size` ids and `max_tokens` positions."""
+    if lacks := missing_tokenizer(folder):
+        raise FileNotFoundError(f"{folder} lacks {lacks}, without which no prompt can be read. Get the model's files anew.")
+    tokenizer = kind.from_pretrained(folder)
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{folder} does not fit its text encoder: the tokenizer counts to {largest}, and text_encoder/config.json has "
+            f"vocab_size {vocab_size}. Get both from the same model."
+        )
+    if tokenizer.model_max_length > max_tokens:
+        raise ValueError(
+            f"{folder} does not fit its text encoder: model_max_length is {tokenizer.model_max_length}, and that "
+            f"reads {max_tokens} tokens. Set model_max_length in tokenizer_config.json to {max_tokens}."
+        )
+    some_word(folder, tokenizer)
+
+
+def some_word(folder: Path, tokenizer: Any) -> str:
+    """A text that the tokenizer does not read as it reads the empty one; a ValueError if there is none."""
+    nothing = tokenizer("").input_ids
+    for number in sorted(tokenizer.get_vocab().values()):
+        word = tokenizer.decode([number], skip_special_tokens=True)
+        if set(tokenizer(word).input_ids) - set(nothing):
+            return word
+    raise ValueError(f"{folder} reads every prompt as the empty one: its vocabulary has no words. Get its files anew.")
+
+
+# ---- once it is loaded ----
+
+
+def check_loaded(where: Path, part: nn.Module) -> None:
+    """Refuse a part that was loaded with holes, or whose weights are not all finite."""
+    tensors: dict[str, Tensor] = {**dict(part.named_parameters()), **dict(part.named_buffers())}
+    if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise ValueError(f"{where} lacks tensors of its {type(part).__name__} ({listed(empty)}). Get its files anew.")
+    ends = {name: torch.stack(torch.aminmax(tensor)) for name, tensor in tensors.items() if tensor.is_floating_point()}
+    if not torch.stack([pair.float() for pair in ends.values()]).isfinite().all():
+        wrong = [name for name, pair in ends.items() if not pair.isfinite().all()]
+        raise ValueError(
+            f"{where} has weights that are NaN or infinite ({listed(wrong)}). Get its files anew; if they are sound, "
+            "they are too large for half precision, and --config.mixed_precision=no helps."
+        )
