@@ -35,6 +35,7 @@ def main(config):
     from b2diffurl.experiment.evaluation_table import headline
     from b2diffurl.experiment.lock import within_run
     from b2diffurl.phases.evaluate import draw_prompt, evaluate_and_show, evaluate_due
+    from b2diffurl.runtime.logs import show
 
     given = flags.FLAGS
     # What defines the experiment comes from its config.json, unless the command line says otherwise.
@@ -45,14 +46,14 @@ def main(config):
     with within_run(root):
         if given.prompt is not None:
             picture = draw_prompt(settings, given.checkpoint[-1], given.prompt, given.sampler[-1])
-            print(json.dumps({"prompt": given.prompt, "picture": str(picture)}), flush=True)
+            show(json.dumps({"prompt": given.prompt, "picture": str(picture)}))
         elif given.due:
             evaluate_due(settings, stage_index(config.run_name))
         else:
             checkpoints = every_checkpoint(root) if given.all or given.best else given.checkpoint
             results = evaluate_and_show(settings, checkpoints, given.prompts, given.sampler)
             shown = name_best(results, given.sampler[0]) if given.best else results[-1]
-            print(json.dumps(headline(shown)), flush=True)
+            show(json.dumps(headline(shown)))
 
 
 if __name__ == "__main__":

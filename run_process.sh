@@ -12,6 +12,9 @@
 # The variables below can be set in the environment, as above, or here, between :- and }. An empty variable takes the
 # preset's value. config/stage_process.py has every setting, also those without a variable.
 set -euo pipefail
+# A stream that is closed (>&-) would fail each command that writes, and its number would go to the next file that is opened.
+( : >&1 ) 2> /dev/null || exec > /dev/null
+( : >&2 ) || exec 2> /dev/null
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 Preset="${Preset:-shapes}"                # shapes, sd14, sd14_10gb, b2, bs, bpt, ddpo: see config/stage_process.py
@@ -100,11 +103,15 @@ Flags+=("$@")    # after the variables, so that arguments win over them
 
 # Check the numbers of processes and machines here, because bash computes with them.
 for Number in "${NumProcesses:-1}" "$NumMachines" "$MachineRank" "$MainProcessPort"; do
-    if [[ ! "$Number" =~ ^[0-9]+$ ]]; then
-        echo "error: NumProcesses, NumMachines, MachineRank and MainProcessPort are whole numbers, not '$Number'" >&2
+    if [[ ! "$Number" =~ ^(0|[1-9][0-9]{0,4})$ ]]; then
+        echo "error: NumProcesses, NumMachines, MachineRank and MainProcessPort are whole numbers below 100000, not '$Number'" >&2
         exit 2
     fi
 done
+if [ -z "$Launcher" ] && [ "$MachineRank" -ge "$NumMachines" ]; then
+    echo "error: MachineRank is $MachineRank; with NumMachines=$NumMachines it is at least 0 and below that" >&2
+    exit 2
+fi
 if [ "$NumMachines" -gt 1 ] && [ -z "$MainProcessIp$Launcher" ]; then
     echo "error: NumMachines is $NumMachines; MainProcessIp must be machine 0's address" >&2
     exit 2
@@ -147,23 +154,27 @@ trap 'stop 129' HUP
 B2DIFFURL_RUN=$$
 if [ "$MachineRank" -gt 0 ]; then B2DIFFURL_RUN=0; fi
 export B2DIFFURL_RUN
-PlanFile=$(mktemp)
+# What is left here of another program's run is not this one's: torchrun tells its processes who they are.
+if [ -z "$Launcher" ]; then unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE; fi
+PlanFolder=$(mktemp -d)
+PlanFile="$PlanFolder/calls"
 Folder=
 # At the end, delete the lock if it is ours, and the experiment's folder if it is empty.
 leave() {
-    rm -f "$PlanFile"
+    rm -rf "$PlanFolder"
     if grep -qs "\[\[$$," "$Folder/run.lock"; then rm -f "$Folder/run.lock"; rmdir "$Folder" 2> /dev/null || true; fi
 }
 trap leave EXIT
-# start checks all settings. It prints the experiment's folder in the first line, then a line for each call of a script:
-# call <tab> file that it needs <tab> script <tab> its flags, separated by tabs.
-run python -m b2diffurl.start "${Flags[@]}" > "$PlanFile"
-if ! grep -q $'^call\t' "$PlanFile"; then
-    cat "$PlanFile"    # there is no call: it was --dry_run, and this is the plan for people
-    exit 0
+# start checks all settings, and writes what is to be done into a file: folder <tab> the experiment's folder, a line for each
+# call of a script (call <tab> file that it needs <tab> script <tab> its flags, separated by tabs), and end.
+run python -m b2diffurl.start --calls="$PlanFile" "${Flags[@]}"
+if [ "$(tail -n 1 "$PlanFile" 2> /dev/null)" != end ]; then
+    echo "error: b2diffurl.start has ended without a list of calls, so nothing can be run" >&2
+    echo "       Something that it imports may have ended it: config/stage_process.py, or a module beside it." >&2
+    exit 1
 fi
-Folder=$(sed -n 1p "$PlanFile")
-sed 1d "$PlanFile" | grep -v $'^call\t' || true    # show people what else it printed
+Folder=$(sed -n $'1s/^folder\t//p' "$PlanFile")
+if [ -z "$Folder" ]; then exit 0; fi    # it was --dry_run, which has shown the plan
 if [ "$Resident" = 1 ]; then
     run python -m b2diffurl.resident "${Flags[@]}"
     exit 0

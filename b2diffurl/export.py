@@ -26,6 +26,7 @@ from b2diffurl.models import base_fingerprint, family
 from b2diffurl.models.lora import rank_of, write_diffusers
 from b2diffurl.reporting.model_card import Exported, write_card
 from b2diffurl.runtime import files
+from b2diffurl.runtime.logs import set_up_streams, show
 
 RECORD = "export.json"
 FORMATS = ("diffusers", "kohya", "pipeline")
@@ -49,14 +50,15 @@ def main() -> None:
     parser.add_argument("--push", default="", metavar="OWNER/NAME", help="upload to this repository of the Hugging Face hub")
     parser.add_argument("--private", action="store_true", help="make that repository a private one, if it is new")
     args = parser.parse_args()
+    set_up_streams()
     try:
         if args.push:
             check_login(args.push)  # before the export, which may take minutes
         root = find_experiment(args.experiment)
         out = export(root, args.checkpoint, args.format, base=args.base, out=args.out, repository=args.push)
-        print(f"export: {out}")
+        show(f"export: {out}")
         if args.push:
-            print(f"export: {push(out, args.push, private=args.private)}")
+            show(f"export: {push(out, args.push, private=args.private)}")
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + SIGINT, as shells have it
     except (ValueError, OSError, ImportError, SafetensorError) as error:

@@ -18,6 +18,7 @@ from b2diffurl.phases.evaluate import evaluate_and_show, evaluate_due
 from b2diffurl.phases.sample import sample_stage
 from b2diffurl.phases.select import select_stage
 from b2diffurl.phases.train import train_stage
+from b2diffurl.runtime.logs import show
 
 VERBS = {"sample": sample_stage, "select": select_stage, "train": train_stage}
 
@@ -45,7 +46,7 @@ def run_stages(config: ConfigDict) -> None:
                 # A plan for each call: it reads what the calls before it have written.
                 config.run_name = f"stage{call.stage}"
                 VERBS[call.script](make_plan(config))
-    print(json.dumps(headline(results[-1])), flush=True)
+    show(json.dumps(headline(results[-1])))
 
 
 if __name__ == "__main__":

@@ -403,6 +403,7 @@ def test_a_plan_tells_no_secret(secrets, overrides, tmp_path):
 
     def main() -> None:
         flags.DEFINE_boolean("dry_run", False, "")
+        flags.DEFINE_string("calls", "", "")
         from b2diffurl.configuration.command_line import run_script as run
 
         run("process", start)

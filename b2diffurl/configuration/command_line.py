@@ -18,7 +18,9 @@ from ml_collections import ConfigDict, config_flags
 from safetensors import SafetensorError
 
 from b2diffurl.configuration.limits import Folder, Name, check_value
-from b2diffurl.runtime.logs import logger, set_up_logging
+from b2diffurl.runtime import ambient
+from b2diffurl.runtime.logs import log_of, logger, name_log, set_up_logging, set_up_streams, show
+from b2diffurl.runtime.processes import ending_with_masters
 
 CONFIG_FILE = "config/stage_process.py"
 GC_THRESHOLD = 50_000  # new objects between two garbage collections; imports make millions, so Python's 700 costs seconds
@@ -36,11 +38,17 @@ PRESET: ContextVar[dict[str, Any] | None] = ContextVar("PRESET", default=None)
 
 def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
     """Parse the flags and call `main(config)`. Errors that users can mend end in two lines and exit code 2."""
+    set_up_streams()
+    ambient.calm_warnings()
+    try:
+        ambient.require_usable()
+    except ValueError as error:
+        die(f"{verb}: {error}.", hint="Then run the same command again.")
     config, preset = parse_flags()
-    log_file = open_log(verb, config["exp_name"], config["log_path"])
+    log_file = open_log(verb, config["exp_name"], config["log_path"], config["save_path"])
     gc.set_threshold(GC_THRESHOLD)
     try:
-        with stopping_in_order(), named_preset(preset):
+        with stopping_in_order(), ending_with_masters(), named_preset(preset):
             main(config)
     except KeyboardInterrupt as stop:
         number = stop.args[0] if stop.args else signal.SIGINT
@@ -55,20 +63,24 @@ def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
         die(f"{verb}: {said}", hint=hint)
 
 
-def open_log(verb: str, exp_name: str, log_path: str) -> Path | None:
-    """Start logging into <log_path>/<exp_name>.log and return that path; a dry run has no log.
+def open_log(verb: str, exp_name: str, log_path: str, save_path: str) -> Path | None:
+    """Start logging into the experiment's log (`log_of`) and return its path; a dry run has no log.
 
-    This happens before the configuration is checked, so both names are checked here.
+    This happens before the configuration is checked, so the names are checked here.
     """
     try:
         check_value("exp_name", exp_name, Name())
         check_value("log_path", log_path, Folder())
+        check_value("save_path", save_path, Folder())
     except ValueError as error:
         die(f"{verb}: {error}", hint="Mend it and run the same command again.")
     dry = "dry_run" in FLAGS and FLAGS.dry_run
-    log_file = None if dry else Path(log_path) / f"{exp_name}.log"
+    root = Path(save_path) / exp_name
     try:
+        log_file = None if dry else log_of(Path(log_path), root)
         set_up_logging(log_file)
+        if log_file:
+            name_log(log_file, root)
     except OSError as error:
         die(f"{verb}: the log cannot be written: {error}", hint=f"{remedy(error, '--config.log_path')}.")
     return log_file
@@ -90,6 +102,8 @@ def explain(error: BaseException, log_file: Path | None) -> tuple[str, str] | No
     if isinstance(error, MISTAKES):
         said = "; ".join([str(error), *getattr(error, "__notes__", ())])
         return said, f"{remedy(error, '--config.save_path')}{traceback_in}."
+    if isinstance(error, RecursionError):
+        return "a file has too many brackets within brackets", f"The traceback in {log_file} says which was read."
     if lost_another_process(error):
         return "another process of this run has ended", f"Its error stands in {log_file}: process <number>."
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -193,5 +207,5 @@ def remedy(error: BaseException, key: str = "") -> str:
 
 def die(message: str, *, hint: str) -> NoReturn:
     """End the process with two lines and exit code 2."""
-    print(f"error: {' '.join(message.split())}\n       {hint}", file=sys.stderr)
+    show(f"error: {' '.join(message.split())}", f"       {hint}", stream=sys.stderr)
     sys.exit(2)

@@ -8,7 +8,6 @@
 The folder appears by one rename, so it is whole or absent. Nothing in it is a pickle.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ def save_checkpoint(
 ) -> None:
     """Write one checkpoint. `names` are the parameters' names in the optimizer's order; `state` is what state.json adds."""
     temporary = folder.with_name(folder.name + files.TEMPORARY)
-    for leftover in (temporary, folder):
-        shutil.rmtree(leftover, ignore_errors=True)
+    files.remove(folder)
+    files.empty_folder(temporary)
     # Tensors go to safetensors and plain numbers to JSON: together they replace torch.save, which would be a pickle.
     tensors, numbers = {}, {}
     for index, entries in optimizer.state_dict()["state"].items():

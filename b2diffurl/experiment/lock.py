@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import tempfile
 import threading
 import time
@@ -24,11 +25,9 @@ from typing import Any
 
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import logger
+from b2diffurl.runtime.processes import OWNER, started
 
 HEARTBEAT_SEC, SILENCE_SEC = 20, 180  # a run touches its lock so often; a silent one counts as dead after so long
-# The environment variable by which run_process.sh tells its scripts its own process id: the owner of the lock.
-# 0 on all machines but the first, which holds the lock for all.
-OWNER = "B2DIFFURL_RUN"
 
 
 @contextmanager
@@ -81,10 +80,7 @@ def take(root: Path, owner: int) -> None:
         holder = parse(file.read())
         silence = clock_of_disk(root) - os.fstat(file.fileno()).st_mtime
         if holder and not is_same(holder, processes[0]) and is_alive(holder, silence):
-            raise ValueError(
-                f"{root} is being worked on by process {holder['processes'][0][0]} on {holder['host']}. Wait until it has "
-                f"ended, or stop it; if it is gone for good, delete {path_in(root)}."
-            )
+            raise ValueError(f"{root} is being worked on by {holder_text(holder, path_in(root))}.")
         with files.naming(path_in(root)):  # the disk may be full
             me = {"host": socket.gethostname(), "boot": boot_and_container(), "processes": processes}
             os.ftruncate(file.fileno(), 0)
@@ -97,8 +93,11 @@ def exclusively(path: Path) -> Iterator[Any]:
 
     On a file system without locks several processes may have it open.
     """
+    # What somebody else put in the lock's place, such as a link to a file of ours, is no lock, and must not be written into.
     while True:
-        file = path.open("a+", errors="replace")
+        if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+            path.unlink()
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "a+", errors="replace")
         with suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)
         # While this process waited, the one before may have deleted the file: a lock on that one keeps nobody out.
@@ -113,7 +112,7 @@ def exclusively(path: Path) -> Iterator[Any]:
 def parse(text: str) -> dict[str, Any] | None:
     """The content of a lock file; None if the file is new, cut off by a crash, or damaged."""
     with suppress(ValueError, KeyError, TypeError, IndexError):
-        found = json.loads(text)
+        found = files.parse_json(text)
         [[number, _], *_] = found["processes"]
         if isinstance(found["host"], str) and isinstance(found["boot"], str) and isinstance(number, int):
             return found
@@ -138,8 +137,22 @@ def is_alive(holder: dict[str, Any], silence: float) -> bool:
     """Whether the run that a lock names, and that touched it `silence` seconds ago, is alive."""
     if (holder["host"], holder["boot"]) != (socket.gethostname(), boot_and_container()):
         return silence < SILENCE_SEC  # its processes cannot be seen from here
-    # Any of them: run_process.sh may have been killed while its script works on.
-    return any(when and when == started(number) for number, when in holder["processes"])
+    return bool(living(holder))
+
+
+def living(holder: dict[str, Any]) -> list[int]:
+    """The processes of a lock of this machine that are alive: run_process.sh may be dead while its script works on."""
+    return [number for number, when in holder["processes"] if when and when == started(number)]
+
+
+def holder_text(holder: dict[str, Any], path: Path) -> str:
+    """Who holds a lock, and what to do. Only of another machine it can be unknown whether the run is gone."""
+    if (holder["host"], holder["boot"]) == (socket.gethostname(), boot_and_container()):
+        return f"process {living(holder)[0]} on {holder['host']}. Wait until it has ended, or stop it"
+    return (
+        f"process {holder['processes'][0][0]} on {holder['host']}. Wait until it has ended, or stop it; if it is gone "
+        f"for good, wait {SILENCE_SEC // 60} minutes, or delete {path}"
+    )
 
 
 def boot_and_container() -> str:
@@ -158,22 +171,6 @@ def clock_of_disk(folder: Path) -> float:
         return time.time()
 
 
-def started(process: int) -> str:
-    """When the process with this id was started, as text to compare; "" if no such process runs.
-
-    An id alone is not enough: after a process has ended, the system gives its id to another one.
-    """
-    try:
-        if not Path("/proc/self/stat").is_file():  # macOS: only whether it runs can be told
-            os.kill(process, 0)  # signal 0 sends nothing, and raises if there is no such process
-            return "running"
-        # Field 2 is the program's name in brackets, which may hold spaces and brackets itself.
-        state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if state == "Z" else fields[18]  # Z: ended, not yet waited for; field 22 of stat: clock ticks since boot
-
-
 def keep_marking(root: Path, owner: int, ended: threading.Event) -> None:
     """Touch the lock every HEARTBEAT_SEC until `ended`. If another run has taken it, stop this process by SIGTERM.
 
@@ -182,7 +179,7 @@ def keep_marking(root: Path, owner: int, ended: threading.Event) -> None:
     while not ended.wait(HEARTBEAT_SEC):
         if is_ours(root, owner):
             with suppress(OSError):
-                os.utime(path_in(root))
+                os.utime(path_in(root), follow_symlinks=False)
         elif path_in(root).is_file() and not ended.is_set():
             logger.warning("%s has been taken over by another run, because this one was silent too long", root)
             os.kill(os.getpid(), signal.SIGTERM)

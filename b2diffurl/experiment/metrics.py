@@ -34,9 +34,9 @@ def read_events(path: Path, event: str | None = None) -> list[dict]:
         return []
     with files.damage_named(path):
         *whole, last = path.read_bytes().split(b"\n")  # `last` is empty unless the final line was cut off
-        rows = [json.loads(line) for line in whole]
+        rows = [files.parse_json(line) for line in whole]
         with suppress(ValueError):
-            rows += [json.loads(last)]
+            rows += [files.parse_json(last)]
         if not all(isinstance(row, dict) and "event" in row for row in rows):
             raise ValueError("a line is no event")
     return [row for row in rows if event in (None, row["event"])]

@@ -49,7 +49,7 @@ from pathlib import Path
 
 import torch
 
-from b2diffurl.runtime import files
+from b2diffurl.runtime import ambient, files
 
 PHASES = ("sample", "select", "train")
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -142,9 +142,9 @@ class Stage:
         return files.read_json(self.manifest_path(phase))
 
     def write_manifest(self, phase: str, facts: dict, written: list[Path]) -> None:
-        """Finish a phase: record its `facts`, hardware and versions, and size and checksum of each file `written`."""
+        """Finish a phase: record `facts`, hardware, versions, environment, and size and checksum of each file `written`."""
         described = {str(path.relative_to(self.folder)): files.describe(path) for path in sorted(written)}
-        machine = {"hardware": hardware(), "versions": versions()}
+        machine = {"hardware": hardware(), "versions": versions(), "environment": ambient.recorded()}
         common = {"phase": phase, "stage": self.index, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         delete_files(self.debug, "*.safetensors")
         files.write_record(self.manifest_path(phase), common | facts | machine | {"files": described})

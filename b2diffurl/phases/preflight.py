@@ -4,6 +4,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 from b2diffurl.configuration import recorded
+from b2diffurl.configuration.budget import Budget
 from b2diffurl.configuration.plan import Plan
 from b2diffurl.configuration.prompts import load_prompts
 from b2diffurl.configuration.settings import Settings
@@ -28,6 +29,17 @@ def check_later_phases(plan: Plan) -> None:
         check_features(name, settings.judging, settings.rewards, plan.prompts)
     check_sampler(plan, plan.num_trained_steps)
     deployed_sampler(settings)  # for the error that it raises if diffusers has no such scheduler
+
+
+def check_base_model(plan: Plan) -> None:
+    """Raise the error that loading the base model and sampling by it would raise in any stage, as far as its files show.
+
+    Nothing is downloaded and no weights are loaded. A model that is not on this machine passes.
+    """
+    model = plan.settings.model
+    family(model).check(model)
+    if family(model).sizes(model):  # its files are here
+        check_sampler(plan, max(Budget.of(plan.settings).planned_steps(plan.stage.root)))
 
 
 def check_sampler(plan: Plan, num_trained_steps: int) -> None:

@@ -194,7 +194,7 @@ def gather(stage: Stage, batches: list[tuple[Tensor, Parts]], accelerator: Accel
         [rewards.tolist(), {key: value if isinstance(value, list) else value.tolist() for key, value in parts.items()}]
         for rewards, parts in batches
     ]
-    paths[accelerator.process_index].write_text(json.dumps(own))
+    files.write_bytes(paths[accelerator.process_index], json.dumps(own).encode(), durable=False)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shares = [json.loads(path.read_text()) for path in paths]

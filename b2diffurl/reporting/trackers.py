@@ -37,7 +37,7 @@ from b2diffurl.experiment.metrics import read_events
 from b2diffurl.experiment.stage import Stage, finished_stages
 from b2diffurl.experiment.stage_table import stage_rows
 from b2diffurl.runtime import files
-from b2diffurl.runtime.logs import logger
+from b2diffurl.runtime.logs import log_of, logger
 
 PROJECT = "b2diffurl"  # wandb's project, unless WANDB_PROJECT names another
 NUM_IMAGES = 8
@@ -162,7 +162,7 @@ def show_in_wandb(output: Output) -> None:
     run_id = experiment_id(root)
     folder = Path(output.log_path).absolute() / "wandb"
     # Made in a folder of its own, so that a killed process leaves nothing half-made among the runs.
-    workplace = make_empty(folder.with_name(f"{output.name}.wandb{files.TEMPORARY}"))
+    workplace = files.empty_folder(folder.with_name(f"{view_name(output)}.wandb{files.TEMPORARY}"))
     tracker = WandBTracker(
         os.environ.get("WANDB_PROJECT", PROJECT),
         id=run_id,
@@ -233,9 +233,9 @@ def upload(run: Path) -> None:
 def show_in_tensorboard(output: Output) -> None:
     """Write the whole run, and replace the last one by it."""
     root, log_path = output.root, Path(output.log_path)
-    folder = log_path / "tensorboard" / output.name
-    workplace = make_empty(log_path / f"{output.name}.tensorboard{files.TEMPORARY}")
-    tracker = TensorBoardTracker(output.name, workplace)
+    folder = log_path / "tensorboard" / view_name(output)
+    workplace = files.empty_folder(log_path / f"{folder.name}.tensorboard{files.TEMPORARY}")
+    tracker = TensorBoardTracker(folder.name, workplace)
     tracker.start()
     try:
         last = 0  # the step of the newest point, where the images stand
@@ -251,15 +251,13 @@ def show_in_tensorboard(output: Output) -> None:
         tracker.finish()
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(exist_ok=True)
-    (workplace / output.name).rename(folder)
+    (workplace / folder.name).rename(folder)
     workplace.rmdir()
 
 
-def make_empty(folder: Path) -> Path:
-    """Make the folder, or empty it if it is there; returns it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
+def view_name(output: Output) -> str:
+    """The experiment's name, or that of its log where another experiment has the usual one."""
+    return log_of(Path(output.log_path), output.root).name.removesuffix(".log")
 
 
 TRACKERS: dict[str, Callable[[Output], None]] = {"wandb": show_in_wandb, "tensorboard": show_in_tensorboard}

@@ -24,12 +24,13 @@ class Compute:
 
 
 def make_accelerator(compute: Compute, *, shared: bool = True) -> "Accelerator":
-    """An Accelerator on the chosen CUDA device, or on the CPU of a machine without CUDA; sets torch's threads and TF32.
+    """An Accelerator on the chosen CUDA device, or on the CPU of a machine without CUDA; sets what torch computes by.
 
     A ValueError says that the run has another number of processes than it must have. `shared` False skips that check: for
     work that one process does alone, such as evaluating.
     """
     from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin
     from transformers.utils import logging as transformers_logging
 
     if not sys.stderr.isatty():  # a bar would fill a log file with its redrawn lines
@@ -39,14 +40,29 @@ def make_accelerator(compute: Compute, *, shared: bool = True) -> "Accelerator":
     cuda, precision = choose_device(compute)
     if cuda and "LOCAL_RANK" not in os.environ:  # torchrun sets it, and accelerate then chooses the device
         torch.cuda.set_device(compute.dev_id)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = compute.allow_tf32
-    accelerator = Accelerator(cpu=not cuda, mixed_precision=precision)
+    set_defaults(compute)
+    # Explicitly 1: otherwise a variable of the environment would say by how much accelerate divides our gradients.
+    once = GradientAccumulationPlugin(num_steps=1)
+    accelerator = Accelerator(cpu=not cuda, mixed_precision=precision, gradient_accumulation_plugin=once)
+    if (accelerator.device.type == "cuda") != cuda:
+        raise ValueError(
+            f"accelerate chose {accelerator.device}, by ACCELERATE_USE_CPU or ACCELERATE_TORCH_DEVICE in the environment. "
+            "Unset them; CUDA_VISIBLE_DEVICES= hides the GPUs."
+        )
     if shared and compute.num_processes and accelerator.num_processes != compute.num_processes:
         raise ValueError(
             f"num_processes is {compute.num_processes}, but this run has {accelerator.num_processes}. Start it by "
             "torchrun --nproc_per_node, as run_process.sh does with NumProcesses."
         )
     return accelerator
+
+
+def set_defaults(compute: Compute) -> None:
+    """Set what torch takes from its global state, which a configuration file or a library may have changed."""
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = compute.allow_tf32
 
 
 def choose_device(compute: Compute) -> tuple[bool, str]:

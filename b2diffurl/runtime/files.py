@@ -12,10 +12,12 @@ import math
 import os
 import re
 import shutil
+import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors.torch
@@ -24,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 TEMPORARY = ".tmp"
+MAX_PIXELS = 1 << 26  # of an image: 8192 x 8192. A file of a few kilobytes can hold a million times as much
 SEAL = "content_sha256"  # last key of a record: SHA-256 of all bytes before it
 SEALED = re.compile(rb'(.*?),\s*"' + SEAL.encode() + rb'": "(.*?)"\s*}\s*', re.DOTALL)
 
@@ -36,7 +39,7 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + TEMPORARY)
     try:
-        with naming(path), temporary.open("wb") as file:
+        with naming(path), create(temporary) as file:
             file.write(data)
             file.flush()
             if durable:
@@ -46,6 +49,27 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
         with suppress(OSError):
             temporary.unlink()  # on a full disk it would take the room of the next file
         raise
+
+
+def create(path: Path) -> BinaryIO:
+    """Open a new file for writing, in place of a file or link of that name. Never writes into what a link points to."""
+    path.unlink(missing_ok=True)
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb")
+
+
+def empty_folder(path: Path) -> Path:
+    """Make a folder that is new and empty, in place of a folder or link of that name; returns it."""
+    remove(path)
+    path.mkdir(parents=True)
+    return path
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a folder with all that is in it, or a link, whose target stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -93,9 +117,24 @@ def seal(text: str, separator: str = " ") -> bytes:
     return body + f',{separator}"{SEAL}": "{hashlib.sha256(body).hexdigest()}"{end}}}'.encode()
 
 
+def parse_json(data: bytes | str) -> Any:
+    """The JSON value in `data`; a ValueError for anything that is none, or that no computer can read whole."""
+    try:
+        return json.loads(data, parse_constant=parse_float, parse_float=parse_float)
+    except RecursionError:
+        raise ValueError("it has too many brackets within brackets") from None
+
+
+def parse_float(text: str) -> float:
+    """A number of a JSON file. Python would also take NaN and Infinity, and 1e999 as infinity."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:20]} is no number of JSON")
+    return value
+
+
 def open_sealed(data: bytes) -> Any:
     """The JSON value in `data`. A record's checksum is checked and removed; a ValueError says that it does not match."""
-    value = json.loads(data)  # first: what is cut off is no JSON, and says so better than a checksum
+    value = parse_json(data)  # first: what is cut off is no JSON, and says so better than a checksum
     match = SEALED.fullmatch(data)
     if match:
         if hashlib.sha256(match[1]).hexdigest().encode() != match[2]:
@@ -120,8 +159,11 @@ def write_image(path: Path, image: Tensor) -> None:
 def read_image(path: Path) -> Tensor:
     """Read one image as uint8 [H,W,3]; a ValueError names a file that is not an image."""
     try:
-        return torch.from_numpy(np.array(Image.open(path).convert("RGB")))
-    except (OSError, SyntaxError) as error:
+        with Image.open(path) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(f"{picture.width} x {picture.height} pixels")
+            return torch.from_numpy(np.array(picture.convert("RGB")))
+    except (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image ({error})") from None
 
 
@@ -159,7 +201,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict | None 
 def read_metadata(path: Path) -> dict:
     """The metadata given to `write_tensors`."""
     with damage_named(path), safetensors.safe_open(path, framework="pt") as file:
-        return json.loads((file.metadata() or {}).get("b2diffurl", "{}"))
+        return parse_json((file.metadata() or {}).get("b2diffurl", "{}"))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -200,7 +242,4 @@ def digest(value: Any) -> str:
 def remove_temporaries(folder: Path) -> None:
     """Delete all half-written files and folders (*.tmp) below `folder`, which an interrupted run has left."""
     for path in sorted(folder.rglob("*" + TEMPORARY)):  # sorted: the walk is over before anything is deleted
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        remove(path)

@@ -1,8 +1,14 @@
-"""The log, one line an event, and progress bars on a terminal."""
+"""The log, one line an event; what is shown to people; and progress bars on a terminal.
 
+Prompts, file names and answers of servers are shown, too. Nothing in them may move the cursor or look like a line of ours:
+`printable` escapes it.
+"""
+
+import hashlib
 import logging
 import os
 import sys
+import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -10,6 +16,7 @@ from typing import Any, TextIO
 from tqdm.auto import tqdm
 
 logger = logging.getLogger("b2diffurl")
+LOG_OF = " log of the experiment in "  # in the first line of a log, before the experiment's folder
 
 
 def set_up_logging(log_file: Path | None, *, console_too: bool = True) -> None:
@@ -28,13 +35,88 @@ def set_up_logging(log_file: Path | None, *, console_too: bool = True) -> None:
     handlers: list[logging.Handler] = [console] if console_too else []
     if log_file and not redirected:
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(LogFile(log_file))
+        handlers.append(LogFile(log_file, encoding="utf-8", errors="backslashreplace"))
     for handler in handlers:
         if rank:
             handler.addFilter(lambda record: record.levelno >= logging.WARNING or bool(record.exc_info))
         name = f"process {rank}: " if rank else ""
-        handler.setFormatter(logging.Formatter(f"%(asctime)s {name}%(message)s", "%Y-%m-%d %H:%M:%S"))
+        handler.setFormatter(Printable(f"%(asctime)s {name}%(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
+
+
+def log_of(folder: Path, root: Path) -> Path:
+    """The log of the experiment in folder `root`: <folder>/<its name>.log.
+
+    If an experiment of that name in another folder logs there, this one has a log of its own, with a checksum in its name.
+    """
+    log = folder / f"{root.name}.log"
+    here, there = printable(str(root.resolve())), logged_root(log)
+    if there in ("", here) or not Path(there).is_dir():  # it may have been moved
+        return log
+    return folder / f"{root.name}.{hashlib.sha256(here.encode()).hexdigest()[:6]}.log"
+
+
+def logged_root(log: Path) -> str:
+    """The experiment's folder that the first line of a log names; "" if there is none."""
+    with suppress(OSError), log.open(errors="replace") as file:
+        return file.readline(10_000).rstrip("\n").partition(LOG_OF)[2]
+    return ""
+
+
+def name_log(log: Path, root: Path) -> None:
+    """Begin a new log with the experiment's folder, and say so if it is not the usual one."""
+    if int(os.environ.get("RANK", 0)) or log.stat().st_size:
+        return
+    logger.debug("%s%s", LOG_OF.lstrip(), root.resolve())
+    if log.name != f"{root.name}.log":
+        logger.info("the log is %s: %s.log is that of another experiment of this name", log, root.name)
+
+
+def set_up_streams() -> None:
+    """Make stdin, stdout and stderr ones that cannot stop a run: closed ones are opened on nothing, and what a terminal's
+    encoding lacks is written as an escape."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # closed by the shell: `>&-`
+            with suppress(OSError):
+                os.fstat(number)
+                continue  # a file has been opened under its number since
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one; else a data file would get it
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def show(*lines: str, stream: TextIO | None = None) -> None:
+    """Print lines for people, on stdout unless another stream is given. That nobody reads them (`| head -1`) is no error."""
+    stream = stream or sys.stdout
+    try:
+        print(*(printable(line) for line in lines), sep="\n", file=stream, flush=True)
+    except OSError:
+        abandon(stream)
+
+
+def abandon(stream: TextIO) -> None:
+    """Send what a stream still holds, and whatever comes, to nowhere: its reader is gone."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def printable(text: str) -> str:
+    """The text with an escape such as `\\x1b` or `\\n` for each character that cannot be printed."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+class Printable(logging.Formatter):
+    """Log lines in which everything can be printed. Only a traceback has several lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return printable(super().formatMessage(record))
+
+    def formatException(self, exc_info: Any) -> str:  # noqa: N802
+        return "\n".join(printable(line) for part in traceback.format_exception(*exc_info) for line in part.splitlines())
 
 
 def is_file(stream: TextIO, path: Path) -> bool:
@@ -49,7 +131,10 @@ class Forgiving(logging.Handler):
     """A handler that never stops a run: if the disk is full, its lines wait in memory instead of raising an error."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        if not isinstance(sys.exc_info()[1], OSError):
+        error = sys.exc_info()[1]
+        if isinstance(error, BrokenPipeError) and isinstance(self, Console):
+            abandon(self.stream)  # otherwise Python would try again at its end, and exit with code 120
+        elif not isinstance(error, OSError):
             super().handleError(record)
 
 

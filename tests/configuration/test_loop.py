@@ -48,16 +48,22 @@ VARIABLES = {
     "TrackWith": ("track_with", ("wandb", "tensorboard")),
 }
 OTHERS = ("Preset", "Resident", "NumProcesses", "NumMachines", "MachineRank", "MainProcessIp", "MainProcessPort", "Launcher")
-# What a stub for `python -m b2diffurl.start` says: a run of two stages.
+# What a stub for `python -m b2diffurl.start` writes into the file --calls: a run of two stages.
 CALLS = "".join("\t".join(("call", one.needs, f"run_{one.script}.py", *one.flags)) + "\n" for one in calls(2))
-PLAN = f"folder\n{CALLS}PLAN\n".replace("\t", r"\t").replace("\n", r"\n")
+PLAN = f"folder\tfolder\n{CALLS}end\n".replace("\t", r"\t").replace("\n", r"\n")
+# Every call of the stub prints, and what it prints looks like a call.
+STUB = """#!/bin/bash
+for one in "$@"; do case "$one" in --calls=*) printf "{plan}" > "${{one#--calls=}}" ;; esac; done
+"""
+NOISE = "call\t.\trun_noise.py\n"
 
 
 def called(tmp_path: Path, variables: dict[str, str], *arguments: str, plan: str = PLAN) -> tuple[list[list[str]], str]:
     """The commands run_process.sh runs, with a `python` on the PATH that only says how it was called, and its stdout."""
     stub = tmp_path / "bin" / "python"
     stub.parent.mkdir()
-    stub.write_text(f'#!/bin/bash\nprintf "%q " "$@" >> {tmp_path}/calls; echo >> {tmp_path}/calls\nprintf "{plan}"')
+    noted = f'printf "%q " "$@" >> {tmp_path}/calls; echo >> {tmp_path}/calls; printf "{NOISE!r}"'.replace("'", "")
+    stub.write_text(STUB.format(plan=plan) + noted)
     stub.chmod(0o755)
     environment = {key: value for key, value in os.environ.items() if key not in {*VARIABLES, *OTHERS}}
     environment |= variables | {"PATH": f"{stub.parent}:{os.environ['PATH']}"}
@@ -75,7 +81,7 @@ def test_run_process_goes_through_the_stages(tmp_path):
     names = [argument.partition("=")[2] for call in calls for argument in call if "run_name" in argument]
     assert names == ["stage0"] * 4 + ["stage1"] * 4
     assert [call[-1] == "--due" for call in calls] == ([False] + ([False] * 3 + [True]) * 2 + [False] * 2)
-    assert stdout == "PLAN\n" + f"folder\n{CALLS}PLAN\n" * (len(calls) - 1)
+    assert stdout == NOISE * len(calls)
     for call in calls:
         settings = [argument for argument in call if argument.startswith("--config") and "run_name" not in argument]
         assert settings == ["--config=config/stage_process.py:shapes", "--config.train.step_weight=none"]
@@ -124,9 +130,7 @@ def test_run_process_hands_a_signal_on(tmp_path):
     """SIGTERM to the script alone ends its child, too; exit code 143, and it says how to go on."""
     stub = tmp_path / "bin" / "python"
     stub.parent.mkdir()
-    stub.write_text(
-        f'#!/bin/bash\nif [ "$1" = -m ]; then printf "{PLAN}"; else echo $$ > {tmp_path}/child; exec sleep 100; fi'
-    )
+    stub.write_text(STUB.format(plan=PLAN) + f'if [ "$1" != -m ]; then echo $$ > {tmp_path}/child; exec sleep 100; fi')
     stub.chmod(0o755)
     environment = os.environ | {"PATH": f"{stub.parent}:{os.environ['PATH']}"}
     with subprocess.Popen(["bash", ROOT / "run_process.sh"], env=environment, stderr=subprocess.PIPE, text=True) as script:
@@ -142,10 +146,64 @@ def test_run_process_hands_a_signal_on(tmp_path):
 @pytest.mark.parametrize("flag", ["--dry_run", "--dry_run=true", "-dry_run"])
 def test_a_dry_run_calls_nothing_else(tmp_path, flag):
     """However it is written, it goes to the first process, whose words are handed on, and there is no second one."""
-    calls, stdout = called(tmp_path, {}, "--config.train.step_weight=none", flag, plan=r"experiment a\npreset b\n")
+    calls, stdout = called(tmp_path, {}, "--config.train.step_weight=none", flag, plan=r"end\n")
     assert [call[:2] for call in calls] == [["-m", "b2diffurl.start"]]
     assert calls[0][-2:] == ["--config.train.step_weight=none", flag]
-    assert stdout == "experiment a\npreset b\n"
+    assert stdout == NOISE
+
+
+@pytest.mark.parametrize("plan", ["", r"folder\tfolder\n", r"folder\tfolder\ncall\t.\trun_sample.py\n"])
+def test_without_a_whole_list_of_calls_nothing_is_run(tmp_path, plan):
+    """A first process that ends well without it, as by an exit(0) in a module that it imports, is a failure."""
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        called(tmp_path, {}, plan=plan)
+    assert failed.value.returncode == 1
+    assert "without a list of calls" in failed.value.stderr
+    assert len((tmp_path / "calls").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("NumProcesses", value) for value in ("99999999999999999999", "08", "-1", "1.5", "two", "1e3")),
+        *(("NumMachines", value) for value in ("0", "99999999999999999999")),
+        ("MachineRank", "1"),
+        ("MainProcessPort", "0x50"),
+    ],
+)
+def test_numbers_with_which_bash_cannot_compute_are_refused(tmp_path, name, value):
+    """In one sentence of ours, before anything is started."""
+    with pytest.raises(FileNotFoundError):  # nothing was called
+        try:
+            called(tmp_path, {name: value})
+        except subprocess.CalledProcessError as failed:
+            assert failed.returncode == 2
+            assert failed.stderr.startswith("error: ") and len(failed.stderr.splitlines()) == 1
+            (tmp_path / "calls").read_text()
+
+
+def test_what_is_left_of_another_run_is_not_handed_on(tmp_path):
+    """RANK and the like of a launcher that is gone, which would make a run of one process take itself for the second."""
+    stub = tmp_path / "bin" / "python"
+    stub.parent.mkdir()
+    stub.write_text(STUB.format(plan=PLAN) + f'echo "${{RANK-}}${{LOCAL_RANK-}}${{WORLD_SIZE-}}" >> {tmp_path}/given')
+    stub.chmod(0o755)
+    left = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "1", "PATH": f"{stub.parent}:{os.environ['PATH']}"}
+    subprocess.run(["bash", ROOT / "run_process.sh"], env=os.environ | left, check=True, timeout=60)
+    assert set((tmp_path / "given").read_text().splitlines()) == {""}
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_may_be_closed(tmp_path, closed):
+    """Every call is made all the same, and stdout and stderr of the calls are open: a data file must not get its number."""
+    stub = tmp_path / "bin" / "python"
+    stub.parent.mkdir()
+    stub.write_text(STUB.format(plan=PLAN) + f"ls /dev/fd/1 /dev/fd/2 > {tmp_path}/open; echo >> {tmp_path}/calls")
+    stub.chmod(0o755)
+    environment = os.environ | {"PATH": f"{stub.parent}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-c", f"bash {ROOT}/run_process.sh {closed}"], env=environment, check=True, timeout=60)
+    assert len((tmp_path / "calls").read_text().splitlines()) == 1 + 10
+    assert len((tmp_path / "open").read_text().splitlines()) == 2
 
 
 def test_there_is_a_folder_for_logs():

@@ -129,6 +129,28 @@ def test_a_script_leaves_the_lock_to_run_process(workplace, overrides, other_run
     assert not path.exists()
 
 
+def test_the_living_one_is_named(tmp_path, other_run):
+    """run_process.sh was killed while its script works on: that is whom to wait for, and the lock is not to be deleted."""
+    lock.take(tmp_path, other_run.pid)
+    other_run.kill()
+    other_run.wait()
+    with pytest.raises(ValueError, match=f"by process {os.getpid()} on .* or stop it.$") as refused:
+        lock.take(tmp_path, os.getppid())
+    assert "delete" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "pipe"])
+def test_the_lock_is_not_written_through_a_link(tmp_path, kind):
+    """Nor into anything else that somebody has put in its place: it is replaced, and the target stays."""
+    (tmp_path / "precious").write_text("mine")
+    path = tmp_path / "run.lock"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to(tmp_path / ("precious" if kind == "link" else "nowhere"))
+    lock.take(tmp_path, os.getpid())
+    assert path.is_file() and not path.is_symlink() and lock.is_ours(tmp_path, os.getpid())
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_only_one_of_many_gets_the_lock(tmp_path):
     """Processes that ask at the same moment."""
     fork = multiprocessing.get_context("fork")

@@ -3,11 +3,15 @@
 import contextlib
 import os
 import shutil
+import struct
 import subprocess
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 from conftest import (
     JUDGE,
     VERBS,
@@ -24,6 +28,8 @@ from conftest import (
 )
 
 from b2diffurl import export, report
+from b2diffurl.experiment.checkpoints import save_checkpoint
+from b2diffurl.experiment.metrics import read_events
 from b2diffurl.runtime import files
 
 
@@ -206,3 +212,105 @@ def test_a_log_that_cannot_be_written(work, overrides, locked):
         ended = run_script(work, "sample", overrides | {"exp_name": name})
         assert_refused(ended, rf"the log cannot be written: .*log/{name}\.log")
         assert "--config.log_path" in ended.stderr
+
+
+# ---- what somebody else may have put there ----
+
+
+@pytest.fixture
+def precious(tmp_path) -> Path:
+    """A file of the user's that nobody may touch."""
+    path = tmp_path / "precious"
+    path.write_text("mine")
+    return path
+
+
+def test_no_write_goes_through_a_link(precious, tmp_path):
+    """At a temporary name a link is replaced, and its target stays; so is what an interrupted write has left."""
+    for name, kind in (("report.html", "link"), ("eval.jsonl", "dangling"), ("rest.json", "file")):
+        temporary = tmp_path / f"{name}.tmp"
+        if kind == "file":
+            temporary.write_text("half")
+        else:
+            temporary.symlink_to(precious if kind == "link" else tmp_path / "nowhere")
+        files.write_bytes(tmp_path / name, b"new")
+        assert (tmp_path / name).read_bytes() == b"new"
+        assert not (tmp_path / name).is_symlink() and not os.path.lexists(temporary)
+    (tmp_path / "linked").symlink_to(precious)
+    files.write_bytes(tmp_path / "linked", b"new")
+    assert precious.read_text() == "mine"
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "file", "nothing"])
+def test_an_empty_folder_is_a_new_one(precious, tmp_path, kind):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    precious.rename(theirs / "precious")
+    place = tmp_path / "place.tmp"
+    if kind == "folder":
+        shutil.copytree(theirs, place)
+    elif kind == "link":
+        place.symlink_to(theirs)
+    elif kind == "file":
+        place.touch()
+    files.empty_folder(place)
+    assert place.is_dir() and not place.is_symlink() and not list(place.iterdir())
+    assert (theirs / "precious").read_text() == "mine"
+
+
+def test_a_checkpoint_is_not_written_through_a_link(tmp_path):
+    """Its temporary folder may be a link to a folder of the user's, when training goes on in another's experiment."""
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (tmp_path / "checkpoint_1.tmp").symlink_to(theirs)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    save_checkpoint(tmp_path / "checkpoint_1", {"lora": weight}, torch.optim.AdamW([weight]), ["lora"], {"epoch": 1})
+    assert (tmp_path / "checkpoint_1" / "state.json").is_file()
+    assert not (tmp_path / "checkpoint_1").is_symlink()
+    assert not list(theirs.iterdir())
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize("text", [DEEP, '{"a": ' * 100_000, "1" * 1_000_000, "[NaN]", "[-Infinity]", '{"a": 1e999}', "[1e"])
+def test_json_that_no_computer_reads_is_damage(tmp_path, text):
+    """The file is named, as one of JSON, of JSON lines, of metrics, or as the metadata of tensors."""
+    path = tmp_path / "some.json"
+    path.write_text(text + "\n" + text)
+    for read in (files.read_json, files.read_json_lines, read_events):
+        with pytest.raises(ValueError, match=r"some\.json is damaged \(.*\)\. Delete it") as refused:
+            read(path)
+        assert len(str(refused.value)) < 1000
+    path.write_bytes(safetensors.torch.save({"a": torch.zeros(1)}, metadata={"b2diffurl": text}))
+    with pytest.raises(ValueError, match=r"some\.json is damaged"):
+        files.read_metadata(path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "stage1/sample.json", "stage0/scores.jsonl"])
+def test_an_experiment_with_brackets_in_brackets_is_refused(work, overrides, name):
+    """In two lines that name the file."""
+    (experiment(work) / name).write_text(DEEP)
+    unfinish(work, "select", 1)
+    assert_refused(run_script(work, "select", overrides | {"run_name": "stage1"}), name)
+
+
+def test_images_that_are_none_or_too_large(tmp_path):
+    """A PNG of a few hundred bytes that would take gigabytes, whatever Pillow says of its size; and broken ones."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    path = tmp_path / "image.png"
+    for width, height in ((100_000, 100_000), (10_000, 8_000), (2**31 - 1, 2**31 - 1)):
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"0" * 1000)) + chunk(b"IEND", b""))
+        with pytest.raises(ValueError, match=r"image\.png cannot be read as an image"):
+            files.read_image(path)
+    files.write_image(path, torch.zeros(8, 8, 3, dtype=torch.uint8))
+    whole = path.read_bytes()
+    for length in range(len(whole) - 20):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"image\.png cannot be read as an image"):
+            files.read_image(path)

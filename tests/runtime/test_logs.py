@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import termios
@@ -23,6 +24,7 @@ from conftest import (
 )
 
 from b2diffurl.experiment.stage import Stage
+from b2diffurl.runtime import logs
 
 # ---- log lines ----
 
@@ -44,12 +46,10 @@ def test_the_log_tells_the_run(overrides, run):
     """The same lines on stdout and in the log, each with date and time, stage and phase; at the beginning the plan, after
     the first batch the time for all, after a stage the time left; paths are short."""
     place, ended = run
-    folder, *made = ended[0].stdout.splitlines()[:11]
-    assert folder == "model/lora/tiny"
-    scripts = [line.split("\t")[2] for line in made]
-    assert scripts == [f"run_{verb}.py" for verb in ("sample", "select", "train", "eval")] * 2 + ["run_eval.py"] * 2
-    lines = [line for one in ended for line in one.stdout.splitlines()][11:]
-    assert (place / "log" / "tiny.log").read_text().splitlines() == lines
+    lines = [line for one in ended for line in one.stdout.splitlines()]
+    named, *logged = (place / "log" / "tiny.log").read_text().splitlines()
+    assert re.fullmatch(LINE + f"log of the experiment in {place.resolve()}/model/lora/tiny", named)
+    assert logged == lines
     assert all(re.match(LINE + r"(plan: |stage[01] (sample: |select: |train: |done: ))", line) for line in lines)
     said = [re.sub(LINE, "", line) for line in lines]
     model = overrides["pretrained.model"]
@@ -84,10 +84,10 @@ def test_stdout_may_be_the_log_itself(workplace, overrides):
             command = [sys.executable, ROOT / argv[0], *argv[1:]]
             subprocess.run(command, cwd=workplace, stdout=stream, stderr=subprocess.DEVNULL, timeout=300, check=False)
     lines = log.read_text().splitlines()
-    finished = [re.sub(LINE, "", line) for line in (lines[0], lines[-1])]
+    finished = [re.sub(LINE, "", line) for line in (lines[1], lines[-1])]
     assert finished == ["stage0 select: already finished"] * 2
-    assert re.fullmatch(LINE + "select failed", lines[1])
-    assert lines[2].startswith("Traceback")
+    assert re.fullmatch(LINE + "select failed", lines[2])
+    assert lines[3].startswith("Traceback")
     assert lines[-2].startswith("ValueError: ")
 
 
@@ -173,3 +173,108 @@ def test_the_plan_needs_no_rank_but_the_first(overrides, tmp_path, monkeypatch):
     assert shows_progress()
     monkeypatch.setenv("RANK", "1")
     assert not shows_progress()
+
+
+# ---- what is shown, and where ----
+
+NASTY = "a cat\x1b[2J\r\n2026-01-01 00:00:00 stage9 done\u202e \x00\x9b \udcff é 日本"
+SHOWN = r"a cat\x1b[2J\r\n2026-01-01 00:00:00 stage9 done\u202e \x00\x9b \udcff é 日本"
+
+
+def test_nothing_shown_moves_the_cursor_or_forges_a_line(tmp_path, capsys):
+    """Prompts, file names, servers' answers and exceptions are escaped in the log, on the console, and where they
+    are shown to people; what can be printed stays. Only a traceback has several lines."""
+    log = tmp_path / "x.log"
+    logs.set_up_logging(log)
+    logs.logger.warning("prompt %s", NASTY)
+    try:
+        raise ValueError(NASTY)
+    except ValueError:
+        logs.logger.debug("failed", exc_info=True)
+    logs.show(NASTY, "second")
+    console = capsys.readouterr().out.splitlines()
+    assert [re.sub("^" + LINE, "", line) for line in console] == [f"prompt {SHOWN}", SHOWN, "second"]
+    lines = log.read_text().splitlines()
+    assert re.sub("^" + LINE, "", lines[0]) == f"prompt {SHOWN}"
+    assert lines[2] == "Traceback (most recent call last):"
+    assert all(line.isprintable() for line in lines)
+
+
+@pytest.mark.parametrize("where", ["exp_name", "curriculum", "pretrained.model", "prompt_file", "run_name"])
+def test_refusals_are_escaped(overrides, tmp_path, where):
+    """Whatever a mistake quotes, it stays two lines that can be printed."""
+    ended = run_script(tmp_path, "sample", overrides | {where: NASTY.replace("\udcff", "")})
+    assert ended.code == 2
+    assert len(ended.stderr.splitlines()) == 2 and all(line.isprintable() for line in ended.stderr.splitlines())
+
+
+def test_a_plan_is_escaped(overrides, tmp_path):
+    """A prompt in --dry_run."""
+    ended = start(tmp_path, overrides | {"prompt": "a cat\x1b[2J\rdone"}, "--dry_run")
+    assert ended.code == 0, ended.stderr
+    assert "a cat" in ended.stdout and all(line.isprintable() for line in ended.stdout.split("\n"))
+
+
+SAY = """
+import sys
+sys.path[:0] = [{root!r}]
+from pathlib import Path
+from b2diffurl.runtime.logs import logger, set_up_logging, set_up_streams, show
+set_up_streams()
+set_up_logging(Path("x.log"))
+for n in range(2000):
+    logger.info("%d é 日本", n)
+    show("é 日本")
+print("é")
+open("ended", "w").close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("redirected", "environment"),
+    [
+        ("> out 2> err", {"PYTHONIOENCODING": "ascii"}),
+        ("> out 2> err", {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}),
+        ("2> err | head -n 1 > out", {}),
+        (">&- 2> err", {}),
+        ("2>&- > out", {}),
+        ("<&- >&- 2>&-", {}),
+    ],
+)
+def test_no_stream_stops_a_run(tmp_path, redirected, environment):
+    """One that only takes ASCII, has no reader any more, or is closed: exit code 0, nothing on stderr, and a whole log."""
+    (tmp_path / "say.py").write_text(SAY.format(root=str(ROOT)))
+    command = f"set -o pipefail; {sys.executable} say.py {redirected}"
+    ended = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=os.environ | environment, timeout=60)
+    assert ended.returncode == 0
+    assert (tmp_path / "ended").exists()
+    lines = (tmp_path / "x.log").read_text(encoding="utf-8").splitlines()
+    assert [re.sub(LINE, "", line) for line in lines] == [f"{n} é 日本" for n in range(2000)]
+    assert not (tmp_path / "err").exists() or (tmp_path / "err").read_text() == ""
+    if "encoding" in str(environment).lower() or "LC_ALL" in environment:
+        assert r"\u65e5\u672c" in (tmp_path / "out").read_text()
+
+
+def test_experiments_of_one_name_have_logs_of_their_own(workplace, overrides):
+    """log/<name>.log is the first one's; the second has another, which begins by saying so; each goes on in its own.
+    One that has been moved goes on in its old log."""
+    settings = overrides | {"log_path": str(workplace / "logs")}
+    other = workplace / "other"
+    other.mkdir()
+    shutil.copytree(experiment(workplace), other / "tiny")
+    logged = []
+    for save_path in (experiment(workplace).parent, other, experiment(workplace).parent, other):
+        assert run_script(workplace, "sample", settings | {"save_path": str(save_path)}).code == 0
+        logged.append({path.name: len(path.read_text().splitlines()) for path in (workplace / "logs").iterdir()})
+    (own,) = logged[1].keys() - {"tiny.log"}
+    assert re.fullmatch(r"tiny\.[0-9a-f]{6}\.log", own)
+    assert logged == [{"tiny.log": 2}, {"tiny.log": 2, own: 3}, {"tiny.log": 3, own: 3}, {"tiny.log": 3, own: 4}]
+    assert "tiny.log is that of another experiment of this name" in (workplace / "logs" / own).read_text()
+    moved = (workplace / "model").rename(workplace / "moved") / "lora"
+    assert logs.log_of(workplace / "logs", moved / "tiny") == workplace / "logs" / "tiny.log"
+
+
+def test_a_log_without_a_first_line_is_anybodys(tmp_path):
+    """As earlier versions began it."""
+    (tmp_path / "tiny.log").write_text("2026-01-01 00:00:00 plan: …\n")
+    assert logs.log_of(tmp_path, tmp_path / "a" / "tiny") == tmp_path / "tiny.log"
