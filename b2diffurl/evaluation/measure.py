@@ -22,7 +22,7 @@ from b2diffurl.evaluation.features import Features, check_features, features_ide
 from b2diffurl.evaluation.generate import SAMPLERS, sample_images
 from b2diffurl.evaluation.statistics import add_differences, summarise, summarise_diversity
 from b2diffurl.experiment.checkpoints import read_state
-from b2diffurl.experiment.evaluation_table import describe, record
+from b2diffurl.experiment.evaluation_table import describe, identity, record
 from b2diffurl.experiment.folder import checkpoint_name, relative_to, resolve_checkpoint, stage_of
 from b2diffurl.experiment.stage import finished_stages
 from b2diffurl.models import Model, base_fingerprint
@@ -276,7 +276,7 @@ def named_scorers(settings: Settings) -> list[str]:
 
 def result_folder(root: Path, checkpoint: str, lora: Path | None, set_name: str, conditions: str) -> Path:
     """The folder of one evaluation: checkpoint and prompt set for people, and a checksum that identifies it."""
-    digest = files.digest([conditions, files.sha256(lora) if lora else ""])
+    digest = identity(conditions, files.sha256(lora) if lora else "")
     # A LoRA from elsewhere is called by its path, which is no name for a folder.
     label = lora.stem if lora and stage_of(checkpoint) is None else checkpoint.replace("/", "-")
     return root / "eval" / f"{label}_{Path(set_name).stem}_{digest}"

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -195,12 +194,3 @@ def sha256(path: Path) -> str:
 def digest(value: Any) -> str:
     """A checksum of a JSON value, 12 hex digits: for names that tell settings apart."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def remove_temporaries(folder: Path) -> None:
-    """Delete all half-written files and folders (*.tmp) below `folder`, which an interrupted run has left."""
-    for path in sorted(folder.rglob("*" + TEMPORARY)):  # sorted: the walk is over before anything is deleted
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
