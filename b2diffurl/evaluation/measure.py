@@ -5,6 +5,7 @@ N images. Image n has prompt n of the file, which is repeated if it is shorter
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +24,7 @@ from b2diffurl.evaluation.features import Features, check_features, features_ide
 from b2diffurl.evaluation.generate import SAMPLERS, sample_images
 from b2diffurl.evaluation.statistics import add_differences, summarise, summarise_diversity
 from b2diffurl.experiment.checkpoints import read_state
-from b2diffurl.experiment.evaluation_table import describe, record
+from b2diffurl.experiment.evaluation_table import describe, identity, record
 from b2diffurl.experiment.folder import checkpoint_name, relative_to, resolve_checkpoint, stage_of
 from b2diffurl.experiment.stage import finished_stages, versions
 from b2diffurl.models import Model, base_fingerprint, base_identity
@@ -143,11 +144,11 @@ class Evaluation:
                 conditions = self.conditions(sampler, prompts)
                 folder = result_folder(root, checkpoint, lora, set_name, conditions)
                 base_result = result_folder(root, "base", None, set_name, conditions) / "result.json"
-                if not (folder / "result.json").is_file():
+                if not is_whole(folder):
                     model = model or load_checkpoint(self.settings, self.accelerator, lora)
                     # A LoRA that was not applied would be judged as the base is. Without a result of the base to compare
                     # with, draw a few images by both first.
-                    if lora and not base_result.is_file():
+                    if lora and not is_whole(base_result.parent):
                         draw_both(self.settings, model, lora, batch_prompts(prompts, NUM_DRAWN, 0, None), sampler)
                     self.warn_of_cut_prompts(model, set_name)
                     num_images = self.settings.judging.num_images
@@ -158,7 +159,7 @@ class Evaluation:
                 facts |= {"prompts": set_name, "sampler": sampler_name}
                 facts |= {"lora": relative_to(root, lora) if lora else "", "conditions": conditions} | vars(sampler)
                 results.append(facts | {"folder": relative_to(root, folder)} | files.read_json(folder / "result.json"))
-                if lora and base_result.is_file():
+                if lora and is_whole(base_result.parent):
                     same = results[-1]["images_sha256"] == files.read_json(base_result)["images_sha256"]
                     require_different(lora, same=same)
         return results
@@ -271,13 +272,31 @@ def every_checkpoint(root: Path) -> list[str]:
 
 
 def require_different(lora: Path, *, same: bool) -> None:
-    """Raise a ValueError if a LoRA that has had updates draws the `same` images as the base: it was not applied."""
+    """Raise a ValueError if a LoRA that has had updates draws the `same` images as the base: it was not applied.
+
+    If it is still as fresh ones are, the images have to be the same, and the log says why that can be.
+    """
     state = read_state(lora)
-    if same and state and state["num_updates"]:
-        raise ValueError(
-            f"{lora} has had {state['num_updates']} updates and draws exactly the base model's images: it is damaged, "
-            "or was not applied. Run its stage's training again, or report this."
-        )
+    if not (same and state and state["num_updates"]):
+        return
+    if is_fresh(lora):
+        logger.warning(
+            "%s has had %d updates and is still the base model: none of them moved a weight, as with train.learning_rate=0 "
+            "or advantages of 0",
+            lora, state["num_updates"],
+        )  # fmt: skip
+        return
+    raise ValueError(
+        f"{lora} has had {state['num_updates']} updates and draws exactly the base model's images: it is damaged, was not "
+        "applied, or is too small to change a pixel (train.learning_rate). Run its stage's training again, or report this."
+    )
+
+
+def is_fresh(lora: Path) -> bool:
+    """Whether a LoRA is as before its first update: all second factors, B, are 0, and no first one, A, is."""
+    weights = files.read_tensors(lora)
+    second = {name for name in weights if re.search(r"lora_B|lora[._]up", name)}
+    return bool(second) and all(bool(value.any()) != (name in second) for name, value in weights.items())
 
 
 def named_scorers(settings: Settings) -> list[str]:
@@ -291,10 +310,30 @@ def named_scorers(settings: Settings) -> list[str]:
 
 def result_folder(root: Path, checkpoint: str, lora: Path | None, set_name: str, conditions: str) -> Path:
     """The folder of one evaluation: checkpoint and prompt set for people, and a checksum that identifies it."""
-    digest = files.digest([conditions, files.sha256(lora) if lora else ""])
+    digest = identity(conditions, files.sha256(lora) if lora else "")
     # A LoRA from elsewhere is called by its path, which is no name for a folder.
     label = lora.stem if lora and stage_of(checkpoint) is None else checkpoint.replace("/", "-")
     return root / "eval" / f"{label}_{Path(set_name).stem}_{digest}"
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder of `result_folder` holds a result that can be read back: result.json and its pictures.
+
+    The log names what is damaged or missing; the result is then made again. A result without any picture is whole: they may
+    have been deleted to save room.
+    """
+    path = folder / "result.json"
+    if not path.is_file():
+        return False
+    try:
+        pictures = [folder / f"{n:05d}.png" for n in range(files.read_json(path)["n_images"])]
+        broken = [picture for picture in pictures if not files.is_whole_png(picture)]
+        if broken and any(picture.exists() for picture in pictures):
+            raise ValueError(f"{broken[0]} is missing or cut off")
+    except (ValueError, LookupError, TypeError) as error:
+        logger.warning("%s; this evaluation is made again", str(error).split(" Delete ")[0].rstrip("."))
+        return False
+    return True
 
 
 def load_checkpoint(settings: Settings, accelerator: Accelerator, lora: Path | None) -> Model:

@@ -26,7 +26,6 @@ def save_checkpoint(
 ) -> None:
     """Write one checkpoint. `names` are the parameters' names in the optimizer's order; `state` is what state.json adds."""
     temporary = folder.with_name(folder.name + files.TEMPORARY)
-    files.remove(folder)
     files.empty_folder(temporary)
     # Tensors go to safetensors and plain numbers to JSON: together they replace torch.save, which would be a pickle.
     tensors, numbers = {}, {}
@@ -38,6 +37,11 @@ def save_checkpoint(
     files.write_tensors(temporary / OPTIMIZER_FILE, tensors)
     described = {path.name: files.describe(path) for path in sorted(temporary.iterdir())}
     files.write_record(temporary / STATE_FILE, state | {"optimizer": numbers, "files": described})
+    if folder.is_dir():  # a damaged one, which is made again; what is not ours in it moves over
+        for path in folder.iterdir():
+            if path.name not in (LORA_FILE, OPTIMIZER_FILE, STATE_FILE):
+                path.rename(temporary / path.name)
+        shutil.rmtree(folder)
     temporary.replace(folder)
 
 

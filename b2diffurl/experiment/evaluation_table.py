@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from b2diffurl.experiment import lock
+from b2diffurl.experiment.checkpoints import read_state
+from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.experiment.stage_table import Row, stage_rows
 from b2diffurl.runtime import files
 
@@ -67,9 +69,31 @@ def evaluation_rows(root: Path, **wanted: Any) -> list[Row]:
 
 
 def every_evaluation(root: Path) -> list[Row]:
-    """All rows of eval.jsonl, in the order of writing; [] if there is no such file."""
+    """The rows of eval.jsonl, in the order of writing; [] if there is no such file.
+
+    Left out are rows of a stage's checkpoint that has been made anew, or is being made, since: it is not what was judged.
+    """
     path = root / "eval.jsonl"
-    return files.read_json_lines(path) if path.is_file() else []
+    rows = {row["folder"]: row for row in (files.read_json_lines(path) if path.is_file() else [])}
+
+    def is_of_today(row: Row) -> bool:
+        lora = "" if row["stage"] is None else lora_sha256(root, row["stage"], row["lora"])
+        return row["stage"] is None or row["folder"].endswith(identity(row["conditions"], lora))
+
+    return [row for row in rows.values() if is_of_today(row)]
+
+
+def lora_sha256(root: Path, stage: int, lora: str) -> str:
+    """The checksum of a stage's LoRA file, by the record of its training or, until that is over, of its checkpoint."""
+    of = Stage(root, stage)
+    if of.finished("train"):
+        return of.manifest("train")["files"].get(lora.partition("/")[2], {}).get("sha256", "")
+    return ((read_state(root / lora) or {}).get("files") or {}).get(LORA_FILE, {}).get("sha256", "")
+
+
+def identity(conditions: str, lora_sha256: str) -> str:
+    """The checksum in the name of an evaluation's folder: of its conditions and of the LoRA ("": the base model)."""
+    return files.digest([conditions, lora_sha256])
 
 
 def set_title(prompts: str) -> str:

@@ -31,7 +31,9 @@ metrics/train.jsonl            train   an event an update: loss, gradient norm, 
 train.json                     train   its manifest
 
 debug/<name>.safetensors       any     what a NaN or an infinity came from (not_finite.py)       when the phase is finished
-*.tmp                          any     half-written files of an interrupted phase                when the phase starts again
+<any of these>.tmp             any     half-written files of an interrupted phase                when the phase starts again
+
+Only files and folders of these names are ever deleted; whatever else lies there is the user's.
 
 A phase's manifest <phase>.json is the last file that it writes: if it is there, the phase is finished. It holds the phase's
 facts, seconds, hardware and versions, and size and SHA-256 of each file that the phase wrote.
@@ -44,15 +46,24 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from b2diffurl.runtime import ambient, files
+from b2diffurl.runtime.logs import logger
 
 PHASES = ("sample", "select", "train")
+STAGE = re.compile(r"stage(0|[1-9]\d*)")  # the name of a stage's folder
 LORA_FILE = "pytorch_lora_weights.safetensors"
+# The names in a stage's folder that the package writes: those of the table above.
+OURS = re.compile(
+    r"((samples|selected)/batch_\d+|debug/\w+)\.safetensors|images/\d+\.png|tree\.(png|json)|checkpoints/checkpoint_\d+"
+    r"|(metrics/)?(sample|select|train)\.jsonl?|(prompts|selection|scores_of_process_\d+)\.json|scores\.jsonl"
+    r"|scores_wanted\.csv"
+)
 
 
 @dataclass(frozen=True)
@@ -119,6 +130,12 @@ class Stage:
     def checkpoint(self, number: int) -> Path:
         return self.folder / "checkpoints" / f"checkpoint_{number}"
 
+    def remove_temporaries(self) -> None:
+        """Delete the half-written files and folders that an interrupted phase has left, and nothing else."""
+        for path in sorted(self.folder.rglob(f"*{files.TEMPORARY}")):  # sorted: the walk is over before anything is deleted
+            if OURS.fullmatch(path.relative_to(self.folder).as_posix().removesuffix(files.TEMPORARY)):
+                files.remove(path)
+
     def checkpoints(self) -> list[Path]:
         """The checkpoint folders that there are, in order."""
         return find_checkpoints(self.folder / "checkpoints")
@@ -129,6 +146,11 @@ class Stage:
     def finished(self, phase: str) -> bool:
         """Whether the phase has written its manifest, which it does last."""
         path = self.manifest_path(phase)
+        if (other := stage_in(path)) not in (None, self.index):
+            raise ValueError(
+                f"{path} is the record of stage {other}: {self.folder} is a copy of it. Move {self.folder} elsewhere, out "
+                "of the experiment."
+            )
         if path.is_dir():
             raise ValueError(  # else the phase would run again, and fail only when it writes the manifest
                 f"{path} is a folder; it must be that phase's record. Move it away, then run run_{phase}.py again"
@@ -170,7 +192,7 @@ class Stage:
 
 def delete_batches(folder: Path) -> None:
     """Delete the batches in a stage's samples/ or selected/, and the folder; files that others put there stay."""
-    delete_files(folder, "batch_*.safetensors")
+    delete_files(folder, "batch_[0-9]*.safetensors")
 
 
 def delete_files(folder: Path, pattern: str) -> None:
@@ -181,16 +203,45 @@ def delete_files(folder: Path, pattern: str) -> None:
         folder.rmdir()
 
 
+def stage_in(manifest: Path) -> int | None:
+    """The number of the stage that a manifest is of; None if there is no such file, or it does not say."""
+    if not manifest.is_file():
+        return None
+    with manifest.open("rb") as file:
+        match = re.search(rb'"stage": (\d+)', file.read(200))  # its second entry: the files' checksums need not be read
+    return int(match[1]) if match else None
+
+
 def finished_stages(root: Path, phase: str) -> list[Stage]:
-    """The stages of the experiment in folder `root` that have finished `phase`, in order."""
-    matches = (re.fullmatch(r"stage(\d+)", path.parent.name) for path in root.glob(f"stage*/{phase}.json"))
-    return [Stage(root, index) for index in sorted(int(match[1]) for match in matches if match)]
+    """The stages of the experiment in folder `root` that have finished `phase`, in order.
+
+    A folder of another number than its manifest has is somebody's copy: it is left out, and the log names it.
+    """
+    found = {
+        int(match[1]): path for path in root.glob(f"stage*/{phase}.json") if (match := STAGE.fullmatch(path.parent.name))
+    }
+    for index, path in sorted(found.items()):
+        if stage_in(path) not in (None, index):
+            warn_of_copy(path)
+            del found[index]
+    return [Stage(root, index) for index in sorted(found)]
+
+
+@cache
+def warn_of_copy(manifest: Path) -> None:
+    """Say once that a stage's folder is left out."""
+    message = "%s is left out: it is a copy of stage %d. Move it elsewhere, out of the experiment."
+    logger.warning(message, manifest.parent, stage_in(manifest))
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """The `checkpoint_<n>` folders in `folder` that hold a LoRA, in order of n."""
-    # The pattern leaves out checkpoint_<n>.tmp, which an interrupted write may have left.
-    named = [path for path in folder.glob("checkpoint_*") if re.fullmatch(r"checkpoint_\d+", path.name)]
+    """The `checkpoint_<n>` folders in `folder` that hold a LoRA, in order of n; of a finished stage those that it wrote."""
+    # The pattern leaves out checkpoint_<n>.tmp, which an interrupted write may have left, and checkpoint_01.
+    named = [path for path in folder.glob("checkpoint_*") if re.fullmatch(r"checkpoint_(0|[1-9]\d*)", path.name)]
+    manifest = folder.parent / "train.json"
+    if folder.name == "checkpoints" and STAGE.fullmatch(folder.parent.name) and manifest.is_file():
+        written = {Path(name).parts[-2] for name in files.read_json(manifest)["files"] if name.endswith(LORA_FILE)}
+        named = [path for path in named if path.name in written]
     return sorted((path for path in named if (path / LORA_FILE).is_file()), key=lambda path: int(path.name.split("_")[1]))
 
 

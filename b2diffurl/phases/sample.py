@@ -30,6 +30,7 @@ from b2diffurl.evaluation.generate import deployed_sampler, make_scheduler
 from b2diffurl.experiment.branch_picture import decode_tree, recording_prefix, save_tree
 from b2diffurl.experiment.metrics import Metrics, timed
 from b2diffurl.experiment.not_finite import listed, not_finite
+from b2diffurl.experiment.origin import history_stages, require_origin
 from b2diffurl.experiment.stage import Stage, finished_stages
 from b2diffurl.experiment.trajectories import batch_damage, read_batch_prompts, save_batch
 from b2diffurl.models import Model
@@ -50,11 +51,13 @@ def sample_stage(plan: Plan) -> None:
     """
     check_later_phases(plan)  # also if this phase is finished: a later one may not be
     stage = plan.stage
+    require_origin(stage)
     if stage.finished("sample"):
         logger.info("stage%d sample: already finished", stage.index)
         restore_record(plan)
         return
     plan = identified(plan)
+    history_stages(stage, plan.settings.selection.num_history_stages)  # what select will need is there
     files.require_writable(stage.folder)
     started = time.perf_counter()
     accelerator = make_accelerator(plan.settings.compute)
@@ -129,7 +132,7 @@ def load_sampled_policy(plan: Plan, accelerator: Accelerator) -> tuple[Model, Tr
 def begin_stage(plan: Plan, model: Model, accelerator: Accelerator) -> None:
     """Delete the half-written files of an interrupted run. In a new experiment, name prompts too long for the model."""
     if accelerator.is_main_process:
-        files.remove_temporaries(plan.stage.folder)
+        plan.stage.remove_temporaries()
     accelerator.wait_for_everyone()  # before another process writes a temporary file, which would be deleted, too
     if accelerator.is_main_process and not (plan.stage.root / "config.json").is_file():
         warn_of_cut_prompts(model, named_prompts(plan.settings.prompts, "train"))

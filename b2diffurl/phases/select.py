@@ -3,6 +3,7 @@
 G groups, K branches (siblings) in a group, N = G*K images
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from b2diffurl.configuration.plan import Plan
 from b2diffurl.configuration.settings import Selection
 from b2diffurl.experiment.metrics import Metrics, timed
 from b2diffurl.experiment.not_finite import listed, not_finite
+from b2diffurl.experiment.origin import history_stages, made_from, require_origin, require_scales
 from b2diffurl.experiment.stage import Stage, delete_batches, finished_stages
 from b2diffurl.experiment.trajectories import save_selected
 from b2diffurl.phases.health import in_words, stage_warnings
@@ -39,6 +41,7 @@ def select_stage(plan: Plan) -> None:
     """
     stage, rewards = plan.stage, plan.settings.rewards
     check_rewards([*rewards.weights, *rewards.watched], rewards)
+    require_origin(stage)
     if stage.finished("select"):
         logger.info("stage%d select: already finished", stage.index)
         clean_up(plan)  # a run killed between the manifest and its own clean_up has left files
@@ -47,19 +50,22 @@ def select_stage(plan: Plan) -> None:
     files.require_writable(stage.folder)
     sampled = stage.manifest("sample")
     accelerator = make_accelerator(plan.settings.compute)
+    earlier = history_stages(stage, plan.settings.selection.num_history_stages)
+    if rewards.standardise:
+        require_scales(stage)
     history = []
     if accelerator.is_main_process:
-        files.remove_temporaries(stage.folder)
+        stage.remove_temporaries()
         stage.verify("sample", stage.images.name, stage.prompts.name, stage.samples.name)
         # Read before scoring: a damaged file is then refused before the work and not after it.
-        history = score_history(stage, plan.settings.selection.num_history_stages)
+        history = read_history(earlier)
     accelerator.wait_for_everyone()
     prompts = files.read_json(stage.prompts)
     if rewards.made_elsewhere and not stage.given_scores.is_file():
         if accelerator.is_main_process:
             ask_for_scores(stage, prompts)
     elif scores := score_stage(rewards, stage, prompts, accelerator):
-        finish(plan, prompts, scores, history, sampled, accelerator)
+        finish(plan, prompts, scores, history, made_from(stage, earlier), sampled, accelerator)
     accelerator.wait_for_everyone()  # no process goes on to the next phase before the manifest is written
     accelerator.end_training()
 
@@ -69,6 +75,7 @@ def finish(
     prompts: list[str],
     scores: Scores,
     history: list[tuple[str, float]],
+    origin: dict[str, Any],
     sampled: dict[str, Any],
     accelerator: Accelerator,
 ) -> None:
@@ -87,6 +94,7 @@ def finish(
         "reward": dict(plan.settings.rewards.weights),
         "scales": scores.scales,
         "num_history": len(history),
+        "made_from": origin,
         **summary,
         "device": str(accelerator.device),
         "num_threads": torch.get_num_threads(),
@@ -192,13 +200,12 @@ def ask_for_scores(stage: Stage, prompts: list[str]) -> None:
     )  # fmt: skip
 
 
-def score_history(stage: Stage, count: int) -> list[tuple[str, float]]:
-    """(prompt, reward) of every image of the `count` stages before this one, as far as they have been scored."""
+def read_history(stages: Sequence[Stage]) -> list[tuple[str, float]]:
+    """(prompt, reward) of every image of these stages."""
     history = []
-    for earlier in (Stage(stage.root, index) for index in range(max(0, stage.index - count), stage.index)):
-        if earlier.finished("select"):
-            earlier.verify("select", earlier.scores.name)
-            history += [(row["prompt"], row["reward"]) for row in files.read_json_lines(earlier.scores)]
+    for earlier in stages:
+        earlier.verify("select", earlier.scores.name)
+        history += [(row["prompt"], row["reward"]) for row in files.read_json_lines(earlier.scores)]
     return history
 
 

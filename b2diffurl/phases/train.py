@@ -19,6 +19,7 @@ from b2diffurl.configuration.budget import Budget
 from b2diffurl.configuration.plan import Plan
 from b2diffurl.experiment.checkpoints import read_state, save_checkpoint, whole_checkpoints
 from b2diffurl.experiment.metrics import Metrics, read_events
+from b2diffurl.experiment.origin import require_origin, selection_sha256
 from b2diffurl.experiment.stage import LORA_FILE, Stage, delete_batches
 from b2diffurl.experiment.stage_table import updates_before
 from b2diffurl.experiment.trajectories import SelectedTrajectories, Trajectories
@@ -55,6 +56,7 @@ def train_stage(plan: Plan) -> None:
     A training that was interrupted goes on from its last checkpoint.
     """
     stage = plan.stage
+    require_origin(stage)
     if stage.finished("train"):
         logger.info("stage%d train: already finished", stage.index)
         clean_up(plan)  # a run killed between the manifest and its own clean_up has left files
@@ -75,9 +77,9 @@ def train_stage(plan: Plan) -> None:
     model = load_policy(plan.settings.model, accelerator, source, seed=seed, compile=compiled, decoder=False)
     check_policy(plan, sampled["policy"], model)
     trainer = make_trainer(plan, accelerator, model, source)
-    epochs_done = read_state(source)["epoch"] if interrupted else 0
+    epochs_done = resumed_epochs(stage, source) if interrupted else 0
     if accelerator.is_main_process:
-        files.remove_temporaries(stage.folder)
+        stage.remove_temporaries()
     accelerator.wait_for_everyone()  # before another process writes a temporary file, which would be deleted, too
     limit = plan.settings.training.max_first_log_ratio
     log = UpdateLog(stage, limit, source if interrupted else None, epochs_done, writes=accelerator.is_main_process)
@@ -122,6 +124,17 @@ def check_policy(plan: Plan, sampled: dict, model: Model) -> None:
             f"{plan.stage.folder} was sampled with another LoRA than {plan.resume_from or 'a fresh one'}. Give the one that "
             f"it was sampled with, or delete {plan.stage.folder} to sample it anew."
         )
+
+
+def resumed_epochs(stage: Stage, lora: Path) -> int:
+    """The epochs that an interrupted training has done, by its last checkpoint; a ValueError if it had another selection."""
+    state, selection = read_state(lora), selection_sha256(stage)
+    if state.get("selection_sha256", selection) != selection:  # earlier versions did not record it
+        raise ValueError(
+            f"{lora.parent} was trained on another selection than {stage.selection}, which has been made anew since. Delete "
+            f"{lora.parents[1]} and run the same command again."
+        )
+    return state["epoch"]
 
 
 class UpdateLog:
@@ -240,6 +253,7 @@ def save(plan: Plan, trainer: Trainer, epoch: int) -> None:
     if accelerator.is_main_process:
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
         state = {"stage": plan.stage.index, "epoch": epoch, "num_updates": trainer.num_updates}
+        state |= {"selection_sha256": selection_sha256(plan.stage)}
         state |= {"base_model_sha256": model.fingerprint, "scaler": scaler}
         folder = plan.stage.checkpoint(math.ceil(epoch / plan.settings.output.save_interval))
         save_checkpoint(folder, model.adapter_state(), trainer.optimizer, list(model.trainable()), state)
@@ -259,6 +273,7 @@ def finish(plan: Plan, trainer: Trainer, log: UpdateLog, sampled: dict, seconds:
         "num_transitions": num_trajectories * Budget.of(plan.settings).num_chosen_steps(plan.num_trained_steps),
         "max_abs_log_ratio_first_update": updates[0]["max_abs_log_ratio"] if updates else None,
         "policy": sampled["policy"],
+        "made_from": {"selection": selection_sha256(stage)},
         "device": str(accelerator.device),
         "mixed_precision": accelerator.mixed_precision,
         "num_threads": torch.get_num_threads(),
@@ -288,5 +303,6 @@ def clean_up(plan: Plan) -> None:
         delete_batches(stage.samples)
         delete_batches(stage.selected)
     if output.keep_images >= 0:
-        for path in sorted(stage.images.glob("*.png"))[output.keep_images :]:
-            path.unlink(missing_ok=True)
+        for path in stage.images.glob("[0-9]*.png"):
+            if path.stem.isdecimal() and int(path.stem) >= output.keep_images:
+                path.unlink(missing_ok=True)

@@ -167,6 +167,15 @@ def read_image(path: Path) -> Tensor:
         raise ValueError(f"{path} cannot be read as an image ({error})") from None
 
 
+def is_whole_png(path: Path) -> bool:
+    """Whether there is a PNG file with its last chunk, so that nothing was cut off. The pixels are not read."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        file.seek(-min(8, path.stat().st_size), os.SEEK_END)
+        return file.read() == b"IEND\xaeB`\x82"
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file; a ValueError names one that is not JSON, or a record whose checksum does not match."""
     with damage_named(path):
@@ -237,9 +246,3 @@ def sha256(path: Path) -> str:
 def digest(value: Any) -> str:
     """A checksum of a JSON value, 12 hex digits: for names that tell settings apart."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def remove_temporaries(folder: Path) -> None:
-    """Delete all half-written files and folders (*.tmp) below `folder`, which an interrupted run has left."""
-    for path in sorted(folder.rglob("*" + TEMPORARY)):  # sorted: the walk is over before anything is deleted
-        remove(path)

@@ -17,6 +17,7 @@ from b2diffurl.evaluation.generate import SamplerSettings
 from b2diffurl.evaluation.measure import prompt_images
 from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.runtime.files import read_json, write_record
+from b2diffurl.runtime.logs import logger
 
 SAMPLERS = {"training": SamplerSettings(num_steps=4, eta=1.0, guidance_scale=5.0)}
 
@@ -44,6 +45,52 @@ def test_a_lora_that_was_never_updated_equals_the_base(overrides, tmp_path):
     assert (base["checkpoint"], last["checkpoint"]) == ("base", "stage0")
     assert base["values"] == last["values"]
     assert (last["reward_gain"], last["reward_gain_se"]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("checkpoints", [["base", "last"], ["last"]])
+def test_a_rate_of_0_is_a_control(overrides, tmp_path, caplog, monkeypatch, checkpoints):
+    """Its LoRA has had updates and is as fresh as at first: a warning, and it is judged, once."""
+    monkeypatch.setattr(logger, "propagate", True)
+    run_stage(tmp_path, overrides | {"train.learning_rate": 0.0})
+    results = run_evaluation(tmp_path, overrides | {"train.learning_rate": 0.0}, checkpoints)
+    assert "checkpoint_2/pytorch_lora_weights.safetensors has had" in caplog.text
+    assert "is still the base model: none of them moved a weight, as with train.learning_rate=0" in caplog.text
+    assert results[-1]["checkpoint"] == "stage0"
+    if len(results) == 2:
+        assert (results[-1]["reward_gain"], results[-1]["reward_gain_se"]) == (0.0, 0.0)
+    caplog.clear()
+    run_evaluation(tmp_path, overrides | {"train.learning_rate": 0.0}, checkpoints)
+    assert "6 images\n" not in caplog.text.replace("6 images:", "")  # nothing is sampled a second time
+
+
+@pytest.mark.parametrize(
+    ("harmed", "said"),
+    [
+        ("00002.png", "00002.png is missing or cut off"),
+        ("cut", "00003.png is missing or cut off"),
+        ("result.json", "result.json is damaged"),
+    ],
+)
+def test_a_damaged_evaluation_is_made_again_when_it_is_asked_for(overrides, tmp_path, caplog, monkeypatch, harmed, said):
+    """A picture that is gone or cut, a damaged result: named, and the same files are there afterwards. Without any picture,
+    which saves room, the figures are read back."""
+    monkeypatch.setattr(logger, "propagate", True)
+    (result,) = run_evaluation(tmp_path, overrides, ["base"])
+    folder, before = experiment(tmp_path) / result["folder"], snapshot(tmp_path)
+    if harmed == "cut":
+        (folder / "00003.png").write_bytes((folder / "00003.png").read_bytes()[:-20])
+    elif harmed == "result.json":
+        (folder / harmed).write_bytes((folder / harmed).read_bytes()[:-20])
+    else:
+        (folder / harmed).unlink()
+    assert run_evaluation(tmp_path, overrides, ["base"]) == [result]
+    assert f"{said}" in caplog.text
+    assert "this evaluation is made again" in caplog.text
+    assert snapshot(tmp_path) == before
+    for path in folder.glob("*.png"):
+        path.unlink()
+    assert run_evaluation(tmp_path, overrides, ["base"]) == [result]
+    assert not list(folder.glob("*.png"))
 
 
 def test_a_reward_of_the_users_own(overrides, tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 """The table of evaluations: what makes a curve, and what a row says."""
 
 from conftest import experiment, run_evaluation
+from safetensors.torch import load_file, save_file
 
 from b2diffurl.configuration.settings import read_settings
 from b2diffurl.evaluation.generate import SamplerSettings, deployed_sampler
-from b2diffurl.experiment.evaluation_table import describe_sampler, evaluation_rows
-from b2diffurl.runtime.files import read_json_lines
+from b2diffurl.experiment.evaluation_table import describe_sampler, evaluation_rows, every_evaluation
+from b2diffurl.experiment.stage import LORA_FILE, Stage
+from b2diffurl.runtime.files import describe, read_json_lines, write_record
 
 
 def test_an_earlier_difference_stays_when_the_base_is_not_asked_for(workplace, overrides):
@@ -40,6 +42,24 @@ def test_only_rows_that_can_be_compared_make_a_curve(workplace, overrides):
         ("stage1", 6, 36),
     ]
     assert evaluation_rows(root, prompts="train") == []
+
+
+def test_a_checkpoint_that_was_made_anew_has_no_evaluation_yet(workplace, overrides):
+    """Stage 1 is trained again and differs: its old evaluation stays on disk, but is neither in the curve nor in a table."""
+    root = experiment(workplace)
+    run_evaluation(workplace, overrides, ["base", "stage1"])
+    lora = Stage(root, 1).checkpoints()[-1] / LORA_FILE
+    save_file({name: value + 1 for name, value in load_file(lora).items()}, lora)
+    manifest = Stage(root, 1).manifest("train")
+    manifest["files"][str(lora.relative_to(root / "stage1"))] = describe(lora)
+    write_record(Stage(root, 1).manifest_path("train"), manifest)
+    assert [row["checkpoint"] for row in evaluation_rows(root)] == ["base"]
+    assert [row["checkpoint"] for row in every_evaluation(root)] == ["base"]
+    assert [row["checkpoint"] for row in read_json_lines(root / "eval.jsonl")] == ["base", "stage1"]
+    Stage(root, 1).manifest_path("train").unlink()  # in the middle of its training a checkpoint is known by its own record
+    assert [row["checkpoint"] for row in evaluation_rows(root)] == ["base", "stage1"]
+    (lora.parent / "state.json").unlink()
+    assert [row["checkpoint"] for row in evaluation_rows(root)] == ["base"]
 
 
 def test_only_schedulers_that_have_an_eta_are_said_to(config):
