@@ -12,6 +12,7 @@
 # The variables below can be set in the environment, as above, or here, between :- and }. An empty variable takes the
 # preset's value. config/stage_process.py has every setting, also those without a variable.
 set -euo pipefail
+export B2DIFFURL_STARTED_IN="$PWD"    # where the user's relative paths lie (b2diffurl/runtime/paths.py)
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 Preset="${Preset:-shapes}"                # shapes, sd14, sd14_10gb, b2, bs, bpt, ddpo: see config/stage_process.py

@@ -5,6 +5,7 @@ import argparse
 from b2diffurl.configuration.command_line import die, remedy
 from b2diffurl.experiment.folder import find_experiment
 from b2diffurl.reporting.page import write_report
+from b2diffurl.runtime.paths import work_in_repository
 
 
 def main() -> None:
@@ -12,6 +13,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m b2diffurl.report", description="Write the report of an experiment.")
     parser.add_argument("experiment", help="its folder, or its name")
     try:
+        work_in_repository()
         print(write_report(find_experiment(parser.parse_args().experiment)))
     except (ValueError, OSError) as error:
         die(f"report: {error}", hint=f"{remedy(error)}; python -m b2diffurl.report --help says what it takes.")
