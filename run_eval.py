@@ -4,7 +4,7 @@ import json
 
 from absl import flags
 
-from b2diffurl.configuration.command_line import run_script
+from b2diffurl.configuration.command_line import given_keys, run_script
 
 flags.DEFINE_list(
     "checkpoint",
@@ -36,11 +36,11 @@ def main(config):
     from b2diffurl.experiment.lock import within_run
     from b2diffurl.phases.evaluate import draw_prompt, evaluate_and_show, evaluate_due
     from b2diffurl.runtime.logs import show
+    from b2diffurl.runtime.paths import user_path
 
     given = flags.FLAGS
     # What defines the experiment comes from its config.json, unless the command line says otherwise.
-    set_here = [name for name in given if name.startswith("config.") and given[name].present]
-    take_recorded(config, [name.removeprefix("config.") for name in set_here])
+    take_recorded(config, given_keys())
     settings = checked_settings(config)
     root = settings.output.root
     with within_run(root):
@@ -51,7 +51,8 @@ def main(config):
             evaluate_due(settings, stage_index(config.run_name))
         else:
             checkpoints = every_checkpoint(root) if given.all or given.best else given.checkpoint
-            results = evaluate_and_show(settings, checkpoints, given.prompts, given.sampler)
+            prompt_sets = [name if name in ("train", "test") else user_path(name) for name in given.prompts]
+            results = evaluate_and_show(settings, checkpoints, prompt_sets, given.sampler)
             shown = name_best(results, given.sampler[0]) if given.best else results[-1]
             show(json.dumps(headline(shown)))
 

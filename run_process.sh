@@ -15,6 +15,7 @@ set -euo pipefail
 # A stream that is closed (>&-) would fail each command that writes, and its number would go to the next file that is opened.
 ( : >&1 ) 2> /dev/null || exec > /dev/null
 ( : >&2 ) || exec 2> /dev/null
+export B2DIFFURL_STARTED_IN="$PWD"    # where the user's relative paths lie (b2diffurl/runtime/paths.py)
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 Preset="${Preset:-shapes}"                # shapes, sd14, sd14_10gb, b2, bs, bpt, ddpo: see config/stage_process.py

@@ -27,6 +27,7 @@ from b2diffurl.models.lora import rank_of, write_diffusers
 from b2diffurl.reporting.model_card import Exported, write_card
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import set_up_streams, show
+from b2diffurl.runtime.paths import user_model, user_path, work_in_repository
 
 RECORD = "export.json"
 FORMATS = ("diffusers", "kohya", "pipeline")
@@ -52,6 +53,7 @@ def main() -> None:
     args = parser.parse_args()
     set_up_streams()
     try:
+        work_in_repository()
         if args.push:
             check_login(args.push)  # before the export, which may take minutes
         root = find_experiment(args.experiment)
@@ -84,14 +86,14 @@ def export(
     What cannot be exported is refused by a ValueError or FileNotFoundError before anything is written.
     """
     config = files.read_json(root / "config.json")["config"]
-    model = read_model(config["pretrained"] | ({"model": base} if base else {}), config["train"]["lora_rank"])
+    model = read_model(config["pretrained"] | ({"model": user_model(base)} if base else {}), config["train"]["lora_rank"])
     lora = resolve_checkpoint(root, checkpoint)
     if lora is None:
         raise ValueError("the base model is not trained here. Export last, stage<i>, or the path of a LoRA.")
     require_whole(lora)
     state = family(model).read_lora(lora)
     require_base(lora, model, required=form == "pipeline" or bool(base))
-    out = (out or root / "export" / form).expanduser()
+    out = Path(user_path(str(out))) if out else root / "export" / form
     check_replaceable(out)
     # Everything is made in a temporary folder, which then replaces an earlier export by one rename.
     place = out.resolve()  # a link stays one, and its target is replaced

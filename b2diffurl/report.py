@@ -6,6 +6,7 @@ from b2diffurl.configuration.command_line import die, remedy
 from b2diffurl.experiment.folder import find_experiment
 from b2diffurl.reporting.page import write_report
 from b2diffurl.runtime.logs import set_up_streams, show
+from b2diffurl.runtime.paths import work_in_repository
 
 
 def main() -> None:
@@ -14,6 +15,7 @@ def main() -> None:
     parser.add_argument("experiment", help="its folder, or its name")
     set_up_streams()
     try:
+        work_in_repository()
         show(str(write_report(find_experiment(parser.parse_args().experiment))))
     except (ValueError, OSError) as error:
         die(f"report: {error}", hint=f"{remedy(error)}; python -m b2diffurl.report --help says what it takes.")

@@ -21,8 +21,9 @@ from unittest import mock
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-# Child processes inherit these, and the libraries read them on import: one thread, and no network.
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+# Child processes inherit these, and the libraries read them on import: one thread, and no network. Scripts work in the
+# folder where they are started, as if run_process.sh had gone there.
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "B2DIFFURL_STARTED_IN": "."}
 
 import diffusers  # noqa: E402
 import pytest  # noqa: E402

@@ -51,8 +51,9 @@ def base(models, tmp_path) -> Path:
 @pytest.mark.parametrize("name", ["/no/such/model", "./no/such/model", "~/no_such_model", "model/no/such"])
 def test_missing_model_directory(empty, overrides, name):
     """A path at which there is nothing is named, with what may be given instead; for base model and scorer alike."""
+    looked_at = str(empty / Path(name).expanduser())
     for key in ("pretrained.model", "reward.clip.model"):
-        refuse(empty, "sample", overrides | {key: name}, re.escape(name), "local path.*hub id")
+        refuse(empty, "sample", overrides | {key: name}, re.escape(looked_at), "local path.*hub id")
 
 
 def test_model_neither_here_nor_on_a_hub_in_reach(empty, overrides):
@@ -179,7 +180,7 @@ def test_settings_that_cannot_work(empty, overrides, settings, said):
     ("name", "content", "said"),
     [
         ("none.json", None, "no prompt file at"),
-        ("empty.json", "", "not JSON"),
+        ("empty.json", "", "holds no prompt"),
         ("empty_list.json", "[]", "holds no prompt"),
         ("empty.txt", "\n\n", "holds no prompt"),
         ("cut.json", '["a cat", "a d', "not JSON"),

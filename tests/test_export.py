@@ -198,7 +198,7 @@ def test_unknown_experiment_and_checkpoint(workplace):
     refused(call(workplace, ["export.py", "tinny"], main), r"no experiment 'tinny'.*Experiments in model/lora: tiny")
     refused(run(workplace, "--checkpoint=stage7"), r"no checkpoint 'stage7'.*stage0, stage1")
     refused(run(workplace, "--checkpoint=base"), r"base model is not trained.*stage<i>")
-    refused(run(workplace, "--checkpoint=nowhere"), r"no LoRA at nowhere")
+    refused(run(workplace, "--checkpoint=nowhere"), rf"no LoRA at {workplace}/nowhere")
     assert not (experiment(workplace) / "export").exists()
 
 

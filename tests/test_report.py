@@ -18,9 +18,8 @@ def test_by_hand(reported, tmp_path):
         assert (ended.code, ended.stdout.strip()) == (0, "model/lora/tiny/report.html"), ended.stderr
     ended = call(work, ["report", "tiyn"], main)
     assert ended.code == 2
-    assert ended.stderr.startswith(
-        "error: report: no experiment 'tiyn'. Give its folder, or its name. Experiments in model/lora: tiny."
-    )
+    said = f"error: report: no experiment 'tiyn', nor in {work}/tiyn. Give its folder, or its name. Experiments in "
+    assert ended.stderr.startswith(f"{said}model/lora: tiny.")
     (work / "empty").mkdir()
     shutil.copy(experiment(work) / "config.json", work / "empty")
     ended = call(work, ["report", "empty"], main)

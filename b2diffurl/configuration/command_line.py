@@ -1,5 +1,6 @@
 """What every script needs around its work: flags, the log, signals, errors that users can read."""
 
+import contextlib
 import errno
 import gc
 import os
@@ -17,12 +18,13 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from safetensors import SafetensorError
 
+from b2diffurl.configuration.keys import flatten, meant_paths
 from b2diffurl.configuration.limits import Folder, Name, check_value
-from b2diffurl.runtime import ambient
+from b2diffurl.runtime import ambient, paths
 from b2diffurl.runtime.logs import log_of, logger, name_log, set_up_logging, set_up_streams, show
 from b2diffurl.runtime.processes import ending_with_masters
 
-CONFIG_FILE = "config/stage_process.py"
+CONFIG_FILE = "config/stage_process.py"  # always the repository's
 GC_THRESHOLD = 50_000  # new objects between two garbage collections; imports make millions, so Python's 700 costs seconds
 FLAGS = flags.FLAGS
 
@@ -44,6 +46,7 @@ def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
         ambient.require_usable()
     except ValueError as error:
         die(f"{verb}: {error}.", hint="Then run the same command again.")
+    paths.work_in_repository()
     config, preset = parse_flags()
     log_file = open_log(verb, config["exp_name"], config["log_path"], config["save_path"])
     gc.set_threshold(GC_THRESHOLD)
@@ -168,13 +171,16 @@ def parse_flags() -> tuple[ConfigDict, dict[str, Any]]:
     what = "Configuration, CONFIG.py:PRESET; any key by --config.KEY."
     where_keys_stand = f"Every key stands with a comment in {CONFIG_FILE}."
     try:
-        config_flags.DEFINE_config_file("config", CONFIG_FILE, what)
-        # Parse in two halves, to see the preset before the overrides change it.
-        before, after = split_at_preset(FLAGS.read_flags_from_files(sys.argv, force_gnu=False))
-        unexpected = FLAGS(before)[1:]  # loads the preset
-        preset = {} if unexpected else FLAGS.config.to_dict()
-        unexpected = unexpected or FLAGS([sys.argv[0], *after])[1:]  # overrides it
+        with contextlib.chdir(paths.user_directory()):  # where --config and --flagfile have their files
+            config_flags.DEFINE_config_file("config", config_path(CONFIG_FILE), what)
+            # Parse in two halves, to see the preset before the overrides change it.
+            before, after = split_at_preset([sys.argv[0], *FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=True)])
+            unexpected = FLAGS(before)[1:]  # loads the preset
+            preset = {} if unexpected else FLAGS.config.to_dict()
+            unexpected = unexpected or FLAGS([sys.argv[0], *after])[1:]  # overrides it
         config = None if unexpected else FLAGS.config.lock()
+        if config:
+            config.update_from_flattened_dict(meant_paths(flatten(config.to_dict()), given_keys()))
     except (AttributeError, KeyError) as error:
         die(f"unknown key {error} on the command line", hint=where_keys_stand)
     except Exception as error:  # absl, ml_collections and the config file each raise their own kinds
@@ -185,13 +191,30 @@ def parse_flags() -> tuple[ConfigDict, dict[str, Any]]:
     return config, preset
 
 
+def given_keys() -> set[str]:
+    """The keys that the command line sets."""
+    return {name.removeprefix("config.") for name in FLAGS if name.startswith("config.") and FLAGS[name].present}
+
+
 def split_at_preset(words: list[str]) -> tuple[list[str], list[str]]:
-    """Cut a command line behind its --config flag. Overrides, --config.KEY=VALUE, must come after that flag."""
-    cut = 1
+    """Cut a command line behind its --config flag, and put in where that file is.
+
+    Overrides, --config.KEY=VALUE, must come after that flag.
+    """
+    words, cut = list(words), 1
     for n, word in enumerate(words[1:], 1):
         if re.fullmatch(r"--?config(=.*)?", word, re.DOTALL):
             cut = n + 1 if "=" in word else n + 2
+            for at in range(cut - 1, min(cut, len(words))):  # the word that names the file
+                flag, file = re.fullmatch(r"(--?config=)?(.*)", words[at], re.DOTALL).groups("")
+                words[at] = flag + config_path(file)
     return words[:cut], words[cut:]
+
+
+def config_path(given: str) -> str:
+    """Where a config file FILE:PRESET lies. The name of our own is the repository's, whatever the user's directory has."""
+    own = given.partition(":")[0] == CONFIG_FILE
+    return os.path.relpath(paths.REPOSITORY / given) if own else os.path.expanduser(given)
 
 
 def remedy(error: BaseException, key: str = "") -> str:

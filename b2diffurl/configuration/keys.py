@@ -1,7 +1,8 @@
 """A row for every key of config/stage_process.py, in the same order: its allowed values, and whether it may change in an
 experiment that has begun."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,11 @@ from b2diffurl.algorithm.transition import STEP_WEIGHTS
 from b2diffurl.configuration.limits import (
     Choice,
     Entries,
+    File,
     Folder,
     Limit,
     Mixture,
+    ModelName,
     Name,
     Names,
     Number,
@@ -24,6 +27,7 @@ from b2diffurl.configuration.limits import (
 from b2diffurl.configuration.settings import CURRICULA
 from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.objectives.options import limits
+from b2diffurl.runtime import paths
 
 ALWAYS_THERE = object()  # every config.json has the key
 HAD_NO_EFFECT = object()  # the key sets something that older experiments did not have, so they go on with any value
@@ -44,7 +48,7 @@ class Key:
 
 # Bounds far wider than any use. They refuse values that could only exhaust the memory or overflow float32.
 COUNT, SIZE, SEED, WEIGHT = Number("[1, 1e9]"), Number("[0, 1e9]"), Number("[-2e18, 2e18]"), Number("[0, 1e6]")
-STEPS, SWITCH = Steps(), Switch()
+STEPS, SWITCH, MODEL = Steps(), Switch(), ModelName()
 TEXT, TEXT_OR_NONE, LINES = Text(), Text(may_be_empty=True), Text(may_have_lines=True)
 
 # Paths may change, because prompts and base model are identified by their checksums. Batch sizes that only memory limits may
@@ -72,19 +76,19 @@ KEYS = {
     "split_step_left": Key(STEPS),
     "split_step_right": Key(STEPS),
     "split_step": Key(STEPS, may_change=True),
-    "resume_from": Key(TEXT_OR_NONE, may_change=True),
+    "resume_from": Key(File(may_be_empty=True), may_change=True),
     "split_time": Key(Number("[1, 1e4]")),
     "sampling": Key(Choice(("branch", "independent")), before="branch"),
     # ---- prompts ----
-    "prompt_file": Key(TEXT, may_change=True),
+    "prompt_file": Key(File(), may_change=True),
     "prompt": Key(Text(may_be_empty=True, may_have_lines=True), not_beside=("prompt_file",)),
     "prompt_random_choose": Key(Number("[0, 1]")),
     # ---- the base model ----
     "pretrained.family": Key(TEXT),
-    "pretrained.model": Key(TEXT, may_change=True),
+    "pretrained.model": Key(MODEL, may_change=True),
     "pretrained.revision": Key(TEXT, may_change=True),
     "pretrained.variant": Key(TEXT_OR_NONE, may_change=True),
-    "pretrained.config": Key(TEXT_OR_NONE, may_change=True),
+    "pretrained.config": Key(ModelName(may_be_empty=True), may_change=True),
     "pretrained.resolution": Key(Number("[0, 8192]")),
     "pretrained.scheduler": Key(Entries(), before=None),
     # ---- sampling ----
@@ -104,19 +108,19 @@ KEYS = {
     "reward.batch_size": Key(COUNT, may_change=True),
     "reward.num_workers": Key(Number("[1, 1024]"), may_change=True),
     "reward.dtype": Key(Choice(("auto", "float32", "float16", "bfloat16")), before="auto"),
-    "reward.clip.model": Key(TEXT, renamed_from="reward.model"),
-    "reward.pickscore.model": Key(TEXT),
-    "reward.aesthetic.clip": Key(TEXT),
-    "reward.aesthetic.head": Key(TEXT),
-    "reward.bertscore.captioner": Key(TEXT),
+    "reward.clip.model": Key(MODEL, renamed_from="reward.model"),
+    "reward.pickscore.model": Key(MODEL),
+    "reward.aesthetic.clip": Key(MODEL),
+    "reward.aesthetic.head": Key(MODEL),
+    "reward.bertscore.captioner": Key(MODEL),
     "reward.bertscore.question": Key(LINES),
     "reward.bertscore.max_new_tokens": Key(Number("[1, 1e5]")),
     "reward.bertscore.reference": Key(LINES),
-    "reward.bertscore.scorer": Key(TEXT),
+    "reward.bertscore.scorer": Key(MODEL),
     "reward.bertscore.num_layers": Key(Number("[0, 1000]")),
-    "reward.image_reward.model": Key(TEXT),
-    "reward.hps_v2.model": Key(TEXT),
-    "reward.vqascore.model": Key(TEXT),
+    "reward.image_reward.model": Key(MODEL),
+    "reward.hps_v2.model": Key(MODEL),
+    "reward.vqascore.model": Key(MODEL),
     "reward.http.url": Key(TEXT_OR_NONE, may_change=True),
     "reward.http.timeout_sec": Key(Number("(0, 1e6]"), may_change=True),
     "reward.http.num_retries": Key(Number("[0, 20]"), may_change=True),
@@ -126,10 +130,10 @@ KEYS = {
     "eval.selection": Key(Choice(("pairs", "all")), before="pairs"),
     "eval.pos_threshold": Key(Number("[-1e9, 1e9]")),
     "eval.neg_threshold": Key(Number("[-1e9, 1e9]")),
-    "eval.prompt_file": Key(TEXT, may_change=True),
+    "eval.prompt_file": Key(File(), may_change=True),
     "eval.judge": Key(TEXT_OR_NONE, may_change=True),
     "eval.diversity": Key(Names(), may_change=True),
-    "eval.inception.model": Key(TEXT, may_change=True),
+    "eval.inception.model": Key(MODEL, may_change=True),
     "eval.num_images": Key(Number("[1, 1e6]"), may_change=True),
     "eval.batch_size": Key(Number("[1, 1e6]"), may_change=True),
     "eval.seed": Key(SEED, may_change=True),
@@ -187,3 +191,15 @@ def check_values(flat: Mapping[str, Any]) -> None:
     """Check each value on its own; a ValueError says what is allowed. Combinations of keys are checked in rules.py."""
     for key, value in flat.items():
         check_value(key, value, KEYS[key].limit if key in KEYS else Unknown())
+
+
+def meant_paths(flat: Mapping[str, Any], given: Collection[str]) -> dict[str, str]:
+    """The settings that are paths or models, as paths.py has it: those `given` by the user are the user's, the others the
+    preset's, in which only `~` is replaced."""
+    meant = {}
+    for key, value in flat.items():
+        limit = KEYS[key].limit if key in KEYS else None
+        if isinstance(limit, (File, Folder, ModelName)) and isinstance(value, str):
+            of_user = paths.user_model if isinstance(limit, ModelName) else paths.user_path
+            meant[key] = of_user(value) if key in given else os.path.expanduser(value)
+    return meant

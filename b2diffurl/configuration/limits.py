@@ -121,6 +121,16 @@ class Folder(Text):
 
 
 @dataclass(frozen=True)
+class File(Text):
+    """The path of a file, or of a folder with one. Whether it is there shows where it is read."""
+
+
+@dataclass(frozen=True)
+class ModelName(Text):
+    """The name of a model: a hub id, or a path."""
+
+
+@dataclass(frozen=True)
 class Mixture:
     """{name of a reward: its weight, not 0}, or None for no mixture."""
 

@@ -12,29 +12,27 @@ from b2diffurl.configuration.limits import is_surrogate
 from b2diffurl.configuration.settings import PromptSources
 
 FORMS = 'Give a .json list of strings, a .jsonl with {"prompt": …} a line, or a .txt with a prompt a line.'
+MAX_BYTES = 10**9  # far more than any list of prompts; a model that was named by mistake may be larger
+TABLES = (".csv", ".tsv", ".xls", ".xlsx", ".ods", ".parquet", ".arrow", ".yaml", ".yml", ".toml", ".xml", ".html", ".md")
 
 
 def load_prompts(path: str | Path) -> list[str]:
-    """Read a prompt file: a JSON list of strings, JSON lines with a `prompt` each, or text with a prompt a line.
-
-    Blank lines are skipped.
-    """
+    """The prompts of a prompt file, without their places."""
     return [prompt for _, prompt in place_prompts(path)]
 
 
 def place_prompts(path: str | Path) -> list[tuple[str, str]]:
     """Read a prompt file as (place, prompt) pairs; a place is the file with the line or entry, for error messages.
 
-    A ValueError names the place of what is not a prompt.
+    It is a JSON list of strings, JSON lines with a `prompt` each, or text with a prompt a line; the suffix decides or, if
+    it is none of ours, the first character. Blank lines are skipped. A ValueError names the place of what is not a prompt.
     """
     path = Path(path)
-    if not os.path.isfile(path):  # unlike Path.is_file it is False, not an error, for a name that is too long
-        raise FileNotFoundError(f"no prompt file at {path}. {FORMS}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text. {FORMS}") from None
-    placed = PARSERS.get(path.suffix, parse_json)(path, text)
+    text = read_text(path)
+    suffix = path.suffix.lower()
+    if not text.strip():
+        raise ValueError(f"{path} holds no prompt. {FORMS}")
+    placed = PARSERS.get(suffix, FIRST_CHARACTERS.get(text.lstrip()[0], parse_text))(path, text)
     for place, prompt in placed:
         if not isinstance(prompt, str) or not prompt.strip() or has_surrogates(prompt):
             raise ValueError(f"{place}: {json.dumps(prompt):.100} is no prompt; it must be a string of text, not empty")
@@ -43,9 +41,25 @@ def place_prompts(path: str | Path) -> list[tuple[str, str]]:
     return placed
 
 
+def read_text(path: Path) -> str:
+    """The text of a prompt file, with line ends of Windows and old Macs as `\n`; an error says why it can be none."""
+    if not os.path.isfile(path):  # unlike Path.is_file it is False, not an error, for a name that is too long
+        if os.path.exists(path):
+            raise ValueError(f"{path.absolute()} is a folder, or no file that can be read twice. {FORMS}")
+        raise FileNotFoundError(f"no prompt file at {path.absolute()}. {FORMS}")
+    if path.suffix.lower() in TABLES:
+        raise ValueError(f"{path} is a {path.suffix.lower()} file, which is no list of prompts. {FORMS}")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a prompt file may have {MAX_BYTES:,}. {FORMS}")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text. {FORMS}") from None
+
+
 def has_surrogates(text: str) -> bool:
     """Whether the text has half of a character (a surrogate). JSON can contain one, but a tokenizer's UTF-8 cannot."""
-    return any(map(is_surrogate, text))
+    return not text.isascii() and any(map(is_surrogate, text))  # the first is quick, for lists of 100,000 prompts
 
 
 def named_prompts(sources: PromptSources, name: str) -> list[tuple[str, str]]:
@@ -83,7 +97,14 @@ def load_json(place: str | Path, text: str) -> Any:
         raise ValueError(f"{place} is not JSON ({error}). {FORMS}") from None
 
 
-PARSERS: dict[str, Callable[[Path, str], list[tuple[str, Any]]]] = {".txt": parse_text, ".jsonl": parse_json_lines}
+Parser = Callable[[Path, str], list[tuple[str, Any]]]
+PARSERS: dict[str, Parser] = {
+    ".txt": parse_text,
+    ".json": parse_json,
+    ".jsonl": parse_json_lines,
+    ".ndjson": parse_json_lines,
+}
+FIRST_CHARACTERS: dict[str, Parser] = {"[": parse_json, "{": parse_json_lines}  # where the suffix says nothing
 
 
 def batch_prompts(prompts: list[str], count: int, batch: int, generator: torch.Generator | None) -> list[str]:

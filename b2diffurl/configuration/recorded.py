@@ -11,9 +11,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from b2diffurl.configuration.keys import ALWAYS_THERE, HAD_NO_EFFECT, KEYS, flatten
+from b2diffurl.configuration.limits import ModelName
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import logger
+from b2diffurl.runtime.paths import same_place
 
 IDENTITIES = ("base_model", "rewards")  # entries of config.json with checksums of what the settings lead to
 OF_ONE_CALL = ("run_name", "split_step", "resume_from", "preset")  # keys of a single call, not of the experiment
@@ -92,13 +94,18 @@ def differences(begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[st
     found = [
         f"{key} is {now.get(key)!r}, was {before.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in free
+        if before.get(key) != now.get(key) and key not in free and not is_same_place(key, before.get(key), now.get(key))
     ]
     if begun["prompts_sha256"] != wanted["prompts_sha256"]:
         found.append("the training prompts are others")
     parts, rewards = (exchanged(begun.get(kind, {}), wanted.get(kind, {})) for kind in IDENTITIES)
     found += [f"the {part} of the base model is another" for part in parts]
     return (*found, *(f"the model or code of reward {name} is another" for name in rewards))
+
+
+def is_same_place(key: str, before: Any, now: Any) -> bool:
+    """Whether a model's path only reads differently, because the command was given in another directory."""
+    return isinstance(getattr(KEYS.get(key), "limit", None), ModelName) and before is not None and same_place(before, now)
 
 
 def refuse_change(stage: Stage, changes: Sequence[str], *, allowed: bool) -> None:

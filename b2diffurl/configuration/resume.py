@@ -3,7 +3,6 @@
 How a run that was stopped goes on is elsewhere: each phase skips what is on disk already (Stage.finished, and the phases).
 """
 
-import os
 from pathlib import Path
 
 from b2diffurl.configuration.settings import Schedule
@@ -18,7 +17,7 @@ def resume_source(stage: Stage, resume_from: str) -> Path | None:
     is used for stage 0, for a stage whose predecessor is not in this experiment, and to choose an earlier checkpoint of the
     predecessor.
     """
-    given = Path(os.path.expanduser(resume_from)) if resume_from else None
+    given = Path(resume_from) if resume_from else None
     before = Stage(stage.root, stage.index - 1)
     in_predecessor = given is not None and given.resolve().is_relative_to(before.folder.resolve())
     if stage.index > 0 and not in_predecessor:

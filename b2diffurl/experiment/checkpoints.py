@@ -41,7 +41,7 @@ def save_checkpoint(
         for path in folder.iterdir():
             if path.name not in (LORA_FILE, OPTIMIZER_FILE, STATE_FILE):
                 path.rename(temporary / path.name)
-        shutil.rmtree(folder)
+        files.remove(folder)
     temporary.replace(folder)
 
 

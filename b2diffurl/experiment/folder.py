@@ -19,16 +19,19 @@ import re
 from pathlib import Path
 
 from b2diffurl.experiment.stage import LORA_FILE, find_checkpoints, finished_stages
+from b2diffurl.runtime.paths import user_path
 
 EXPERIMENTS = Path("model/lora")  # where an experiment is looked for by its name
 
 
 def find_experiment(name: str) -> Path:
     """The folder of an experiment, by folder or by name; a FileNotFoundError lists the experiments of model/lora."""
-    for root in (Path(os.path.expanduser(name)), EXPERIMENTS / name):  # a folder before a name
-        if (root / "config.json").is_file():
+    folder = Path(user_path(name))
+    for root in (folder, EXPERIMENTS / name):  # a folder before a name
+        if os.path.isfile(root / "config.json"):
             return root
-    raise FileNotFoundError(f"no experiment {name!r}. Give its folder, or its name. {known_experiments(EXPERIMENTS)}")
+    known = known_experiments(EXPERIMENTS)
+    raise FileNotFoundError(f"no experiment {name!r}, nor in {folder.absolute()}. Give its folder, or its name. {known}")
 
 
 def known_experiments(folder: Path) -> str:
@@ -48,7 +51,7 @@ def resolve_checkpoint(root: Path, name: str) -> Path | None:
     trained = {f"stage{stage.index}": stage for stage in finished_stages(root, "train")}
     name = list(trained)[-1] if name == "last" and trained else name
     match = re.fullmatch(r"(stage\d+)(?:/(checkpoint_\d+))?", name)
-    path = root / match[1] / "checkpoints" / (match[2] or "") if match else Path(os.path.expanduser(name))
+    path = root / match[1] / "checkpoints" / (match[2] or "") if match else Path(user_path(name))
     # By path and not by name: a path, too, may lead into a finished stage.
     stage = trained.get(relative_to(root, path.resolve()).split("/")[0])
     if stage:
@@ -87,7 +90,9 @@ def find_lora(path: Path) -> Path:
         return path / LORA_FILE
     checkpoints = os.path.isdir(path) and (find_checkpoints(path) or find_checkpoints(path / "checkpoints"))
     if not checkpoints:
-        raise FileNotFoundError(f"no LoRA at {path}. Give a .safetensors file, a checkpoint_<n> folder or a folder of them.")
+        raise FileNotFoundError(
+            f"no LoRA at {path.absolute()}. Give a .safetensors file, a checkpoint_<n> folder or a folder of them."
+        )
     return checkpoints[-1] / LORA_FILE
 
 

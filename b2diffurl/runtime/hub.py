@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from b2diffurl.runtime import files
+from b2diffurl.runtime.paths import is_hub_id, user_directory
 
 PROBE_TIMEOUT_SEC = 5
 # Files of a model of transformers that are downloaded. Weights are safetensors, or a .bin file for the models that have
@@ -45,8 +46,10 @@ def locate(
     path = Path(os.path.expanduser(name))
     if os.path.exists(path):  # not path.exists(), which raises for a name that is too long
         return path
-    if name.startswith((".", "/", "~", "model/")) or name.count("/") != 1:
-        raise FileNotFoundError(f"no model at {name}. Give a local path to an existing model, or a hub id (owner/name).")
+    if not is_hub_id(name):
+        raise FileNotFoundError(
+            f"no model at {path.absolute()}. Give a local path to an existing model, or a hub id (owner/name)."
+        )
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -65,8 +68,9 @@ def locate(
     # Hub clients retry an unreachable hub for most of a minute, so one probe comes first.
     if constants.is_offline_mode() or not reachable(constants.ENDPOINT):
         raise FileNotFoundError(
-            f"{name} is not, or not whole, in the local cache and {constants.ENDPOINT} cannot be reached. "
-            f"Where there is network, run: hf download {name} --local-dir DIR; then give DIR as the model."
+            f"{name} is not, or not whole, in the local cache, {constants.ENDPOINT} cannot be reached, and there is no "
+            f"{user_directory() / name}. Where there is network, run: hf download {name} --local-dir DIR; then give DIR as "
+            "the model."
         )
     try:
         for alternative in alternatives:
@@ -86,7 +90,7 @@ def find_local(name: str, file: str, *, revision: str = "main") -> Path | None:
     path = Path(os.path.expanduser(name))
     if os.path.exists(path):
         return path
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if not is_hub_id(name):
         return None
     from huggingface_hub import try_to_load_from_cache
 

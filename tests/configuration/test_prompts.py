@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from conftest import experiment, run_script, run_stage
 
 from b2diffurl.algorithm.seeding import generator
+from b2diffurl.configuration import prompts
 from b2diffurl.configuration.prompts import batch_prompts, load_prompts, named_prompts, place_prompts
 from b2diffurl.configuration.settings import read_settings
 
@@ -93,7 +95,15 @@ def test_load_prompts_reads_json_and_text(tmp_path):
         ("p.json", "[]", "holds no prompt"),
         ("p.txt", "\n \n", "holds no prompt"),
         ("p.jsonl", "\n", "holds no prompt"),
-        ("p.json", "", "is not JSON"),
+        ("p.json", "", "holds no prompt"),
+        ("p", "", "holds no prompt"),
+        ("p.csv", "id,prompt\n1,a cat\n", r"is a \.csv file, which is no list of prompts"),
+        ("p.TSV", "a cat\n", r"is a \.tsv file"),
+        ("p.yaml", "- a cat\n", r"is a \.yaml file"),
+        ("p.JSON", '["a cat"', "is not JSON"),
+        ("p", '["a cat"', "is not JSON"),
+        ("p", '{"prompts": ["a cat"]}', 'line 1 has no "prompt"'),
+        ("p.list", '{"prompt": "a cat"}\na dog\n', "line 2 is not JSON"),
         ("p.json", '["a cat"', "is not JSON"),
         ("p.json", '{"prompts": ["a cat"]}', "is not a list"),
         ("p.json", '"a cat"', "is not a list"),
@@ -113,6 +123,37 @@ def test_load_prompts_refuses_what_is_not_a_prompt_file(tmp_path, name, text, me
     with pytest.raises(ValueError, match=message) as error:
         load_prompts(tmp_path / name)
     assert str(tmp_path / name) in str(error.value)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (("p.TXT", "p.Txt", "p", "p.prompts", "my.v2"), "a cat|| a dog |"),
+        (("p.JSON", "p.Json", "p", "p.list"), '["a cat",| "a dog"]|'),
+        (("p.JSONL", "p.ndjson", "p", "p.list"), '{"prompt": "a cat"}|{"prompt": "a dog"}'),
+    ],
+)
+def test_the_content_decides_where_the_suffix_says_nothing(tmp_path, names, text, end):
+    """Nor do capitals, line ends or a byte order mark matter."""
+    for name in names:
+        for mark in (b"", b"\xef\xbb\xbf"):
+            (tmp_path / name).write_bytes(mark + text.replace("|", end).encode())
+            assert load_prompts(tmp_path / name) == ["a cat", "a dog"]
+
+
+def test_what_is_no_file_or_no_text_is_no_prompt_file(tmp_path, monkeypatch):
+    """A folder, a pipe, UTF-16, and a model's file, which is not read to its end first."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(ValueError, match="is a folder, or no file"):
+            load_prompts(path)
+    (tmp_path / "p.txt").write_text("a cat\n", encoding="utf-16")
+    with pytest.raises(ValueError, match="is not UTF-8 text"):
+        load_prompts(tmp_path / "p.txt")
+    monkeypatch.setattr(prompts, "MAX_BYTES", 10)
+    with pytest.raises(ValueError, match=r"has 14 bytes; a prompt file may have 10\."):
+        load_prompts(tmp_path / "p.txt")
 
 
 def test_load_prompts_names_a_missing_file(tmp_path):
