@@ -142,7 +142,7 @@ def test_what_else_belongs_to_an_evaluation(begin):
 
 
 def test_a_reward_that_changes_what_it_is_given(overrides, tmp_path, monkeypatch):
-    """It paints over its images and sorts its prompts: every other reward, the diversity and the pictures are as without it."""
+    """It paints over its images and sorts its prompts: other rewards, diversity and pictures are as without it."""
     (tmp_path / "painter.py").write_text(
         "def brightness(images, prompts):\n    return images.float().mean((1, 2, 3))\n\n\n"
         "def zeroing(images, prompts):\n    mean = brightness(images, prompts)\n    images.zero_()\n"
