@@ -486,7 +486,7 @@ def test_a_secret_that_no_header_can_have_or_a_server_repeats(monkeypatch):
     """A line's end around it is taken off; inside, it is refused by the variable's name; what a server says loses it."""
     secret = SECRETS["REWARD_HTTP_AUTHORIZATION"]
     monkeypatch.setenv(http.AUTHORIZATION, f"{secret}\n")
-    assert http.without_secret(f"no such user: {secret}".encode()) == "no such user: Bearer ***"
+    assert http.shown(f"no such user: {secret}".encode()) == "no such user: Bearer ***"
     with pytest.raises(ConnectionError) as refused:
         http.post(b"", url="http://127.0.0.1:9/", timeout_sec=1.0, num_retries=0)
     assert secret.split()[-1] not in str(refused.value)

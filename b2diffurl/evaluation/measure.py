@@ -219,7 +219,7 @@ class Evaluation:
                     scored[key].append(score(reward, images, batch_of_prompts, count))
                 require_finite(key, scored[key][-1][0], f"of batch {batch}, prompts {batch_of_prompts[:3]} …")
             for key, feature in self.features.items():
-                features[key].append(feature.embed(images, batch_of_prompts)[:count])
+                features[key].append(feature.embed(images.clone(), list(batch_of_prompts))[:count])
         summary = self.summarise(prompts, scored, features)
         files.write_record(folder / "result.json", summary | {"images_sha256": pixels.hexdigest()})
 

@@ -167,11 +167,12 @@ def score_images(name: str, reward: Reward, batches: Batches, *, num_workers: in
     """Rewards and parts of each batch. While one is scored, `num_workers` threads read the images of the next."""
     scored = []
     title, num_images = f"stage{batches.stage.index} score {name}", sum(map(batches.count, batches.starts))
+    here = Path.cwd()  # a reward of the user's may be in another directory while the next images are read
     with progress_bar(num_images, title, "images") as bar, ThreadPoolExecutor(num_workers) as pool:
 
         def read(start: int) -> Tensor:
             with noting(f"reward {name}, {batches.place(start)}"):
-                return torch.stack(list(pool.map(files.read_image, batches.paths(start))))
+                return torch.stack([*pool.map(files.read_image, [here / path for path in batches.paths(start)])])
 
         for start, images in ahead(read, batches.starts):
             prompts = [batches.prompts[n] for n in batches.ids(start)]

@@ -119,13 +119,14 @@ def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def score(reward: Reward, images: Tensor, prompts: Sequence[str], count: int | None = None) -> tuple[Tensor, Parts]:
-    """Call `reward` and return (rewards float32 [count], parts), on the CPU.
+    """Call `reward` with images and prompts of its own, and return (rewards float32 [count], parts), on the CPU.
 
     Only the first `count` images are kept (None: all); the rest is padding. If the reward returned something of another form
     a ValueError says what is wrong with it.
     """
     with torch.no_grad():
-        result = reward(images, prompts)
+        # Copies, because a user's function may change what it is given, and others read the same images and prompts.
+        result = reward(images.clone(), list(prompts))
     rewards, parts = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
     # The function may be a user's own, so check everything it returned.
     if not isinstance(rewards, Tensor) or not isinstance(parts, Mapping):
@@ -144,9 +145,14 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], count: int | N
     if "reward" in parts:
         raise ValueError("a part of the reward is called 'reward', as it is itself; call it otherwise")
     kept = {name: value[:count] for name, value in parts.items()}
-    return rewards[:count].float().cpu(), {
-        name: value.float().cpu() if isinstance(value, Tensor) else value for name, value in kept.items()
+    return own_floats(rewards[:count]), {
+        name: own_floats(value) if isinstance(value, Tensor) else value for name, value in kept.items()
     }
+
+
+def own_floats(values: Tensor) -> Tensor:
+    """The values as float32 on the CPU, copied: a reward may fill the same tensor again for the next batch."""
+    return values.detach().to("cpu", torch.float32, copy=True)
 
 
 @contextmanager

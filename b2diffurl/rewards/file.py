@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from b2diffurl.configuration.limits import shown
+from b2diffurl.experiment.not_finite import listed
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.rewards import Reward
 from b2diffurl.runtime.files import write_bytes
@@ -44,11 +46,13 @@ def read_scores(path: Path, count: int) -> Tensor:
         with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets may write a byte order mark
             table = csv.DictReader(file)
             columns = list(table.fieldnames or ())
-            rows = list(enumerate(table, start=2))
+            rows = [(table.line_num, row) for row in table]
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a CSV file in UTF-8 ({error})") from None
-    if not {"id", "score"} <= set(columns):
-        raise ValueError(f"{path} has the columns {columns}; it needs id and score")
+    for name in ("id", "score"):
+        if columns.count(name) != 1:
+            wanted = "it needs id and score, each once, with commas between columns"
+            raise ValueError(f"{path} has the columns {shown(columns)}; {wanted}")
     scores: dict[int, float] = {}
     for line, row in rows:
         if not (row["score"] or "").strip():
@@ -60,13 +64,14 @@ def read_scores(path: Path, count: int) -> Tensor:
                 raise ValueError
             number, value = int(row["id"]), float(row["score"])
         except (TypeError, ValueError):
-            raise ValueError(f"{path}, line {line}: id {row['id']!r} and score {row['score']!r} must be numbers") from None
+            given = f"id {shown(row['id'])} and score {shown(row['score'])}"
+            raise ValueError(f"{path}, line {line}: {given} must be numbers") from None
         if number in scores or not 0 <= number < count:
             raise ValueError(f"{path}, line {line}: id {number} is given twice, or not one of 0..{count - 1}")
         if not math.isfinite(value):
-            raise ValueError(f"{path}, line {line}: the score of id {number} is {row['score']}; it must be finite")
+            raise ValueError(f"{path}, line {line}: the score of id {number} is {value}; it must be finite")
         scores[number] = value
     missing = [number for number in range(count) if number not in scores]
     if missing:
-        raise ValueError(f"{path} lacks the scores of {len(missing)} ids: {', '.join(map(str, missing))}")
+        raise ValueError(f"{path} lacks the scores of {len(missing)} ids: {listed(missing)}")
     return torch.tensor([scores[number] for number in range(count)], dtype=torch.float32)

@@ -5,17 +5,22 @@ The environment variable REWARD_HTTP_AUTHORIZATION, if set, is sent as the heade
 """
 
 import base64
-import contextlib
 import io
+import ipaddress
 import json
 import os
+import socket
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from http.client import HTTPException, HTTPResponse, IncompleteRead
+from concurrent.futures import Future
+from contextlib import suppress
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from PIL import Image
@@ -27,16 +32,8 @@ from b2diffurl.runtime.logs import logger
 NOT_DECISIVE = ("timeout_sec", "num_retries")
 FIRST_WAIT_SEC = 0.5  # before the first retry; each further wait is twice as long
 AUTHORIZATION = "REWARD_HTTP_AUTHORIZATION"
-
-
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Makes a redirect an error: urllib would repeat the request as a GET, without the images."""
-
-    def redirect_request(self, *_: object) -> None:
-        return None
-
-
-OPENER = urllib.request.build_opener(NoRedirect)
+MAX_ANSWER_BYTES = 2**24  # of a server; a score takes about 20
+MAX_SHOWN = 200  # characters of what a server said, in an error
 
 
 def check(name: str, own: Mapping[str, Any], prompts: Sequence[str]) -> None:
@@ -80,52 +77,138 @@ def post(body: bytes, *, url: str, timeout_sec: float, num_retries: int) -> byte
             logger.warning("reward http: %s; asking again (%d of %d)", problem, attempt, num_retries)
             time.sleep(FIRST_WAIT_SEC * 2 ** (attempt - 1))
         try:
-            with OPENER.open(request, timeout=timeout_sec) as answer:
-                return read_within(answer, timeout_sec)
+            return exchange(request, timeout_sec)
         except urllib.error.HTTPError as error:
-            said = b""
-            with contextlib.suppress(OSError, HTTPException):
-                said = error.read(500)
-            problem = f"{url} answered {error.code} {error.reason}: {without_secret(said)}".rstrip(": ")
+            problem = f"{url} answered {error.code} {shown(error.reason)}: {shown(error.said)}".rstrip(": ")
             if error.code < 500:  # the request itself is wrong: asking again would not help
                 break
         except TimeoutError:
             problem = f"{url} did not answer within {timeout_sec} s (reward.http.timeout_sec)"
         except (OSError, HTTPException) as error:  # refused, unknown host, connection lost, no HTTP
-            slow = isinstance(getattr(error, "reason", None), TimeoutError)
-            problem = f"{url} cannot be reached within {timeout_sec} s" if slow else f"{url} cannot be asked: {error}"
+            problem = f"{url} cannot be asked: {shown(str(error))}"
     raise ConnectionError(f"reward http: {problem}; asked {attempt + 1} time{'s' if attempt else ''}")
 
 
-def without_secret(said: bytes) -> str:
-    """A server's answer as text, with our secret replaced by *** in case the server repeats it."""
-    words = os.environ.get(AUTHORIZATION, "").split()
-    text = said.decode(errors="replace")
-    return text.replace(words[-1], "***") if words else text
+def shown(said: bytes | str) -> str:
+    """What a server said, for an error: cut, without control characters, and with *** for our secret if it repeats that."""
+    text = said[: 4 * MAX_SHOWN].decode(errors="replace") if isinstance(said, bytes) else said
+    for word in os.environ.get(AUTHORIZATION, "").split()[-1:]:
+        text = text.replace(word, "***")
+    text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text[:MAX_SHOWN])
+    return text if len(text) < MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
-def read_within(answer: HTTPResponse, timeout_sec: float) -> bytes:
-    """Read the whole answer within `timeout_sec`, or raise a TimeoutError.
+# ---- one exchange with the server ----
 
-    urllib's own timeout bounds only the wait for the next bytes. A server that sends a few at a time would never reach it.
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Makes a redirect an error: urllib would repeat the request as a GET, without the images."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
+class Line(HTTPConnection):
+    """A connection that another thread can cut, whatever this one waits for."""
+
+    twin: socket.socket | None = None
+
+    def connect(self) -> None:
+        super().connect()
+        self.twin = self.sock.dup()  # the socket itself is handed on, to TLS and to the answer
+
+    def cut(self) -> None:
+        if self.twin:
+            with suppress(OSError):  # the server has cut it already
+                self.twin.shutdown(socket.SHUT_RDWR)
+            self.twin.close()
+
+
+class SecureLine(HTTPSConnection, Line):
+    """The same with TLS, which HTTPSConnection begins after `Line.connect`."""
+
+
+class Lines(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Opens connections of ours, and keeps them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened: list[Line] = []
+
+    def keep(self, line: Line) -> Line:
+        self.opened.append(line)
+        return line
+
+    def http_open(self, request: urllib.request.Request) -> HTTPResponse:
+        return self.do_open(lambda *given, **options: self.keep(Line(*given, **options)), request)
+
+    def https_open(self, request: urllib.request.Request) -> HTTPResponse:
+        return self.do_open(lambda *given, **options: self.keep(SecureLine(*given, **options)), request)
+
+
+def exchange(request: urllib.request.Request, timeout_sec: float) -> bytes:
+    """Send the request and read the whole answer, or raise a TimeoutError after `timeout_sec` in all.
+
+    An answer with an error status is an HTTPError, whose `said` is the first part of the answer. The time limit of a socket
+    bounds only the wait for the next bytes: a server that sends a few at a time would never reach it. So the work is done in
+    a thread, and its connection is cut when the time is over.
     """
-    data, deadline = b"", time.monotonic() + timeout_sec
-    while chunk := answer.read1():
-        data += chunk
-        if time.monotonic() > deadline:
-            raise TimeoutError
+    lines, answered = Lines(), Future()
+    refused: list[urllib.error.HTTPError] = []
+    # What runs on this machine is never asked by way of a proxy, whatever the environment says.
+    proxies = [urllib.request.ProxyHandler({})] if is_local(urlsplit(request.full_url).hostname or "") else []
+
+    def work() -> None:
+        try:
+            with urllib.request.build_opener(NoRedirect, lines, *proxies).open(request, timeout=timeout_sec) as answer:
+                answered.set_result(read(answer))
+        except urllib.error.HTTPError as error:
+            error.said = b""
+            refused.append(error)
+            with suppress(OSError, HTTPException):
+                error.said = error.read1(MAX_SHOWN)  # what is there: the rest may never come
+            answered.set_exception(error)
+        except urllib.error.URLError as error:  # urllib's wrapping of the error that tells more
+            answered.set_exception(error.reason if isinstance(error.reason, Exception) else error)
+        except Exception as error:
+            answered.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        return answered.result(timeout_sec)
+    except TimeoutError:
+        raise (refused[0] if refused else TimeoutError()) from None  # a status that came in time tells more
+    finally:
+        for line in lines.opened:
+            line.cut()
+
+
+def read(answer: HTTPResponse) -> bytes:
+    """The whole answer; an HTTPException if it is cut off, or far too long."""
+    data = answer.read(MAX_ANSWER_BYTES + 1)
+    if len(data) > MAX_ANSWER_BYTES:
+        raise HTTPException(f"its answer is longer than {MAX_ANSWER_BYTES} bytes")
     if answer.length:
         raise IncompleteRead(data, answer.length)
     return data
 
 
+def is_local(host: str) -> bool:
+    """Whether a host is this machine: localhost, 127.0.0.1, ::1 and the like."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
+
+
 def read_scores(answer: bytes, url: str, count: int) -> Tensor:
     """Parse the scores [count] of an answer; a ValueError says what the server should have sent."""
     try:
-        scores = json.loads(answer)["scores"]
-    except (ValueError, KeyError, TypeError):
-        shown = without_secret(answer)[:200]
-        raise ValueError(f'reward http: {url} answered {shown!r}, not {{"scores": […]}}') from None
+        scores = json.loads(answer, object_pairs_hook=without_repeats)["scores"]
+    except (ValueError, KeyError, TypeError, RecursionError):  # no JSON, or not this; brackets in brackets without end
+        wanted = '{"scores": […]}'
+        raise ValueError(f"reward http: {url} answered '{shown(answer)}', not {wanted}") from None
     if not isinstance(scores, list) or not all(type(value) in (int, float) for value in scores):
         raise ValueError(f"reward http: the scores of {url} are not a list of numbers")
     if len(scores) != count:
@@ -134,3 +217,10 @@ def read_scores(answer: bytes, url: str, count: int) -> Tensor:
         return torch.tensor(scores, dtype=torch.float32)
     except OverflowError:  # an integer beyond any float
         raise ValueError(f"reward http: one of the scores of {url} is too large for a float") from None
+
+
+def without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a ValueError if it has a key twice, of which Python would take the last."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key is there twice")
+    return dict(pairs)

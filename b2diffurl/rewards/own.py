@@ -3,7 +3,9 @@
 import ast
 import importlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,9 @@ import torch
 from torch import Tensor
 
 from b2diffurl.rewards import Parts, Reward
+from b2diffurl.runtime.apart import Apart
+
+APART: dict[str, Apart] = {}  # by module
 
 
 def check(name: str, own: Mapping[str, Any], prompts: Sequence[str]) -> None:
@@ -30,10 +35,8 @@ def load(name: str, own: Mapping[str, Any], device: torch.device, dtype: torch.d
 
     @wraps(function)
     def reward(images: Tensor, prompts: Sequence[str]) -> Tensor | tuple[Tensor, Parts]:
-        try:
+        with blamed(f"reward {name}"), state_of(name)():
             return function(images, prompts)
-        except Exception as error:  # a bug in the user's code: a RuntimeError shows its traceback, a ValueError would not
-            raise RuntimeError(f"reward {name} raised {error!r}") from error
 
     return reward
 
@@ -81,13 +84,38 @@ def import_function(name: str) -> Callable:
     hint = "write package.module:function, and keep the package beside the scripts or on PYTHONPATH"
     if not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
         raise ValueError(f"reward {name!r} is no package.module:function; give it like my_rewards:redness")
-    try:
-        found = getattr(importlib.import_module(module), function, None)
-    except Exception as error:
-        # Is it this module that is missing, or one that it imports? The latter is a bug in the user's code.
-        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
-            raise ValueError(f"reward {name!r}: {error}; {hint}") from None
-        raise RuntimeError(f"reward {name}: importing {module} raised {error!r}") from error
+    missing = None
+    with blamed(f"reward {name}: importing {module}"), state_of(name)():
+        try:
+            found = getattr(importlib.import_module(module), function, None)
+        except ModuleNotFoundError as error:
+            # Is it this module that is missing, or one that it imports? The latter is a bug in the user's code.
+            if not f"{module}.".startswith(f"{error.name}."):
+                raise
+            missing = error
+    if missing:
+        raise ValueError(f"reward {name!r}: {missing}; {hint}")
     if not callable(found):
         raise ValueError(f"reward {name!r}: {module} has no function {function!r}; {hint}")
     return found
+
+
+def state_of(name: str) -> Apart:
+    """The process state in which the functions of a user's module run."""
+    return APART.setdefault(name.partition(":")[0], Apart())
+
+
+@contextmanager
+def blamed(what: str) -> Iterator[None]:
+    """Turn whatever the user's code raises in the block into a RuntimeError: it shows the traceback, which finds the bug.
+
+    sys.exit() is among it, because a run must not end as if its work were done.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and error.args:  # the signal that has stopped this run is no bug
+            raise
+        raise RuntimeError(f"{what} raised {error!r}") from error
+    if any(stream and stream.closed for stream in (sys.stdout, sys.stderr)):
+        raise RuntimeError(f"{what} has closed stdout or stderr, which the run writes to")

@@ -186,3 +186,21 @@ def test_what_else_belongs_to_an_evaluation(begin):
         ran(folder, "eval", settings | {"reward.weights": {CLIP: weight}}, "--checkpoint=base", "--sampler=training")
     ran(folder, "eval", settings | {"reward.dtype": "bfloat16"}, "--checkpoint=base", "--sampler=training")
     assert len([*(experiment(folder) / "eval").iterdir()]) == 5
+
+
+def test_a_reward_that_changes_what_it_is_given(overrides, tmp_path, monkeypatch):
+    """It paints over its images and sorts its prompts: other rewards, diversity and pictures are as without it."""
+    (tmp_path / "painter.py").write_text(
+        "def brightness(images, prompts):\n    return images.float().mean((1, 2, 3))\n\n\n"
+        "def zeroing(images, prompts):\n    mean = brightness(images, prompts)\n    images.zero_()\n"
+        "    prompts.sort(reverse=True)\n    prompts[:] = prompts[:1] * len(prompts)\n    return mean\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    settings = {"reward.watch": (JPEG, CLIP), "eval.judge": "shapes", "eval.diversity": ("clip", "layout")}
+    (gentle,) = run_evaluation(tmp_path, overrides, ["base"], **settings, **{"reward.name": "painter:brightness"})
+    (rough,) = run_evaluation(tmp_path, overrides, ["base"], **settings, **{"reward.name": "painter:zeroing"})
+    identity = ("conditions", "folder", "content_sha256")
+    assert {key: rough[key] for key in rough if key not in identity} == {
+        key: gentle[key] for key in gentle if key not in identity
+    }
+    assert len(set(rough["values"][CLIP])) > 1

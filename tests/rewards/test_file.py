@@ -26,6 +26,7 @@ from conftest import (
 from scored import NUM_IMAGES, scores
 
 from b2diffurl.experiment.stage import Stage
+from b2diffurl.rewards.file import read_scores
 
 FILE = {"reward.name": "file"}
 
@@ -97,9 +98,9 @@ def changed(**columns) -> Callable[[list[dict]], list[dict]]:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda rows: rows[:3] + rows[5:11] + rows[12:], r"lacks the scores of 3 ids: 3, 4, 11$|lacks .*: 3, 4, 11\b"),
-        (changed(score=""), r"lacks the scores of 1 ids: 5\b"),
-        (changed(score=" "), r"lacks the scores of 1 ids: 5\b"),
+        (lambda rows: rows[:3] + rows[5:11] + rows[12:], r"lacks the scores of 3 ids: \[3, 4, 11\]"),
+        (changed(score=""), r"lacks the scores of 1 ids: \[5\]"),
+        (changed(score=" "), r"lacks the scores of 1 ids: \[5\]"),
         (changed(id=4), "line 7: id 4 is given twice"),
         (changed(id=18), r"line 7: id 18 .*0\.\.17"),
         (changed(id=-1), r"line 7: id -1 .*0\.\.17"),
@@ -109,15 +110,18 @@ def changed(**columns) -> Callable[[list[dict]], list[dict]]:
         (changed(score="0,5"), "line 7: .*'0,5' must be numbers"),
         (changed(score="nan"), "line 7: the score of id 5 is nan"),
         (changed(score="-inf"), "line 7: the score of id 5 is -inf"),
-        (changed(score="1e999"), "line 7: the score of id 5 is 1e999"),
+        (changed(score="1e999"), "line 7: the score of id 5 is inf"),
         (changed(score="1e39"), "5"),
         (changed(score="1_0"), "line 7: .*'1_0' must be numbers"),
         (changed(id="0_5"), "line 7: .*'0_5'.* must be numbers"),
         (lambda rows: [{"id": row["id"], "rating": row["score"]} for row in rows], r"columns \['id', 'rating'\]; it needs"),
         (lambda rows: [{"score": row["score"]} for row in rows], r"columns \['score'\]; it needs"),
+        (changed(score="\x1b[2J" + "[" * 100_000), r"line 7: .*score '\\x1b\[2J\[+… must be numbers"),
+        (changed(prompt="two\nlines", score="good"), "line 8: .*'good' must be numbers"),
     ],
     ids=["missing", "empty", "blank", "twice", "unknown", "negative", "fraction", "no id", "word", "comma", "nan", "inf",
-         "huge", "huge for a float32", "underscore", "underscored id", "other column", "no id column"],
+         "huge", "huge for a float32", "underscore", "underscored id", "other column", "no id column", "escapes",
+         "a line break before"],
 )  # fmt: skip
 def test_scores_given_wrongly(begin, change, said):
     """Ids missing, double or unknown, scores that are no finite numbers, columns missing: two lines with the file and the
@@ -133,6 +137,31 @@ def test_scores_given_wrongly(begin, change, said):
     assert ended.code == 2
     evidence = ("scores.jsonl", "debug/rewards.safetensors")  # of a number beyond a float32
     assert {name: data for name, data in snapshot(folder).items() if not name.endswith(evidence)} == before
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ("id,score,score", r"has the columns \['id', 'score', 'score'\]; it needs id and score, each once"),
+        ("id,score,id", r"has the columns \['id', 'score', 'id'\]; it needs id and score, each once"),
+        ("id;score;remark", r"has the columns \['id;score;remark'\]; .*with commas between columns"),
+        ("\x1b[2J" + "[" * 100_000, r"has the columns \['\\x1b\[2J\[+…; it needs"),
+    ],
+)
+def test_columns_that_leave_open_which_is_meant(tmp_path, header, said):
+    """Two columns of one name, or one of another form: the file is named, and no column is taken by chance."""
+    path = tmp_path / "scores_given.csv"
+    path.write_text(f"{header}\n0,0.5,1\n1,0.25,1\n")
+    with pytest.raises(ValueError, match=rf"scores_given\.csv {said}") as raised:
+        read_scores(path, 2)
+    assert len(str(raised.value)) < len(str(path)) + 250
+
+
+def test_further_columns_may_have_any_name(tmp_path):
+    """They are not read, so two of them may be called the same; a byte order mark is no part of the first one's name."""
+    path = tmp_path / "scores_given.csv"
+    path.write_text("remark,id,score,remark\n,1,0.25,\n,0,0.5,\n", encoding="utf-8-sig")
+    assert read_scores(path, 2).tolist() == [0.5, 0.25]
 
 
 @pytest.mark.parametrize("damage", ["semicolons", "decimal commas", "empty", "latin-1"])

@@ -140,11 +140,15 @@ def test_http_asks_again_after_a_500(begin, serve):
         (lambda _: b'{"scores": [' + b", ".join([b"9" * 400] * 4) + b"]}", "scores", 1),
         (lambda _: b"<html>hello</html>", "answered '<html>hello</html>'", 1),
         (lambda _: b"\xff\xfe\x00", "answered", 1),
+        (lambda _: b"[" * 100_000, r"answered '\[+…', not", 1),
+        (lambda _: b'{"scores": [1, 1, 1, 1], "scores": [2, 2, 2, 2]}', "answered.*not.*scores", 1),
+        (lambda _: b"\x1b[2Jforged\nline" * 10**5, r"answered '\\x1b\[2Jforged\\nline.{150,200}…', not", 1),
         (lambda _: {"rewards": [1.0] * 4}, "answered.*rewards.*not.*scores", 1),
         (lambda _: [1.0] * 4, "answered.*not.*scores", 1),
         (lambda _: (500, b"out of cheese"), "answered 500 .*out of cheese; asked 2 times", 2),
         (lambda _: (503, b""), "answered 503 .*; asked 2 times", 2),
         (lambda _: (400, b"what?"), "answered 400 .*what.*; asked 1 time", 1),
+        (lambda _: (400, b"\x1b]0;" + b"x" * 10**6), r"answered 400 .*: \\x1b\]0;x+…; asked 1 time", 1),
         (lambda _: (404, b""), "answered 404 .*; asked 1 time", 1),
         (lambda _: (-1, {"scores": [1.0] * 4}), "asked 2 times", 2),
         (lambda _: (0, b"hello\r\n"), "asked 2 times", 2),
@@ -153,7 +157,9 @@ def test_http_asks_again_after_a_500(begin, serve):
         (lambda _: (302, b""), "answered 302 .*asked 1 time", 1),
     ],
     ids=["slow", "too few", "too many", "strings", "null", "lists", "a number", "beyond a float", "no JSON", "no text",
-         "no scores", "a list", "500", "503", "400", "404", "cut off", "no HTTP", "drips", "500 that hangs", "elsewhere"],
+         "brackets", "twice", "escapes",
+         "no scores", "a list", "500", "503", "400", "400 with escapes",
+         "404", "cut off", "no HTTP", "drips", "500 that hangs", "elsewhere"],
 )  # fmt: skip
 def test_http_servers_that_misbehave(begin, serve, answer, said, num_requests):
     """Whatever comes back, two lines with the URL say what; only a server that is away, slow or broken is asked again, as
@@ -162,6 +168,105 @@ def test_http_servers_that_misbehave(begin, serve, answer, said, num_requests):
     folder, settings = begin(there)
     refuse(folder, "select", settings, re.escape(there["reward.http.url"]), said, "batch 0: images 0 to 3")
     assert len(requests) == num_requests
+
+
+@pytest.fixture
+def talk() -> Iterator[Callable]:
+    """talk(first, again) -> the port of a server that answers `first`, and then `again` every 20 ms without end."""
+    servers = []
+
+    def start(first: bytes, again: bytes) -> int:
+        def speak(server: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    with connection, contextlib.suppress(OSError):
+                        connection.sendall(first)
+                        while True:
+                            time.sleep(0.02)
+                            connection.sendall(again)
+
+        servers.append(socket.create_server(("127.0.0.1", 0)))
+        threading.Thread(target=speak, args=(servers[-1],), daemon=True).start()
+        return servers[-1].getsockname()[1]
+
+    yield start
+    for server in servers:
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("first", "again", "body"),
+    [
+        (b"", b"", 10),
+        (b"HTTP/1.1 ", b"2", 10),
+        (OK + b"X: ", b"x", 10),
+        (OK, b"X: x\r\n", 10),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n", 10),
+        (OK + b"Content-Length: 10000\r\n\r\n", b"[", 10),
+        (OK + b"Transfer-Encoding: chunked\r\n\r\n0", b"0", 10),
+        (b"HTTP/1.1 500 busy\r\nX: ", b"x", 10),
+        (b"", b"", 50_000_000),
+        (b"\x16\x03\x03\x40\x00", b"\x02", 10),
+    ],
+    ids=["silent", "status", "header", "headers", "continue", "body", "chunk size", "error", "does not read", "TLS"],
+)
+def test_http_the_time_limit_is_of_the_whole_exchange(talk, first, again, body):
+    """However a server drips, in whatever part of its answer, the time is over in time, and nothing goes on behind."""
+    before, started = threading.active_count(), time.perf_counter()
+    scheme = "https" if first[:1] == b"\x16" else "http"
+    url = f"{scheme}://127.0.0.1:{talk(first, again)}/"
+    with pytest.raises(ConnectionError, match=r"did not answer within 0.2 s"):
+        http.post(b"x" * body, url=url, timeout_sec=0.2, num_retries=0)
+    assert time.perf_counter() - started < 2
+    time.sleep(0.1)
+    assert threading.active_count() <= before + 1  # the server's
+
+
+def test_http_words_of_a_status_line(talk):
+    """A server's reason is escaped and cut, too, as is a first line that is no HTTP."""
+    for first in (b"HTTP/1.1 400 \x1b[2J" + b"x" * 5000 + b"\r\n\r\n", b"\x1b[2J" + b"x" * 5000 + b"\r\n\r\n"):
+        with pytest.raises(ConnectionError) as raised:
+            http.post(b"", url=f"http://127.0.0.1:{talk(first, b'')}/", timeout_sec=0.5, num_retries=0)
+        said = str(raised.value)
+        assert said.isprintable()
+        assert "\\x1b[2Jxxx" in said
+        assert len(said) < 400
+
+
+def test_http_an_answer_without_end(serve, monkeypatch):
+    """More than scores can need is not read into memory."""
+    there, _ = serve(lambda _: {"scores": [1.0] * 100})
+    monkeypatch.setattr(http, "MAX_ANSWER_BYTES", 100)
+    with pytest.raises(ConnectionError, match="its answer is longer than 100 bytes"):
+        http.post(b"{}", url=there["reward.http.url"], timeout_sec=5.0, num_retries=0)
+
+
+def test_http_by_way_of_a_proxy(serve, monkeypatch):
+    """A server on this machine is asked directly, under any of its names, whatever proxy is set; one elsewhere by way of the
+    proxy, unless NO_PROXY names it."""
+    there, requests = serve(lambda request: {"scores": [1.0]})
+    port = there["reward.http.url"].rpartition(":")[2]
+    for name in ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    limits = {"timeout_sec": 5.0, "num_retries": 0}
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9/")  # where nobody is
+    for host in ("127.0.0.1", "localhost"):
+        http.post(b"{}", url=f"http://{host}:{port}", **limits)
+    monkeypatch.setenv("http_proxy", there["reward.http.url"])
+    http.post(b"{}", url="http://rewards.invalid/score", **limits)
+    assert len(requests) == 3
+    monkeypatch.setenv("no_proxy", "rewards.invalid")
+    with pytest.raises(ConnectionError, match="cannot be asked"):
+        http.post(b"{}", url="http://rewards.invalid/score", **limits)
+    assert [http.is_local(host) for host in ("::1", "127.1.2.3", "0.0.0.0", "a.localhost", "10.0.0.1", "localhost.org")] == (
+        [True] * 4 + [False] * 2
+    )
 
 
 def test_http_nobody_there(begin, serve):

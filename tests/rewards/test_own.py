@@ -1,7 +1,10 @@
 """Rewards of the user's own: a function of any module, what it returns, and what it raises."""
 
+import io
 import json
+import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,10 +20,11 @@ from conftest import (
     run_script,
     snapshot,
     stage_of,
+    update_of,
 )
 from scored import BATCH, NUM_IMAGES, REDNESS, pixels, redness, scores
 
-from b2diffurl.rewards.own import modules_beside
+from b2diffurl.rewards import own
 
 
 def test_a_function_that_returns_too_few_scores(begin, module):
@@ -166,7 +170,7 @@ def folder(tmp_path) -> Path:
 
 
 def names(folder: Path, name: str, module: str) -> set[str]:
-    return {str(path.relative_to(folder)) for path in modules_beside(folder / name, module)}
+    return {str(path.relative_to(folder)) for path in own.modules_beside(folder / name, module)}
 
 
 def test_a_reward_is_made_of_all_modules_beside_it_that_it_imports(folder):
@@ -185,4 +189,99 @@ def test_of_an_installed_package_only_its_own_modules_count(folder):
 
 def test_a_module_that_is_no_source_is_a_file_of_its_own(tmp_path):
     (tmp_path / "fast.so").write_bytes(b"\\x7fELF")
-    assert modules_beside(tmp_path / "fast.so", "fast") == [tmp_path / "fast.so"]
+    assert own.modules_beside(tmp_path / "fast.so", "fast") == [tmp_path / "fast.so"]
+
+
+# ---- what a reward does to the process ----
+
+
+MEDDLING = """
+import logging
+import os
+import random
+import signal
+import sys
+
+import numpy as np
+import torch
+
+
+def meddle():
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(2)
+    torch.set_grad_enabled(False)
+    torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("medium")
+    os.chdir("/")
+    os.environ["HOME"] = os.environ["TMPDIR"] = "/nowhere"
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.disable()
+    sys.stdout = open(os.devnull, "w")
+
+
+meddle()
+
+
+def meddling(images, prompts):
+    assert (torch.get_default_dtype(), os.getcwd()) == (torch.float64, "/")
+    meddle()
+    mean = redness(images, prompts)
+    images.zero_()
+    prompts.clear()
+    return mean
+"""
+
+
+def test_a_function_that_changes_the_process(begin, module):
+    """Seeds, types, threads, directory, signals, log: the run samples, selects and trains as with a function that does not,
+    and says as much; where the module looks, it finds what it has set."""
+    mine, learned, said = module(REDNESS + MEDDLING), [], []
+    for function in ("redness", "meddling"):
+        folder, settings = begin({"reward.name": f"{mine}:{function}", "keep.samples": False})
+        said.append("".join(ran(folder, verb, settings) for verb in ("select", "train")))
+        learned.append((stage_of(folder).selection.read_bytes(), update_of(folder), os.listdir(folder)))
+        shutil.rmtree(folder)
+    assert learned[0][0] == learned[1][0]
+    assert torch.equal(learned[0][1], learned[1][1])
+    assert learned[0][2] == learned[1][2]
+    assert len(said[0].splitlines()) == len(said[1].splitlines())
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        ("sys.exit(0)", r"raised SystemExit\(0\)"),
+        ("raise SystemExit", r"raised SystemExit\(\)"),
+        ("raise KeyboardInterrupt", r"raised KeyboardInterrupt\(\)"),
+    ],
+)
+@pytest.mark.parametrize("when", ["imported", "called"])
+def test_a_function_that_would_end_the_run(begin, module, when, does, said):
+    """Exit code 0 is for work that is done: the run stops with the reward's name, and selecting is not finished."""
+    mine = module(f"import sys\ndef ends(images, prompts):\n    {does}\n" + (does if when == "imported" else ""))
+    folder, settings = begin({"reward.name": f"{mine}:ends"})
+    ended = run_script(folder, "select", settings)
+    assert ended.code == 1
+    assert re.search(f"RuntimeError: reward {mine}:ends.* {said}", ended.stderr)
+    assert not stage_of(folder).finished("select")
+
+
+def test_a_signal_that_comes_while_a_reward_works(begin, module):
+    """It stops the run as at any other moment: no bug of the reward's."""
+    kill = "    os.kill(os.getpid(), signal.SIGTERM)\n    return [0 for _ in prompts]\n"
+    mine = module(f"import os, signal\ndef slow(images, prompts):\n{kill}")
+    folder, settings = begin({"reward.name": f"{mine}:slow"})
+    ended = run_script(folder, "select", settings)
+    assert (ended.code, "Traceback" in ended.stderr) == (128 + 15, False)
+
+
+def test_a_function_that_closes_stdout(module, monkeypatch):
+    """The run stops with the reward's name: its log could not be read any more."""
+    reward = own.load(
+        module("import sys\ndef closing(images, prompts):\n    sys.stdout.close()\n") + ":closing", {}, None, None
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", io.StringIO())
+        with pytest.raises(RuntimeError, match=r"reward .*:closing has closed stdout"):
+            reward(torch.zeros(1, 2, 2, 3, dtype=torch.uint8), ["a cat"])

@@ -756,3 +756,16 @@ def test_on_cuda(settings, images, prompts, name, dtype, monkeypatch):
     if not (name == "bertscore" and dtype == "auto"):  # near ties between words go either way: it has to run
         torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol * expected.abs().max().item())
     assert found.isfinite().all()
+
+
+def test_a_reward_that_fills_the_same_tensor_again(images, prompts):
+    """Scores are copied out of what it returns: the next batch does not write over those of the batch before."""
+    kept = torch.zeros(len(prompts))
+
+    def reward(images: Tensor, prompts: list[str]) -> tuple[Tensor, dict]:
+        kept.add_(1)
+        return kept, {"part": kept}
+
+    first, second = (score(reward, images, prompts) for _ in range(2))
+    assert (first[0].tolist(), second[0].tolist()) == ([1.0] * len(prompts), [2.0] * len(prompts))
+    assert first[1]["part"].tolist() == [1.0] * len(prompts)
