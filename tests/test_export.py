@@ -19,13 +19,14 @@ import safetensors.torch
 import torch
 import yaml
 from conftest import PROMPTS, ROOT, Ended, call, experiment, run_script, snapshot
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from foreign import random_lora, save, save_kohya
 from huggingface_hub import ModelCardData
 
 from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.export import export, main
-from b2diffurl.models.stable_diffusion import write_kohya
+from b2diffurl.models.lora import add_lora, lora_parameters
+from b2diffurl.models.stable_diffusion import LORA, write_kohya
 from b2diffurl.runtime import files
 
 
@@ -113,6 +114,17 @@ def test_kohya_file_is_what_kohya_writes(models, workplace, tmp_path):
         assert exported[key].dtype == torch.float32 or key.endswith(".alpha")
 
 
+def test_kohya_file_has_the_keys_that_others_know(tmp_path):
+    """For a UNet of Stable Diffusion 1.x every key is one that ComfyUI, A1111 and Forge look for, and none is left out."""
+    kinds = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "cross_attention_dim": 8, "attention_head_dim": 2}
+    unet = UNet2DConditionModel(**kinds)
+    add_lora(unet, LORA, rank=1, seed=0)
+    write_kohya(tmp_path / "x.safetensors", {LORA.key(name): value for name, value in lora_parameters(unet).items()})
+    modules = (ROOT / "tests" / "recorded" / "keys" / "kohya.txt").read_text().split()
+    expected = {f"{module}.{part}" for module in modules for part in ("lora_up.weight", "lora_down.weight", "alpha")}
+    assert safetensors.torch.load_file(tmp_path / "x.safetensors").keys() == expected
+
+
 @pytest.mark.parametrize(("width", "expected"), [(768, "False"), (1024, "True")])
 def test_kohya_file_tells_sd2_from_sd1(tmp_path, width, expected):
     name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_"
@@ -135,6 +147,22 @@ def test_pipeline_is_the_base_but_for_the_attention(models, workplace):
         assert bool(changed) == (part == "unet")
         assert all(re.search(r"\.attn\d\.to_(q|k|v|out\.0)\.weight$", key) for key in changed)
     assert fused.tokenizer("a red circle").input_ids == base.tokenizer("a red circle").input_ids
+
+
+def test_pipeline_has_the_files_and_names_of_the_hub(workplace):
+    """What transformers 4 reads: CLIP's weights by the names that the hub has for Stable Diffusion 1.x, of the layers that
+    the tiny model has, and the words of the tokenizer in two files of their own."""
+    out = export(experiment(workplace), form="pipeline")
+    layers = json.loads((out / "text_encoder" / "config.json").read_text())["num_hidden_layers"]
+    names = (ROOT / "tests" / "recorded" / "keys" / "text_encoder.txt").read_text().split()
+    expected = {name for name in names if not (found := re.search(r"layers\.(\d+)", name)) or int(found[1]) < layers}
+    assert safetensors.torch.load_file(out / "text_encoder" / "model.safetensors").keys() == expected
+    vocabulary = json.loads((out / "tokenizer" / "vocab.json").read_text())
+    whole = json.loads((out / "tokenizer" / "tokenizer.json").read_text())["model"]
+    assert vocabulary == whole["vocab"]
+    version, *merges = (out / "tokenizer" / "merges.txt").read_text().splitlines()
+    assert version.startswith("#version")
+    assert [merge.split() for merge in merges] == whole["merges"]
 
 
 @pytest.mark.parametrize("form", ["diffusers", "kohya", "pipeline"])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -326,7 +327,8 @@ def check_index(path: Path, spec: PipelineSpec) -> None:
 def write_pipeline(folder: Path, parts: Mapping[str, Any], model: ModelSettings, spec: PipelineSpec, **more: Any) -> None:
     """Write `parts`, and the scheduler of `model`, as a directory in the diffusers layout.
 
-    `more` are further arguments of the pipeline's class. The files name no path of this machine.
+    `more` are further arguments of the pipeline's class. The files name no path of this machine. They are those of the hub's
+    models, so that transformers 4 and other programs read them.
     """
     import diffusers
     import transformers
@@ -339,5 +341,20 @@ def write_pipeline(folder: Path, parts: Mapping[str, Any], model: ModelSettings,
         part.register_to_config(_name_or_path="")  # diffusers records the path that it loaded from
     with files.naming(folder):
         pipeline.save_pretrained(folder)
+    for name, (_, kind) in spec.classes.items():
+        if kind == "CLIPTextModel":
+            name_as_the_hub(folder / name / "model.safetensors")
+        if kind == "CLIPTokenizer":  # transformers 5 writes tokenizer.json alone, of which version 4 reads no words
+            parts[name].backend_tokenizer.model.save(str(folder / name))  # vocab.json and merges.txt
     for path in folder.glob("*/*.safetensors"):  # safetensors lets the owner alone read them, whatever the umask
         path.chmod((folder / "model_index.json").stat().st_mode)
+
+
+def name_as_the_hub(path: Path) -> None:
+    """Give CLIP's text weights the prefix that they have on the hub.
+
+    transformers 5 writes them without it, unless it loaded them with it. transformers 4 and ComfyUI need it.
+    """
+    prefix = "text_model."
+    tensors = {prefix + key.removeprefix(prefix): value for key, value in files.read_tensors(path).items()}
+    files.write_bytes(path, safetensors.torch.save(tensors, metadata={"format": "pt"}))
