@@ -72,6 +72,7 @@ def locate_configs(model: ModelSettings, spec: PipelineSpec) -> Path:
     root = locate_base(model, spec)
     if root.is_dir():
         return root
+    require_safetensors(root)
     try:
         return locate(model.config, patterns=config_patterns(spec))
     except FileNotFoundError as error:
@@ -183,11 +184,15 @@ def load_parts(
     """Load a pipeline: ({part: object}, the scheduler's config). Without `decoder` the network is the only part."""
     root = locate_base(model, spec)
     wanted = list(spec.classes) if decoder else [spec.network]
-    if root.is_dir():
-        return load_directory(root, model.variant, spec, dtype, wanted), files.read_json(root / SCHEDULER_FILE)
-    require_safetensors(root)
     configs = locate_configs(model, spec)
-    return load_single_file(root, configs, spec, dtype, wanted), files.read_json(configs / SCHEDULER_FILE)
+    if root.is_dir():
+        parts = load_directory(root, model.variant, spec, dtype, wanted)
+    else:
+        parts = load_single_file(root, configs, spec, dtype, wanted)
+    for name in spec.weights:
+        if name in parts:
+            whole.check_loaded(f"the {name} of {root}", parts[name])
+    return parts, files.read_json(configs / SCHEDULER_FILE)
 
 
 def load_directory(
