@@ -121,8 +121,8 @@ def check_tokenizer(folder: Path, kind: Any, vocab_size: int, max_tokens: int) -
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
         raise ValueError(
-            f"{folder} does not fit its text encoder: the tokenizer counts to {largest}, and text_encoder/config.json has "
-            f"vocab_size {vocab_size}. Get both from the same model."
+            f"{folder} does not fit its text encoder: the tokenizer counts to {largest}, and its vocab_size is "
+            f"{vocab_size}. Get both from the same model."
         )
     if tokenizer.model_max_length > max_tokens:
         raise ValueError(
