@@ -79,6 +79,7 @@ def locate_configs(model: ModelSettings, spec: PipelineSpec) -> Path:
     root = locate_base(model, spec)
     if root.is_dir():
         return root
+    require_safetensors(root)
     try:
         return locate(model.config, patterns=config_patterns(spec))
     except FileNotFoundError as error:
@@ -217,9 +218,13 @@ def load_parts(model: ModelSettings, spec: PipelineSpec, dtype: torch.dtype, *, 
     root = locate_base(model, spec)
     wanted = list(spec.classes) if decoder else [spec.network]
     if root.is_dir():
-        return load_directory(root, model.variant, spec, dtype, wanted)
-    require_safetensors(root)
-    return load_single_file(root, locate_configs(model, spec), spec, dtype, wanted)
+        parts = load_directory(root, model.variant, spec, dtype, wanted)
+    else:
+        parts = load_single_file(root, locate_configs(model, spec), spec, dtype, wanted)
+    for name in spec.weights:
+        if name in parts:
+            whole.check_loaded(f"the {name} of {root}", parts[name])
+    return parts
 
 
 def load_directory(

@@ -221,6 +221,8 @@ class StableDiffusion:
         for part in (self.vae, self.text_encoder):
             if part is not None:
                 part.to(device).eval().requires_grad_(False)
+        if self.text_encoder is not None:
+            self._check_text(model.name)
         self.unet = parts["unet"].to(device).eval().requires_grad_(False)
         lora.add_lora(self.unet, LORA, rank=model.lora_rank, seed=seed)
         # Kept for `reset`: loading a checkpoint overwrites the fresh LoRA.
@@ -229,6 +231,12 @@ class StableDiffusion:
         vae_config = files.read_json(diffusers_files.locate_configs(model, PIPELINE) / "vae" / "config.json")
         size = latent_size(self.unet.config, vae_config, model.resolution)
         self.latent_shape = (self.unet.config.in_channels, *size)
+
+    def _check_text(self, name: str) -> None:
+        """Refuse a text encoder to which a word is as good as none, or whose embeddings are not finite."""
+        nothing, word = self.encode(["", whole.some_word(self.tokenizer)])["prompt_embeds"]
+        if torch.equal(nothing, word) or not word.isfinite().all():
+            raise ValueError(f"the text_encoder of {name} embeds all prompts alike, or as NaN. Get its files anew.")
 
     def sampler(self, num_steps: int, eta: float) -> Transitions:
         return noise_schedule.make_table(self._scheduler, num_steps, eta).to(self.unet.device)

@@ -18,7 +18,10 @@ from b2diffurl.runtime import files
 def check_later_phases(plan: Plan) -> None:
     """Raise the error that selecting, training or judging would raise later, as far as it shows without loading a model."""
     settings = plan.settings
-    family(settings.model).check(settings.model)
+    if not plan.stage.finished(
+        "train"
+    ):  # every phase refuses it on loading, and what is finished need not wait for the check
+        family(settings.model).check(settings.model)
     check_optimizer(settings)
     check_rewards([*settings.rewards.weights, *settings.rewards.watched], settings.rewards, plan.prompts)
     if settings.judging.judge:

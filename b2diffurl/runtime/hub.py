@@ -187,11 +187,13 @@ def _checksum(path: Path, *_status: int) -> str:
 def load_whole(kind: Any, root: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """Load a model of class `kind` of transformers for inference.
 
-    A ValueError says that the directory lacks some of the weights, which transformers would fill with random numbers, or
-    that they hold more than tensors.
+    A ValueError says that the directory lacks some of the weights or has them in another shape, which transformers would
+    fill with random numbers, or that they hold more than tensors.
     """
     try:
-        model, info = kind.from_pretrained(root, dtype=dtype, output_loading_info=True, trust_remote_code=False)
+        # ignore_mismatched_sizes: what has another shape is named below; transformers would say that something has.
+        options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
+        model, info = kind.from_pretrained(root, dtype=dtype, **options)
     except pickle.UnpicklingError as error:  # a .bin file is a pickle, and torch refuses anything in it but tensors
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"the weights in {root} are damaged, or hold more than tensors: {reason}") from None
@@ -204,7 +206,7 @@ def require_no_holes(root: Path, model: Any, info: Mapping[str, Any]) -> None:
 
     The libraries fill such weights with random numbers.
     """
-    # (name, shape, shape) is a tensor of another shape.
-    holes = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-    if holes:
-        raise ValueError(f"{root} lacks weights of {type(model).__name__}, such as {min(holes)}.")
+    # The second lists tensors of another shape, as (name, shape, shape).
+    for fault, names in (("lacks", info["missing_keys"]), ("has misshapen", [name for name, *_ in info["mismatched_keys"]])):
+        if names:
+            raise ValueError(f"{root} {fault} weights of {type(model).__name__}, such as {min(names)}.")

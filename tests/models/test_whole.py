@@ -1,6 +1,7 @@
 """A base model with something missing is refused in one sentence, before any work; one that is whole passes."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from b2diffurl.configuration.settings import ModelSettings, read_settings
-from b2diffurl.models import stable_diffusion
+from b2diffurl.models import stable_diffusion, whole
 from b2diffurl.models.stable_diffusion import StableDiffusion
 
 SHAPES = ROOT / "model" / "shapes" / "base"
@@ -161,7 +162,7 @@ def test_a_tokenizer_of_another_model(base):
     tokens = tiny.tokenizer()
     tokens.add_tokens(["extra"])
     tokens.save_pretrained(base / "tokenizer")
-    with pytest.raises(ValueError, match=r"the tokenizer counts to 54, and text_encoder/config\.json has vocab_size 54\."):
+    with pytest.raises(ValueError, match=r"the tokenizer counts to 54, and its vocab_size is 54\."):
         tiny.load_model(base)
     tokens = tiny.tokenizer()
     tokens.model_max_length = 78
@@ -300,3 +301,64 @@ def test_a_download_that_was_cut_off(models, in_the_hub):
     stable_diffusion.check(settings)
     with pytest.raises(FileNotFoundError, match=r"somebody/model is not, or not whole, in the local cache .* hf download"):
         load(settings)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("part", WEIGHTS)
+def test_weights_that_are_not_finite(base, part, number):
+    """One number in one tensor is enough."""
+    name = max(load_file(base / WEIGHTS[part]))
+
+    def change(tensors: dict) -> dict:
+        tensors[name].view(-1)[-1] = number
+        return tensors
+
+    rewrite(base / WEIGHTS[part], change)
+    with pytest.raises(ValueError, match=rf"the {part} of \S+ has weights that are NaN or infinite \({re.escape(name)}\)\."):
+        tiny.load_model(base)
+
+
+def test_weights_that_half_precision_cannot_hold(base):
+    """They become infinite by loading; the remedy is another precision."""
+    rewrite(base / WEIGHTS["unet"], lambda tensors: tensors | {"conv_in.bias": torch.full((8,), 1e6)})
+    with pytest.raises(ValueError, match=r"infinite \(conv_in\.bias\)\. .* --config\.mixed_precision=no helps"):
+        tiny.load_model(base, dtype=torch.float16)
+    tiny.load_model(base)
+
+
+def test_a_part_that_is_loaded_with_holes():
+    """Tensors that a library left empty are named, whatever the files looked like."""
+    part = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta"))
+    with pytest.raises(ValueError, match=r"the unet of base lacks tensors \(1\.bias, 1\.weight\)"):
+        whole.check_loaded("the unet of base", part)
+
+
+def test_a_text_encoder_that_reads_nothing(base):
+    """Its token embeddings are all the same, so any two prompts embed alike."""
+    rewrite(base / WEIGHTS["text_encoder"], lambda tensors: {
+        key: value.zero_() if "token_embedding" in key else value for key, value in tensors.items()
+    })  # fmt: skip
+    with pytest.raises(ValueError, match=r"the text_encoder of \S+base embeds all prompts alike"):
+        tiny.load_model(base)
+
+
+def test_the_keys_of_older_libraries(base, models):
+    """The models on the hub were written with a prefix and positions in the text encoder, and with other names in the VAE's
+    attention. They are whole, and the same model."""
+    old = {new: older for older, new in whole.ATTENTION.items()}
+
+    def text(tensors: dict) -> dict:
+        names = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in tensors.items()}
+        return names | {"text_model.embeddings.position_ids": torch.arange(tiny.MAX_TOKENS)[None]}
+
+    def vae(tensors: dict) -> dict:
+        pattern = re.compile(r"(?<=attentions\.0\.)(to_q|to_k|to_v|to_out\.0)")
+        return {pattern.sub(lambda match: old[match[1]], key): value for key, value in tensors.items()}
+
+    rewrite(base / WEIGHTS["text_encoder"], text)
+    rewrite(base / WEIGHTS["vae"], vae)
+    assert "decoder.mid_block.attentions.0.proj_attn.weight" in load_file(base / WEIGHTS["vae"])
+    one, other = tiny.load_model(base), tiny.load_model(models / "sd")
+    assert torch.equal(output(one), output(other))
+    latents = torch.randn(1, *one.latent_shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(one.decode(latents), other.decode(latents))

@@ -192,8 +192,28 @@ def test_a_clip_with_a_weight_missing_is_refused(zoo, load, tmp_path):
     state = CLIPModel.from_pretrained(zoo / "clip").state_dict()
     del state["text_projection.weight"]
     save_file(state, tmp_path / "clip" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "clip")) + ".*text_projection.weight"):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "clip")) + " lacks .*text_projection.weight"):
         load("clip", {"clip.model": tmp_path / "clip"})
+
+
+def test_a_clip_with_a_weight_of_another_shape_is_refused(zoo, load, tmp_path):
+    """It is named, and not drawn at random either."""
+    shutil.copytree(zoo / "clip", tmp_path / "clip")
+    state = CLIPModel.from_pretrained(zoo / "clip").state_dict()
+    state["text_projection.weight"] = state["text_projection.weight"][:, :3].clone()
+    save_file(state, tmp_path / "clip" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"clip has misshapen weights of CLIPModel, such as text_projection\.weight\."):
+        load("clip", {"clip.model": tmp_path / "clip"})
+
+
+def test_a_clip_with_the_tokenizer_of_another_model_is_refused(zoo, load, tmp_path):
+    """One that counts further than its text encoder."""
+    root = shutil.copytree(zoo / "clip", tmp_path / "clip")
+    tokens = tiny.tokenizer()
+    tokens.add_tokens(["extra"])
+    tokens.save_pretrained(root)
+    with pytest.raises(ValueError, match=r"clip does not fit its text encoder: the tokenizer counts to 54"):
+        load("clip", {"clip.model": root})
 
 
 # ---- the aesthetic head ----
