@@ -62,6 +62,7 @@ def set_defaults(compute: Compute) -> None:
     torch.set_default_dtype(torch.float32)
     torch.set_default_device(None)
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.benchmark = False  # it would choose kernels by timing them
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = compute.allow_tf32
 
 

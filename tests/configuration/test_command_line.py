@@ -85,6 +85,12 @@ def test_the_config_file_may_be_named_in_any_form_of_absl(tmp_path, form):
     assert flatten(json.loads(ended.stdout)) == json.loads(json.dumps(expected))
 
 
+def test_brackets_in_brackets_are_a_mistake_whoever_reads_them():
+    """A library's reader of JSON raises a RecursionError: two lines, which name the log."""
+    said, hint = command_line.explain(RecursionError("maximum recursion depth exceeded"), Path("log/tiny.log"))
+    assert "too many brackets within brackets" in said and "log/tiny.log" in hint
+
+
 # ---- signals ----
 
 

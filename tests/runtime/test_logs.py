@@ -255,6 +255,14 @@ def test_no_stream_stops_a_run(tmp_path, redirected, environment):
         assert r"\u65e5\u672c" in (tmp_path / "out").read_text()
 
 
+def test_a_log_that_nobody_reads_any_more(tmp_path):
+    """Python would try to write the rest at its end, and exit with code 120."""
+    (tmp_path / "say.py").write_text(SAY.format(root=str(ROOT)).replace('    show("é 日本")\nprint("é")\n', ""))
+    command = f"set -o pipefail; {sys.executable} say.py 2> err | head -n 1 > out"
+    assert subprocess.run(["bash", "-c", command], cwd=tmp_path, timeout=60).returncode == 0
+    assert (tmp_path / "err").read_text() == ""
+
+
 def test_experiments_of_one_name_have_logs_of_their_own(workplace, overrides):
     """log/<name>.log is the first one's; the second has another, which begins by saying so; each goes on in its own.
     One that has been moved goes on in its old log."""
