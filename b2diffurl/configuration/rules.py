@@ -12,7 +12,7 @@ from b2diffurl.configuration.keys import check_values, flatten
 from b2diffurl.configuration.limits import shown
 from b2diffurl.objectives import OBJECTIVES
 
-# Names of secrets, of environment variables and in the query or fragment of a URL: OPENAI_KEY, DB_PASS, apiKey, X-Amz-Signature.
+# Names of secrets, of environment variables and in the query or fragment of a URL: OPENAI_KEY, DB_PASS, X-Amz-Signature.
 # A short word must stand for itself, as KEYBOARD and monkey are no keys. PWD alone is the working directory.
 SECRET = re.compile(
     r"(token|secret|password|passwd|passphrase|credentials?|authorization|signature|(api|access|secret|private)key"
@@ -44,8 +44,8 @@ def check_secrets(settings: Mapping[str, Any]) -> None:
     for key, value in settings.items():
         if name := secret_in_url(str(value)):
             raise ValueError(
-                f"{key} has in its URL a value of {shown(name)}, which reads like a secret, and config.json and log would keep "
-                "it. Take it out; what reward http is to send as its header Authorization belongs into the variable "
+                f"{key} has in its URL a value of {shown(name)}, which reads like a secret, and config.json and log would "
+                "keep it. Take it out; what reward http is to send as its header Authorization belongs into the variable "
                 "REWARD_HTTP_AUTHORIZATION."
             )
         if re.search(r"://[^/\s]*@", str(value)):
