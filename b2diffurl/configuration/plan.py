@@ -34,7 +34,8 @@ class Plan:
         """Where the stage starts from, for people: `a fresh LoRA`, `stage2/checkpoint_1`, or the path of a LoRA."""
         if self.resume_from is None:
             return "a fresh LoRA"
-        return relative_to(self.stage.root, self.resume_from.parent).replace("/checkpoints/", "/")
+        own = re.fullmatch(r"(stage\d+)/checkpoints/(checkpoint_\d+)/[^/]+", relative_to(self.stage.root, self.resume_from))
+        return f"{own[1]}/{own[2]}" if own else str(self.resume_from)
 
 
 def stage_index(run_name: str) -> int:

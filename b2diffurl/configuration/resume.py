@@ -7,7 +7,8 @@ from pathlib import Path
 
 from b2diffurl.configuration.settings import Schedule
 from b2diffurl.experiment.folder import find_lora
-from b2diffurl.experiment.stage import LORA_FILE, Stage
+from b2diffurl.experiment.stage import LORA_FILE, Stage, finished_stages
+from b2diffurl.runtime import files
 
 
 def resume_source(stage: Stage, resume_from: str) -> Path | None:
@@ -15,10 +16,12 @@ def resume_source(stage: Stage, resume_from: str) -> Path | None:
 
     A stage goes on from the last checkpoint of the stage before it. `resume_from` ("": not given) is where a run starts. It
     is used for stage 0, for a stage whose predecessor is not in this experiment, and to choose an earlier checkpoint of the
-    predecessor.
+    predecessor. An experiment that began from another LoRA than this one is refused.
     """
     given = Path(resume_from) if resume_from else None
     before = Stage(stage.root, stage.index - 1)
+    if given is not None:
+        check_beginning(stage.root, given)
     in_predecessor = given is not None and given.resolve().is_relative_to(before.folder.resolve())
     if stage.index > 0 and not in_predecessor:
         if before.finished("train"):
@@ -27,6 +30,23 @@ def resume_source(stage: Stage, resume_from: str) -> Path | None:
         if given is None or before.folder.exists():
             raise ValueError(f"{stage.folder} follows {before.folder}, which is not trained yet. Run that stage first.")
     return None if given is None else find_lora(given)
+
+
+def check_beginning(root: Path, given: Path) -> None:
+    """Refuse a LoRA to start from that is not the one the experiment in folder `root` began with: it would have no effect.
+
+    One of the experiment's own checkpoints passes: a later stage may start from it.
+    """
+    begun = finished_stages(root, "sample")
+    if not begun or given.resolve().is_relative_to(root.resolve()):
+        return
+    recorded = begun[0].manifest("sample").get("policy", {}).get("lora_sha256")  # "": a fresh LoRA
+    if recorded is not None and files.sha256(find_lora(given)) != recorded:
+        began = "another LoRA" if recorded else "a fresh LoRA"
+        raise ValueError(
+            f"resume_from is {given}, but {root} began from {began}, and goes on from its own last checkpoint. Leave "
+            "resume_from out to go on, or give another exp_name to start from that LoRA."
+        )
 
 
 def trained_steps(stage: Stage, schedule: Schedule) -> int:

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import unquote
 
 from ml_collections import ConfigDict
 
@@ -11,8 +12,13 @@ from b2diffurl.configuration.keys import check_values, flatten
 from b2diffurl.configuration.limits import shown
 from b2diffurl.objectives import OBJECTIVES
 
-# Environment variables with such names hold secrets.
-SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY|AUTHORIZATION)$")
+# Names of secrets, of environment variables and in the query or fragment of a URL: OPENAI_KEY, DB_PASS, X-Amz-Signature.
+# A short word must stand for itself, as KEYBOARD and monkey are no keys. PWD alone is the working directory.
+SECRET = re.compile(
+    r"(token|secret|password|passwd|passphrase|credentials?|authorization|signature|(api|access|secret|private)key"
+    r"|(^|[^a-z])(key|auth|pass|pat|sig|jwt|bearer|creds?)|[^a-z]pwd)[_\d]*$",
+    re.IGNORECASE,
+)
 
 
 def check(config: ConfigDict) -> None:
@@ -27,14 +33,21 @@ def check(config: ConfigDict) -> None:
 
 
 def check_secrets(settings: Mapping[str, Any]) -> None:
-    """Refuse a setting with a password in its URL, or with the value of an environment variable such as HF_TOKEN.
+    """Refuse a setting with a password or key in its URL, or with the value of an environment variable such as HF_TOKEN.
 
     config.json and the log would keep it.
     """
     secret = {name: value.split() for name, value in os.environ.items() if SECRET.search(name)}
-    # Of a value such as "Bearer abc…" the last word is the secret. Words under 8 characters would match by accident.
-    tokens = {words[-1]: name for name, words in secret.items() if words and len(words[-1]) >= 8}
+    # Of a value such as "Bearer abc…" the last word is the secret. Words under 8 characters would match by accident, and
+    # SSH_KEY may have the path of a file.
+    tokens = {words[-1]: name for name, words in secret.items() if words and len(words[-1]) >= 8 and not is_path(words[-1])}
     for key, value in settings.items():
+        if name := secret_in_url(str(value)):
+            raise ValueError(
+                f"{key} has in its URL a value of {shown(name)}, which reads like a secret, and config.json and log would "
+                "keep it. Take it out; what reward http is to send as its header Authorization belongs into the variable "
+                "REWARD_HTTP_AUTHORIZATION."
+            )
         if re.search(r"://[^/\s]*@", str(value)):
             raise ValueError(
                 f"{key} has a user name or a password in its URL, which config.json and log would keep. Take them out; what "
@@ -44,6 +57,22 @@ def check_secrets(settings: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{key} has in it what the variable {found[0]} holds, which config.json and log would keep. Take it out."
             )
+
+
+def secret_in_url(text: str) -> str:
+    """The name of what reads like a secret in the query or fragment of a URL in the text, `?api_key=…`; "" if none."""
+    parameters = re.findall(r"[?&#;]([^\s?&#;=/]+)=[^\s?&#;'\",)]", text) if "://" in text else []
+    return next((name for name in map(unquote, parameters) if SECRET.search(f"-{split_camel(name)}")), "")
+
+
+def split_camel(name: str) -> str:
+    """`apiKey` as `api-Key`."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name)
+
+
+def is_path(text: str) -> bool:
+    """Whether this is the absolute path of something that is there."""
+    return os.path.isabs(text) and os.path.exists(text)
 
 
 def check_schedule(settings: Mapping[str, Any]) -> None:

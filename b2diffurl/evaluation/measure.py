@@ -191,9 +191,9 @@ class Evaluation:
         return files.digest([vars(sampler), prompts, *decisive])
 
     def warn_of_cut_prompts(self, model: Model, name: str) -> None:
-        """Name the prompts of a set that are too long for the model, once a call."""
+        """Name the prompts of a set that are judged and too long for the model, once a call."""
         if name not in self.warned:
-            warn_of_cut_prompts(model, self.placed[name])
+            warn_of_cut_prompts(model, self.placed[name][: self.settings.judging.num_images])
             self.warned.add(name)
 
     def measure(self, model: Model, prompts: list[str], sampler: SamplerSettings, folder: Path) -> None:

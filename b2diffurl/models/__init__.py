@@ -42,8 +42,8 @@ class Model(Protocol):
     def encode(self, prompts: list[str]) -> Conditions:
         """Encode prompts into what the network is conditioned on, each tensor [P, ...]."""
 
-    def num_tokens_cut(self, prompt: str) -> int:
-        """How many tokens `encode` cuts off at the end of the prompt; 0 if it reads all."""
+    def num_tokens_cut(self, prompts: Sequence[str]) -> list[int]:
+        """How many tokens `encode` cuts off at the end of each prompt; 0 where it reads all."""
 
     def predict(
         self,

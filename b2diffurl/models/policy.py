@@ -6,7 +6,7 @@ N rows, P prompts, T sampler steps, latents [N,C,h,w]
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +22,7 @@ from b2diffurl.models import Model, family
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import logger
 
+NUM_CUT_NAMED = 5  # prompts too long for the model that the log names
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 _kept: dict[str, Model] | None = None  # loaded base models by a checksum of their settings; None: none is kept
@@ -131,11 +132,17 @@ def predictor(
     return predict
 
 
-def warn_of_cut_prompts(model: Model, placed: Iterable[tuple[str, str]]) -> None:
-    """Log a warning for each prompt that is too long for the model; `placed` are (place in its file, prompt)."""
-    for place, prompt in placed:
-        if cut := model.num_tokens_cut(prompt):
-            logger.warning("%s: the last %d tokens are cut off, the model takes no more: %.60s…", place, cut, prompt)
+def warn_of_cut_prompts(model: Model, placed: Sequence[tuple[str, str]]) -> None:
+    """Log a warning for the first prompts that are too long for the model, and the number of the others.
+
+    `placed` are (place in its file, prompt).
+    """
+    counts = model.num_tokens_cut([prompt for _, prompt in placed])
+    cut = [(place, count, prompt) for (place, prompt), count in zip(placed, counts, strict=True) if count]
+    for one in cut[:NUM_CUT_NAMED]:
+        logger.warning("%s: the last %d tokens are cut off, the model takes no more: %.60s…", *one)
+    if len(cut) > NUM_CUT_NAMED:
+        logger.warning("prompts that are cut off, too: %d more", len(cut) - NUM_CUT_NAMED)
 
 
 def decode(model: Model, latents: Tensor, batch_size: int) -> Tensor:

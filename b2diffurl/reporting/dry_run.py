@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,8 @@ from b2diffurl.configuration.budget import Budget
 from b2diffurl.configuration.plan import Plan
 from b2diffurl.configuration.prompts import load_prompts
 from b2diffurl.configuration.settings import Settings
-from b2diffurl.experiment.stage import PHASES, Stage, finished_stages
+from b2diffurl.experiment.folder import find_lora
+from b2diffurl.experiment.stage import LORA_FILE, PHASES, Stage, finished_stages
 from b2diffurl.models import Sizes, family
 from b2diffurl.reporting.forecast import evaluations_left, num_done, number, time_text
 from b2diffurl.runtime.device import Compute, choose_device
@@ -43,7 +45,7 @@ def plan_facts(plan: Plan, budget: Budget) -> dict[str, str]:
         "experiment": f"{settings.output.name} in {plan.stage.root}, {state_text(settings)}",
         "preset": settings.output.preset or "none",
         "base model": f"{settings.model.name}, LoRA of rank {settings.model.lora_rank}",
-        "starts from": settings.schedule.initial_lora or "a fresh LoRA",
+        "starts from": start_text(plan),
         "reward": settings.rewards.description + watched,
         "prompts": f"{len(plan.prompts)} of {trained}; held-out: {held_out} of {prompts.held_out_file}",
         "device": "",  # `describe` fills it in; it has its place here
@@ -72,6 +74,19 @@ def state_text(settings: Settings) -> str:
         return f"all {num_stages} stages finished"
     phase = next(phase for phase in PHASES if not following.finished(phase))
     return f"{num_done(settings)} of {num_stages} stages finished; goes on with {phase} of stage{following.index}"
+
+
+def start_text(plan: Plan) -> str:
+    """The LoRA that the next stage to be trained starts from, and whether resume_from is it."""
+    root, asked = plan.stage.root, plan.settings.schedule.initial_lora
+    trained = finished_stages(root, "train")
+    if not trained:
+        return plan.start
+    goes_on = replace(plan, resume_from=trained[-1].checkpoints()[-1] / LORA_FILE).start
+    chosen = bool(asked) and Path(asked).resolve().is_relative_to(trained[-1].folder.resolve())
+    if chosen:
+        goes_on = replace(plan, resume_from=find_lora(Path(asked))).start
+    return goes_on + ("; resume_from has no effect, the experiment has begun" if asked and not chosen else "")
 
 
 def stage_table(budget: Budget, steps: Sequence[int], volumes: Sequence[int]) -> list[str]:

@@ -1,9 +1,12 @@
 """Values that cannot work are refused with what is allowed; switches combine but for what an objective needs."""
 
+import os
+
 import pytest
 from conftest import make_config, plan
 
 from b2diffurl.configuration.plan import make_plan
+from b2diffurl.configuration.rules import check_secrets
 
 
 @pytest.mark.parametrize(
@@ -109,3 +112,82 @@ def test_values_that_cannot_be(overrides, key, value, message):
     with pytest.raises(ValueError) as error:
         make_plan(make_config(overrides | {key: value}))
     assert message in str(error.value)
+
+
+WORD = "zq81hJk2" * 2
+
+
+@pytest.fixture
+def no_secrets(monkeypatch):
+    """An environment in which nothing is secret."""
+    for name in list(os.environ):
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("no_secrets")
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(f"http://host/score?{name}={WORD}" for name in ("api_key", "apikey", "apiKey", "API-KEY", "key", "sig", "auth")),
+        *(
+            f"https://host:1/?a=b&{name}=x"
+            for name in ("access_token", "accessToken", "secret", "client_secret", "password")
+        ),
+        *(f"http://host/#{name}={WORD}" for name in ("token", "id_token", "/path?key", "X-Amz-Signature", "pwd", "pass")),
+        *(f"http://host/?{name}={WORD}" for name in ("%61pi_key", "subscription-key", "x;jwt", "credential", "passwd")),
+    ],
+)
+def test_a_secret_in_a_url_is_refused(url):
+    """In the query and the fragment, in any setting, also within a list; the error does not show it."""
+    for key, value in (("reward.http.url", url), ("pretrained.model", url), ("mine", ("a", url)), ("mine", {"a": url})):
+        with pytest.raises(ValueError, match=r"reads like a secret, and config\.json and log would keep") as refused:
+            check_secrets({key: value})
+        assert WORD not in str(refused.value)
+        assert "REWARD_HTTP_AUTHORIZATION" in str(refused.value)
+
+
+@pytest.mark.usefixtures("no_secrets")
+@pytest.mark.parametrize(
+    "value",
+    [
+        "http://host:8000/score?model=clip&max_tokens=64&keyboard=us&tokenizer=t5&author=me&monkey=1&keys=2&compass=n",
+        "http://host/?token=&key=",
+        "http://host/token=abc/key=abc",
+        "https://huggingface.co/a/b#usage",
+        "a cat; key=value, is there a token=?",
+    ],
+)
+def test_an_ordinary_url_is_none(value):
+    check_secrets({"reward.http.url": value})
+
+
+@pytest.mark.usefixtures("no_secrets")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "OPENAI_KEY", "OPENAI_API_KEY", "GH_PAT", "GITHUB_TOKEN", "DB_PASS", "MYSQL_PWD", "PGPASSWORD", "SOME_CREDENTIALS",
+        "AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "WANDB_API_KEY", "openai_key", "AZURE_CLIENT_SECRET", "API_KEY_2", "KEY",
+        "BASIC_AUTH", "SSH_PASSPHRASE", "REWARD_HTTP_AUTHORIZATION", "SERVICE_JWT", "NPM_CREDS", "MYTOKEN",
+    ],
+)  # fmt: skip
+def test_the_value_of_a_secret_variable_is_refused(name, monkeypatch):
+    """Also as a part of a setting; the variable is named, its value is not shown. A short value is no secret."""
+    monkeypatch.setenv(name, f"Bearer {WORD}")
+    with pytest.raises(ValueError, match=f"what the variable {name} holds") as refused:
+        check_secrets({"exp_name": f"my-{WORD}-run"})
+    assert WORD not in str(refused.value)
+    monkeypatch.setenv(name, "us")
+    check_secrets({"exp_name": "us"})
+
+
+@pytest.mark.usefixtures("no_secrets")
+def test_an_ordinary_variable_is_none(monkeypatch, tmp_path):
+    """Though its name has such a word in it, or its value is the path of a file or folder that is there."""
+    (tmp_path / "agent").touch()
+    for name in ("PWD", "OLDPWD", "KEYBOARD", "SSH_AUTH_SOCK", "XDG_DATA_HOME", "TOKENIZERS_PARALLELISM", "BYPASS", "COMPAT",
+                 "SSH_KEY", "GOOGLE_APPLICATION_CREDENTIALS", "HF_TOKEN_PATH", "MONKEY", "PATH"):  # fmt: skip
+        monkeypatch.setenv(name, f"{tmp_path}/agent")
+        check_secrets({"save_path": f"{tmp_path}/agent/runs"})
+    for name in ("PWD", "OLDPWD", "KEYBOARD", "SSH_AUTH_SOCK", "XDG_DATA_HOME", "BYPASS", "MONKEY"):
+        monkeypatch.setenv(name, "/nowhere/at/all")
+    check_secrets({"save_path": "/nowhere/at/all"})

@@ -1,5 +1,6 @@
 """Stable Diffusion as the library calls it: guidance, its table of steps, the fresh LoRA on it."""
 
+import logging
 import re
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from b2diffurl.algorithm.transition import with_prefix
 from b2diffurl.configuration.settings import read_settings
 from b2diffurl.models import stable_diffusion
+from b2diffurl.models.policy import warn_of_cut_prompts
 from b2diffurl.models.stable_diffusion import StableDiffusion
 
 CPU = torch.device("cpu")
@@ -100,3 +102,34 @@ def test_trainable_parameters_are_float32_in_every_precision(models, dtype):
     assert {value.dtype for value in model.trainable().values()} == {torch.float32}
     assert {value.dtype for value in model.adapter_state().values()} == {torch.float32}
     assert {value.dtype for name, value in model.unet.named_parameters() if ".lora_" not in name} == {dtype}
+
+
+def test_long_prompts_are_counted_in_one_call_of_the_tokenizer(models, caplog):
+    """As many as a call for each says, whatever the blanks and letters. Of those cut the log names five, and the number of
+    the others."""
+    config = make_config({"pretrained.model": str(models / "sd")})
+    model = stable_diffusion.load(read_settings(config).model, device=CPU, dtype=torch.float32, seed=0, decoder=True)
+    tokenizer, asked = model.tokenizer, []
+    longest = tokenizer.model_max_length
+    prompts = [
+        text * n
+        for n in (1, 20, 74, 75, 76, 77, 90)
+        for text in ("b", "a ", "ü", "日", "İ", "ﷺ", "\u0958", "it's 7,", "\t\u3000é")
+    ]
+    expected = [max(0, len(tokenizer(prompt).input_ids) - longest) for prompt in prompts]
+    assert len({*expected}) > 5
+    model.tokenizer = lambda some, **options: asked.append(some) or tokenizer(some, **options)
+    model.tokenizer.model_max_length = longest
+    assert model.num_tokens_cut(prompts) == expected
+    assert len(asked) == 1
+    assert model.num_tokens_cut(["a cat"] * 1000) == [0] * 1000
+    assert len(asked[1]) == 3
+    logger = logging.getLogger("b2diffurl")
+    logger.propagate = True
+    try:
+        warn_of_cut_prompts(model, [(f"line {n}", "b" * (70 + n)) for n in range(20)])
+    finally:
+        logger.propagate = False
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.partition(":")[0] for line in said[:-1]] == [f"line {n}" for n in range(6, 11)]
+    assert said[-1] == "prompts that are cut off, too: 9 more"
