@@ -31,7 +31,7 @@ class Features:
 
 
 def load_features(
-    name: str, judging: Judging, rewards: Rewards, device: torch.device, loaded: Mapping[str, Reward]
+    name: str, judging: Judging, rewards: Rewards, device: torch.device, loaded: Mapping[str, Reward | None]
 ) -> Features:
     """Load the features `name`. They share the model of a reward that is `loaded` already, by its name."""
     check_features(name, judging, rewards)

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from b2diffurl.rewards import (
     score,
 )
 from b2diffurl.rewards.mixture import Scales, recorded_scales
+from b2diffurl.rewards.watched import Watched
 from b2diffurl.runtime import files
 from b2diffurl.runtime.device import make_accelerator
 from b2diffurl.runtime.logs import logger, progress
@@ -121,15 +122,27 @@ class Evaluation:
 
     @cached_property
     def rewards(self) -> dict[str, Reward]:
-        """The loaded rewards by name."""
-        device = self.accelerator.device
-        return {name: load_reward(name, self.settings.rewards, device) for name in self.scorers}
+        """The rewards by name, loaded; those that are only watched load when they begin, and may fail."""
+        rewards, device = self.settings.rewards, self.accelerator.device
+        decisive = {*rewards.weights, self.settings.judging.judge}
+        return {
+            name: load_reward(name, rewards, device)
+            if name in decisive
+            else Watched(name, partial(load_reward, name, rewards, device))
+            for name in self.scorers
+        }
+
+    @property
+    def watched(self) -> dict[str, Watched]:
+        """Those of the rewards that are only watched."""
+        return {name: reward for name, reward in self.rewards.items() if isinstance(reward, Watched)}
 
     @cached_property
     def features(self) -> dict[str, Features]:
         """The loaded features of `eval.diversity` by name."""
         judging, rewards, device = self.settings.judging, self.settings.rewards, self.accelerator.device
-        return {name: load_features(name, judging, rewards, device, self.rewards) for name in judging.diversity}
+        loaded = self.rewards | {name: watched.reward for name, watched in self.watched.items()}
+        return {name: load_features(name, judging, rewards, device, loaded) for name in judging.diversity}
 
     def of_checkpoint(self, lora: Path | None, samplers: Mapping[str, SamplerSettings]) -> list[Result]:
         """The results of one checkpoint on each prompt set with each sampler. `lora` None is the base model.
@@ -202,6 +215,8 @@ class Evaluation:
         result.json comes last, so a folder without it is unfinished and is made again.
         """
         judging = self.settings.judging
+        for watched in self.watched.values():
+            watched.begin(f"eval {folder.name}")
         scored: dict[str, list[tuple[Tensor, Parts]]] = {key: [] for key in self.rewards}
         features: dict[str, list[Tensor]] = {key: [] for key in self.features}
         pixels = hashlib.sha256()
@@ -217,9 +232,12 @@ class Evaluation:
             for key, reward in self.rewards.items():
                 with noting(f"reward {key}, batch {batch}: images {start} to {start + count - 1} of the evaluation"):
                     scored[key].append(score(reward, images, batch_of_prompts, count))
-                require_finite(key, scored[key][-1][0], f"of batch {batch}, prompts {batch_of_prompts[:3]} …")
+                if key not in self.watched:
+                    require_finite(key, scored[key][-1][0], f"of batch {batch}, prompts {batch_of_prompts[:3]} …")
             for key, feature in self.features.items():
                 features[key].append(feature.embed(images.clone(), list(batch_of_prompts))[:count])
+        for key, watched in self.watched.items():
+            watched.warn_of_holes(join(scored[key])[0])
         summary = self.summarise(prompts, scored, features)
         files.write_record(folder / "result.json", summary | {"images_sha256": pixels.hexdigest()})
 

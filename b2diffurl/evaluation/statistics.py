@@ -29,7 +29,8 @@ def summarise(
 
     `values` holds each reward [N] by its name, and its parts [N] by `<name>/<part>`. `reward` is what is trained on, and
     `accuracy` is the reward that `judge` names. All parts, watched rewards and the rewards of a mixture stand under their
-    own names, too. `image_prompts` [N] are the images' prompts, taken from a file of `num_prompts`.
+    own names, too. A watched reward that lacks images has the mean of those it has scored, and their number as
+    `<figure>_n`. `image_prompts` [N] are the images' prompts, taken from a file of `num_prompts`.
     """
     kept: dict[str, Tensor] = {}
     if "file" not in rewards.weights:  # people or another program have scored the stage's images, but not these
@@ -44,6 +45,8 @@ def summarise(
     lists = {key: [value if math.isfinite(value) else None for value in numbers.tolist()] for key, numbers in kept.items()}
     for key, numbers in lists.items():
         summary[key], summary[f"{key}_se"] = mean_and_error(numbers)
+        if key in rewards.watched and None in numbers:
+            summary[f"{key}_n"] = len(numbers) - numbers.count(None)
     return summary | {"shown_prompts": image_prompts, "values": lists}
 
 

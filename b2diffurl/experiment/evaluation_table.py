@@ -121,7 +121,7 @@ def with_error(row: Mapping[str, Any], key: str, *, signed: bool = False) -> str
     # log10(error) tells where its first digit is, one decimal more its second.
     decimals = 1 if unit else min(6, max(0, 1 - math.floor(math.log10(error)))) if error else 4
     spread = "" if error is None else f" ± {percent * error:.{decimals}f}"
-    return f"{percent * value:{sign}.{decimals}f}{spread}{unit}"
+    return f"{percent * value:{sign}.{decimals}f}{spread}{unit}{of_fewer(row, key)}"
 
 
 def describe_sampler(row: Mapping[str, Any]) -> str:
@@ -149,4 +149,9 @@ def describe(result: Mapping[str, Any]) -> str:
 def four_decimals(result: Mapping[str, Any], key: str, *, sign: str = "") -> str:
     """A figure ± its standard error, as the log has it; the report rounds by the error (`with_error`)."""
     error = result[f"{key}_se"]
-    return f"{result[key]:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
+    return f"{result[key]:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}") + of_fewer(result, key)
+
+
+def of_fewer(row: Mapping[str, Any], key: str) -> str:
+    """How many images a watched reward has scored, if it has failed for others: `, 5 of 8 images`."""
+    return f", {row[f'{key}_n']} of {row['n_images']} images" if f"{key}_n" in row else ""

@@ -5,7 +5,7 @@ N images
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from b2diffurl.experiment.stage import Stage
 from b2diffurl.rewards import Parts, Reward, by_name, join, load_reward, noting, require_finite, score
 from b2diffurl.rewards.file import read_scores
 from b2diffurl.rewards.mixture import Scales, combine, measure_scales, recorded_scales
+from b2diffurl.rewards.watched import Watched
 from b2diffurl.runtime import files
 from b2diffurl.runtime.batch_sizes import BatchSizes
 from b2diffurl.runtime.logs import logger, progress_bar
@@ -95,8 +96,8 @@ class Batches:
 def score_stage(rewards: Rewards, stage: Stage, prompts: list[str], accelerator: Accelerator) -> Scores | None:
     """Score every image by every reward and write scores.jsonl. Returns the scores in the first process, else None.
 
-    Processes share the batches. If a score is not finite, a FloatingPointError names the images after all scores have been
-    written.
+    Processes share the batches. If a score that is trained on is not finite, a FloatingPointError names the images after
+    all scores have been written. A watched reward that fails has NaN.
     """
     weights, watched = rewards.weights, rewards.watched
     # One reward after the other, so that only one model is in memory.
@@ -118,17 +119,19 @@ def score_stage(rewards: Rewards, stage: Stage, prompts: list[str], accelerator:
     )
     # Written before they are checked, so that the user can see the scores that stop the run.
     write_scores(stage, prompts, scores)
-    require_finite_scores(stage, prompts, scored, scores)
+    require_finite_scores(stage, prompts, weights, scored, scores)
     return scores
 
 
-def require_finite_scores(stage: Stage, prompts: list[str], scored: dict[str, Scored], scores: Scores) -> None:
-    """Stop if a reward is not finite: write its images' scores to debug/, raise a FloatingPointError.
+def require_finite_scores(
+    stage: Stage, prompts: list[str], trained: Iterable[str], scored: dict[str, Scored], scores: Scores
+) -> None:
+    """Stop if one of the `trained` rewards is not finite: write its images' scores to debug/, raise a FloatingPointError.
 
-    The parts of a reward may be NaN, for images that lack one.
+    Watched rewards may be NaN, and the parts of a reward, for images that lack one.
     """
     # The sum of finite rewards can overflow.
-    named = {name: one.rewards for name, one in scored.items()} | {"(weighted sum)": scores.rewards}
+    named = {name: scored[name].rewards for name in trained} | {"(weighted sum)": scores.rewards}
     try:
         for name, rewards in named.items():
             require_finite(name, rewards, f"of {stage.images}; see {stage.scores}")
@@ -147,7 +150,7 @@ def score_by(name: str, rewards: Rewards, stage: Stage, prompts: list[str], acce
     if name == "file":  # people or another program have made the scores
         return Scored(read_scores(stage.given_scores, len(prompts)), {})
     started = time.perf_counter()
-    reward = load_reward(name, rewards, accelerator.device)
+    reward = load(name, rewards, stage, accelerator.device)
     loaded = time.perf_counter()
     logger.info("stage%d select: scoring %d images by %s", stage.index, len(prompts), name)
     wanted = {"reward.batch_size": rewards.batch_size}
@@ -160,7 +163,18 @@ def score_by(name: str, rewards: Rewards, stage: Stage, prompts: list[str], acce
 
     scored = gather(stage, sizes.fit("reward.batch_size", score_share), accelerator)
     values, parts = join(scored) if accelerator.is_main_process else (torch.empty(0), {})
+    if isinstance(reward, Watched):
+        reward.warn_of_holes(values)
     return Scored(values, parts, loaded - started, time.perf_counter() - loaded, batch_size=sizes.sizes["reward.batch_size"])
+
+
+def load(name: str, rewards: Rewards, stage: Stage, device: torch.device) -> Reward:
+    """Load a reward; one that is only watched may fail."""
+    if name not in rewards.watched:
+        return load_reward(name, rewards, device)
+    watched = Watched(name, lambda: load_reward(name, rewards, device))
+    watched.begin(f"stage{stage.index} select")
+    return watched
 
 
 def score_images(name: str, reward: Reward, batches: Batches, *, num_workers: int) -> list[tuple[Tensor, Parts]]:

@@ -155,8 +155,9 @@ def earlier_summaries(stage: Stage) -> list[dict[str, Any]]:
 
 
 def log_summary(plan: Plan, summary: dict[str, Any], seconds: float) -> None:
-    """The line that ends the phase. A watched reward is given by its mean."""
-    watched = "".join(f", {name} {summary[f'watch/{name}_mean']:.4f}" for name in plan.settings.rewards.watched)
+    """The line that ends the phase. A watched reward is given by its mean, or by `none` where it has scored nothing."""
+    means = {name: summary[f"watch/{name}_mean"] for name in plan.settings.rewards.watched}
+    watched = "".join(f", {name} " + ("none" if mean is None else f"{mean:.4f}") for name, mean in means.items())
     logger.info(
         "stage%d select: done in %.1f s, reward %.4f (sd %.4f, in groups %.4f)%s, kept %d of %d images, %d good, %d bad",
         plan.stage.index, seconds, summary["reward_mean"], summary["reward_std"], summary["reward_group_std"], watched,
@@ -209,11 +210,12 @@ def read_history(stages: Sequence[Stage]) -> list[tuple[str, float]]:
     return history
 
 
-def summarise(scores: Scores, selected: list[Selected], num_siblings: int, selection: Selection) -> dict[str, float | int]:
-    """The stage's figures for log, metrics and manifest."""
+def summarise(scores: Scores, selected: list[Selected], num_siblings: int, selection: Selection) -> dict[str, Any]:
+    """The stage's figures for log, metrics and manifest. The mean of a watched reward that has scored nothing is None."""
     rewards = scores.rewards
     averaged = scores.parts | {f"watch/{key}": value for key, value in scores.watch.items()}
-    # A part may be text, or lack a value for some images. A mean is of the images that have one.
+    # A part may be text. It or a watched reward may lack a value for some images: a mean is of the images that have one.
+    watched = {f"watch/{key}_mean": None for key in scores.watch if "/" not in key}
     averaged = {key: value for key, value in averaged.items() if isinstance(value, Tensor) and value.isfinite().any()}
     grouped = rewards.unflatten(0, (-1, num_siblings))  # [G,K]
     spread, size = grouped.amax(1) - grouped.amin(1), grouped.abs().amax(1)
@@ -227,4 +229,5 @@ def summarise(scores: Scores, selected: list[Selected], num_siblings: int, selec
         "reward_mean": rewards.mean().item(),
         "reward_std": rewards.std().item() if len(rewards) > 1 else 0.0,
         "reward_group_std": grouped.std(1).mean().item() if num_siblings > 1 else 0.0,
+        **watched,
     } | {f"{key}_mean": value[value.isfinite()].mean().item() for key, value in averaged.items()}

@@ -34,23 +34,21 @@ def test_a_function_that_returns_too_few_scores(begin, module):
     refuse(folder, "select", settings, r"shape \(3,\) for 4 images", f"reward {mine}:short, batch 0: images 0 to 3 of ")
 
 
-@pytest.mark.parametrize("watched", [False, True])
-def test_a_function_that_returns_nan(begin, sampled, module, watched):
+def test_a_function_that_returns_nan(begin, sampled, module):
     """The run stops with the very ids, which scores.jsonl has as null; nothing that was there has changed."""
     limit = float(np.median([redness(image) for image in pixels(sampled)]))
     mine = module(REDNESS + f"def bad(images, prompts):\n    values = redness(images, prompts)\n"
                   f"    return values.where(values < {limit}, float('nan'))\n")  # fmt: skip
     bad = [n for n, image in enumerate(pixels(sampled)) if redness(image) >= limit]
     assert 0 < len(bad) < NUM_IMAGES
-    folder, settings = begin({"reward.watch": (f"{mine}:bad",)} if watched else {"reward.name": f"{mine}:bad"})
+    folder, settings = begin({"reward.name": f"{mine}:bad"})
     before = snapshot(folder)
     ended = run_script(folder, "select", settings)
     assert_refused(ended, f"reward {mine}:bad is not finite for images {re.escape(str(bad))} of .*scores.jsonl")
     after = snapshot(folder)
     assert {name: after[name] for name in before} == before
     assert not stage_of(folder).finished("select")
-    found = [row["watch"][f"{mine}:bad"] if watched else row["reward"] for row in scores(folder)]
-    assert [n for n, value in enumerate(found) if value is None] == bad
+    assert [n for n, row in enumerate(scores(folder)) if row["reward"] is None] == bad
 
 
 def test_a_function_that_raises(begin, module):
