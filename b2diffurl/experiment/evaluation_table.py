@@ -86,11 +86,13 @@ def every_evaluation(root: Path, damaged: list[str] | None = None) -> list[Row]:
             row = files.open_sealed(line)
             rows[row["folder"]] = row
 
-    def is_of_today(row: Row) -> bool:
-        lora = "" if row["stage"] is None else lora_sha256(root, row["stage"], row["lora"])
-        return row["stage"] is None or row["folder"].endswith(identity(row["conditions"], lora))
-
-    return [row for row in rows.values() if is_of_today(row)]
+    today = []
+    for row in rows.values():
+        with skipping([] if damaged is None else damaged, f"the evaluation of {row['checkpoint']}"):
+            lora = "" if row["stage"] is None else lora_sha256(root, row["stage"], row["lora"])
+            if row["stage"] is None or row["folder"].endswith(identity(row["conditions"], lora)):
+                today.append(row)
+    return today
 
 
 def lora_sha256(root: Path, stage: int, lora: str) -> str:

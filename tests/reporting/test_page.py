@@ -298,7 +298,7 @@ def test_what_was_changed_and_when_is_on_the_page(root):
     manifest = read_json(path)
     write_record(path, manifest | {"settings": manifest["settings"] | {"train.learning_rate": 5e-4}})
     html = write_report(root).read_text()
-    assert "train.learning_rate is 0.0005, was 0.01</code></td><td class=\"number\">1</td>" in html
+    assert 'train.learning_rate is 0.0005, was 0.01</code></td><td class="number">1</td>' in html
     record = {"changed": [{"stage": 1, "changes": ["train.eps is 1, was 2"]}]}
     assert page.setting_changes({0: None, 1: None}, record) == [{"stage": 1, "change": "train.eps is 1, was 2"}]
 
