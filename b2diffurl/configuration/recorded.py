@@ -129,6 +129,32 @@ def recorded_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return added | {renamed.get(key, key): value for key, value in flatten(config).items()}
 
 
+def lasting_settings(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that may not change unless the user allows it: each stage records those that it was made with."""
+    free = {key for key, row in KEYS.items() if row.may_change}
+    now = flatten(asked)
+    return {key: value for key, value in now.items() if key not in free | unused_settings(now)}
+
+
+def setting_changes(recorded: Mapping[int, Mapping | None], record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """{stage, change} for each setting by which a stage differs from the one before it, in order.
+
+    `recorded` holds each stage's settings (`lasting_settings`, from sample.json), and `record` is config.json. Stages of
+    earlier versions recorded none (None); what config.json says of their changes is taken.
+    """
+    rows: list[dict[str, Any]] = []
+    before: Mapping = {}
+    for stage, now in recorded.items():
+        if now is None:
+            said = [entry["changes"] for entry in record.get("changed", []) if entry["stage"] == stage]
+            rows += [{"stage": stage, "change": change} for changes in said[-1:] for change in changes]
+            continue
+        changed = sorted(key for key in before.keys() & now.keys() if before[key] != now[key])
+        rows += [{"stage": stage, "change": f"{key} is {now[key]!r}, was {before[key]!r}"} for key in changed]
+        before = now
+    return rows
+
+
 def unused_settings(settings: Mapping[str, Any]) -> set[str]:
     """The reward keys that have no effect: settings of rewards not trained on, and reward.name if there is a mixture."""
     weights = settings["reward.weights"]

@@ -12,6 +12,7 @@ from typing import Any
 
 from b2diffurl.experiment import lock
 from b2diffurl.experiment.checkpoints import read_state
+from b2diffurl.experiment.damage import skipping
 from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.experiment.stage_table import Row, stage_rows
 from b2diffurl.runtime import files
@@ -40,7 +41,9 @@ def headline(result: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in result.items() if key not in DETAILS}
 
 
-def evaluation_rows(root: Path, **wanted: Any) -> list[Row]:
+def evaluation_rows(
+    root: Path, stages: Sequence[Row] | None = None, damaged: list[str] | None = None, **wanted: Any
+) -> list[Row]:
     """Evaluations of the base model and of each stage's last checkpoint, in the order of training: one curve a prompt set.
 
     `wanted` filters by value: `prompts="test"`. Each row gets `queries`, the images scored before its checkpoint was made
@@ -49,10 +52,14 @@ def evaluation_rows(root: Path, **wanted: Any) -> list[Row]:
     Only rows with the same `conditions` (seed, number of images, judge, …) can be compared. So for each prompt set and
     sampler the conditions with the most rows are chosen, the newest of them on a tie: one evaluation with other settings
     does not replace a curve.
+
+    `stages` are the experiment's `stage_rows`, if they have been read; `damaged` is as for `every_evaluation`.
     """
-    queries = {row["stage"]: row["queries"] for row in stage_rows(root)} | {None: 0}
+    queries = {row["stage"]: row["queries"] for row in (stage_rows(root) if stages is None else stages)} | {None: 0}
     course = ("base", *(f"stage{index}" for index in queries))
-    found = [row | {"queries": queries[row["stage"]]} for row in every_evaluation(root) if row["checkpoint"] in course]
+    found = [
+        row | {"queries": queries[row["stage"]]} for row in every_evaluation(root, damaged) if row["checkpoint"] in course
+    ]
     # eval.jsonl is in the order of writing, so the newest of several equal evaluations is the one that stays.
     rows = list(
         {tuple(row[key] for key in ("checkpoint", "prompts", "sampler", "conditions")): row for row in found}.values()
@@ -68,19 +75,24 @@ def evaluation_rows(root: Path, **wanted: Any) -> list[Row]:
     return sorted(kept, key=lambda row: -1 if row["stage"] is None else row["stage"])
 
 
-def every_evaluation(root: Path) -> list[Row]:
-    """The rows of eval.jsonl, in the order of writing; [] if there is no such file.
+def every_evaluation(root: Path, damaged: list[str] | None = None) -> list[Row]:
+    """The rows of eval.jsonl, in the order of writing; [] if there is no such file. Damaged ones are added to `damaged`.
 
     Left out are rows of a stage's checkpoint that has been made anew, or is being made, since: it is not what was judged.
     """
-    path = root / "eval.jsonl"
-    rows = {row["folder"]: row for row in (files.read_json_lines(path) if path.is_file() else [])}
+    path, rows = root / "eval.jsonl", {}
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
+        with skipping([] if damaged is None else damaged, f"{path}, line {number}"):
+            row = files.open_sealed(line)
+            rows[row["folder"]] = row
 
-    def is_of_today(row: Row) -> bool:
-        lora = "" if row["stage"] is None else lora_sha256(root, row["stage"], row["lora"])
-        return row["stage"] is None or row["folder"].endswith(identity(row["conditions"], lora))
-
-    return [row for row in rows.values() if is_of_today(row)]
+    today = []
+    for row in rows.values():
+        with skipping([] if damaged is None else damaged, f"the evaluation of {row['checkpoint']}"):
+            lora = "" if row["stage"] is None else lora_sha256(root, row["stage"], row["lora"])
+            if row["stage"] is None or row["folder"].endswith(identity(row["conditions"], lora)):
+                today.append(row)
+    return today
 
 
 def lora_sha256(root: Path, stage: int, lora: str) -> str:
@@ -115,7 +127,8 @@ def with_error(row: Mapping[str, Any], key: str, *, signed: bool = False) -> str
     `signed` is for differences: `+29.7 ± 4.2 points`.
     """
     value, error, sign = row.get(key), row.get(f"{key}_se"), "+" if signed else ""
-    if value is None:
+    error = error if error is not None and math.isfinite(error) else None
+    if value is None or not math.isfinite(value):
         return ""
     percent, unit = (100, " points" if signed else " %") if key.startswith("accuracy") else (1, "")
     # log10(error) tells where its first digit is, one decimal more its second.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from b2diffurl.experiment.damage import skipping
 from b2diffurl.experiment.metrics import read_events
 from b2diffurl.experiment.stage import PHASES, Stage, finished_stages
 from b2diffurl.runtime.logs import logger
@@ -16,30 +17,54 @@ Row = dict[str, Any]
 
 
 def stage_rows(root: Path) -> list[Row]:
-    """One row for each stage whose select phase is finished, in order.
+    """`stage_row` of each stage whose select phase is finished, in order, with `queries`. A damaged stage is left out."""
+    damaged: list[str] = []
+    rows: list[Row | None] = []
+    for stage in finished_stages(root, "select"):
+        rows.append(None)
+        with skipping(damaged, f"stage {stage.index}"):
+            rows[-1] = stage_row(stage)
+    return with_queries(rows)
+
+
+def with_queries(rows: Sequence[Row | None]) -> list[Row]:
+    """The rows with `queries`, the images scored so far, the row's own included.
+
+    None stands for a stage that cannot be read: it is taken to have scored as many images as the one before, or after, it.
+    """
+    known = [row["num_images"] for row in rows if row]
+    found, queries, count = [], 0, known[0] if known else 0
+    for row in rows:
+        count = row["num_images"] if row else count
+        queries += count
+        found += [row | {"queries": queries}] if row else []
+    return found
+
+
+def stage_row(stage: Stage) -> Row:
+    """A row of a stage whose select phase is finished; a ValueError names a damaged file.
 
     stage, num_trained_steps   i, S
-    queries                    images scored so far, this stage's included
+    num_images                 images scored
     reward_mean, …             the figures of select.jsonl (docs/evaluation.md)
     num_updates, …             if the stage is trained: `training_figures`
     seconds/<phase>/<part>     wall time, from the manifests of its finished phases
     """
-    rows, queries = [], 0
-    for stage in finished_stages(root, "select"):
-        sampled, scored = stage.manifest("sample"), stage.manifest("select")
-        queries += scored["num_images"]
-        row: Row = {"stage": stage.index, "queries": queries, "num_trained_steps": sampled["num_trained_steps"]}
-        for event in read_events(stage.metrics("select"), "select"):
-            # Its seconds are left out: they are in the manifests, under the names of all phases.
-            row |= {key: value for key, value in event.items() if key not in ("event", "load", "score", "write")}
-        if stage.finished("train"):
-            row |= training_figures(stage)
-        for phase in PHASES:
-            if stage.finished(phase):
-                seconds = stage.manifest(phase)["seconds"]
-                row |= {f"seconds/{phase}/{part}": value for part, value in seconds.items() if part != "share"}
-        rows.append(row)
-    return rows
+    sampled, scored = stage.manifest("sample"), stage.manifest("select")
+    row: Row = {"stage": stage.index, "num_images": scored["num_images"], "num_trained_steps": sampled["num_trained_steps"]}
+    events = read_events(stage.metrics("select"), "select")
+    if not events:
+        raise ValueError(f"{stage.metrics('select')} is missing or empty")
+    for event in events:
+        # Its seconds are left out: they are in the manifests, under the names of all phases.
+        row |= {key: value for key, value in event.items() if key not in ("event", "load", "score", "write")}
+    if stage.finished("train"):
+        row |= training_figures(stage)
+    for phase in PHASES:
+        if stage.finished(phase):
+            seconds = stage.manifest(phase)["seconds"]
+            row |= {f"seconds/{phase}/{part}": value for part, value in seconds.items() if part != "share"}
+    return row
 
 
 def training_figures(stage: Stage) -> Row:
@@ -75,11 +100,15 @@ def updates_before(stage: Stage, count: int) -> list[Row]:
 
 def warned_rows(root: Path) -> list[Row]:
     """Every warning of the phases (`b2diffurl.phases.health`), in order: its own entries, `stage` and `phase`."""
+    return [row for stage in finished_stages(root, "select") for row in stage_warnings(stage)]
+
+
+def stage_warnings(stage: Stage) -> list[Row]:
+    """The rows of `warned_rows` of one stage."""
     rows = []
-    for stage in finished_stages(root, "select"):
-        for phase in ("select", "train"):
-            warnings = stage.manifest(phase).get("warnings", []) if stage.finished(phase) else []
-            rows += [{"stage": stage.index, "phase": phase} | warning for warning in warnings]
+    for phase in ("select", "train"):
+        warnings = stage.manifest(phase).get("warnings", []) if stage.finished(phase) else []
+        rows += [{"stage": stage.index, "phase": phase} | warning for warning in warnings]
     return rows
 
 
@@ -96,21 +125,25 @@ def stage_list(indices: Sequence[int]) -> str:
 
 
 def per_step_rows(root: Path, key: str) -> dict[int, dict[int, float]]:
-    """{stage: {timestep: mean over the stage's updates}} of a metric by step, such as `log_ratio_per_step`.
+    """{stage: `step_means`} of the trained stages that have the metric `key`."""
+    means = {stage.index: step_means(stage, key) for stage in finished_stages(root, "train")}
+    return {index: values for index, values in means.items() if values is not None}
 
-    Trained stages only, timesteps from noise to image. An update may train some of a stage's steps (timestep_fraction).
+
+def step_means(stage: Stage, key: str) -> dict[int, float] | None:
+    """{timestep: mean over the stage's updates} of a metric by step, such as `log_ratio_per_step`; None if it has none.
+
+    Timesteps from noise to image. An update may train some of a stage's steps (timestep_fraction).
     """
-    means = {}
-    for stage in finished_stages(root, "train"):
-        updates = [update for update in read_events(stage.metrics("train"), "update") if key in update]
-        if updates:
-            columns = defaultdict(list)  # {timestep: its value in each update}
-            for update in updates:
-                for t, value in zip(update["timesteps"], update[key], strict=True):
-                    columns[t].append(value)
-            values = {t: mean(column) for t, column in sorted(columns.items(), reverse=True)}
-            means[stage.index] = {t: value for t, value in values.items() if value is not None}
-    return means
+    updates = [update for update in read_events(stage.metrics("train"), "update") if key in update]
+    if not updates:
+        return None
+    columns = defaultdict(list)  # {timestep: its value in each update}
+    for update in updates:
+        for t, value in zip(update["timesteps"], update[key], strict=True):
+            columns[t].append(value)
+    values = {t: mean(column) for t, column in sorted(columns.items(), reverse=True)}
+    return {t: value for t, value in values.items() if value is not None}
 
 
 def mean(numbers: Sequence[float | None]) -> float | None:

@@ -25,7 +25,7 @@ from b2diffurl.algorithm.types import Conditions
 from b2diffurl.configuration.budget import Budget
 from b2diffurl.configuration.plan import Plan
 from b2diffurl.configuration.prompts import batch_prompts, named_prompts
-from b2diffurl.configuration.recorded import record_experiment
+from b2diffurl.configuration.recorded import lasting_settings, record_experiment
 from b2diffurl.evaluation.generate import deployed_sampler, make_scheduler
 from b2diffurl.experiment.branch_picture import decode_tree, recording_prefix, save_tree
 from b2diffurl.experiment.metrics import Metrics, timed
@@ -343,6 +343,7 @@ def stage_facts(plan: Plan, model: Model, accelerator: Accelerator) -> dict[str,
         "num_images": budget.num_images,
         "num_evaluations": budget.num_evaluations(plan.num_trained_steps),
         "policy": policy,
+        "settings": lasting_settings(plan.record.content["config"]),
         "batch_shape": [settings.sampling.num_groups, settings.sampling.num_branches, *model.latent_shape],
         # Through JSON and back: a scheduler's configuration may hold what JSON cannot, which becomes text.
         "scheduler": json.loads(json.dumps(model.scheduler_config, default=str)),

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from b2diffurl.configuration.recorded import recorded_settings
+from b2diffurl.configuration.recorded import recorded_settings, setting_changes
 from b2diffurl.configuration.settings import ModelSettings, reward_weights
 from b2diffurl.experiment.checkpoints import read_state
 from b2diffurl.experiment.evaluation_table import (
@@ -284,7 +284,8 @@ def drawn_prompts(exported: Exported) -> list[str]:
 def training(exported: Exported) -> dict[str, str]:
     """The rows of the card's table "Training", {heading: text}: of the training up to this checkpoint and not after it."""
     stage, config = exported.stage, exported.config
-    settings = recorded_settings(config)
+    # The stage's own: config.json has those of the newest stage.
+    settings = recorded_settings(config) | stage.manifest("sample").get("settings", {})
     rows = [row for row in stage_rows(exported.root) if row["stage"] <= stage.index]
     earlier = sum(row.get("num_updates", 0) for row in rows if row["stage"] < stage.index)
     # The checkpoint's own stage may have gone on after it, so its updates are counted by its state.json.
@@ -305,6 +306,10 @@ def training(exported: Exported) -> dict[str, str]:
         "LoRA": f"rank {settings['train.lora_rank']} = alpha, on the attention of the {exported.family.network}, float32",
         "seed": str(settings["seed"]),
     }
+    sampled = [one for one in finished_stages(exported.root, "sample") if one.index <= stage.index]
+    recorded = {one.index: one.manifest("sample").get("settings") for one in sampled}
+    if changes := setting_changes(recorded, files.read_json(exported.root / "config.json")):
+        entries["changed"] = "; ".join(f"from stage{row['stage']} on {row['change']}" for row in changes)
     if settings["resume_from"]:
         entries["started from"] = f"`{public(settings['resume_from'])}`"
     if stage.finished("train"):

@@ -22,7 +22,7 @@ from b2diffurl.phases.health import ADVICE, warn
 from b2diffurl.reporting import page
 from b2diffurl.reporting.page import change, disk_usage, figure_table, read_pairs, refresh, warned_kinds, write_report
 from b2diffurl.reporting.plots import Pair
-from b2diffurl.runtime.files import read_json, read_json_lines, write_json, write_json_lines
+from b2diffurl.runtime.files import read_json, read_json_lines, write_json, write_json_lines, write_record
 
 
 def test_the_page_is_self_contained_and_the_same_each_time(root):
@@ -34,6 +34,7 @@ def test_the_page_is_self_contained_and_the_same_each_time(root):
     assert [source[:40] for source in sources if not source.startswith(("data:", "#"))] == []
     names = {path.name for path in (root / "report").iterdir()}
     assert names == {
+        "kept.json",
         *("curves.png", "log_ratio_per_step.png", "clip_fraction_per_step.png", "branches.png", "branches_last.png"),
         *(f"{kind}_{prompts}.png" for kind in ("before_after", "losses", "gains") for prompts in ("test", "train")),
     }
@@ -147,7 +148,7 @@ def test_a_report_of_an_experiment_that_nobody_judged(root):
     assert "Nothing has been judged yet" in html
     assert "<h2>Branches</h2>" not in html
     assert {path.name for path in (root / "report").iterdir()} == {
-        *("curves.png", "log_ratio_per_step.png", "clip_fraction_per_step.png"),
+        *("kept.json", "curves.png", "log_ratio_per_step.png", "clip_fraction_per_step.png"),
     }
 
 
@@ -236,11 +237,95 @@ def test_losses_are_losses_and_gains_are_gains(root):
 @pytest.mark.usefixtures("no_pngs")
 def test_a_mistake_in_the_report_stops_nothing(root, caplog, monkeypatch):
     """One warning that names the command, and no exception."""
-    (Stage(root, 1).scores).write_text("{")
+    (root / "config.json").write_text("{")
     monkeypatch.setattr(page.logger, "propagate", True)
     refresh(root)
     assert "python -m b2diffurl.report" in caplog.text
     assert "is damaged" in caplog.text
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.mark.usefixtures("no_pngs")
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("eval/base_test_*/00001.png", cut),
+        ("eval/stage1_test_*/00001.png", lambda path: path.unlink()),
+        ("eval/stage1_test_*/result.json", cut),
+        ("eval.jsonl", cut),
+        ("stage1/select.json", cut),
+        ("stage1/train.json", cut),
+        ("stage0/metrics/train.jsonl", lambda path: path.write_text("{\n" + path.read_text())),
+        ("stage0/metrics/select.jsonl", lambda path: path.unlink()),
+        ("stage0/tree.json", cut),
+        ("stage0/tree.png", cut),
+        ("stage0/selection.json", cut),
+        ("stage0/scores.jsonl", cut),
+    ],
+)
+def test_a_damaged_file_is_left_out_and_named(root, caplog, monkeypatch, name, how):
+    """There is a report, with everything else in it; the file is named in the log and on the page."""
+    monkeypatch.setattr(page.logger, "propagate", True)
+    shutil.rmtree(root / "report")
+    (path,) = root.glob(name)
+    how(path)
+    html = write_report(root).read_text()
+    assert "<h2>Left out</h2>" in html
+    assert path.name in html.split("<h2>Left out</h2>")[1].split("</section>")[0]
+    assert f"{path.name}" in caplog.text
+    assert "<h2>Curves</h2>" in html
+    assert "<h2>Training prompts: the first 6</h2>" in html or path.name == "eval.jsonl" or name.startswith("stage1/")
+
+
+@pytest.mark.usefixtures("no_pngs")
+def test_a_note_in_the_report_s_folder_stays(root):
+    """Of what lies there only pictures of our names are deleted, when the report has them no more."""
+    (root / "report" / "note.txt").write_text("mine")
+    (root / "report" / "mine.png").write_text("mine")
+    (root / "report" / "losses_gone.png").write_text("ours")
+    write_report(root)
+    assert (root / "report" / "note.txt").read_text() == (root / "report" / "mine.png").read_text() == "mine"
+    assert not (root / "report" / "losses_gone.png").exists()
+
+
+@pytest.mark.usefixtures("no_pngs")
+def test_what_was_changed_and_when_is_on_the_page(root):
+    """From the stages' own records; of stages of an earlier version from config.json."""
+    path = Stage(root, 1).manifest_path("sample")
+    manifest = read_json(path)
+    write_record(path, manifest | {"settings": manifest["settings"] | {"train.learning_rate": 5e-4}})
+    html = write_report(root).read_text()
+    assert 'train.learning_rate is 0.0005, was 0.01</code></td><td class="number">1</td>' in html
+    record = {"changed": [{"stage": 1, "changes": ["train.eps is 1, was 2"]}]}
+    assert page.setting_changes({0: None, 1: None}, record) == [{"stage": 1, "change": "train.eps is 1, was 2"}]
+
+
+def test_hostile_letters_are_shown_as_codes():
+    """Control characters, and letters that turn the direction of writing; a long prompt is cut."""
+    assert page.visible("a\x1b[2J\u202eb\nc") == "a\\x1b[2J\\u202eb\nc"
+    assert page.visible("x" * 10_000) == "x" * 399 + "…"
+    assert page.visible("一只猫") == "一只猫"
+
+
+def test_a_report_reads_and_draws_only_what_is_new(root, monkeypatch):
+    """The second report of the same files reads no stage and draws nothing; one more stage is one more read."""
+    read, drawn = [], []
+    whole, save = page.summary, page.save_png
+    monkeypatch.setattr(page, "summary", lambda stage: read.append(stage.index) or whole(stage))
+    monkeypatch.setattr(page, "save_png", lambda figure, path: drawn.append(path.stem) or save(figure, path))
+    write_report(root)
+    assert (read, drawn) == ([], [])
+    shutil.copytree(root / "stage1", root / "stage2")
+    for phase in page.PHASES:
+        path = root / "stage2" / f"{phase}.json"
+        write_record(path, read_json(path) | {"stage": 2})
+    write_report(root)
+    assert read == [2]
+    assert "before_after_test" not in drawn
+    assert "curves" in drawn
 
 
 def test_nothing_is_reported_before_anything_is_scored(tmp_path):
@@ -253,7 +338,7 @@ def test_nothing_is_reported_before_anything_is_scored(tmp_path):
 
 def test_settings_that_differ_from_the_preset(root):
     """The tiny experiment is sd14 with other settings: each of them with the preset's value, and nothing else."""
-    found = {key: (here, preset) for key, here, preset in page.facts(root, stage_rows(root))["differences"]}
+    found = {key: (here, preset) for key, here, preset in page.preset_rows(read_json(root / "config.json"))}
     assert found["split_time"] == (3, 5)
     assert found["train.learning_rate"] == (1e-2, 1e-4)
     assert "sample.eta" not in found
