@@ -51,7 +51,13 @@ def to_diffusers(state: State) -> State:
     return StableDiffusionPipeline.lora_state_dict(state)[0]
 
 
-LORA = LoraSpec(prefix="unet", title="UNet", targets=("to_q", "to_k", "to_v", "to_out.0"), to_diffusers=to_diffusers)
+LORA = LoraSpec(
+    prefix="unet",
+    title="UNet",
+    targets=("to_q", "to_k", "to_v", "to_out.0"),
+    layers=r"(?:(?:down|up)_blocks\.\d+|mid_block)\.(?:attentions|resnets|(?:down|up)samplers)\.\d+|conv_(?:in|out)|time_embedding",
+    to_diffusers=to_diffusers,
+)
 
 
 def describe() -> Description:
