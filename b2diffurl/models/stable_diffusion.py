@@ -101,13 +101,15 @@ def write_kohya(path: Path, state: Mapping[str, Tensor]) -> None:
     lora.write_kohya(path, state, {"ss_v2": str(text_width == 1024)})
 
 
-def write_pipeline(folder: Path, model: ModelSettings, lora_file: Path) -> None:
+def write_pipeline(folder: Path, model: ModelSettings, lora_file: Path, *, dtype: str) -> None:
     """Write the pipeline without a safety checker: none is loaded here."""
     tuned = load(model, device=torch.device("cpu"), dtype=torch.float32, seed=0, decoder=True)
     tuned.load_adapter(lora_file)
     tuned.unet.fuse_lora()
     tuned.unet.unload_lora()
     parts = {name: getattr(tuned, name) for name in PIPELINE.classes}
+    for name in PIPELINE.weights:  # only now: the sum of base and LoRA is rounded once
+        parts[name].to(getattr(torch, dtype))
     diffusers_files.write_pipeline(folder, parts, model, PIPELINE, requires_safety_checker=False)
 
 
