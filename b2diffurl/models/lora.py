@@ -165,7 +165,7 @@ def fold_alphas(path: Path, state: State) -> State:
     for key in state.keys() - folded.keys():
         layer, alpha = layers.get(key.removesuffix(".alpha")), state[key]
         if layer is None or alpha.numel() != 1:
-            raise ValueError(f"{path} is not whole: {key} is an alpha without the two matrices of its layer.")
+            raise ValueError(f"{path} is not whole: {key} is not one number beside the two matrices of a layer.")
         folded[layer["B"]] = state[layer["B"]].float() * (alpha.item() / len(state[layer["A"]]))
     return folded
 

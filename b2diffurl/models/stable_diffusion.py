@@ -109,7 +109,7 @@ def write_pipeline(folder: Path, model: ModelSettings, lora_file: Path, *, dtype
     tuned.unet.unload_lora()
     parts = {name: getattr(tuned, name) for name in PIPELINE.classes}
     for name in PIPELINE.weights:  # only now: the sum of base and LoRA is rounded once
-        parts[name].to(getattr(torch, dtype))
+        nn.Module.to(parts[name], getattr(torch, dtype))  # torch's own: that of diffusers warns of layers to be kept
     diffusers_files.write_pipeline(folder, parts, model, PIPELINE, requires_safety_checker=False)
 
 

@@ -173,7 +173,13 @@ def test_alpha_alone_is_refused(pipeline, tmp_path):
     path = altered(
         save("kohya", tmp_path, pipeline, random_lora(pipeline)), **{"lora_up.weight": None, "lora_down.weight": None}
     )
-    with pytest.raises(ValueError, match=rf"is not whole: {LAYER}\.alpha is an alpha without"):
+    with pytest.raises(ValueError, match=rf"is not whole: {LAYER}\.alpha is not one number beside"):
+        stable_diffusion.read_lora(path)
+
+
+def test_alpha_that_is_no_single_number_is_refused(pipeline, tmp_path):
+    path = altered(save("kohya", tmp_path, pipeline, random_lora(pipeline)), alpha=torch.ones(2))
+    with pytest.raises(ValueError, match=rf"is not whole: {LAYER}\.alpha"):
         stable_diffusion.read_lora(path)
 
 
