@@ -10,8 +10,12 @@ Written to <experiment>/export/<format>/:
 """
 
 import argparse
+import re
 import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,16 +25,16 @@ from b2diffurl.configuration.command_line import die, remedy
 from b2diffurl.configuration.settings import ModelSettings, read_model
 from b2diffurl.experiment.checkpoints import read_state, require_whole
 from b2diffurl.experiment.folder import find_experiment, resolve_checkpoint
-from b2diffurl.experiment.stage import LORA_FILE
 from b2diffurl.models import base_fingerprint, family
 from b2diffurl.models.lora import rank_of, write_diffusers
-from b2diffurl.reporting.model_card import Exported, write_card
+from b2diffurl.reporting.model_card import Exported, base_license, write_card
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import set_up_streams, show
 from b2diffurl.runtime.paths import user_model, user_path, work_in_repository
 
 RECORD = "export.json"
 FORMATS = ("diffusers", "kohya", "pipeline")
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def main() -> None:
@@ -46,6 +50,12 @@ def main() -> None:
         default="diffusers",
         help="a LoRA for diffusers, a LoRA for ComfyUI and similar programs (kohya), or a pipeline with the LoRA fused in",
     )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of a pipeline's weights; a LoRA is always float32"
+    )
+    parser.add_argument(
+        "--license", default="", help="for the card, as the hub writes it (default: the base model's, if its files say it)"
+    )
     parser.add_argument("--base", default="", help="where the base model is now, if not where it was in training")
     parser.add_argument("--out", type=Path, help="folder to write (default: <experiment>/export/<format>)")
     parser.add_argument("--push", default="", metavar="OWNER/NAME", help="upload to this repository of the Hugging Face hub")
@@ -57,7 +67,8 @@ def main() -> None:
         if args.push:
             check_login(args.push)  # before the export, which may take minutes
         root = find_experiment(args.experiment)
-        out = export(root, args.checkpoint, args.format, base=args.base, out=args.out, repository=args.push)
+        words = {"base": args.base, "repository": args.push, "dtype": args.dtype, "license": args.license}
+        out = export(root, args.checkpoint, args.format, out=args.out, **words)
         show(f"export: {out}")
         if args.push:
             show(f"export: {push(out, args.push, private=args.private)}")
@@ -75,6 +86,8 @@ def export(
     base: str = "",
     out: Path | None = None,
     repository: str = "",
+    dtype: str = "float32",
+    license: str = "",
 ) -> Path:
     """Export a checkpoint of the experiment in folder `root`; returns the folder written, `out` or export/<form>.
 
@@ -82,9 +95,15 @@ def export(
     form        one of FORMATS
     base        the base model's path or hub id, if it is not where it was in training
     repository  OWNER/NAME on the hub, for the card
+    dtype       one of DTYPES, of a pipeline's weights
+    license     for the card, as the hub writes it; "": the base model's, if its files say it
 
     What cannot be exported is refused by a ValueError or FileNotFoundError before anything is written.
     """
+    if dtype != "float32" and form != "pipeline":
+        raise ValueError(f"--dtype={dtype} is for --format=pipeline; a LoRA is always float32. Leave it out.")
+    if not re.fullmatch(r"[a-z0-9.-]*", license):
+        raise ValueError(f"--license is {license!r}; the hub writes licenses such as mit or creativeml-openrail-m, or other")
     config = files.read_json(root / "config.json")["config"]
     model = read_model(config["pretrained"] | ({"model": user_model(base)} if base else {}), config["train"]["lora_rank"])
     lora = resolve_checkpoint(root, checkpoint)
@@ -95,26 +114,38 @@ def export(
     require_base(lora, model, required=form == "pipeline" or bool(base))
     out = Path(user_path(str(out))) if out else root / "export" / form
     check_replaceable(out)
-    # Everything is made in a temporary folder, which then replaces an earlier export by one rename.
+    exported = Exported(root, lora, form, model, repository, dtype, license or base_license(model))
+    if not exported.license:
+        show("export: no license is known of the base model, so the card names none; --license names one", stream=sys.stderr)
     place = out.resolve()  # a link stays one, and its target is replaced
-    temporary = place.with_name(place.name + files.TEMPORARY)
-    shutil.rmtree(temporary, ignore_errors=True)
-    if form == "pipeline":
-        hide_progress()
-        # The LoRA's own rank: it may come from elsewhere, with another rank than the experiment's.
-        family(model).write_pipeline(temporary, replace(model, lora_rank=rank_of(state)), lora)
-    elif form == "kohya":
-        family(model).write_kohya(temporary / f"{root.resolve().name}.safetensors", state)
-    else:
-        write_diffusers(temporary / LORA_FILE, state)
-    exported = Exported(root, lora, form, model, repository)
-    write_card(temporary, exported)
-    written = sorted(path for path in temporary.rglob("*") if path.is_file())
-    described = {path.relative_to(temporary).as_posix(): files.describe(path) for path in written}
-    files.write_json(temporary / RECORD, exported.facts() | {"files": described})
-    shutil.rmtree(place, ignore_errors=True)
-    temporary.replace(place)
+    with folder_beside(place) as temporary:
+        if form == "pipeline":
+            hide_progress()
+            # The LoRA's own rank: it may come from elsewhere, with another rank than the experiment's.
+            family(model).write_pipeline(temporary, replace(model, lora_rank=rank_of(state)), lora, dtype=dtype)
+        elif form == "kohya":
+            family(model).write_kohya(temporary / exported.file, state)
+        else:
+            write_diffusers(temporary / exported.file, state)
+        write_card(temporary, exported)
+        written = sorted(path for path in temporary.rglob("*") if path.is_file())
+        described = {path.relative_to(temporary).as_posix(): files.describe(path) for path in written}
+        files.write_json(temporary / RECORD, exported.facts() | {"files": described})
+        check_replaceable(out)  # again: a pipeline takes minutes, in which the user may have put something there
+        shutil.rmtree(place, ignore_errors=True)
+        temporary.replace(place)
     return out
+
+
+@contextmanager
+def folder_beside(place: Path) -> Iterator[Path]:
+    """The path of a folder to be, under a name that nobody else has, from which one rename leads to `place`.
+
+    What is left there in the end is deleted.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{place.name}.", suffix=files.TEMPORARY, dir=place.parent) as folder:
+        yield Path(folder, place.name)  # below it, because only the user can read the folder itself
 
 
 def require_base(lora: Path, model: ModelSettings, *, required: bool) -> None:
@@ -144,12 +175,14 @@ def check_replaceable(out: Path) -> None:
         return
     if not out.is_dir():
         raise ValueError(f"{out} is a file. Give a folder as --out.")
-    existing = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
+    existing = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_symlink() or path.is_file()}
     record = existing.pop(RECORD, None)
     if existing and record is None:
         raise ValueError(f"{out} holds {min(existing)} and is not an earlier export. Give another --out.")
     exported = files.read_json(record)["files"] if record else {}
-    changed = [name for name, path in sorted(existing.items()) if exported.get(name) != files.describe(path)]
+    changed = [
+        name for name, path in sorted(existing.items()) if path.is_symlink() or exported.get(name) != files.describe(path)
+    ]
     if changed:
         raise ValueError(f"{out / changed[0]} is not what was exported, and would be lost. Move it, or give another --out.")
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from diffusers import StableDiffusionPipeline
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
 from b2diffurl.models import Model, stable_diffusion
@@ -137,9 +137,20 @@ def save_attn_procs(path: Path, state: dict) -> Path:
     return path
 
 
+def save_peft(folder: Path, pipeline: StableDiffusionPipeline, state: dict) -> Path:
+    """As peft's own `save_pretrained` does, which writes alpha and rank into a file beside it."""
+    network = UNet2DConditionModel.from_config(pipeline.unet.config)
+    model = get_peft_model(network, pipeline.unet.peft_config["default"])
+    set_peft_model_state_dict(model, {f"base_model.model.{key}": value for key, value in state.items()})
+    model.save_pretrained(folder)
+    return folder / "adapter_model.safetensors"
+
+
 def save(form: str, folder: Path, pipeline: StableDiffusionPipeline, state: dict, alpha: int = RANK) -> Path:
     """The LoRA file of one program or another; `save_attn_procs` knows no alpha."""
     if form == "diffusers":
         return save_diffusers(folder, pipeline, state)
+    if form == "peft":
+        return save_peft(folder, pipeline, state)
     path = folder / f"{form}.safetensors"
     return save_kohya(path, state, alpha) if form == "kohya" else save_attn_procs(path, state)

@@ -21,7 +21,7 @@ import yaml
 from conftest import PROMPTS, ROOT, Ended, call, experiment, run_script, snapshot
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from foreign import random_lora, save, save_kohya
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.export import export, main
@@ -71,7 +71,7 @@ def load_export(models: Path, out: Path, form: str) -> StableDiffusionPipeline:
 
 
 @pytest.mark.parametrize("form", ["diffusers", "kohya", "pipeline"])
-@pytest.mark.parametrize(("source", "alpha"), [("diffusers", 4), ("diffusers", 12), ("kohya", 12)])
+@pytest.mark.parametrize(("source", "alpha"), [("diffusers", 4), ("diffusers", 12), ("kohya", 12), ("peft", 12)])
 def test_draws_the_same(models, workplace, strong, form, source, alpha):
     """In stock diffusers every format draws what the LoRA drew where it came from, whatever its alpha, to within a
     hundredth of one of 255 levels; without it the picture is another."""
@@ -200,10 +200,56 @@ def test_a_folder_of_others_is_not_overwritten(workplace, tmp_path):
         export(root, out=added)
 
 
+def test_a_neighbour_is_not_deleted(workplace, tmp_path):
+    """A folder beside the output that has the name of a temporary one, and a link or a file put there meanwhile."""
+    root = experiment(workplace)
+    (tmp_path / "x.tmp").mkdir()
+    (tmp_path / "x.tmp" / "notes.txt").write_text("mine")
+    out = export(root, out=tmp_path / "x")
+    assert snapshot(tmp_path / "x.tmp") == {"notes.txt": b"mine"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "x", "x.tmp"]
+    (out / "link").symlink_to(tmp_path / "x.tmp" / "notes.txt")
+    with pytest.raises(ValueError, match="link is not what was exported"):
+        export(root, out=tmp_path / "x")
+    assert (out / "link").is_symlink()
+
+
+def test_what_is_put_into_the_folder_meanwhile_stays(workplace, tmp_path, monkeypatch):
+    """A pipeline takes minutes: what the user saved into the folder in that time is not lost."""
+    out = export(experiment(workplace), out=tmp_path / "x")
+    monkeypatch.setattr("b2diffurl.export.write_card", lambda *_: (out / "notes.txt").write_text("mine"))
+    with pytest.raises(ValueError, match=r"notes\.txt is not what was exported"):
+        export(experiment(workplace), out=tmp_path / "x")
+    assert (out / "notes.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "x"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_pipeline_in_half_precision(models, workplace, strong, dtype):
+    """Weights of that type, which is base plus LoRA rounded once; what it draws is the same but for its rounding."""
+    path, expected = strong("diffusers", 12)
+    root = experiment(workplace)
+    exact, out = (
+        export(root, str(path), "pipeline", out=workplace / "exact"),
+        export(root, str(path), "pipeline", dtype=dtype),
+    )
+    for file in exact.glob("*/*.safetensors"):
+        half = safetensors.torch.load_file(out / file.relative_to(exact))
+        for key, value in safetensors.torch.load_file(file).items():
+            assert torch.equal(half[key], value.to(getattr(torch, dtype)) if value.is_floating_point() else value), key
+    drawn = draw(StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32))
+    assert np.abs(drawn - expected).max() <= (1.0 if dtype == "float16" else 12.0)
+    assert f'from_pretrained("path/to/pipeline", torch_dtype=torch.{dtype})' in read_card(out)[1]
+
+
+def test_a_lora_has_no_dtype(workplace):
+    refused(run(workplace, "--dtype=float16"), r"--dtype=float16 is for --format=pipeline; a LoRA is always float32")
+
+
 @pytest.mark.long
 def test_a_pipeline_is_all_that_is_spoken_of(workplace):
     """As a process of its own, into pipes: one line on stdout, and nothing on stderr, whatever is not installed."""
-    command = [sys.executable, "-m", "b2diffurl.export", "tiny", "--format=pipeline"]
+    command = [sys.executable, "-m", "b2diffurl.export", "tiny", "--format=pipeline", "--license=mit"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.stdout == "export: model/lora/tiny/export/pipeline\n"
@@ -362,6 +408,8 @@ def test_card_text(workplace):
     assert "| prompts | 3 drawn from `prompts.json` |" in text
     assert all(f"- `{prompt}`" in text for prompt in PROMPTS)
     assert 'load_lora_weights("me/tuned", weight_name="pytorch_lora_weights.safetensors")' in text
+    assert "ComfyUI, AUTOMATIC1111's web UI and Forge do not read this file" in text
+    assert "`python -m b2diffurl.export tiny --format kohya`" in text
     assert "2503.11240" in text
 
 
@@ -411,18 +459,48 @@ def test_code_of_the_card_runs(models, workplace, tmp_path, monkeypatch):
     out = export(experiment(workplace))
     monkeypatch.chdir(tmp_path)
     code = re.search(r"```python\n(.+?)```", read_card(out)[1], re.DOTALL)[1]
-    code = code.replace('from_pretrained("sd")', f'from_pretrained("{models}/sd")').replace("path/to/diffusers", str(out))
+    code = code.replace('from_pretrained("sd",', f'from_pretrained("{models}/sd",').replace("path/to/diffusers", str(out))
     exec(code, {})
     assert (tmp_path / "image.png").is_file()
 
 
-def test_code_of_the_card_has_any_prompt(workplace):
-    """Quotes, backslashes and lines of a prompt are still those of the prompt in the code."""
-    prompt = 'a "red" circle \\ three\nlines, ein Käse'
-    Stage(experiment(workplace), 0).prompts.write_text(json.dumps([prompt]))
-    code = re.search(r"```python\n(.+?)```", read_card(export(experiment(workplace)))[1], re.DOTALL)[1]
+@pytest.mark.parametrize("separator", ["\n", "\r", "\u2028", "\x1b[2J", "\n---\n", "\n```\n", "\u202e"])
+def test_card_has_any_prompt(workplace, separator):
+    """Quotes, backslashes, lines, fences and marks that a terminal obeys: in the code they are the prompt's own, in the text
+    they are out of the way, and the card's parts end where they should."""
+    prompt = f'a "red" circle \\ three{separator}lines, | ein `Käse`'
+    root = experiment(workplace)
+    add_evaluations(root)
+    for result in root.glob("eval/*/result.json"):
+        result.write_text(json.dumps({"shown_prompts": [prompt] * 6}))
+    Stage(root, 0).prompts.write_text(json.dumps([prompt]))
+    card = (export(root) / "README.md").read_text()
+    assert not set(card) & set("\r\u2028\x1b\u202e")
+    data, text = ModelCard(card).data, ModelCard(card).text
+    flat = "\n" not in "".join(row["text"] for row in data.widget)
+    assert flat and all(row["text"].endswith("lines, | ein `Käse`") for row in data.widget)
+    assert len(re.findall("^```", text, re.MULTILINE)) == text.count("```") == 4  # code and citation
+    code = re.search(r"```python\n(.+?)```", text, re.DOTALL)[1]
     strings = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
     assert prompt in strings
+    assert re.search(r"^- `a \"red\" circle \\ three.*lines, ¦ ein 'Käse'`$", text, re.MULTILINE)
+
+
+def test_license_of_the_card(models, workplace):
+    """As given, else that of the base model's own card, else none, which is said."""
+    root = experiment(workplace)
+    assert "license" not in read_card(export(root))[0]
+    assert "no license is known of the base model" in run(workplace).stderr
+    base = shutil.copytree(models / "sd", workplace / "base")
+    (base / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\nA base.\n")
+    data, text = read_card(export(root, base=str(base)))
+    assert data["license"] == "creativeml-openrail-m"
+    assert "License: `creativeml-openrail-m`" in text
+    assert read_card(export(root, base=str(base), license="mit"))[0]["license"] == "mit"
+    for unreadable in ("no metadata", "---\nlicense: [a: b\n---\n", "---\n- a list\n---\n", "---\nlicense: [mit]\n---\n"):
+        (base / "README.md").write_text(unreadable)
+        assert "license" not in read_card(export(root, base=str(base)))[0]
+    refused(run(workplace, "--license=My own"), r"--license is 'My own'; the hub writes licenses such as mit")
 
 
 @pytest.mark.parametrize("form", ["diffusers", "kohya", "pipeline"])
@@ -444,7 +522,23 @@ def test_base_on_the_hub(workplace, form):
     data, text = read_card(export(experiment(workplace), form=form))
     assert (data["base_model"], data["base_model_relation"]) == ("CompVis/stable-diffusion-v1-4", "adapter")
     assert "[CompVis/stable-diffusion-v1-4](https://huggingface.co/CompVis/stable-diffusion-v1-4)" in text
-    assert 'StableDiffusionPipeline.from_pretrained("CompVis/stable-diffusion-v1-4")' in text
+    assert 'StableDiffusionPipeline.from_pretrained("CompVis/stable-diffusion-v1-4", torch_dtype=torch.float32)' in text
+
+
+def test_base_that_has_moved_keeps_its_name(models, workplace):
+    """The base is a copy on this machine now, and compared; the card still has the hub's name of it, and how to get it."""
+    path = experiment(workplace) / "config.json"
+    config = files.read_json(path)
+    config["config"]["pretrained"] |= {"model": "CompVis/stable-diffusion-v1-4", "variant": "fp16", "revision": "v1"}
+    files.write_record(path, config)
+    base = shutil.copytree(models / "sd", workplace / "base")
+    for file in base.glob("*/*.safetensors"):
+        shutil.copy(file, file.with_suffix(".fp16.safetensors"))
+    out = export(experiment(workplace), base=str(base))
+    data, text = read_card(out)
+    assert data["base_model"] == files.read_json(out / "export.json")["base_model"] == "CompVis/stable-diffusion-v1-4"
+    options = 'variant="fp16", revision="v1", torch_dtype=torch.float32'
+    assert f'from_pretrained("CompVis/stable-diffusion-v1-4", {options})' in text
 
 
 # ---- the hub ----

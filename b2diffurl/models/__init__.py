@@ -148,10 +148,10 @@ class Family(Protocol):
     def write_kohya(self, path: Path, state: Mapping[str, Tensor]) -> None:
         """Write what `read_lora` returns in the format of kohya's scripts, for ComfyUI and similar programs."""
 
-    def write_pipeline(self, folder: Path, model: ModelSettings, lora_file: Path) -> None:
-        """Write the whole pipeline in the diffusers layout, float32, with the LoRA fused into the network.
+    def write_pipeline(self, folder: Path, model: ModelSettings, lora_file: Path, *, dtype: str) -> None:
+        """Write the whole pipeline in the diffusers layout, with the LoRA fused into the network.
 
-        `model.lora_rank` must be the rank of `lora_file`.
+        `model.lora_rank` must be the rank of `lora_file`. `dtype` is torch's name of the weights' type, such as float16.
         """
 
     def describe(self) -> Description:

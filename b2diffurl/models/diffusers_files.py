@@ -98,7 +98,7 @@ def file_patterns(variant: str, spec: PipelineSpec, plain: Sequence[str] = ()) -
 def config_patterns(spec: PipelineSpec) -> list[str]:
     """Which files of a model to download for its configs: everything but weights."""
     tokenizers = [part for part in spec.classes if part not in spec.weights]
-    return ["model_index.json", "*/*.json", *(f"{part}/*" for part in tokenizers)]
+    return ["model_index.json", "README.md", "*/*.json", *(f"{part}/*" for part in tokenizers)]
 
 
 def missing_file(root: Path, spec: PipelineSpec) -> str:

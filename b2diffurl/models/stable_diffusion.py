@@ -111,7 +111,13 @@ def to_diffusers(state: State) -> State:
     return StableDiffusionPipeline.lora_state_dict(state)[0]
 
 
-LORA = LoraSpec(prefix="unet", title="UNet", targets=("to_q", "to_k", "to_v", "to_out.0"), to_diffusers=to_diffusers)
+LORA = LoraSpec(
+    prefix="unet",
+    title="UNet",
+    targets=("to_q", "to_k", "to_v", "to_out.0"),
+    layers=r"(?:(?:down|up)_blocks\.\d+|mid_block)\.(?:attentions|resnets|(?:down|up)samplers)\.\d+|conv_(?:in|out)|time_embedding",
+    to_diffusers=to_diffusers,
+)
 
 
 def describe() -> Description:
@@ -192,13 +198,15 @@ def write_kohya(path: Path, state: Mapping[str, Tensor]) -> None:
     lora.write_kohya(path, state, {"ss_v2": str(text_width == 1024)})
 
 
-def write_pipeline(folder: Path, model: ModelSettings, lora_file: Path) -> None:
+def write_pipeline(folder: Path, model: ModelSettings, lora_file: Path, *, dtype: str) -> None:
     """Write the pipeline without a safety checker: none is loaded here."""
     tuned = load(model, device=torch.device("cpu"), dtype=torch.float32, seed=0, decoder=True)
     tuned.load_adapter(lora_file)
     tuned.unet.fuse_lora()
     tuned.unet.unload_lora()
     parts = {name: getattr(tuned, name) for name in PIPELINE.classes}
+    for name in PIPELINE.weights:  # only now: the sum of base and LoRA is rounded once
+        nn.Module.to(parts[name], getattr(torch, dtype))  # torch's own: that of diffusers warns of layers to be kept
     diffusers_files.write_pipeline(folder, parts, model, PIPELINE, requires_safety_checker=False)
 
 

@@ -290,8 +290,9 @@ def finish(plan: Plan, trainer: Trainer, log: UpdateLog, sampled: dict, seconds:
         sum(update[key] or 0.0 for update in updates) / max(1, len(updates)) for key in ("grad_norm", "clip_fraction")
     )
     logger.info(
-        "stage%d train: done in %.1f s, %d updates, gradient norm %.3g, clipped %.1f %%, to stage%d/%s",
-        stage.index, seconds["train"], len(updates), norm, 100 * clipped, stage.index, last.name,
+        "stage%d train: done in %.1f s, %d updates, gradient norm %.3g, clipped %.1f %%, to stage%d/%s, for diffusers "
+        "(for ComfyUI, A1111, Forge: python -m b2diffurl.export %s --format kohya)",
+        stage.index, seconds["train"], len(updates), norm, 100 * clipped, stage.index, last.name, stage.root,
     )  # fmt: skip
     logger.info(stage_done_line(plan.settings, stage))
 

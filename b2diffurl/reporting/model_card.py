@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from yaml import YAMLError
+
 from b2diffurl.configuration.recorded import recorded_settings, setting_changes
 from b2diffurl.configuration.settings import ModelSettings, reward_weights
 from b2diffurl.experiment.checkpoints import read_state
@@ -28,6 +30,7 @@ from b2diffurl.experiment.stage import LORA_FILE, Stage, finished_stages
 from b2diffurl.experiment.stage_table import Row, stage_rows
 from b2diffurl.models import Description, family
 from b2diffurl.runtime import files
+from b2diffurl.runtime.hub import find_local
 
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
 MODEL_KEYS = ("model", "clip", "head", "captioner", "scorer")  # keys of a reward's settings that name its models
@@ -43,11 +46,18 @@ class Exported:
     form: str  # one of export.FORMATS
     model: ModelSettings  # the base model as it was given
     repository: str  # OWNER/NAME on the hub, or ""
+    dtype: str = "float32"  # of a pipeline's weights
+    license: str = ""  # as the hub writes it; "": not known
 
     @property
     def base(self) -> str:
-        """The base model's name as given: a hub id, or a path of this machine."""
-        return self.model.name
+        """The base model's name: a hub id, or a path of this machine.
+
+        A copy on this machine has the hub id that was recorded in training, if it was compared with that model.
+        """
+        recorded = self.config["pretrained"]["model"]
+        moved = self.base_sha256 and on_hub(recorded) and not on_hub(self.model.name)
+        return recorded if moved else self.model.name
 
     @cached_property
     def family(self) -> Description:
@@ -96,6 +106,36 @@ def public(name: str) -> str:
     return Path(name).name if name.startswith(("/", "~", ".")) else name
 
 
+def one_line(text: str) -> str:
+    """A user's text, such as a prompt, without lines and marks that are not printed, such as those a terminal obeys."""
+    return "".join(character for character in " ".join(text.split()) if character.isprintable())
+
+
+def inline(text: str) -> str:
+    """A user's text as Markdown may show it between backticks, in a list or in a table's cell."""
+    return one_line(text).replace("`", "'").replace("|", "¦")
+
+
+def string_literal(text: str) -> str:
+    """The text as a string of Python on one line, without backticks: three of them would end the card's block of code."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return "".join(c if c.isprintable() and c != "`" else f"\\U{ord(c):08x}" for c in quoted)
+
+
+def base_license(model: ModelSettings) -> str:
+    """The license that the base model's own card names, as the hub writes it; "" if no such card is on this machine."""
+    from huggingface_hub import ModelCard
+
+    root = find_local(model.name, "README.md", revision=model.revision)
+    if root is None or not (root / "README.md").is_file():
+        return ""
+    try:
+        license = ModelCard.load(root / "README.md").data.get("license")
+    except (ValueError, OSError, YAMLError):  # somebody else's file: without it no license is known
+        return ""
+    return license if isinstance(license, str) else ""
+
+
 def on_hub(name: str) -> bool:
     """Whether a base model's name reads like a hub id and is not a path of this machine. The hub is not asked."""
     return name.count("/") == 1 and public(name) == name and not name.startswith("model/") and not Path(name).exists()
@@ -111,13 +151,14 @@ def write_card(folder: Path, exported: Exported) -> None:
     tags = ["text-to-image", *exported.family.tags, "reinforcement-learning", "b2-diffurl"]
     prompt = shown[0]["text"] if shown else (drawn_prompts(exported) or ["a photo"])[0]
     # Entries without content are left out of the metadata. Results need a model_name beside them.
-    optional = {"widget": shown} if shown else {}
+    optional = {"widget": [row | {"text": one_line(row["text"])} for row in shown]} if shown else {}
     if results := evaluation_results(exported, judged):
         optional |= {"eval_results": results, "model_name": exported.name}
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
         base_model=base,
+        license=exported.license or None,
         base_model_relation=base and ("finetune" if exported.form == "pipeline" else "adapter"),
         tags=tags if exported.form == "pipeline" else ["lora", *tags],
         **optional,
@@ -126,16 +167,16 @@ def write_card(folder: Path, exported: Exported) -> None:
         data,
         template_path=str(TEMPLATE),
         e=exported,
-        base=public(exported.base),
+        base=inline(public(exported.base)),
         base_on_hub=bool(base),
         reward=reward_with_models(config["reward"]),
-        prompt=json.dumps(prompt, ensure_ascii=False),  # as a string of Python: a prompt may have quotes, or lines
+        prompt=string_literal(prompt),
         use=usage(exported),
         grids=copy_grids(folder / "images", exported),
         judged=[table(row, before) for row, before in judged],
         judge=config["eval"]["judge"] if config["eval"]["judge"] not in reward_weights(config["reward"]) else "",
         training=training(exported) if exported.stage else {},
-        prompts=drawn_prompts(exported)[:NUM_PROMPTS],
+        prompts=[inline(prompt) for prompt in drawn_prompts(exported)[:NUM_PROMPTS]],
     )
     files.write_bytes(folder / "README.md", (str(card).strip() + "\n").encode())
 
@@ -198,7 +239,8 @@ def prompt_file(exported: Exported, prompts: str) -> str:
     config = exported.config
     if prompts == "train" and config["prompt"]:
         return "one prompt"
-    return Path({"train": config["prompt_file"], "test": config["eval"]["prompt_file"]}.get(prompts, prompts)).name
+    named = {"train": config["prompt_file"], "test": config["eval"]["prompt_file"]}.get(prompts, prompts)
+    return inline(Path(named).name)
 
 
 def show_pictures(folder: Path, exported: Exported, judged: list[tuple[Row, Row]]) -> list[dict[str, Any]]:
@@ -255,12 +297,29 @@ def usage(exported: Exported) -> dict[str, Any]:
     options = {"num_inference_steps": chosen["num_steps"], "guidance_scale": chosen["guidance_scale"]}
     options |= {"eta": eta} if eta else {}  # 0 is the pipeline's default
     options |= {"height": size, "width": size} if size else {}  # else the pipeline's own size, which is training's
+    single = exported.base.endswith(".safetensors")
+    # Without it transformers takes the type that is stored, and diffusers float32. Older diffusers know no `dtype`.
+    dtype = {"torch_dtype": f"torch.{exported.dtype}"}
+    # Only a model of several files has variants, and only one on the hub has revisions.
+    which = {} if single or not exported.model.variant else {"variant": string_literal(exported.model.variant)}
+    if on_hub(exported.base) and exported.model.revision != "main":
+        which |= {"revision": string_literal(exported.model.revision)}
     return {
         "scheduler": scheduler if scheduler.endswith("Scheduler") else f"{scheduler}Scheduler",
-        "options": ", ".join(f"{key}={value}" for key, value in options.items()),
-        "where": exported.repository or f"path/to/{exported.form}",  # a placeholder: the folder's path must not be published
-        "load": "from_single_file" if exported.base.endswith(".safetensors") else "from_pretrained",
+        "options": keywords(options),
+        # A placeholder: the folder's path must not be published.
+        "where": string_literal(exported.repository or f"path/to/{exported.form}"),
+        "base": string_literal(public(exported.base)),
+        "file": string_literal(exported.file),
+        "dtype": keywords(dtype),
+        "load_options": keywords(which | dtype),
+        "load": "from_single_file" if single else "from_pretrained",
     }
+
+
+def keywords(options: Mapping[str, Any]) -> str:
+    """Arguments of a call, in Python."""
+    return ", ".join(f"{key}={value}" for key, value in options.items())
 
 
 def reward_with_models(settings: Mapping) -> str:
@@ -268,7 +327,7 @@ def reward_with_models(settings: Mapping) -> str:
     parts = []
     for name, weight in reward_weights(settings).items():
         own = settings.get(name) or {}
-        named = [public(own[key]) for key in MODEL_KEYS if own.get(key)]
+        named = [inline(public(own[key])) for key in MODEL_KEYS if own.get(key)]
         models = f" ({', '.join(f'`{model}`' for model in named)})" if named else ""
         parts.append(f"`{name}`{models}" if weight == 1 else f"{weight:g} × `{name}`{models}")
     return " + ".join(parts)
@@ -311,7 +370,7 @@ def training(exported: Exported) -> dict[str, str]:
     if changes := setting_changes(recorded, files.read_json(exported.root / "config.json")):
         entries["changed"] = "; ".join(f"from stage{row['stage']} on {row['change']}" for row in changes)
     if settings["resume_from"]:
-        entries["started from"] = f"`{public(settings['resume_from'])}`"
+        entries["started from"] = f"`{inline(public(settings['resume_from']))}`"
     if stage.finished("train"):
         versions = stage.manifest("train")["versions"]
         entries["software"] = ", ".join(f"{key} {versions[key]}" for key in ("torch", "diffusers", "transformers", "peft"))

@@ -103,7 +103,7 @@ def test_a_new_family_is_sampled(mine, overrides, tmp_path):
 def test_what_is_downloaded():
     """Configs, tokenizers, and of the weights one variant, in one file or in shards."""
     spec = replace(stable_diffusion.PIPELINE, weights={"unet": "model{}-*.safetensors", "vae": "vae{}.safetensors"})
-    common = ["model_index.json", "*/*.json", "text_encoder/*", "tokenizer/*"]
+    common = ["model_index.json", "README.md", "*/*.json", "text_encoder/*", "tokenizer/*"]
     assert diffusers_files.file_patterns("", spec) == [*common, "unet/model-*.safetensors", "vae/vae.safetensors"]
     assert diffusers_files.file_patterns("fp16", spec)[-2:] == ["unet/model.fp16-*.safetensors", "vae/vae.fp16.safetensors"]
 

@@ -1,5 +1,10 @@
 """LoRAs that other programs trained, and what is refused of them."""
 
+import json
+import math
+import re
+from pathlib import Path
+
 import pytest
 import safetensors.torch
 import tiny
@@ -11,6 +16,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
+from b2diffurl.models import stable_diffusion
 from b2diffurl.runtime import files
 
 
@@ -30,7 +36,16 @@ def stock_output(pipeline: StableDiffusionPipeline) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("form", "alpha"), [("diffusers", RANK), ("diffusers", 8), ("kohya", RANK), ("kohya", 8), ("attn_procs", RANK)]
+    ("form", "alpha"),
+    [
+        ("diffusers", RANK),
+        ("diffusers", 8),
+        ("kohya", RANK),
+        ("kohya", 8),
+        ("peft", RANK),
+        ("peft", 8),
+        ("attn_procs", RANK),
+    ],
 )
 def test_foreign_lora_acts_as_where_it_comes_from(models, pipeline, tmp_path, form, alpha):
     """A LoRA of another program predicts here what it predicted there, whatever its alpha, and is float32 from then on."""
@@ -80,11 +95,11 @@ def test_lora_on_the_text_encoder_is_refused(models, pipeline, tmp_path):
         tiny.load_model(models / "sd").load_adapter(path)
 
 
-@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+@pytest.mark.parametrize("form", ["diffusers", "kohya", "peft"])
 def test_lora_of_another_rank_is_refused(models, pipeline, tmp_path, form):
     """The error says which setting to change, and with it the file loads."""
     path = save(form, tmp_path, pipeline, random_lora(pipeline, rank=8, alpha=8), 8)
-    with pytest.raises(ValueError, match=r"Set train\.lora_rank to its rank"):
+    with pytest.raises(ValueError, match=r"its rank is 8, not 4\. Set train\.lora_rank=8\."):
         tiny.load_model(models / "sd").load_adapter(path)
     tiny.load_model(models / "sd", rank=8).load_adapter(path)
 
@@ -102,6 +117,148 @@ def test_lora_with_an_alpha_a_layer_is_refused(models, pipeline, tmp_path):
     path = save("diffusers", tmp_path, pipeline, random_lora(pipeline, alpha_pattern={"to_q": 8}))
     with pytest.raises(ValueError, match="alpha_pattern"):
         tiny.load_model(models / "sd").load_adapter(path)
+
+
+LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+def altered(path: Path, **entries: Tensor | None) -> Path:
+    """The file with further tensors of LAYER by the ends of their keys, or without them."""
+    state = safetensors.torch.load_file(path)
+    for end, value in entries.items():
+        state.pop(f"{LAYER}.{end}", None)
+        state |= {} if value is None else {f"{LAYER}.{end}": value}
+    safetensors.torch.save_file(state, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("end", "kind"),
+    [
+        ("hada_w1_a", "LoHa"),
+        ("lokr_w1", "LoKr"),
+        ("oft_blocks", "OFT"),
+        ("oft_R.weight", "OFT"),
+        ("a1.weight", "GLoRA"),
+        ("dora_scale", "DoRA"),
+        ("lora_magnitude_vector", "DoRA"),
+        ("lora_mid.weight", "LoCon with a third matrix"),
+        ("on_input", r"\(IA\)\^3"),
+        ("vera_lambda_b", "VeRA"),
+        ("diff", "full difference of weights"),
+        ("w_norm", "full difference of weights"),
+    ],
+)
+@pytest.mark.parametrize("alone", [True, False])
+def test_another_kind_is_named(tmp_path, end, kind, alone):
+    """An adapter of another kind is refused by its name, whether it is the file's only one, with its alpha, or not."""
+    path = tmp_path / "x.safetensors"
+    halves = {} if alone else {f"{LAYER}.lora_{one}.weight": torch.ones(4, 4) for one in ("up", "down")}
+    safetensors.torch.save_file(halves | {f"{LAYER}.{end}": torch.ones(4, 4), f"{LAYER}.alpha": torch.tensor(4.0)}, path)
+    with pytest.raises(ValueError, match=rf"x\.safetensors is a {kind} \(lora_unet.*\); only a plain LoRA"):
+        stable_diffusion.read_lora(path)
+
+
+@pytest.mark.parametrize("missing", ["lora_up.weight", "lora_down.weight"])
+def test_half_a_layer_is_refused(pipeline, tmp_path, missing):
+    """With its alpha or without it."""
+    path = altered(save("kohya", tmp_path, pipeline, random_lora(pipeline)), **{missing: None})
+    with pytest.raises(ValueError, match=r"is not whole: .*lacks the layer's other matrix"):
+        stable_diffusion.read_lora(path)
+    with pytest.raises(ValueError, match=r"is not whole: .*lacks the layer's other matrix"):
+        stable_diffusion.read_lora(altered(path, alpha=None))
+
+
+def test_alpha_alone_is_refused(pipeline, tmp_path):
+    path = altered(
+        save("kohya", tmp_path, pipeline, random_lora(pipeline)), **{"lora_up.weight": None, "lora_down.weight": None}
+    )
+    with pytest.raises(ValueError, match=rf"is not whole: {LAYER}\.alpha is not one number beside"):
+        stable_diffusion.read_lora(path)
+
+
+def test_alpha_that_is_no_single_number_is_refused(pipeline, tmp_path):
+    path = altered(save("kohya", tmp_path, pipeline, random_lora(pipeline)), alpha=torch.ones(2))
+    with pytest.raises(ValueError, match=rf"is not whole: {LAYER}\.alpha"):
+        stable_diffusion.read_lora(path)
+
+
+@pytest.mark.parametrize("form", ["diffusers", "attn_procs"])
+def test_alpha_beside_any_pair_counts(pipeline, tmp_path, form):
+    """As kohya's: B is multiplied by alpha / rank, here 2, in that layer alone."""
+    path = save(form, tmp_path, pipeline, random_lora(pipeline))
+    plain, state = stable_diffusion.read_lora(path), safetensors.torch.load_file(path)
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    name = f"unet.{layer}.to_q.alpha" if form == "diffusers" else f"{layer}.processor.to_q.alpha"
+    safetensors.torch.save_file(state | {name: torch.tensor(8.0)}, path)
+    scaled = stable_diffusion.read_lora(path)
+    factors = {key: (scaled[key] / plain[key]).unique().tolist() for key in plain}
+    assert factors == {key: [2.0 if key == f"unet.{layer}.to_q.lora_B.weight" else 1.0] for key in plain}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"use_rslora": True}, "has use_rslora"),
+        ({"use_dora": True}, "has use_dora"),
+        ({"alpha_pattern": {"to_q": 8}}, "has alpha_pattern"),
+        ({"rank_pattern": {"to_q": 8}}, "has rank_pattern"),
+        ({"init_lora_weights": "pissa_niter_4"}, "has init_lora_weights=pissa_niter_4"),
+        ({"r": 8}, "has rank 4, and is described as of alpha 4 and rank 8"),
+        ({"lora_alpha": "4"}, "has rank 4, and is described as of alpha '4'"),
+        ({"lora_alpha": math.inf}, "holds NaN or infinite"),
+    ],
+)
+def test_what_peft_records_and_one_factor_cannot_say(pipeline, tmp_path, changed, said):
+    path = save("peft", tmp_path, pipeline, random_lora(pipeline))
+    described = path.with_name("adapter_config.json")
+    described.write_text(json.dumps(json.loads(described.read_text()) | changed))
+    with pytest.raises(ValueError, match=rf"adapter_model\.safetensors {re.escape(said)}"):
+        stable_diffusion.read_lora(path)
+
+
+def test_peft_without_its_config(pipeline, tmp_path):
+    """Its alpha is unknown, so it is refused rather than guessed."""
+    path = save("peft", tmp_path, pipeline, random_lora(pipeline))
+    path.with_name("adapter_config.json").unlink()
+    with pytest.raises(ValueError, match=r"whose alpha is in adapter_config\.json\. Put that file beside it"):
+        stable_diffusion.read_lora(path)
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_", "unet."])
+def test_layers_of_another_network_are_refused(tmp_path, prefix):
+    """Such as those of the original layout: they look like a LoRA, and nothing of diffusers would read them."""
+    layer = "input_blocks.1.1.transformer_blocks.0.attn1.to_q"
+    kohya = prefix == "lora_unet_"
+    name, halves = (layer.replace(".", "_"), ("down", "up")) if kohya else (layer, "AB")
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file({f"{prefix}{name}.lora_{half}.weight": torch.ones(4, 4) for half in halves}, path)
+    with pytest.raises(ValueError, match=r"x\.safetensors is no LoRA on a UNet: it holds .*blocks\.1\.1\."):
+        stable_diffusion.read_lora(path)
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya", "peft"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_not_finite_is_refused(models, pipeline, tmp_path, form, value):
+    """One number is enough: for resuming and judging, which load it, and for exporting, which reads it."""
+    state = random_lora(pipeline)
+    next(iter(state.values()))[0, 0] = value
+    path = save(form, tmp_path, pipeline, state)
+    with pytest.raises(ValueError, match="holds NaN or infinite values, in unet"):
+        tiny.load_model(models / "sd").load_adapter(path)
+    with pytest.raises(ValueError, match="holds NaN or infinite values, in unet"):
+        stable_diffusion.read_lora(path)
+
+
+def test_lora_of_another_width_is_refused(models, pipeline, tmp_path):
+    """Its rank is right, so the error speaks of the base model and not of the rank."""
+    state = {
+        key: value.repeat(1, 2) if ".attn2.to_k.lora_A" in key else value for key, value in random_lora(pipeline).items()
+    }
+    path = save("kohya", tmp_path, pipeline, state)
+    with pytest.raises(ValueError, match=r"is \(4, 32\), and this base model needs \(4, 16\)") as error:
+        tiny.load_model(models / "sd").load_adapter(path)
+    assert "lora_rank" not in str(error.value)
 
 
 def test_dora_is_refused(models, pipeline, tmp_path):

@@ -65,7 +65,8 @@ def test_the_log_tells_the_run(overrides, run):
         r"stage0 select: done in [\d.]+ s, reward .* \(sd .*, in groups .*\), kept (\d+) of 18 images, \d+ good, \d+ bad",
         r"stage0 train: training on \d+ trajectories, 2 of their 2 steps, from a fresh LoRA",
         r"stage0 train: max \|log-ratio\| at the first update \d.\de[+-]\d\d",
-        r"stage0 train: done in [\d.]+ s, \d+ updates, gradient norm .*, clipped .* %, to stage0/checkpoint_2",
+        r"stage0 train: done in [\d.]+ s, \d+ updates, gradient norm .*, clipped .* %, to stage0/checkpoint_2, "
+        r"for diffusers \(for ComfyUI, A1111, Forge: python -m b2diffurl\.export model/lora/tiny --format kohya\)",
         r"stage0 done: 1 of 2 stages, [\d.]+ (s|min) so far, about [\d.]+ (s|min) left",
         r"stage1 sample: S 3 of 4, 18 images, from stage0/checkpoint_2",
     ]
