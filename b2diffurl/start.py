@@ -31,9 +31,9 @@ def start(config: ConfigDict) -> None:
         end                                                                             the only line after a dry run
     """
     plan = make_plan(config)
-    check_base_model(plan)
     load_prompts(plan.settings.prompts.held_out_file)  # a bad file is refused now, not hours later by the first evaluation
     if flags.FLAGS.dry_run:
+        check_base_model(plan)  # a run does so in its first phase, which needs the libraries anyway
         show(*dry_run.describe(plan).splitlines())
         write_calls([])
         return
