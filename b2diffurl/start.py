@@ -14,7 +14,7 @@ from b2diffurl.configuration.loop import calls
 from b2diffurl.configuration.plan import make_plan
 from b2diffurl.configuration.prompts import load_prompts
 from b2diffurl.experiment import lock
-from b2diffurl.phases.preflight import check_base_model
+from b2diffurl.phases.inputs import check_base_model
 from b2diffurl.reporting import dry_run, forecast
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import logger, show

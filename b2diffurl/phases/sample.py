@@ -35,7 +35,8 @@ from b2diffurl.experiment.stage import Stage, finished_stages
 from b2diffurl.experiment.trajectories import batch_damage, read_batch_prompts, save_batch
 from b2diffurl.models import Model
 from b2diffurl.models.policy import compiling, decode, load_policy, predictor, warn_of_cut_prompts
-from b2diffurl.phases.preflight import check_later_phases, identified
+from b2diffurl.phases.inputs import identified
+from b2diffurl.phases.preflight import check_later_phases
 from b2diffurl.reporting.forecast import first_batch_text
 from b2diffurl.runtime import files
 from b2diffurl.runtime.batch_sizes import BatchSizes, peak_memory, sampling_sizes
@@ -101,7 +102,7 @@ def restore_record(plan: Plan) -> None:
     """Write config.json again if it was lost after the stage had been sampled."""
     # The rank is torchrun's: a finished phase starts no accelerator to ask.
     if int(os.environ.get("RANK", 0)) == 0 and not (plan.stage.root / "config.json").is_file():
-        record_experiment(plan.record, plan.stage.manifest("sample")["num_threads"])
+        record_experiment(identified(plan).record, plan.stage.manifest("sample")["num_threads"])
 
 
 def load_sampled_policy(plan: Plan, accelerator: Accelerator) -> tuple[Model, Transitions]:

@@ -21,7 +21,7 @@ from b2diffurl.experiment.origin import history_stages, made_from, require_origi
 from b2diffurl.experiment.stage import Stage, delete_batches, finished_stages
 from b2diffurl.experiment.trajectories import save_selected
 from b2diffurl.phases.health import in_words, stage_warnings
-from b2diffurl.phases.preflight import identified
+from b2diffurl.phases.inputs import identified
 from b2diffurl.phases.scoring import Scores, score_stage
 from b2diffurl.rewards import check_rewards
 from b2diffurl.rewards.file import write_template

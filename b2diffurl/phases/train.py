@@ -26,7 +26,7 @@ from b2diffurl.experiment.trajectories import SelectedTrajectories, Trajectories
 from b2diffurl.models import Model
 from b2diffurl.models.policy import compiling, load_policy
 from b2diffurl.phases.health import WINDOW, UpdateHealth, in_words
-from b2diffurl.phases.preflight import identified
+from b2diffurl.phases.inputs import identified
 from b2diffurl.phases.trainer import Trainer, make_trainer, warm_up
 from b2diffurl.reporting.forecast import stage_done_line
 from b2diffurl.runtime import files
