@@ -177,9 +177,13 @@ def find_here(model: ModelSettings, spec: PipelineSpec) -> tuple[list[Path], dic
 def check_here(model: ModelSettings, spec: PipelineSpec) -> None:
     """Refuse a model that is on this machine and not whole. Downloads nothing, and loads no weights."""
     root = find_whole(model.name, spec, missing_file, model.revision)
-    if root is not None and root.is_dir():
+    if root is None:
+        return
+    if root.is_dir():
         check_directory(root, model.variant, spec, list(spec.classes))
-    elif root is not None and (configs := find_whole(model.config, spec, missing_config)):
+        return
+    require_safetensors(root)
+    if configs := find_whole(model.config, spec, missing_config):
         check_single_file(root, configs, spec, list(spec.classes))
 
 

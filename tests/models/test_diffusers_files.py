@@ -40,11 +40,13 @@ def test_stage_from_a_single_file(models, single_file, overrides, finished, tmp_
     assert (experiment(tmp_path) / lora).read_bytes() == (experiment(finished) / lora).read_bytes()
 
 
-def test_single_file_must_be_safetensors(models, tmp_path):
+def test_single_file_must_be_safetensors(models, overrides, empty, tmp_path):
     """A pickled checkpoint is refused before anything of it is read."""
     (tmp_path / "model.ckpt").write_bytes(b"never a pickle")
     with pytest.raises(ValueError, match=r"model\.ckpt is not a \.safetensors file"):
         tiny.load_model(tmp_path / "model.ckpt", config=str(models / "sd"))
+    settings = overrides | {"pretrained.model": str(tmp_path / "model.ckpt"), "pretrained.config": "nobody/no-model"}
+    assert_refused(start(empty, settings, "--dry_run"), r"model\.ckpt is not a \.safetensors file")
 
 
 def test_single_file_needs_its_configs(single_file):
