@@ -92,7 +92,7 @@ def converted(part: nn.Module, stored: Shapes) -> Shapes:
         elif original.is_open_clip_model(tensors):
             found = original.convert_open_clip_checkpoint(part, dict(tensors))
         else:
-            found = original.convert_ldm_clip_checkpoint(dict(tensors))
+            found = original.convert_ldm_clip_checkpoint(dict(tensors)) if original.is_clip_model(tensors) else {}
     except (KeyError, ValueError, IndexError):  # some stumble over what is missing: then nothing counts as found
         found = {}
     if kind == "UNet2DConditionModel":  # its tensors are renamed one to one; what the converter leaves out is unknown

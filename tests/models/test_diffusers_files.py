@@ -67,6 +67,15 @@ def test_a_single_file_that_lacks_a_part(models, single_file, tmp_path):
             tiny.load_model(path, config=str(models / "sd"))
 
 
+def test_a_text_encoder_that_diffusers_does_not_find(models, single_file, tmp_path):
+    """Some merged models leave out a part of its keys; diffusers reads it in the usual keys alone."""
+    tensors = safetensors.torch.load_file(single_file)
+    path = tmp_path / "merged.safetensors"
+    safetensors.torch.save_file({key.replace(".text_model.", "."): value for key, value in tensors.items()}, path)
+    with pytest.raises(ValueError, match=r"merged\.safetensors has no text_encoder\."):
+        tiny.load_model(path, config=str(models / "sd"))
+
+
 LACKS = r"is not a whole \w+: it lacks tensors "
 
 
