@@ -8,8 +8,10 @@ families.
 import glob
 import hashlib
 import importlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +60,9 @@ class PipelineSpec:
 def locate_base(model: ModelSettings, spec: PipelineSpec) -> Path:
     """The directory or single file of a base model. Its files are downloaded if they are not on this machine."""
 
-    def missing(root: Path) -> str:
-        return missing_file(root, spec)
-
     try:
         patterns = file_patterns(model.variant, spec)
+        missing = partial(missing_file, spec=spec)
         root = locate(model.name, revision=model.revision, patterns=patterns, missing=missing)
     except FileNotFoundError:  # the hub cannot be asked whether some parts have no such variant; they may be here without it
         root = find_local(model.name, f"{spec.network}/config.json", revision=model.revision) if model.variant else None
@@ -81,7 +81,7 @@ def locate_configs(model: ModelSettings, spec: PipelineSpec) -> Path:
         return root
     require_safetensors(root)
     try:
-        return locate(model.config, patterns=config_patterns(spec))
+        return locate(model.config, patterns=config_patterns(spec), missing=partial(missing_config, spec=spec))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"a single file needs the configs of its components (pretrained.config): {error}") from None
 
@@ -101,17 +101,31 @@ def config_patterns(spec: PipelineSpec) -> list[str]:
     return ["model_index.json", "README.md", "*/*.json", *(f"{part}/*" for part in tokenizers)]
 
 
-def missing_file(root: Path, spec: PipelineSpec) -> str:
-    """Something that every model's directory has and this one lacks, "" if nothing. The variant of weights is not asked."""
+def missing_config(root: Path, spec: PipelineSpec) -> str:
+    """A config or tokenizer that every model's directory has and this one lacks, "" if none."""
     for file in (SCHEDULER_FILE, *(Path(part, "config.json") for part in spec.weights)):
         if not (root / file).is_file():
             return str(file)
-    for part in spec.classes:
-        if part in spec.weights and not any((root / part).glob("*.safetensors")):
-            return f"{part}/*.safetensors"
-        if part not in spec.weights and (lacks := missing_tokenizer(root / part)):
-            return lacks
-    return ""
+    tokenizers = [part for part in spec.classes if part not in spec.weights]
+    return next((lacks for part in tokenizers if (lacks := missing_tokenizer(root / part))), "")
+
+
+def missing_file(root: Path, spec: PipelineSpec) -> str:
+    """The same, or weights: those of any variant will do."""
+    weights = (part for part in spec.weights if not any((root / part).glob("*.safetensors")))
+    return missing_config(root, spec) or next(weights, "")
+
+
+def find_whole(
+    name: str, spec: PipelineSpec, missing: Callable[[Path, PipelineSpec], str], revision: str = "main"
+) -> Path | None:
+    """A model's local path or, if nothing is missing there, its snapshot in the hub's cache; None if there is neither.
+
+    Loading a model of the hub that is here in part downloads the rest, so nothing can be said of it yet.
+    """
+    root = find_local(name, f"{spec.network}/config.json", revision=revision)
+    local = root is not None and os.path.exists(os.path.expanduser(name))
+    return root if local or (root is not None and not missing(root, spec)) else None
 
 
 def has_variant(folder: Path, variant: str) -> bool:
@@ -196,17 +210,15 @@ def find_here(model: ModelSettings, spec: PipelineSpec) -> tuple[list[Path], dic
 
 
 def check_here(model: ModelSettings, spec: PipelineSpec) -> None:
-    """Refuse a model that is on this machine and not whole. Downloads nothing, and loads no weights.
-
-    A model of the hub that is here in part passes, because loading it downloads the rest.
-    """
-    probe = f"{spec.network}/config.json"
-    root = find_local(model.name, probe, revision=model.revision)
-    if root is None or (not Path(model.name).expanduser().exists() and missing_file(root, spec)):
+    """Refuse a model that is on this machine and not whole. Downloads nothing, and loads no weights."""
+    root = find_whole(model.name, spec, missing_file, model.revision)
+    if root is None:
         return
     if root.is_dir():
         check_directory(root, model.variant, spec, list(spec.classes))
-    elif configs := find_local(model.config, probe):
+        return
+    require_safetensors(root)
+    if configs := find_whole(model.config, spec, missing_config):
         check_single_file(root, configs, spec, list(spec.classes))
 
 
@@ -276,7 +288,10 @@ def check_directory(root: Path, variant: str, spec: PipelineSpec, wanted: Sequen
     # Said here: diffusers would say that some file of some part is missing.
     missing = [name for name in spec.folders if name in (*wanted, "scheduler") and not (root / name).is_dir()]
     if missing:
-        raise FileNotFoundError(f"{root} has no {missing[0]}/. A model directory holds {', '.join(spec.folders)}.")
+        index = root / "model_index.json"
+        kind = files.read_json(index).get("_class_name", spec.pipeline) if index.is_file() else spec.pipeline
+        other = f" It is a {kind}, which may not be supported yet." if kind != spec.pipeline else ""
+        raise FileNotFoundError(f"{root} has no {missing[0]}/. A model directory holds {', '.join(spec.folders)}.{other}")
     if variant and not any(has_variant(root / part, variant) for part in spec.weights):
         raise FileNotFoundError(
             f"{root} has no *.{variant}.safetensors in any part. Set pretrained.variant to one that it has."

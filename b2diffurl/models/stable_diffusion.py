@@ -51,8 +51,14 @@ def check_fit(root: Path, parts: Mapping[str, nn.Module]) -> None:
         widths = unet[key] if isinstance(unet[key], list | tuple) else [unet[key]]
         for width in widths:
             require_equal(root, key, width, "text_encoder", {"hidden_size": text.hidden_size})
-        kind = diffusers_files.class_of("tokenizer", PIPELINE)
-        whole.check_tokenizer(root / "tokenizer", kind, text.vocab_size, text.max_position_embeddings)
+        tokenizer = whole.read_tokenizer(
+            root / "tokenizer", diffusers_files.class_of("tokenizer", PIPELINE), text.vocab_size
+        )
+        if tokenizer.model_max_length > text.max_position_embeddings:
+            raise ValueError(
+                f"{root}/tokenizer does not fit its text encoder: model_max_length is {tokenizer.model_max_length}, and "
+                f"max_position_embeddings is {text.max_position_embeddings}. Lower it in tokenizer_config.json."
+            )
 
 
 def check_inputs(file: Path, unet: Mapping[str, Any]) -> None:

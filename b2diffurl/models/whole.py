@@ -92,7 +92,7 @@ def converted(part: nn.Module, stored: Shapes) -> Shapes:
         elif original.is_open_clip_model(tensors):
             found = original.convert_open_clip_checkpoint(part, dict(tensors))
         else:
-            found = original.convert_ldm_clip_checkpoint(dict(tensors))
+            found = original.convert_ldm_clip_checkpoint(dict(tensors)) if original.is_clip_model(tensors) else {}
     except (KeyError, ValueError, IndexError):  # some stumble over what is missing: then nothing counts as found
         found = {}
     if kind == "UNet2DConditionModel":  # its tensors are renamed one to one; what the converter leaves out is unknown
@@ -104,33 +104,32 @@ def converted(part: nn.Module, stored: Shapes) -> Shapes:
 
 def empty_part(kind: Any, folder: Path) -> nn.Module:
     """A model of a class of diffusers or transformers with the config in `folder`, and without weights."""
-    with torch.device("meta"):
-        if hasattr(kind, "load_config"):  # diffusers
-            return kind.from_config(kind.load_config(folder))
-        return kind(kind.config_class.from_pretrained(folder))
+    diffusers = hasattr(kind, "load_config")
+    config = kind.load_config(folder) if diffusers else kind.config_class.from_pretrained(folder)
+    try:
+        with torch.device("meta"):
+            return kind.from_config(config) if diffusers else kind(config)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}/config.json describes no {kind.__name__} ({error}). Get it anew.") from None
 
 
 # ---- the tokenizer ----
 
 
-def check_tokenizer(folder: Path, kind: Any, vocab_size: int, max_tokens: int) -> None:
-    """Refuse a tokenizer of class `kind` that does not fit a text encoder of `vocab_size` ids and `max_tokens` positions."""
+def read_tokenizer(folder: Path, kind: Any, vocab_size: int) -> Any:
+    """A tokenizer of class `kind`; refused if it knows no words, or more of them than its text encoder (`vocab_size`)."""
     if lacks := missing_tokenizer(folder):
         raise FileNotFoundError(f"{folder} lacks {lacks}, without which no prompt can be read. Get the model's files anew.")
     tokenizer = kind.from_pretrained(folder)
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
         raise ValueError(
-            f"{folder} does not fit its text encoder: the tokenizer counts to {largest}, and its vocab_size is "
+            f"{folder} does not fit its text encoder: the tokenizer counts to {largest}, and vocab_size there is "
             f"{vocab_size}. Get both from the same model."
-        )
-    if tokenizer.model_max_length > max_tokens:
-        raise ValueError(
-            f"{folder} does not fit its text encoder: model_max_length is {tokenizer.model_max_length}, and that "
-            f"reads {max_tokens} tokens. Set model_max_length in tokenizer_config.json to {max_tokens}."
         )
     if not some_word(tokenizer):
         raise ValueError(f"{folder} reads every prompt as the empty one: its vocabulary has no words. Get its files anew.")
+    return tokenizer
 
 
 def some_word(tokenizer: Any) -> str:
@@ -146,13 +145,18 @@ def some_word(tokenizer: Any) -> str:
 # ---- once it is loaded ----
 
 
+def is_number(tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers that may be NaN; one without elements, or of integers, does not."""
+    return tensor.is_floating_point() and tensor.numel() > 0
+
+
 def check_loaded(where: str, part: nn.Module) -> None:
     """Refuse a part, from files at `where`, that was loaded with holes, or whose weights are not all finite."""
     tensors: dict[str, Tensor] = {**dict(part.named_parameters()), **dict(part.named_buffers())}
     if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise ValueError(f"{where} lacks tensors ({listed(empty)}). Get its files anew.")
     # The least and the largest: NaN passes through both, and it takes a twentieth of the time of asking each number.
-    ends = {name: torch.stack(torch.aminmax(tensor)) for name, tensor in tensors.items() if tensor.is_floating_point()}
+    ends = {name: torch.stack(torch.aminmax(tensor)) for name, tensor in tensors.items() if is_number(tensor)}
     if wrong := [name for name, pair in ends.items() if not pair.isfinite().all()]:
         raise ValueError(
             f"{where} has weights that are NaN or infinite ({listed(wrong)}). Get its files anew; if they are sound, they "

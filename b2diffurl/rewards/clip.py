@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
 
-from b2diffurl.models.whole import check_tokenizer
+from b2diffurl.models.whole import read_tokenizer
 from b2diffurl.rewards import Reward
 from b2diffurl.runtime.hub import load_whole, model_files, model_folder
 
@@ -38,9 +38,7 @@ class Clip:
     def __init__(self, model: str, device: torch.device, dtype: torch.dtype):
         root = model_folder(model)
         self.model = load_whole(CLIPModel, root, dtype, device)
-        text = self.model.config.text_config
-        check_tokenizer(root, CLIPTokenizer, text.vocab_size, text.max_position_embeddings)
-        self.tokenizer = CLIPTokenizer.from_pretrained(root)
+        self.tokenizer = read_tokenizer(root, CLIPTokenizer, self.model.config.text_config.vocab_size)
         self.processor = AutoImageProcessor.from_pretrained(root, backend="pil", trust_remote_code=False)
         self.device, self.dtype = device, dtype
         self.known: dict[str, Tensor] = {}  # prompt -> its embedding [E]

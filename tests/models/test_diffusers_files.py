@@ -40,11 +40,13 @@ def test_stage_from_a_single_file(models, single_file, overrides, finished, tmp_
     assert (experiment(tmp_path) / lora).read_bytes() == (experiment(finished) / lora).read_bytes()
 
 
-def test_single_file_must_be_safetensors(models, tmp_path):
+def test_single_file_must_be_safetensors(models, overrides, empty, tmp_path):
     """A pickled checkpoint is refused before anything of it is read."""
     (tmp_path / "model.ckpt").write_bytes(b"never a pickle")
     with pytest.raises(ValueError, match=r"model\.ckpt is not a \.safetensors file"):
         tiny.load_model(tmp_path / "model.ckpt", config=str(models / "sd"))
+    settings = overrides | {"pretrained.model": str(tmp_path / "model.ckpt"), "pretrained.config": "nobody/no-model"}
+    assert_refused(start(empty, settings, "--dry_run"), r"model\.ckpt is not a \.safetensors file")
 
 
 def test_single_file_needs_its_configs(single_file):
@@ -63,6 +65,15 @@ def test_a_single_file_that_lacks_a_part(models, single_file, tmp_path):
         said = rf"no_{part}\.safetensors has no {part}\. A single file must hold unet, vae, text_encoder\. Give another base"
         with pytest.raises(ValueError, match=said):
             tiny.load_model(path, config=str(models / "sd"))
+
+
+def test_a_text_encoder_that_diffusers_does_not_find(models, single_file, tmp_path):
+    """Some merged models leave out a part of its keys; diffusers reads it in the usual keys alone."""
+    tensors = safetensors.torch.load_file(single_file)
+    path = tmp_path / "merged.safetensors"
+    safetensors.torch.save_file({key.replace(".text_model.", "."): value for key, value in tensors.items()}, path)
+    with pytest.raises(ValueError, match=r"merged\.safetensors has no text_encoder\."):
+        tiny.load_model(path, config=str(models / "sd"))
 
 
 LACKS = r"is not a whole \w+: it lacks tensors "
