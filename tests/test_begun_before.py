@@ -42,7 +42,7 @@ def test_what_was_recorded_is_left_as_it_was(resumed):
     changed = [name for name in before if now[name] != before[name]]
     assert changed == ["config.json", "eval.jsonl"]  # the second gets the rows of stage 1
     old, new = (json.loads(content) for content in (before["config.json"], now["config.json"]))
-    added = {"base_model", "rewards", "content_sha256"}  # and the first, which had none, what the base model and rewards are
+    added = {"base_model", "content_sha256"}  # and the first, which had none, what the base model is
     assert {key: value for key, value in new.items() if key not in added} == {
         key: value for key, value in old.items() if key not in added
     }

@@ -17,7 +17,6 @@ from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import logger
 from b2diffurl.runtime.paths import same_place
 
-IDENTITIES = ("base_model", "rewards")  # entries of config.json with checksums of what the settings lead to
 OF_ONE_CALL = ("run_name", "split_step", "resume_from", "preset")  # keys of a single call, not of the experiment
 
 
@@ -41,7 +40,7 @@ def make_record(
 ) -> Record:
     """Compare the settings `asked` for with the experiment's config.json, `begun` (None: no experiment yet).
 
-    What files the settings lead to is compared later, by `identified`: that takes reading gigabytes.
+    The base model is compared later, by `identified`: that takes reading gigabytes.
 
     A ValueError lists the differences, unless they are allowed. `preset` holds the preset's own settings (None: unknown).
     """
@@ -57,13 +56,13 @@ def make_record(
     return Record(stage, content, changes)
 
 
-def identified(record: Record, found: Mapping[str, Mapping[str, str]]) -> Record:
-    """The record with checksums of what the settings lead to: `found` is {"base_model": {part: …}, "rewards": {name: …}}.
+def identified(record: Record, base_model: Mapping[str, str]) -> Record:
+    """The record with a checksum of each part of the base model, {part: checksum}.
 
-    A ValueError names those that are others than the experiment began with, unless the user allows changes. An experiment
-    of an earlier version has none recorded; it gets today's.
+    A ValueError names the parts that are others than the experiment began with, unless the user allows changes. An
+    experiment of an earlier version has none recorded; it gets today's.
     """
-    content, begun = record.content | found, read_record(record.stage.root)
+    content, begun = record.content | {"base_model": dict(base_model)}, read_record(record.stage.root)
     changes = differences(begun, content) if begun else ()
     if changes:
         refuse_change(record.stage, changes, allowed=content["config"]["allow_config_change"])
@@ -98,9 +97,8 @@ def differences(begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[st
     ]
     if begun["prompts_sha256"] != wanted["prompts_sha256"]:
         found.append("the training prompts are others")
-    parts, rewards = (exchanged(begun.get(kind, {}), wanted.get(kind, {})) for kind in IDENTITIES)
-    found += [f"the {part} of the base model is another" for part in parts]
-    return (*found, *(f"the model or code of reward {name} is another" for name in rewards))
+    parts = exchanged(begun.get("base_model", {}), wanted.get("base_model", {}))
+    return (*found, *(f"the {part} of the base model is another" for part in parts))
 
 
 def is_same_place(key: str, before: Any, now: Any) -> bool:
@@ -203,5 +201,5 @@ def record_experiment(record: Record, num_threads: int) -> None:
         logger.warning("stage%d goes on with another configuration: %s", index, "; ".join(record.changes))
         changed = [*begun.get("changed", []), {"stage": index, "changes": record.changes}]
         files.write_record(root / "config.json", record.content | {"num_threads": begun["num_threads"], "changed": changed})
-    elif added := {key: value for key, value in record.content.items() if key not in begun and key in IDENTITIES}:
-        files.write_record(root / "config.json", begun | added)
+    elif "base_model" in record.content and "base_model" not in begun:  # an earlier version began it
+        files.write_record(root / "config.json", begun | {"base_model": record.content["base_model"]})

@@ -16,9 +16,13 @@ from b2diffurl.runtime import files
 
 def require_origin(stage: Stage) -> None:
     """Compare the finished phases of a stage with what they were made from; a ValueError names what has changed since."""
-    for phase, check in zip(PHASES, (check_lora, check_scored, check_trained), strict=True):
-        if stage.finished(phase):
-            check(stage)
+    sampled, selected, trained = (stage.finished(phase) for phase in PHASES)
+    if sampled:
+        check_lora(stage)
+    if sampled and selected:  # what somebody has deleted, to make it anew, cannot be compared
+        check_scored(stage)
+    if selected and trained:
+        check_trained(stage)
 
 
 def check_lora(stage: Stage) -> None:
@@ -58,7 +62,7 @@ def check_trained(stage: Stage) -> None:
     recorded, now = trained.get("made_from", {}), selection_sha256(stage)
     if recorded and recorded["selection"] != now:
         refuse(stage, f"the selection {short(recorded['selection'])}", f"there is now {short(now)}", stage.selection)
-    sampled = stage.manifest("sample").get("policy")
+    sampled = stage.finished("sample") and stage.manifest("sample").get("policy")
     if sampled and trained.get("policy", sampled) != sampled:
         refuse(stage, f"samples of {trained['policy']}", f"there are now those of {sampled}", stage.manifest_path("sample"))
 

@@ -15,12 +15,8 @@ from b2diffurl.rewards import check_rewards
 def check_later_phases(plan: Plan) -> None:
     """Raise the error that selecting, training or judging would raise later, as far as it shows without loading a model."""
     settings = plan.settings
-<<<<<<< HEAD
-    if not plan.stage.finished("train"):  # what is finished need not wait for the check
-=======
     # A finished stage need not wait for this. Whatever loads the model later refuses the same.
     if not plan.stage.finished("train"):
->>>>>>> whole-docs
         family(settings.model).check(settings.model)
     check_optimizer(settings)
     check_rewards([*settings.rewards.weights, *settings.rewards.watched], settings.rewards, plan.prompts)

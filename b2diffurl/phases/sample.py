@@ -35,7 +35,7 @@ from b2diffurl.experiment.stage import Stage, finished_stages
 from b2diffurl.experiment.trajectories import batch_damage, read_batch_prompts, save_batch
 from b2diffurl.models import Model
 from b2diffurl.models.policy import compiling, decode, load_policy, predictor, warn_of_cut_prompts
-from b2diffurl.phases.inputs import identified
+from b2diffurl.phases.inputs import identified, reward_checksums
 from b2diffurl.phases.preflight import check_later_phases
 from b2diffurl.reporting.forecast import first_batch_text
 from b2diffurl.runtime import files
@@ -58,6 +58,7 @@ def sample_stage(plan: Plan) -> None:
         restore_record(plan)
         return
     plan = identified(plan)
+    reward_checksums(plan)  # refuses what would only be refused after hours of sampling
     history_stages(stage, plan.settings.selection.num_history_stages)  # what select will need is there
     files.require_writable(stage.folder)
     started = time.perf_counter()

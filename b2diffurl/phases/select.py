@@ -21,7 +21,7 @@ from b2diffurl.experiment.origin import history_stages, made_from, require_origi
 from b2diffurl.experiment.stage import Stage, delete_batches, finished_stages
 from b2diffurl.experiment.trajectories import save_selected
 from b2diffurl.phases.health import in_words, stage_warnings
-from b2diffurl.phases.inputs import identified
+from b2diffurl.phases.inputs import reward_checksums
 from b2diffurl.phases.scoring import Scores, score_stage
 from b2diffurl.rewards import check_rewards
 from b2diffurl.rewards.file import write_template
@@ -46,7 +46,7 @@ def select_stage(plan: Plan) -> None:
         logger.info("stage%d select: already finished", stage.index)
         clean_up(plan)  # a run killed between the manifest and its own clean_up has left files
         return
-    plan = identified(plan, base_model=False)
+    reward_files = reward_checksums(plan)
     files.require_writable(stage.folder)
     sampled = stage.manifest("sample")
     accelerator = make_accelerator(plan.settings.compute)
@@ -65,7 +65,8 @@ def select_stage(plan: Plan) -> None:
         if accelerator.is_main_process:
             ask_for_scores(stage, prompts)
     elif scores := score_stage(rewards, stage, prompts, accelerator):
-        finish(plan, prompts, scores, history, made_from(stage, earlier), sampled, accelerator)
+        origin = {"made_from": made_from(stage, earlier), "reward_files": reward_files}
+        finish(plan, prompts, scores, history, origin, sampled, accelerator)
     accelerator.wait_for_everyone()  # no process goes on to the next phase before the manifest is written
     accelerator.end_training()
 
@@ -94,7 +95,7 @@ def finish(
         "reward": dict(plan.settings.rewards.weights),
         "scales": scores.scales,
         "num_history": len(history),
-        "made_from": origin,
+        **origin,
         **summary,
         "device": str(accelerator.device),
         "num_threads": torch.get_num_threads(),

@@ -332,7 +332,13 @@ def test_a_reward_whose_code_or_a_helper_beside_it_changed_is_refused(overrides,
     settings = overrides | {"reward.name": f"{name}:mean"}
     run_stage(folder, settings)
     (tmp_path / f"{helper}.py").write_text("FACTOR = -1\n")
-    refuse(folder, "sample", settings | {"run_name": "stage1"}, f"the model or code of reward {name}:mean is another")
+    said = f"the model or code of reward {name}:mean is another than that of .*stage0"
+    refuse(folder, "sample", settings | {"run_name": "stage1"}, said)
+    allowed = settings | {"run_name": "stage1", "allow_config_change": True}
+    for verb in ("sample", "select"):
+        assert run_script(folder, verb, allowed).code == 0
+    for verb in ("train", "sample"):  # from now on it is the experiment's reward
+        assert run_script(folder, verb, settings | {"run_name": "stage2" if verb == "sample" else "stage1"}).code == 0
     monkeypatch.delitem(sys.modules, helper, raising=False)
 
 

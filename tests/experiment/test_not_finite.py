@@ -82,15 +82,15 @@ def test_a_reward_of_nan_is_kept_and_mended(overrides, reward, tmp_path):
     assert not stage_of(broken).debug.exists()
 
 
-def test_a_lora_with_an_infinite_weight_is_kept_and_mended(finished, overrides, tmp_path):
-    """One weight of inf: the first batch's images are named, and their states kept; with the file mended the same command
-    leaves what a run leaves that never failed."""
+def test_a_lora_that_overflows_is_kept_and_mended(finished, overrides, tmp_path):
+    """Weights near float32's end: the first batch's images are named, and their states kept; with the file mended the same
+    command leaves what a run leaves that never failed."""
     sound = stage_of(finished, 1).checkpoints()[-1] / LORA_FILE
     weights = load_file(sound)
     name = next(name for name in weights if "lora_B" in name)
     lora, broken, healthy = tmp_path / LORA_FILE, tmp_path / "broken", tmp_path / "healthy"
     settings = overrides | {"resume_from": str(lora)}
-    save_file(weights | {name: weights[name].index_fill(0, torch.tensor([0]), torch.inf)}, lora)
+    save_file(weights | {name: weights[name].index_fill(0, torch.tensor([0]), 3e38)}, lora)
     for folder in (broken, healthy):
         folder.mkdir()
     message, facts, tensors = refused(broken, "sample", settings)
@@ -106,12 +106,12 @@ def test_a_lora_with_an_infinite_weight_is_kept_and_mended(finished, overrides, 
 
 
 def test_images_that_overflow_are_kept_and_mended(overrides, models, tmp_path):
-    """A decoder with an infinite weight: the batch's images are named and their latents kept. With the decoder's file mended
-    the same command goes on."""
+    """A decoder with weights near float32's end: the batch's images are named and their latents kept. With the file
+    mended the same command goes on."""
     base = shutil.copytree(models / "sd", tmp_path / "sd")
     path = base / "vae" / "diffusion_pytorch_model.safetensors"
     sound = path.read_bytes()
-    save_file(load_file(path) | {"decoder.conv_out.bias": torch.full((3,), torch.inf)}, path)
+    save_file(load_file(path) | {"decoder.conv_out.bias": torch.full((3,), 3e38)}, path)
     settings = overrides | {"pretrained.model": str(base)}
     message, facts, tensors = refused(tmp_path, "sample", settings)
     assert "among images [0, 1, 2, 3, 4, 5] the VAE decoded to non-finite values; use --config.mixed_precision" in message

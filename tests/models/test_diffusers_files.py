@@ -1,15 +1,19 @@
 """A base model in one file of the original layout computes what its folder does."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import tiny
 import torch
-from conftest import assert_refused, experiment, run_stage, start
+from conftest import assert_refused, experiment, run_stage, stage_of, start
 from diffusers import StableDiffusionPipeline
 from foreign import original_layout, output
 
+from b2diffurl.configuration.settings import ModelSettings
+from b2diffurl.experiment.stage import LORA_FILE
+from b2diffurl.models import stable_diffusion
 from b2diffurl.runtime import files
 
 
@@ -128,3 +132,23 @@ def test_the_dry_run_checks_a_single_file(models, single_file, overrides, empty,
     safetensors.torch.save_file(tensors, tmp_path / "changed.safetensors")
     settings["pretrained.model"] = str(tmp_path / "changed.safetensors")
     assert_refused(start(empty, settings, "--dry_run"), r"the vae in .* lacks tensors \(decoder\.conv_in\.bias\)")
+
+
+@pytest.mark.parametrize("layout", ["single file", "hub", "transformers 5"])
+def test_written_pipeline_has_the_hubs_names(models, single_file, finished, tmp_path, layout):
+    """Whatever names the base's text encoder has: with `text_model.` on the hub, without in what transformers 5 saves."""
+    base, config, prefix = tmp_path / "base", "", "text_model."
+    if layout == "single file":
+        base, config = single_file, str(models / "sd")
+    else:
+        path = shutil.copytree(models / "sd", base) / "text_encoder" / "model.safetensors"
+        names = {key: prefix * (layout == "hub") + key.removeprefix(prefix) for key in safetensors.torch.load_file(path)}
+        tensors = {names[key]: value for key, value in safetensors.torch.load_file(path).items()}
+        safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    settings = ModelSettings("stable_diffusion", str(base), "main", "", config, resolution=0, lora_rank=4)
+    lora = stage_of(finished).checkpoints()[-1] / LORA_FILE
+    stable_diffusion.write_pipeline(tmp_path / "out", settings, lora, dtype="float32")
+    written = safetensors.torch.load_file(tmp_path / "out" / "text_encoder" / "model.safetensors")
+    original = safetensors.torch.load_file(models / "sd" / "text_encoder" / "model.safetensors")
+    assert written.keys() == {prefix + key.removeprefix(prefix) for key in original}
+    assert all(torch.equal(written[prefix + key.removeprefix(prefix)], value) for key, value in original.items())

@@ -284,6 +284,8 @@ def test_a_curve_has_one_value_a_stage(place, overrides):
     rows["inside"] = rows["stage1"] | {"checkpoint": "stage1/checkpoint_1", "reward": 8.0}
     rows["outside"] = rows["stage1"] | {"checkpoint": "elsewhere.safetensors", "stage": None, "reward": 9.0}
     rows["deployed"] = rows["stage1"] | {"sampler": "deployed", "reward": 10.0}
+    for key, row in rows.items():  # each evaluation has a folder, whose name ends with the checksum of what was judged
+        row["folder"] = row["folder"].replace("eval/", f"eval/{key}_")
     path.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
     track(read_settings(tracking(overrides, "tensorboard")).output)
     values = scalars(tensorboard_curves(), "eval/test/training/reward")
