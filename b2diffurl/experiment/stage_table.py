@@ -57,7 +57,7 @@ def stage_row(stage: Stage) -> Row:
         raise ValueError(f"{stage.metrics('select')} is missing or empty")
     for event in events:
         # Its seconds are left out: they are in the manifests, under the names of all phases.
-        row |= {key: value for key, value in event.items() if key not in ("event", "load", "score", "write")}
+        row |= {key: value for key, value in event.items() if key not in ("event", "stage", "load", "score", "write")}
     if stage.finished("train"):
         row |= training_figures(stage)
     for phase in PHASES:

@@ -324,6 +324,7 @@ def test_a_report_reads_and_draws_only_what_is_new(root, monkeypatch):
         write_record(path, read_json(path) | {"stage": 2})
     write_report(root)
     assert read == [2]
+    assert [row["stage"] for row in stage_rows(root)] == [0, 1, 2]  # by the folder, whatever the metrics say
     assert "before_after_test" not in drawn
     assert "curves" in drawn
 
