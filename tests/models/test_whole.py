@@ -375,3 +375,11 @@ def test_a_pipeline_of_another_kind(base):
     (base / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     with pytest.raises(FileNotFoundError, match=r"base has no unet/\. .* It is a FluxPipeline, which may not be supported"):
         tiny.load_model(base)
+
+
+def test_a_part_that_a_later_phase_needs(workplace, overrides, base):
+    """A stage that is sampled but not trained refuses a broken VAE at its start, not when it is judged."""
+    unfinish(workplace, "train")
+    rewrite(base / WEIGHTS["vae"], without(1))
+    settings = overrides | {"pretrained.model": str(base), "run_name": "stage1"}
+    refuse(workplace, "sample", settings, r"base/vae is not a whole AutoencoderKL")
