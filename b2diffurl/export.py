@@ -115,8 +115,6 @@ def export(
     out = Path(user_path(str(out))) if out else root / "export" / form
     check_replaceable(out)
     exported = Exported(root, lora, form, model, repository, dtype, license or base_license(model))
-    if not exported.license:
-        show("export: no license is known of the base model, so the card names none; --license names one", stream=sys.stderr)
     place = out.resolve()  # a link stays one, and its target is replaced
     with folder_beside(place) as temporary:
         if form == "pipeline":
@@ -134,6 +132,8 @@ def export(
         check_replaceable(out)  # again: a pipeline takes minutes, in which the user may have put something there
         shutil.rmtree(place, ignore_errors=True)
         temporary.replace(place)
+    if not exported.license:
+        show("export: no license is known of the base model, so the card names none; --license names one", stream=sys.stderr)
     return out
 
 

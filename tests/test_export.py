@@ -23,6 +23,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from foreign import random_lora, save, save_kohya
 from huggingface_hub import ModelCard, ModelCardData
 
+from b2diffurl.experiment.evaluation_table import identity
 from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.export import export, main
 from b2diffurl.models.lora import add_lora, lora_parameters
@@ -347,17 +348,19 @@ def read_card(out: Path) -> tuple[dict, str]:
 def add_evaluations(root: Path) -> None:
     """Rows of eval.jsonl, and folders of pictures, as judging leaves them, for the base and the last stage."""
     common = {"scheduler": "", "num_steps": 4, "eta": 1.0, "guidance_scale": 5.0, "n_images": 8, "n_prompts": 3}
-    lora = f"stage1/checkpoints/{Stage(root, 1).checkpoints()[-1].name}/{LORA_FILE}"
+    last = {stage: Stage(root, stage).checkpoints()[-1].name for stage in (0, 1)}
+    loras = {stage: f"stage{stage}/checkpoints/{name}/{LORA_FILE}" for stage, name in last.items()}
     rows = []
     for prompts, sampler in (("train", "training"), ("test", "deployed"), ("test", "training")):
         more = {"prompts": prompts, "sampler": sampler, "conditions": prompts + sampler}
         for name, stage, reward in (("base", None, 0.25), ("stage1", 1, 0.5), ("stage0", 0, 0.375)):
-            folder = root / "eval" / f"{name}_{prompts}_{sampler}"
+            state = "" if stage is None else files.sha256(Stage(root, stage).checkpoints()[-1] / LORA_FILE)
+            folder = root / "eval" / f"{name}_{prompts}_{identity(more['conditions'], state)}"
             folder.mkdir(parents=True)
             (folder / "result.json").write_text(json.dumps({"shown_prompts": PROMPTS * 2}))
             for n in range(6):
-                (folder / f"{n:05d}.png").write_bytes(f"{folder.name} {n}".encode())
-            row = {"checkpoint": name, "stage": stage, "lora": lora if stage == 1 else "", "folder": f"eval/{folder.name}"}
+                (folder / f"{n:05d}.png").write_bytes(f"{name} {prompts} {sampler} {n}".encode())
+            row = {"checkpoint": name, "stage": stage, "lora": loras.get(stage, ""), "folder": f"eval/{folder.name}"}
             row |= {"reward": reward, "reward_se": 0.0125, "accuracy": None, "accuracy_se": None}
             row |= {"diversity/clip": 0.1, "diversity/clip_se": 0.02} | common | more
             row |= {"reward_gain": 0.25, "reward_gain_se": 0.0042} if stage == 1 else {}
@@ -380,7 +383,7 @@ def test_card_metadata(workplace, form):
     assert "base_model" not in data  # a local one
     assert [row["text"] for row in data["widget"]] == [*PROMPTS, PROMPTS[0]]
     for n, row in enumerate(data["widget"]):
-        assert (out / row["output"]["url"]).read_bytes() == f"stage1_test_deployed {n}".encode()
+        assert (out / row["output"]["url"]).read_bytes() == f"stage1 test deployed {n}".encode()
     results = {result.dataset_split: result for result in ModelCardData(**data).eval_results}
     assert results.keys() == {"test", "train"}
     assert all((result.metric_type, result.metric_value) == ("reward", 0.5) for result in results.values())

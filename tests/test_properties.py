@@ -141,6 +141,7 @@ def by_command(work: Path, verb: str, settings: dict) -> str:
 
         def plan() -> None:
             flags.DEFINE_boolean("dry_run", True, "")
+            flags.DEFINE_string("calls", "", "")
             command_line.run_script("process", beginning.start)
 
         ended = call(work, script_arguments("plan", settings), plan)

@@ -49,7 +49,7 @@ def read_config(root: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{path} is of a {name}, which is not made of betas, so DDIM cannot take its noise schedule")
     known |= {*inspect.signature(diffusers.DDIMScheduler).parameters}
     if unknown := sorted(overrides.keys() - known):
-        raise ValueError(f"pretrained.scheduler has {unknown[0]!r}; DDIM and {name} know {', '.join(sorted(known))}")
+        raise ValueError(f"pretrained.scheduler has {unknown[0]!r}; known are {', '.join(sorted(known))}")
     return schedule | dict(overrides)
 
 

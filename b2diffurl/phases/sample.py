@@ -40,7 +40,7 @@ from b2diffurl.phases.preflight import check_later_phases
 from b2diffurl.reporting.forecast import first_batch_text
 from b2diffurl.runtime import files
 from b2diffurl.runtime.batch_sizes import BatchSizes, peak_memory, sampling_sizes
-from b2diffurl.runtime.device import make_accelerator
+from b2diffurl.runtime.device import make_accelerator, set_defaults
 from b2diffurl.runtime.logs import logger, progress_bar
 from b2diffurl.runtime.threads import Behind
 
@@ -50,6 +50,7 @@ def sample_stage(plan: Plan) -> None:
 
     Processes take the batches in turn. A batch's numbers do not depend on which process samples it.
     """
+    set_defaults(plan.settings.compute)  # before anything is computed
     check_later_phases(plan)  # also if this phase is finished: a later one may not be
     stage = plan.stage
     require_origin(stage)

@@ -27,7 +27,6 @@ from conftest import (
 from b2diffurl.experiment.checkpoints import OPTIMIZER_FILE, STATE_FILE
 from b2diffurl.experiment.folder import resolve_checkpoint
 from b2diffurl.experiment.stage import LORA_FILE, Stage
-from b2diffurl.reporting import page
 from b2diffurl.runtime import files
 
 
@@ -154,12 +153,13 @@ def test_what_decides_shapes_and_what_was_judged(work, overrides):
             said = rf"{re.escape(path.name)} is damaged"
             ended = run_script(work, "eval", overrides, *JUDGE)
             if path.name == "result.json":  # of one evaluation, which is made again by itself
-                assert ended.code == 0 and re.search(said, ended.stdout) and snapshot(root) == judged
+                assert ended.code == 0 and re.search(said, ended.stdout)
+                assert judged.items() <= snapshot(root).items()
             else:
                 assert_refused(ended, said + ".*Delete it")
         path.unlink()
         run_evaluation(work, overrides)
-        assert snapshot(root) == judged
+        assert judged.items() <= snapshot(root).items()
     path = root / "batch_sizes.json"
     entry = {"key": "sample.decode_batch_size", "device": "cpu", "wanted": 16, "size": 4}
     files.write_record(path, {"sizes": [entry]})
@@ -168,18 +168,6 @@ def test_what_decides_shapes_and_what_was_judged(work, overrides):
     for damage in (cut, flip_in_the_middle, flip_a_digit):
         path.write_bytes(damage(whole))
         refuse(work, "sample", overrides | {"run_name": "stage1"}, r"batch_sizes\.json is damaged.*Delete it")
-
-
-def test_a_report_shows_no_damaged_tree(work):
-    """tree.png, tree.json: the page is not made, and the file is named."""
-    root = experiment(work)
-    for name, damage in itertools.product(("tree.png", "tree.json"), (cut, flip_in_the_middle)):
-        path = root / "stage1" / name
-        whole = path.read_bytes()
-        path.write_bytes(damage(whole))
-        with pytest.raises(ValueError, match=rf"{re.escape(name)} (is damaged|is not what the sample phase wrote)"):
-            page.draw_trees(root)
-        path.write_bytes(whole)
 
 
 def test_damaged_weights_from_elsewhere(finished, work, overrides, tmp_path):

@@ -111,7 +111,7 @@ def test_images_that_overflow_are_kept_and_mended(overrides, models, tmp_path):
     base = shutil.copytree(models / "sd", tmp_path / "sd")
     path = base / "vae" / "diffusion_pytorch_model.safetensors"
     sound = path.read_bytes()
-    save_file(load_file(path) | {"decoder.conv_out.bias": torch.full((3,), 3e38)}, path)
+    save_file(load_file(path) | {"decoder.conv_out.weight": torch.full((3, 4, 3, 3), 3e38)}, path)
     settings = overrides | {"pretrained.model": str(base)}
     message, facts, tensors = refused(tmp_path, "sample", settings)
     assert "among images [0, 1, 2, 3, 4, 5] the VAE decoded to non-finite values; use --config.mixed_precision" in message

@@ -21,10 +21,9 @@ from b2diffurl.experiment.stage import LORA_FILE, Stage, finished_stages
 from b2diffurl.experiment.stage_table import stage_rows
 from b2diffurl.models import stable_diffusion
 from b2diffurl.objectives import OBJECTIVES
-from b2diffurl.reporting import dry_run, forecast
+from b2diffurl.reporting import dry_run, forecast, page
 from b2diffurl.reporting.forecast import Pace, Work
-from b2diffurl.reporting.page import facts
-from b2diffurl.runtime.files import read_metadata
+from b2diffurl.runtime.files import read_json, read_metadata
 
 
 def write_stage(root: Path, index: int, finished: tuple[str, ...] = VERBS, **facts) -> None:
@@ -89,7 +88,9 @@ def test_seconds_of_an_interrupted_phase_are_of_a_share(overrides, workplace):
     whole = Stage(experiment(workplace), 0).manifest("sample")
     assert whole["seconds"]["share"] == 1
     images = (18 + 18 / 3) / (whole["seconds"]["sample"] + sampled["seconds"]["sample"])
-    assert facts(experiment(workplace), stage_rows(experiment(workplace)))["images_per_second"] == pytest.approx(images)
+    root = experiment(workplace)
+    found = page.facts(root, stage_rows(root), read_json(root / "config.json"), page.read_stages(root, page.Kept(root), []))
+    assert found["images_per_second"] == pytest.approx(images)
 
 
 def test_first_pace(overrides):

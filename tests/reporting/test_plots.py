@@ -36,8 +36,8 @@ def test_curves_are_drawn_of_the_rows(root):
         (errors,) = container[2]
         spread = [segment[1, 1] - segment[0, 1] for segment in errors.get_segments()]
         assert spread == pytest.approx([2 * row["reward_se"] for row in mine])
-    bars = drawn(panels, "Seconds a stage").patches
-    tops = [max(bar.get_y() + bar.get_height() for bar in bars[n::2]) for n in range(2)]
+    bars = drawn(panels, "Seconds a stage").collections  # one for each kind of work, with a bar a stage
+    tops = [max(kind.get_paths()[n].vertices[:, 1].max() for kind in bars) for n in range(2)]
     timed = ("sample/load", "sample/sample", "select/load", "select/score", "train/load", "train/train")
     assert tops == pytest.approx([sum(row[f"seconds/{part}"] for part in timed) for row in rows])
 
