@@ -95,7 +95,7 @@ def exclusively(path: Path) -> Iterator[Any]:
     """
     # What somebody else put in the lock's place, such as a link to a file of ours, is no lock, and must not be written into.
     while True:
-        if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+        if os.path.lexists(path) and not is_own_file(path.lstat()):
             path.unlink()
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "a+", errors="replace")
         with suppress(OSError):  # a file system without locks
@@ -107,6 +107,11 @@ def exclusively(path: Path) -> Iterator[Any]:
     with file:
         file.seek(0)
         yield file
+
+
+def is_own_file(status: os.stat_result) -> bool:
+    """Whether this is a plain file that has no other name: what is written into it is written nowhere else."""
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
 
 
 def parse(text: str) -> dict[str, Any] | None:

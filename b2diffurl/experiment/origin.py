@@ -110,8 +110,8 @@ def history_stages(stage: Stage, count: int) -> list[Stage]:
         if not earlier.finished("select"):
             raise ValueError(
                 f"{stage.folder} needs the scores of {earlier.folder}, which has no {earlier.manifest_path('select').name}. "
-                f"Put it back, or run run_select.py for stage{earlier.index} again; or take another exp_name, and give as "
-                "resume_from the LoRA to start from."
+                f"Put it back, or, while its samples/ are there, run run_select.py for stage{earlier.index} again; or take "
+                "another exp_name, and give as resume_from the LoRA to start from."
             )
     return stages
 

@@ -138,7 +138,10 @@ def loaded_files(folder: Path, name: str, variant: str) -> list[Path]:
     single, index = folder / name.format(suffix), folder / f"{name.format('')}.index{suffix}.json"
     if index.is_file():
         return [folder / shard for shard in sorted({*files.read_json(index)["weight_map"].values()})]
-    return [single] if single.is_file() else weight_files(folder, variant)
+    if not single.is_file():
+        weight_files(folder, variant)  # says so if there are none at all
+        raise FileNotFoundError(f"{folder} has no {single.name}, the name under which libraries look for its weights.")
+    return [single]
 
 
 def weight_files(folder: Path, variant: str) -> list[Path]:

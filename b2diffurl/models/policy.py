@@ -18,14 +18,14 @@ from torch import Tensor
 from b2diffurl.algorithm.types import Conditions
 from b2diffurl.configuration.settings import ModelSettings
 from b2diffurl.experiment.checkpoints import read_state, require_whole
-from b2diffurl.models import Model, family
+from b2diffurl.models import Model, base_identity, family
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import logger
 
 NUM_CUT_NAMED = 5  # prompts too long for the model that the log names
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-_kept: dict[str, Model] | None = None  # loaded base models by a checksum of their settings; None: none is kept
+_kept: dict[str, Model] | None = None  # loaded base models by a checksum of their settings and files; None: none is kept
 
 
 def keep_models() -> None:
@@ -42,7 +42,8 @@ def load_policy(
     A ValueError refuses a LoRA that is damaged, was trained on another base model, or does not fit. Without `decoder` the
     model can neither encode prompts nor decode images.
     """
-    decisive = [asdict(model), str(accelerator.device), accelerator.mixed_precision, seed, compile]
+    files_now = base_identity(model) if _kept is not None else {}  # they may have been exchanged since it was loaded
+    decisive = [asdict(model), files_now, str(accelerator.device), accelerator.mixed_precision, seed, compile]
     key = files.digest(decisive)
     if _kept is not None and key in _kept:
         policy = _kept[key]

@@ -43,6 +43,9 @@ def check_fit(root: Path, parts: Mapping[str, nn.Module]) -> None:
     unet = parts["unet"].config
     check_inputs(root / "unet" / "config.json", unet)
     if "vae" in parts:
+        factor = parts["vae"].config.scaling_factor
+        if not isinstance(factor, int | float) or not factor > 0:
+            raise ValueError(f"{root}/vae/config.json has scaling_factor {factor!r}; it must be a number. {ANOTHER_BASE}")
         latent = {"latent_channels": parts["vae"].config.latent_channels}
         require_equal(root, "in_channels", unet.in_channels, "vae", latent)
     if "text_encoder" in parts:
@@ -173,8 +176,12 @@ def latent_size(unet: Mapping[str, Any], vae: Mapping[str, Any], resolution: int
         own = unet.get("sample_size")
         if own is None:
             raise ValueError("unet/config.json has no sample_size; set pretrained.resolution to the images' side in pixels")
-        height, width = own if isinstance(own, list | tuple) else (own, own)
-        return height, width
+        size = tuple(own) if isinstance(own, list | tuple) else (own, own)
+        if len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
+            raise ValueError(
+                f"unet/config.json has sample_size {own!r}; it must be a number of latents, or height and width"
+            )
+        return size
     # Each of the UNet's down blocks but the last halves the latents, so they must divide evenly.
     multiple = latent_px(vae) * 2 ** (len(unet["block_out_channels"]) - 1)
     if resolution % multiple:

@@ -24,6 +24,7 @@ HARMLESS = re.compile(
 )
 # A VAE's attention as older diffusers named it, and as it is called today.
 ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+NUM_TRIED = 40  # so many words are given to a tokenizer, to see whether it knows them
 NUM_NAMED = 3  # so many tensors are named in an error
 
 
@@ -120,7 +121,10 @@ def read_tokenizer(folder: Path, kind: Any, vocab_size: int) -> Any:
     """A tokenizer of class `kind`; refused if it knows no words, or more of them than its text encoder (`vocab_size`)."""
     if lacks := missing_tokenizer(folder):
         raise FileNotFoundError(f"{folder} lacks {lacks}, without which no prompt can be read. Get the model's files anew.")
-    tokenizer = kind.from_pretrained(folder)
+    try:
+        tokenizer = kind.from_pretrained(folder)
+    except Exception as error:  # of any kind: the files may hold anything
+        raise ValueError(f"{folder} holds no tokenizer that can be read ({error!r:.200}). Get its files anew.") from None
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
         raise ValueError(
@@ -129,7 +133,19 @@ def read_tokenizer(folder: Path, kind: Any, vocab_size: int) -> Any:
         )
     if not some_word(tokenizer):
         raise ValueError(f"{folder} reads every prompt as the empty one: its vocabulary has no words. Get its files anew.")
+    words = [word for word in sorted(tokenizer.get_vocab()) if re.fullmatch(r"[a-z]{3,}</w>", word)]
+    tried = words[:: len(words) // NUM_TRIED + 1]
+    cut = [word.removesuffix("</w>") for word in tried if is_cut(tokenizer, word)]
+    if len(cut) > len(tried) / 2:
+        raise ValueError(
+            f"{folder} cuts words of its own vocabulary, such as {cut[0]!r}. Get its files anew, merges above all."
+        )
     return tokenizer
+
+
+def is_cut(tokenizer: Any, word: str) -> bool:
+    """Whether CLIP's tokenizer reads a word of its vocabulary, which ends with </w>, as something else."""
+    return tokenizer.get_vocab()[word] not in tokenizer(word.removesuffix("</w>")).input_ids
 
 
 def some_word(tokenizer: Any) -> str:

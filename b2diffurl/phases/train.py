@@ -4,6 +4,7 @@ N trajectories, S trained steps
 U units: the loss has one term for each unit and step. A unit is a trajectory, or a contrast pair if the objective is paired
 """
 
+import json
 import math
 import time
 from contextlib import suppress
@@ -76,6 +77,7 @@ def train_stage(plan: Plan) -> None:
     seed, compiled = plan.settings.schedule.seed, plan.settings.compute.compile
     model = load_policy(plan.settings.model, accelerator, source, seed=seed, compile=compiled, decoder=False)
     check_policy(plan, sampled["policy"], model)
+    check_scheduler(plan, sampled.get("scheduler", {}), model)
     trainer = make_trainer(plan, accelerator, model, source)
     epochs_done = resumed_epochs(stage, source) if interrupted else 0
     if accelerator.is_main_process:
@@ -123,6 +125,16 @@ def check_policy(plan: Plan, sampled: dict, model: Model) -> None:
         raise ValueError(
             f"{plan.stage.folder} was sampled with another LoRA than {plan.resume_from or 'a fresh one'}. Give the one that "
             f"it was sampled with, or delete {plan.stage.folder} to sample it anew."
+        )
+
+
+def check_scheduler(plan: Plan, sampled: dict, model: Model) -> None:
+    """Raise a ValueError if the scheduler that sampled, by the stage's record, had other settings than that of `model`."""
+    now = json.loads(json.dumps(model.scheduler_config, default=str))  # as the record has it
+    if other := [key for key in sampled.keys() & now.keys() if sampled[key] != now[key]]:
+        raise ValueError(
+            f"{plan.stage.folder} was sampled with another scheduler ({other[0]} was {sampled[other[0]]!r}, is "
+            f"{now[other[0]]!r}). Put the old scheduler back, or delete {plan.stage.folder} to sample it anew."
         )
 
 

@@ -24,10 +24,15 @@ def check(name: str, own: Mapping[str, Any], prompts: Sequence[str]) -> None:
 
 
 def files(name: str, own: Mapping[str, Any]) -> list[Path]:
-    # The module that defines the function, which is another one if the named module only imports it.
-    module = import_function(name).__module__
-    source = getattr(importlib.import_module(module), "__file__", None)
-    return modules_beside(Path(source), module) if source else []
+    # The module that is named, and the one that defines the function, if the first only imports it.
+    function = import_function(name)
+    modules = {name.partition(":")[0], getattr(function, "__module__", None) or ""}
+    sources = {
+        one: getattr(sys.modules.get(one), "__file__", None)
+        for one in modules
+        if one.split(".")[0] not in sys.stdlib_module_names
+    }
+    return sorted({path for one, source in sources.items() if source for path in modules_beside(Path(source), one)})
 
 
 def load(name: str, own: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Reward:

@@ -10,6 +10,7 @@ from pathlib import Path
 import conftest
 import pytest
 import tiny
+from accelerate import Accelerator
 from conftest import PROMPTS, ROOT, experiment, flags, get_config, make_config, plan, refuse, run_script, run_stage, snapshot
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +19,8 @@ from b2diffurl.configuration.keys import flatten
 from b2diffurl.configuration.plan import make_plan
 from b2diffurl.configuration.recorded import record_experiment, take_recorded
 from b2diffurl.configuration.rules import check
+from b2diffurl.configuration.settings import read_settings
+from b2diffurl.models import policy
 from b2diffurl.runtime import files
 from b2diffurl.runtime.files import read_json, write_record
 
@@ -307,6 +310,34 @@ def test_a_base_model_that_moved_is_the_same(begun_on_a_copy, overrides, tmp_pat
     judged = run_script(folder, "eval", moved, "--sampler=training", "--checkpoint=base")
     assert "images" not in judged.stdout.split("eval base on test prompts, training sampler")[0]
     assert len(list((experiment(folder) / "eval").glob("base_*"))) == 1  # which was read back
+
+
+def test_a_stage_that_an_older_version_sampled_is_not_trained_with_another_scheduler(begun_on_a_copy, overrides, tmp_path):
+    """Its config.json knows no parts of the base model, but sample.json has the scheduler's settings."""
+    folder = shutil.copytree(begun_on_a_copy, tmp_path / "copy")
+    settings = overrides | {"pretrained.model": "base", "run_name": "stage1"}
+    for verb in ("sample", "select"):
+        assert run_script(folder, verb, settings).code == 0
+    record = read_json(experiment(folder) / "config.json")
+    del record["base_model"]
+    write_record(experiment(folder) / "config.json", record)
+    exchange(folder / "base", "scheduler")
+    refuse(folder, "train", settings, "sampled with another scheduler .beta_end was 0.012, is 0.011")
+
+
+def test_a_model_that_is_kept_is_that_of_the_files(models, overrides, tmp_path, monkeypatch):
+    """Resident=1 keeps models; one whose decoder is exchanged on disk is loaded anew."""
+    base = shutil.copytree(models / "sd", tmp_path / "base")
+    monkeypatch.setattr(policy, "_kept", {})
+    model = read_settings(make_config(overrides | {"pretrained.model": str(base)})).model
+
+    def load():
+        return policy.load_policy(model, Accelerator(cpu=True), None, seed=0, compile=False)
+
+    first = load()
+    assert load() is first
+    exchange(base, "vae")
+    assert load() is not first
 
 
 def test_an_allowed_exchange_is_recorded_once(begun_on_a_copy, overrides, tmp_path):

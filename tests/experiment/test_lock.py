@@ -139,12 +139,14 @@ def test_the_living_one_is_named(tmp_path, other_run):
     assert "delete" not in str(refused.value)
 
 
-@pytest.mark.parametrize("kind", ["link", "dangling", "pipe"])
+@pytest.mark.parametrize("kind", ["link", "dangling", "pipe", "second name"])
 def test_the_lock_is_not_written_through_a_link(tmp_path, kind):
     """Nor into anything else that somebody has put in its place: it is replaced, and the target stays."""
     (tmp_path / "precious").write_text("mine")
     path = tmp_path / "run.lock"
-    os.mkfifo(path) if kind == "pipe" else path.symlink_to(tmp_path / ("precious" if kind == "link" else "nowhere"))
+    makers = {"pipe": os.mkfifo, "second name": lambda path: path.hardlink_to(tmp_path / "precious")}
+    target = tmp_path / ("precious" if kind == "link" else "nowhere")
+    makers.get(kind, lambda path: path.symlink_to(target))(path)
     lock.take(tmp_path, os.getpid())
     assert path.is_file() and not path.is_symlink() and lock.is_ours(tmp_path, os.getpid())
     assert (tmp_path / "precious").read_text() == "mine"

@@ -130,6 +130,6 @@ def test_long_prompts_are_counted_in_one_call_of_the_tokenizer(models, caplog):
         warn_of_cut_prompts(model, [(f"line {n}", "b" * (70 + n)) for n in range(20)])
     finally:
         logger.propagate = False
-    said = [record.getMessage() for record in caplog.records]
+    said = [*dict.fromkeys(record.getMessage() for record in caplog.records)]  # some are seen by two loggers
     assert [line.partition(":")[0] for line in said[:-1]] == [f"line {n}" for n in range(6, 11)]
     assert said[-1] == "prompts that are cut off, too: 9 more"

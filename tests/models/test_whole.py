@@ -383,3 +383,51 @@ def test_a_part_that_a_later_phase_needs(workplace, overrides, base):
     rewrite(base / WEIGHTS["vae"], without(1))
     settings = overrides | {"pretrained.model": str(base), "run_name": "stage1"}
     refuse(workplace, "sample", settings, r"base/vae is not a whole AutoencoderKL")
+
+
+def configure(folder: Path, **entries) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def check_files(base: Path) -> None:
+    stable_diffusion.check(read_settings(make_config({"pretrained.model": str(base)})).model)
+
+
+@pytest.mark.parametrize("content", ["{}", "", "[1]"])
+def test_a_tokenizer_that_cannot_be_read(base, content):
+    (base / "tokenizer" / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match="tokenizer holds no tokenizer that can be read"):
+        check_files(base)
+
+
+def test_a_tokenizer_without_its_merges(tmp_path):
+    """It reads every prompt letter by letter: words of its vocabulary are not found. The embedded model's is whole."""
+    embedded = shutil.copytree(ROOT / "model" / "shapes" / "base", tmp_path / "base")
+    check_files(embedded)
+    path = embedded / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["merges"] = []
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="tokenizer cuts words of its own vocabulary, such as"):
+        check_files(embedded)
+
+
+def test_weights_under_another_name(base):
+    """Libraries look for one name; another would only be refused when they load it."""
+    (base / "text_encoder" / "model.safetensors").rename(base / "text_encoder" / "weights.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"text_encoder has no model\.safetensors"):
+        check_files(base)
+
+
+@pytest.mark.parametrize("size", ["8", [8], [8, 8, 8], 0, [8, None]])
+def test_a_sample_size_that_is_none(base, size):
+    configure(base / "unet", sample_size=size)
+    with pytest.raises(ValueError, match="sample_size"):
+        tiny.load_model(base)
+
+
+def test_a_vae_without_its_scale(base):
+    configure(base / "vae", scaling_factor=None)
+    with pytest.raises(ValueError, match=r"vae/config\.json has scaling_factor None"):
+        check_files(base)

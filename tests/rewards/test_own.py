@@ -179,6 +179,19 @@ def test_a_reward_is_made_of_all_modules_beside_it_that_it_imports(folder):
     assert names(folder, "unused.py", "unused") == {"unused.py"}
 
 
+@pytest.mark.parametrize(
+    "made", ["@plain\ndef score(i, p): pass\n", "score = functools.partial(plain)\n", "from {h} import plain as score\n"]
+)
+def test_the_module_that_is_named_counts_whoever_made_the_function(tmp_path, module, monkeypatch, made):
+    """A decorator's function, a partial one and one that is only imported: the named module and the helper both count."""
+    helper = f"{module('')}_helper"
+    (tmp_path / f"{helper}.py").write_text("def plain(f=None, p=None):\n    return lambda i, p: f\n")
+    name = module(f"import functools\nfrom {helper} import plain\n{made.format(h=helper)}")
+    sys.modules.pop(name, None)
+    assert own.files(f"{name}:score", {}) == [tmp_path / f"{name}.py", tmp_path / f"{helper}.py"]
+    monkeypatch.delitem(sys.modules, helper, raising=False)
+
+
 def test_of_an_installed_package_only_its_own_modules_count(folder):
     installed = folder.rename(folder.with_name("site-packages"))
     made_of = names(installed, "mine/score.py", "mine.score")
