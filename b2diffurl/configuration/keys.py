@@ -194,8 +194,8 @@ def check_values(flat: Mapping[str, Any]) -> None:
 
 
 def meant_paths(flat: Mapping[str, Any], given: Collection[str]) -> dict[str, str]:
-    """The settings that are paths or models, as paths.py has it: those `given` by the user are the user's, the others the
-    preset's, in which only `~` is replaced."""
+    """The settings that are paths or models. Keys in `given` are looked for in the user's directory; the others keep the
+    preset's path, with `~` replaced."""
     meant = {}
     for key, value in flat.items():
         limit = KEYS[key].limit if key in KEYS else None

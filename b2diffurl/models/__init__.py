@@ -1,8 +1,8 @@
 """What the rest of the program asks of a base model, and of the family that it belongs to.
 
 `Model` is one loaded model: network, text encoder, sampler, decoder. `Family` is everything else that differs between
-families: files, sizes, LoRA formats, schedulers, and the words of a model card. To add a family, write a module in this
-package with the functions of `Family`, and add a line to FAMILIES.
+families: files and whether they are whole, sizes, LoRA formats, schedulers, and the words of a model card. To add a family,
+write a module in this package with the functions of `Family`, and add a line to FAMILIES.
 
 N rows, P prompts, latents [N,C,h,w], images [N,H,W,3]
 """

@@ -137,7 +137,7 @@ def loaded_files(folder: Path, name: str, variant: str) -> list[Path]:
     suffix = f".{variant}" if variant and has_variant(folder, variant) else ""
     single, index = folder / name.format(suffix), folder / f"{name.format('')}.index{suffix}.json"
     if index.is_file():
-        return [folder / shard for shard in sorted({*files.read_json(index)["weight_map"].values()})]
+        return [folder / shard for shard in sorted({*files.read_object(index).get("weight_map", {}).values()})]
     if not single.is_file():
         weight_files(folder, variant)  # says so if there are none at all
         raise FileNotFoundError(f"{folder} has no {single.name}, the name under which libraries look for its weights.")
@@ -158,6 +158,11 @@ def weight_files(folder: Path, variant: str) -> list[Path]:
     return weights
 
 
+def part_files(root: Path, part: str, model: ModelSettings, spec: PipelineSpec) -> list[Path]:
+    """The weight files of a part that are loaded, from a directory or, for every part, the single file `root`."""
+    return [root] if root.is_file() else loaded_files(root / part, spec.weights[part], model.variant)
+
+
 def scheduler_config(model: ModelSettings, spec: PipelineSpec) -> dict[str, Any]:
     """The settings of a base model's scheduler, with the entries of `pretrained.scheduler`."""
     return noise_schedule.read_config(locate_configs(model, spec), model.scheduler)
@@ -166,7 +171,7 @@ def scheduler_config(model: ModelSettings, spec: PipelineSpec) -> dict[str, Any]
 def fingerprint(model: ModelSettings, spec: PipelineSpec) -> str:
     """SHA-256 of the network's weights: of their file (a single-file model's only file), or of several files' digests."""
     root = locate_base(model, spec)
-    weights = [root] if root.is_file() else weight_files(root / spec.network, model.variant)
+    weights = part_files(root, spec.network, model, spec)
     digests = [checksum(path) for path in weights]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
@@ -180,7 +185,7 @@ def identity(model: ModelSettings, spec: PipelineSpec) -> dict[str, str]:
     parts: dict[str, Any] = {}
     for part in spec.classes:
         if part in spec.weights:
-            weights = [root] if root.is_file() else weight_files(root / part, model.variant)
+            weights = part_files(root, part, model, spec)
             parts[part] = [settings_of(configs / part / "config.json"), [checksum(path) for path in weights]]
         else:
             read = sorted(path for pattern in MODEL_PARTS for path in (configs / part).glob(pattern))
@@ -191,7 +196,7 @@ def identity(model: ModelSettings, spec: PipelineSpec) -> dict[str, str]:
 
 def settings_of(path: Path) -> Any:
     """A part's config without the entries by which programs describe themselves: paths, versions, the stored dtype."""
-    return {key: value for key, value in files.read_json(path).items() if key not in NOT_DECISIVE}
+    return {key: value for key, value in files.read_object(path).items() if key not in NOT_DECISIVE}
 
 
 def find_here(model: ModelSettings, spec: PipelineSpec) -> tuple[list[Path], dict[str, dict]] | None:
@@ -209,7 +214,7 @@ def find_here(model: ModelSettings, spec: PipelineSpec) -> tuple[list[Path], dic
     paths = {part: configs / part / "config.json" for part in spec.weights}
     if not weights or not all(path.is_file() for path in paths.values()):
         return None
-    return weights, {part: files.read_json(path) for part, path in paths.items()}
+    return weights, {part: files.read_object(path) for part, path in paths.items()}
 
 
 def check_here(model: ModelSettings, spec: PipelineSpec) -> None:
@@ -292,7 +297,7 @@ def check_directory(root: Path, variant: str, spec: PipelineSpec, wanted: Sequen
     missing = [name for name in spec.folders if name in (*wanted, "scheduler") and not (root / name).is_dir()]
     if missing:
         index = root / "model_index.json"
-        kind = files.read_json(index).get("_class_name", spec.pipeline) if index.is_file() else spec.pipeline
+        kind = files.read_object(index).get("_class_name", spec.pipeline) if index.is_file() else spec.pipeline
         other = f" It is a {kind}, which may not be supported yet." if kind != spec.pipeline else ""
         raise FileNotFoundError(f"{root} has no {missing[0]}/. A model directory holds {', '.join(spec.folders)}.{other}")
     if variant and not any(has_variant(root / part, variant) for part in spec.weights):
@@ -336,7 +341,7 @@ def require_safetensors(path: Path) -> None:
 
 def check_index(path: Path, spec: PipelineSpec) -> None:
     """Refuse a model_index.json with other classes than the family's, because diffusers imports whatever it names."""
-    index = files.read_json(path)
+    index = files.read_object(path)
     for name, allowed in spec.classes.items():
         if index.get(name) != allowed:
             raise ValueError(f"{path} names {index.get(name)} as its {name}; it must be {allowed}, and no other code is run")

@@ -7,7 +7,6 @@ programs (peft, kohya's scripts, the paper's repository) are converted to these 
 families, the targets too: each family's module has its own.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -159,6 +158,9 @@ def fold_alphas(path: Path, state: State) -> State:
     for key in state:
         if match := WEIGHT.fullmatch(key):
             layers.setdefault(match["layer"], {})["A" if match["half"] in ("A", "down") else "B"] = key
+    flat = [key for keys in layers.values() for key in keys.values() if state[key].dim() < 2 or not state[key].numel()]
+    if flat:
+        raise ValueError(f"{path} is not whole: {flat[0]} is no matrix, but {tuple(state[flat[0]].shape)}.")
     if half := next((keys for keys in layers.values() if len(keys) < 2), None):
         raise ValueError(f"{path} is not whole: {min(half.values())} lacks the layer's other matrix.")
     folded = {key: value for key, value in state.items() if not key.endswith(".alpha")}
@@ -201,7 +203,9 @@ def adapter_config(path: Path, state: State, spec: LoraSpec) -> Mapping[str, Any
         recorded = files.read_json(path.with_name(PEFT_CONFIG))
     else:
         with files.damage_named(path), safe_open(path, framework="pt") as file:
-            recorded = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            recorded = files.parse_json((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    if not isinstance(recorded, dict):
+        raise ValueError(f"{path} is described by {recorded!r:.100}, which names no rank and no alpha.")
     return {key.removeprefix(f"{spec.prefix}."): value for key, value in recorded.items()}
 
 
@@ -216,7 +220,7 @@ def recorded_scale(path: Path, recorded: Mapping[str, Any], rank: int) -> float:
     if unsupported:
         raise ValueError(f"{path} has {', '.join(unsupported)}; only a plain LoRA of one rank and alpha can be read.")
     alpha, stated = recorded.get("lora_alpha", rank), recorded.get("r", rank)
-    if not isinstance(alpha, int | float) or stated != rank:
+    if type(alpha) not in (int, float) or stated != rank:
         raise ValueError(f"{path} has rank {rank}, and is described as of alpha {alpha!r} and rank {stated!r}.")
     return alpha / rank
 

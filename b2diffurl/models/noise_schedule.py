@@ -38,8 +38,8 @@ def read_config(root: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     import diffusers
 
     path = root / SCHEDULER_FILE
-    schedule = files.read_json(path)
-    name = str(schedule.get("_class_name")) if isinstance(schedule, dict) else ""
+    schedule = files.read_object(path)
+    name = str(schedule.get("_class_name"))
     kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and name.endswith("Scheduler")):
         raise ValueError(f"{path} names the class {name!r}, which is not a scheduler of diffusers")

@@ -52,7 +52,8 @@ class RewardModule(Protocol):
         The function is called batch by batch, and all batches of a run have the same size. A shorter last batch is padded,
         usually by repeating its last image and prompt; the scores of the padding are dropped. The score of an image must not
         depend on the other images of its batch. So if the function splits its batch, each piece needs a constant size, too.
-        If the function raises an exception the run ends, and the same command scores the whole stage again.
+        If the function raises an exception the run ends, and the same command scores the whole stage again. A reward that is
+        only watched is left out instead, with a warning.
         """
 
 

@@ -182,6 +182,14 @@ def read_json(path: Path) -> Any:
         return open_sealed(path.read_bytes())
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object, such as a model's config; a ValueError names one that holds anything else."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object, which it must. Get it anew.")
+    return content
+
+
 def read_json_lines(path: Path) -> list[dict]:
     """Read a file of one JSON object a line; errors as of `read_json`."""
     with damage_named(path):

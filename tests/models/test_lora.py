@@ -276,3 +276,20 @@ def test_refused_lora_leaves_the_disk_alone(models, config, pipeline, tmp_path):
     with pytest.raises(ValueError, match="does not fit"):
         run_verb(tmp_path, config, "sample")
     assert not experiment(tmp_path).exists()
+
+
+@pytest.mark.parametrize("metadata", ["[1]", "null", "[" * 100_000, '{"unet.lora_alpha": true}'])
+def test_metadata_that_describes_no_lora(pipeline, tmp_path, metadata):
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file(random_lora(pipeline), path, {"format": "pt", "lora_adapter_metadata": metadata})
+    with pytest.raises(ValueError, match=r"x\.safetensors is d|x\.safetensors has rank"):
+        stable_diffusion.read_lora(path)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (0, 4)])
+def test_a_tensor_that_is_no_matrix(tmp_path, shape):
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_"
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file({f"{name}A.weight": torch.ones(shape), f"{name}B.weight": torch.ones(shape)}, path)
+    with pytest.raises(ValueError, match="is no matrix"):
+        stable_diffusion.read_lora(path)

@@ -431,3 +431,24 @@ def test_a_vae_without_its_scale(base):
     configure(base / "vae", scaling_factor=None)
     with pytest.raises(ValueError, match=r"vae/config\.json has scaling_factor None"):
         check_files(base)
+
+
+@pytest.mark.parametrize("file", ["unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"])
+def test_a_config_that_is_no_object(base, file):
+    """It is named by whatever reads it first: the sizes, the identity or the check."""
+    (base / file).write_text("[1]")
+    model = read_settings(make_config({"pretrained.model": str(base)})).model
+    reads = (
+        [stable_diffusion.identity] if file.startswith("scheduler") else [stable_diffusion.sizes, stable_diffusion.identity]
+    )
+    for read in reads:
+        with pytest.raises(ValueError, match=f"{file} holds no JSON object"):
+            read(model)
+
+
+def test_a_stray_file_is_no_part_of_the_model(base):
+    """What is not loaded counts neither for the identity nor for which LoRAs fit."""
+    model = read_settings(make_config({"pretrained.model": str(base)})).model
+    before = stable_diffusion.identity(model), stable_diffusion.fingerprint(model)
+    shutil.copy(base / WEIGHTS["vae"], base / "unet" / "backup.safetensors")
+    assert (stable_diffusion.identity(model), stable_diffusion.fingerprint(model)) == before

@@ -199,7 +199,7 @@ def test_of_an_installed_package_only_its_own_modules_count(folder):
 
 
 def test_a_module_that_is_no_source_is_a_file_of_its_own(tmp_path):
-    (tmp_path / "fast.so").write_bytes(b"\\x7fELF")
+    (tmp_path / "fast.so").write_bytes(b"\x7fELF")
     assert own.modules_beside(tmp_path / "fast.so", "fast") == [tmp_path / "fast.so"]
 
 
