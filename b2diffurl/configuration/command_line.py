@@ -40,13 +40,7 @@ PRESET: ContextVar[dict[str, Any] | None] = ContextVar("PRESET", default=None)
 
 def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
     """Parse the flags and call `main(config)`. Errors that users can mend end in two lines and exit code 2."""
-    set_up_streams()
-    ambient.calm_warnings()
-    try:
-        ambient.require_usable()
-    except ValueError as error:
-        die(f"{verb}: {error}.", hint="Then run the same command again.")
-    paths.work_in_repository()
+    set_up_command(verb)
     config, preset = parse_flags()
     log_file = open_log(verb, config["exp_name"], config["log_path"], config["save_path"])
     gc.set_threshold(GC_THRESHOLD)
@@ -64,6 +58,20 @@ def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
             raise
         said, hint = explanation
         die(f"{verb}: {said}", hint=hint)
+
+
+def set_up_command(verb: str) -> None:
+    """What every command needs before anything else: streams, a usable environment, the repository as its directory."""
+    set_up_streams()
+    ambient.calm_warnings()
+    try:
+        ambient.require_usable()
+    except ValueError as error:
+        die(f"{verb}: {error}.", hint="Then run the same command again.")
+    try:
+        paths.work_in_repository()
+    except OSError as error:
+        die(f"{verb}: {error}", hint=f"{remedy(error)}.")
 
 
 def open_log(verb: str, exp_name: str, log_path: str, save_path: str) -> Path | None:
