@@ -113,8 +113,9 @@ def explain(error: BaseException, log_file: Path | None) -> tuple[str, str] | No
     if isinstance(error, MISTAKES):
         said = "; ".join([str(error), *getattr(error, "__notes__", ())])
         return said, f"{remedy(error, '--config.save_path')}{traceback_in}."
-    if isinstance(error, RecursionError):
-        return "a file has too many brackets within brackets", f"The traceback in {log_file} says which was read."
+    if isinstance(error, RecursionError) and log_file:
+        said = f"{error}: a library has read a file with too many brackets within brackets, or this program has a fault"
+        return said, f"The traceback in {log_file} says which."
     if lost_another_process(error):
         return "another process of this run has ended", f"Its error stands in {log_file}: process <number>."
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
