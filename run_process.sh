@@ -137,8 +137,9 @@ fi
 if [ -n "$NumProcesses" ]; then set_flag num_processes $((NumProcesses * NumMachines)); fi
 
 # run COMMAND…: run it in the background and wait. During `wait` bash runs a trap at once; during a foreground command only when that has ended.
+# Descriptor 3 is the list of calls (see below), which is no business of the command's.
 run() {
-    "$@" &
+    "$@" 3<&- &
     wait $! || return $?
 }
 # stop CODE: on a signal, stop the script at work, wait until it has ended, and exit with CODE.

@@ -209,6 +209,16 @@ def test_streams_may_be_closed(tmp_path, closed):
     assert len((tmp_path / "open").read_text().splitlines()) == 2
 
 
+def test_the_list_of_calls_is_not_open_in_the_scripts(tmp_path):
+    """A script that read from its descriptor would take calls away."""
+    command, environment = stubbed(tmp_path, {})
+    with (tmp_path / "bin" / "python").open("a") as stub:
+        stub.write(f"\nif ( : <&3 ) 2> /dev/null; then touch {tmp_path}/open; fi\n")
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=60)
+    assert len((tmp_path / "calls").read_text().splitlines()) == 1 + 10
+    assert not (tmp_path / "open").exists()
+
+
 def test_there_is_a_folder_for_logs():
     """In a fresh clone, too: a shell opens `bash run_process.sh > log/NAME` before anything of ours runs."""
     assert (ROOT / "log" / ".gitignore").is_file()
