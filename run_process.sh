@@ -106,15 +106,18 @@ Flags+=("$@")    # after the variables, so that arguments win over them
 for Number in "${NumProcesses:-1}" "$NumMachines" "$MachineRank" "$MainProcessPort"; do
     if [[ ! "$Number" =~ ^(0|[1-9][0-9]{0,4})$ ]]; then
         echo "error: NumProcesses, NumMachines, MachineRank and MainProcessPort are whole numbers below 100000, not '$Number'" >&2
+        echo "       Mend it and run the same command again." >&2
         exit 2
     fi
 done
 if [ -z "$Launcher" ] && [ "$MachineRank" -ge "$NumMachines" ]; then
     echo "error: MachineRank is $MachineRank; with NumMachines=$NumMachines it is at least 0 and below that" >&2
+    echo "       Mend it and run the same command again." >&2
     exit 2
 fi
 if [ "$NumMachines" -gt 1 ] && [ -z "$MainProcessIp$Launcher" ]; then
     echo "error: NumMachines is $NumMachines; MainProcessIp must be machine 0's address" >&2
+    echo "       Give it and run the same command again." >&2
     exit 2
 fi
 
@@ -134,8 +137,9 @@ fi
 if [ -n "$NumProcesses" ]; then set_flag num_processes $((NumProcesses * NumMachines)); fi
 
 # run COMMAND…: run it in the background and wait. During `wait` bash runs a trap at once; during a foreground command only when that has ended.
+# Descriptor 3 is the list of calls (see below), which is no business of the command's.
 run() {
-    "$@" &
+    "$@" 3<&- &
     wait $! || return $?
 }
 # stop CODE: on a signal, stop the script at work, wait until it has ended, and exit with CODE.

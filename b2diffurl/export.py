@@ -21,7 +21,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from b2diffurl.configuration.command_line import die, remedy
+from b2diffurl.configuration.command_line import die, remedy, set_up_command
 from b2diffurl.configuration.settings import ModelSettings, read_model
 from b2diffurl.experiment.checkpoints import read_state, require_whole
 from b2diffurl.experiment.folder import find_experiment, resolve_checkpoint
@@ -29,8 +29,8 @@ from b2diffurl.models import base_fingerprint, family
 from b2diffurl.models.lora import rank_of, write_diffusers
 from b2diffurl.reporting.model_card import Exported, base_license, write_card
 from b2diffurl.runtime import files
-from b2diffurl.runtime.logs import set_up_streams, show
-from b2diffurl.runtime.paths import user_model, user_path, work_in_repository
+from b2diffurl.runtime.logs import show
+from b2diffurl.runtime.paths import user_model, user_path
 
 RECORD = "export.json"
 FORMATS = ("diffusers", "kohya", "pipeline")
@@ -60,10 +60,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder to write (default: <experiment>/export/<format>)")
     parser.add_argument("--push", default="", metavar="OWNER/NAME", help="upload to this repository of the Hugging Face hub")
     parser.add_argument("--private", action="store_true", help="make that repository a private one, if it is new")
+    set_up_command("export")
     args = parser.parse_args()
-    set_up_streams()
     try:
-        work_in_repository()
         if args.push:
             check_login(args.push)  # before the export, which may take minutes
         root = find_experiment(args.experiment)
@@ -74,7 +73,7 @@ def main() -> None:
             show(f"export: {push(out, args.push, private=args.private)}")
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + SIGINT, as shells have it
-    except (ValueError, OSError, ImportError, SafetensorError) as error:
+    except (ValueError, OSError, ImportError, RecursionError, SafetensorError) as error:
         die(f"export: {error}", hint=f"{remedy(error, '--out')}; --help lists the options.")
 
 

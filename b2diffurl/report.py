@@ -2,22 +2,20 @@
 
 import argparse
 
-from b2diffurl.configuration.command_line import die, remedy
+from b2diffurl.configuration.command_line import die, remedy, set_up_command
 from b2diffurl.experiment.folder import find_experiment
 from b2diffurl.reporting.page import write_report
-from b2diffurl.runtime.logs import set_up_streams, show
-from b2diffurl.runtime.paths import work_in_repository
+from b2diffurl.runtime.logs import show
 
 
 def main() -> None:
     """Write the report and print its path. A mistake of the user's ends in two lines and exit code 2."""
     parser = argparse.ArgumentParser(prog="python -m b2diffurl.report", description="Write the report of an experiment.")
     parser.add_argument("experiment", help="its folder, or its name")
-    set_up_streams()
+    set_up_command("report")
     try:
-        work_in_repository()
         show(str(write_report(find_experiment(parser.parse_args().experiment))))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         die(f"report: {error}", hint=f"{remedy(error)}; python -m b2diffurl.report --help says what it takes.")
 
 

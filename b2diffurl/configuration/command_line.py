@@ -40,13 +40,7 @@ PRESET: ContextVar[dict[str, Any] | None] = ContextVar("PRESET", default=None)
 
 def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
     """Parse the flags and call `main(config)`. Errors that users can mend end in two lines and exit code 2."""
-    set_up_streams()
-    ambient.calm_warnings()
-    try:
-        ambient.require_usable()
-    except ValueError as error:
-        die(f"{verb}: {error}.", hint="Then run the same command again.")
-    paths.work_in_repository()
+    set_up_command(verb)
     config, preset = parse_flags()
     log_file = open_log(verb, config["exp_name"], config["log_path"], config["save_path"])
     gc.set_threshold(GC_THRESHOLD)
@@ -64,6 +58,20 @@ def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
             raise
         said, hint = explanation
         die(f"{verb}: {said}", hint=hint)
+
+
+def set_up_command(verb: str) -> None:
+    """What every command needs before anything else: streams, a usable environment, the repository as its directory."""
+    set_up_streams()
+    ambient.calm_warnings()
+    try:
+        ambient.require_usable()
+    except ValueError as error:
+        die(f"{verb}: {error}.", hint="Then run the same command again.")
+    try:
+        paths.work_in_repository()
+    except OSError as error:
+        die(f"{verb}: {error}", hint=f"{remedy(error)}.")
 
 
 def open_log(verb: str, exp_name: str, log_path: str, save_path: str) -> Path | None:
@@ -105,8 +113,9 @@ def explain(error: BaseException, log_file: Path | None) -> tuple[str, str] | No
     if isinstance(error, MISTAKES):
         said = "; ".join([str(error), *getattr(error, "__notes__", ())])
         return said, f"{remedy(error, '--config.save_path')}{traceback_in}."
-    if isinstance(error, RecursionError):
-        return "a file has too many brackets within brackets", f"The traceback in {log_file} says which was read."
+    if isinstance(error, RecursionError) and log_file:
+        said = f"{error}: a library has read a file with too many brackets within brackets, or this program has a fault"
+        return said, f"The traceback in {log_file} says which."
     if lost_another_process(error):
         return "another process of this run has ended", f"Its error stands in {log_file}: process <number>."
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

@@ -41,6 +41,7 @@ def holding(root: Path) -> Iterator[None]:
         yield
         return
     take(root, owner())
+    root = root.absolute()  # code of the user's, such as a reward, may go to another directory in the meantime
     # A daemon thread: it must not keep a process alive that ends by an error.
     ended = threading.Event()
     threading.Thread(target=keep_marking, args=(root, owner(), ended), daemon=True).start()

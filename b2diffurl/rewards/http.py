@@ -112,12 +112,18 @@ class Line(HTTPConnection):
     """A connection that another thread can cut, whatever this one waits for."""
 
     twin: socket.socket | None = None
+    is_cut = False
 
     def connect(self) -> None:
         super().connect()
         self.twin = self.sock.dup()  # the socket itself is handed on, to TLS and to the answer
+        if self.is_cut:  # while the host's name was looked up: nothing must be sent any more
+            self.cut()
+            self.close()
+            raise TimeoutError
 
     def cut(self) -> None:
+        self.is_cut = True
         if self.twin:
             with suppress(OSError):  # the server has cut it already
                 self.twin.shutdown(socket.SHUT_RDWR)

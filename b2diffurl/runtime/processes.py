@@ -40,19 +40,33 @@ def masters() -> list[int]:
     return [*([owner] if owner else []), *([os.getppid()] if "TORCHELASTIC_RUN_ID" in os.environ else [])]
 
 
+def lost_torchrun() -> bool:
+    """Whether torchrun has ended, so that the system's first process has become the parent of this one.
+
+    Under run_process.sh torchrun cannot be that process itself. Alone in a container it can.
+    """
+    return "TORCHELASTIC_RUN_ID" in os.environ and OWNER in os.environ and os.getppid() == 1
+
+
 @contextmanager
 def ending_with_masters() -> Iterator[None]:
-    """Inside the block this process gets SIGTERM, as if it were stopped, once one of `masters` has ended."""
+    """Inside the block this process gets SIGTERM, as if it were stopped, once one of `masters` has ended.
+
+    That may have been before the block, while this process was importing its libraries.
+    """
     ended = threading.Event()
     alive = {process: started(process) for process in masters()}
+    if lost_torchrun():
+        alive[os.getppid()] = ""
 
     def look() -> None:
-        while not ended.wait(LOOK_SEC):
+        while not ended.is_set():
             for process, when in alive.items():
-                if started(process) != when and not ended.is_set():
+                if (not when or started(process) != when) and not ended.is_set():
                     logger.warning("process %d, for which this one works, has ended", process)
                     os.kill(os.getpid(), signal.SIGTERM)
                     return
+            ended.wait(LOOK_SEC)
 
     if alive:
         threading.Thread(target=look, daemon=True).start()

@@ -58,8 +58,8 @@ for one in "$@"; do case "$one" in --calls=*) printf "{plan}" > "${{one#--calls=
 NOISE = "call\t.\trun_noise.py\n"
 
 
-def called(tmp_path: Path, variables: dict[str, str], *arguments: str, plan: str = PLAN) -> tuple[list[list[str]], str]:
-    """The commands run_process.sh runs, with a `python` on the PATH that only says how it was called, and its stdout."""
+def stubbed(tmp_path: Path, variables: dict[str, str], *arguments: str, plan: str = PLAN) -> tuple[list, dict[str, str]]:
+    """The command run_process.sh and its environment, with a `python` on the PATH that only notes how it was called."""
     stub = tmp_path / "bin" / "python"
     stub.parent.mkdir()
     noted = f'printf "%q " "$@" >> {tmp_path}/calls; echo >> {tmp_path}/calls; printf "{NOISE!r}"'.replace("'", "")
@@ -67,7 +67,12 @@ def called(tmp_path: Path, variables: dict[str, str], *arguments: str, plan: str
     stub.chmod(0o755)
     environment = {key: value for key, value in os.environ.items() if key not in {*VARIABLES, *OTHERS}}
     environment |= variables | {"PATH": f"{stub.parent}:{os.environ['PATH']}"}
-    command = ["bash", ROOT / "run_process.sh", *arguments]
+    return ["bash", ROOT / "run_process.sh", *arguments], environment
+
+
+def called(tmp_path: Path, variables: dict[str, str], *arguments: str, plan: str = PLAN) -> tuple[list[list[str]], str]:
+    """The commands run_process.sh runs, and its stdout."""
+    command, environment = stubbed(tmp_path, variables, *arguments, plan=plan)
     ended = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=60)
     return [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()], ended.stdout
 
@@ -172,14 +177,12 @@ def test_without_a_whole_list_of_calls_nothing_is_run(tmp_path, plan):
     ],
 )
 def test_numbers_with_which_bash_cannot_compute_are_refused(tmp_path, name, value):
-    """In one sentence of ours, before anything is started."""
-    with pytest.raises(FileNotFoundError):  # nothing was called
-        try:
-            called(tmp_path, {name: value})
-        except subprocess.CalledProcessError as failed:
-            assert failed.returncode == 2
-            assert failed.stderr.startswith("error: ") and len(failed.stderr.splitlines()) == 1
-            (tmp_path / "calls").read_text()
+    """In two lines of ours, before anything is started."""
+    command, environment = stubbed(tmp_path, {name: value})
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, len(ended.stderr.splitlines())) == (2, 2)
+    assert ended.stderr.startswith("error: ")
+    assert not (tmp_path / "calls").exists()
 
 
 def test_what_is_left_of_another_run_is_not_handed_on(tmp_path):
@@ -204,6 +207,16 @@ def test_streams_may_be_closed(tmp_path, closed):
     subprocess.run(["bash", "-c", f"bash {ROOT}/run_process.sh {closed}"], env=environment, check=True, timeout=60)
     assert len((tmp_path / "calls").read_text().splitlines()) == 1 + 10
     assert len((tmp_path / "open").read_text().splitlines()) == 2
+
+
+def test_the_list_of_calls_is_not_open_in_the_scripts(tmp_path):
+    """A script that read from its descriptor would take calls away."""
+    command, environment = stubbed(tmp_path, {})
+    with (tmp_path / "bin" / "python").open("a") as stub:
+        stub.write(f"\nif ( : <&3 ) 2> /dev/null; then touch {tmp_path}/open; fi\n")
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=60)
+    assert len((tmp_path / "calls").read_text().splitlines()) == 1 + 10
+    assert not (tmp_path / "open").exists()
 
 
 def test_there_is_a_folder_for_logs():

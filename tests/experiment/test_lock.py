@@ -112,6 +112,20 @@ def test_judging_keeps_its_runs_lock(tmp_path, other_run, monkeypatch):
     assert lock.is_ours(tmp_path, other_run.pid)
 
 
+def test_the_lock_stays_where_it_is_when_the_work_goes_elsewhere(tmp_path, monkeypatch):
+    """A reward of the user's may change the directory: the lock is marked all the same, and deleted in the end."""
+    monkeypatch.setattr(lock, "HEARTBEAT_SEC", 0.05)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    path = tmp_path / "tiny" / "run.lock"
+    with lock.holding(Path("tiny")):
+        os.chdir("elsewhere")
+        os.utime(path, (1, 1))
+        time.sleep(0.3)
+        assert path.stat().st_mtime > 1
+    assert not path.parent.exists()
+
+
 def test_the_clock_is_the_disks(tmp_path):
     assert abs(lock.clock_of_disk(tmp_path) - time.time()) < 5
     assert lock.clock_of_disk(tmp_path / "missing") == pytest.approx(time.time(), abs=5)

@@ -369,6 +369,14 @@ def test_a_config_of_another_class(base):
         tiny.load_model(base)
 
 
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_a_config_with_brackets_in_brackets(base, part):
+    """It is named before a library reads it, which would raise a RecursionError."""
+    (base / part / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=rf"base/{part}/config\.json is damaged \(it has too many brackets"):
+        tiny.load_model(base)
+
+
 def test_a_pipeline_of_another_kind(base):
     """Its name is given beside what it lacks."""
     shutil.move(base / "unet", base / "transformer")

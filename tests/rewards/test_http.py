@@ -228,6 +228,24 @@ def test_http_the_time_limit_is_of_the_whole_exchange(talk, first, again, body):
     assert threading.active_count() <= before + 1  # the server's
 
 
+def test_http_nothing_is_sent_when_the_time_is_over(serve, monkeypatch):
+    """A host's name is found too late: the server is not asked behind the back of who waited."""
+    there, requests = serve(lambda request: {"scores": [1.0]})
+    look_up, found = socket.getaddrinfo, threading.Event()
+
+    def slowly(*given: object, **options: object) -> list:
+        time.sleep(0.5)
+        found.set()
+        return look_up(*given, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slowly)
+    with pytest.raises(ConnectionError, match=r"did not answer within 0.1 s"):
+        http.post(b"{}", url=there["reward.http.url"], timeout_sec=0.1, num_retries=0)
+    assert found.wait(5)
+    time.sleep(0.3)
+    assert requests == []
+
+
 def test_http_words_of_a_status_line(talk):
     """A server's reason is escaped and cut, too, as is a first line that is no HTTP."""
     for first in (b"HTTP/1.1 400 \x1b[2J" + b"x" * 5000 + b"\r\n\r\n", b"\x1b[2J" + b"x" * 5000 + b"\r\n\r\n"):

@@ -87,6 +87,15 @@ def test_without_docstrings_nothing_is_begun(overrides, tmp_path):
     assert "PYTHONOPTIMIZE" in ended.stderr
 
 
+@pytest.mark.parametrize("command", ["export", "report"])
+def test_other_commands_refuse_it_too(command):
+    ended = subprocess.run(
+        [sys.executable, "-OO", "-m", f"b2diffurl.{command}", "tiny"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, len(ended.stderr.splitlines())) == (2, 2)
+    assert ended.stderr.startswith(f"error: {command}: PYTHONOPTIMIZE is 2")
+
+
 def test_warnings_are_no_errors(monkeypatch):
     """As with PYTHONWARNINGS=error, where a library's deprecation would end the run."""
     monkeypatch.setattr(sys, "warnoptions", ["error::DeprecationWarning"])

@@ -41,6 +41,27 @@ def test_a_worker_ends_with_torchrun(monkeypatch):
         time.sleep(10)
 
 
+def test_a_script_whose_run_ended_before_it_looked_stops_at_once(master, monkeypatch):
+    """run_process.sh was killed while its script was starting."""
+    master.kill()
+    master.wait()
+    monkeypatch.setenv(processes.OWNER, str(master.pid))
+    with pytest.raises(KeyboardInterrupt), stopping_in_order(), processes.ending_with_masters():
+        time.sleep(10)
+
+
+def test_a_worker_whose_torchrun_ended_before_it_looked_stops_at_once(monkeypatch):
+    """The first process has become its parent. Started by no run_process.sh, torchrun may be that one, as in a container."""
+    monkeypatch.setattr(processes, "LOOK_SEC", 0.02)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with stopping_in_order(), processes.ending_with_masters():
+        time.sleep(0.2)
+    monkeypatch.setenv(processes.OWNER, "0")
+    with pytest.raises(KeyboardInterrupt), stopping_in_order(), processes.ending_with_masters():
+        time.sleep(10)
+
+
 def test_a_script_alone_has_nobody_to_end_with(monkeypatch):
     """It may go on when its shell is closed; so may those of machines without the lock."""
     for value in (None, "0"):
