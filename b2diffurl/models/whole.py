@@ -106,7 +106,7 @@ def converted(part: nn.Module, stored: Shapes) -> Shapes:
 
 def empty_part(kind: Any, folder: Path) -> nn.Module:
     """A model of a class of diffusers or transformers with the config in `folder`, and without weights."""
-    files.read_json(folder / "config.json")  # names the file if it is no JSON, which libraries do not always
+    files.read_object(folder / "config.json")  # names the file if it is none, which libraries do not always
     diffusers = hasattr(kind, "load_config")
     config = kind.load_config(folder) if diffusers else kind.config_class.from_pretrained(folder)
     try:
