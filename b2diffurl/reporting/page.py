@@ -54,7 +54,7 @@ NUM_PAIRS = 12  # how many images of a prompt set are shown: the first ones, not
 NUM_WARNINGS = 3  # how many warnings of a kind are shown
 NUM_EXTREMES = 6  # how many of the largest losses, and of the largest gains, are shown
 MAX_LETTERS = 400  # of a prompt that are shown
-KEPT_VERSION = 1  # raise it when a picture or `summary` changes: what an older report kept is then made again
+KEPT_VERSION = 2  # raise it when a picture or `summary` changes: what an older report kept is then made again
 HEAT_MAPS = {"log_ratio": "Mean |log-ratio|", "clip_fraction": "Clip fraction"}
 # The names of the report's pictures.
 PICTURE = re.compile(r"curves|branches(_last)?|(log_ratio|clip_fraction)_per_step|(before_after|losses|gains)_.+")
@@ -289,16 +289,23 @@ def base_and_tuned(rows: Sequence[Row]) -> tuple[Row | None, Row | None]:
 # ---- pictures ----
 
 
-def draw_curves(stages: list[Row], evaluations: list[Row], kept: Kept) -> list[str]:
-    """Write report/curves.png, all panels in one; returns each panel as SVG, so that the page can arrange them."""
+def inert(svg: str, title: str) -> dict[str, str]:
+    """A picture for the page's <img>, where nothing in it can act: what was kept may come with somebody else's folder."""
+    data = base64.b64encode(str(svg).encode(errors="replace")).decode()
+    return {"src": f"data:image/svg+xml;base64,{data}", "title": title}
+
+
+def draw_curves(stages: list[Row], evaluations: list[Row], kept: Kept) -> list[dict[str, str]]:
+    """Write report/curves.png, all panels in one; returns each panel as a picture, so that the page can arrange them."""
     panels = curve_panels(stages, evaluations)
     source = [stages, evaluations]
     kept.picture("curves", source, lambda: panels_figure(panels), svg=False)
-    return kept.get("curves", source, lambda: [to_svg(panel_figure(panel), f"curve{n}") for n, panel in enumerate(panels)])
+    drawn = kept.get("curves", source, lambda: [to_svg(panel_figure(panel), f"curve{n}") for n, panel in enumerate(panels)])
+    return [inert(svg, panel.title) for svg, panel in zip(drawn, panels, strict=False)]
 
 
-def draw_heat_maps(summaries: Sequence[dict[str, Any]], kept: Kept) -> list[str]:
-    """Write report/<metric>_per_step.png of the metrics by timestep; returns them as SVG."""
+def draw_heat_maps(summaries: Sequence[dict[str, Any]], kept: Kept) -> list[dict[str, str]]:
+    """Write report/<metric>_per_step.png of the metrics by timestep; returns them as pictures for the page."""
     drawn = []
     for key, title in HEAT_MAPS.items():
         values = {one["row"]["stage"]: dict(one["steps"][key]) for one in summaries if one["steps"][key]}
@@ -307,19 +314,19 @@ def draw_heat_maps(summaries: Sequence[dict[str, Any]], kept: Kept) -> list[str]
             def draw(key: str = key, title: str = title, values: dict = values) -> Figure:
                 return heat_map(f"{title} by timestep", values, log=key == "log_ratio")
 
-            drawn.append(kept.picture(f"{key}_per_step", list(values.items()), draw))
+            drawn.append(inert(kept.picture(f"{key}_per_step", list(values.items()), draw), f"{title} by timestep"))
     return drawn
 
 
-def draw_trees(root: Path, summaries: Sequence[dict[str, Any]], kept: Kept, damaged: list[str]) -> list[str]:
-    """Write the branch pictures of an early stage and of a late one (branches.png, branches_last.png); returns them as SVG.
+def draw_trees(root: Path, summaries: Sequence[dict[str, Any]], kept: Kept, damaged: list[str]) -> list[dict[str, str]]:
+    """Write the branch pictures of an early stage and of a late one (branches.png, branches_last.png); returns both.
 
     A stage's picture shows its first group. The stages are the first and the last in which that group has both a winner and
     a loser, or if there are none, the first and the last of all. A stage whose files are damaged is passed over.
     """
     stages = {one["row"]["stage"]: one["telling"] for one in summaries if one["telling"] is not None}
     chosen = [Stage(root, index) for index, telling in stages.items() if telling or not any(stages.values())]
-    drawn: dict[int, str] = {}
+    drawn: dict[int, dict[str, str]] = {}
     for name, candidates in (("branches", chosen), ("branches_last", chosen[::-1])):
         for stage in candidates:
             if stage.index in drawn:
@@ -327,7 +334,8 @@ def draw_trees(root: Path, summaries: Sequence[dict[str, Any]], kept: Kept, dama
             with skipping(damaged, f"the branch picture of stage {stage.index}"):
                 manifests = (seal_of(stage.manifest_path(phase)) for phase in ("sample", "select"))
                 source = [stage.index, *manifests, marks(stage), *map(files.sha256, sorted(stage.folder.glob("tree.*")))]
-                drawn[stage.index] = kept.picture(name, source, lambda stage=stage: draw_tree(stage))
+                svg = kept.picture(name, source, lambda stage=stage: draw_tree(stage))
+                drawn[stage.index] = inert(svg, f"Branches of stage {stage.index}")
                 break
     return list(drawn.values())
 

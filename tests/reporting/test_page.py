@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+import xml.etree.ElementTree
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from b2diffurl.phases.health import ADVICE, warn
 from b2diffurl.reporting import page
 from b2diffurl.reporting.page import change, disk_usage, figure_table, read_pairs, refresh, warned_kinds, write_report
 from b2diffurl.reporting.plots import Pair
-from b2diffurl.runtime.files import read_json, read_json_lines, write_json, write_json_lines, write_record
+from b2diffurl.runtime.files import read_json, read_json_lines, seal, write_json, write_json_lines, write_record
 
 
 def test_the_page_is_self_contained_and_the_same_each_time(root):
@@ -310,6 +311,40 @@ def test_hostile_letters_are_shown_as_codes():
     assert page.visible("一只猫") == "一只猫"
 
 
+@pytest.mark.usefixtures("no_pngs")
+def test_what_was_kept_cannot_act_on_the_page(root):
+    """Markup in kept.json, which may be somebody else's with a right checksum, is a picture's data or text: no element."""
+    path = root / "report" / "kept.json"
+    kept, script = read_json(path), "<script>alert(1)</script>"
+    for name, entry in kept["entries"].items():
+        if isinstance(entry["value"], str):
+            entry["value"] = script
+        elif name == "curves":
+            entry["value"] = [script for _ in entry["value"]]
+        else:
+            entry["value"]["warned"] = [{"stage": 0, "kind": script, "what": script, "advice": script}]
+    path.write_bytes(seal(json.dumps(kept)))
+    html = write_report(root).read_text()
+    assert f"data:image/svg+xml;base64,{base64.b64encode(script.encode()).decode()}" in html
+    assert "&lt;script&gt;" in html
+    assert "<script" not in html
+
+
+def test_pictures_have_the_page_s_colours(root):
+    """Inside <img> a picture sees none of the page's style: it has the same colours itself, light and dark."""
+    html = (root / "report.html").read_text()
+    pictures = [base64.b64decode(data).decode() for data in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", html)]
+    assert len(pictures) >= 14
+    for name in ("--ink", "--faint", "--grid"):
+        colours = re.findall(f"{name}: (#[0-9a-f]+);", html)
+        assert len(colours) == 2
+        for picture in pictures:
+            assert re.findall(f"{name}: (#[0-9a-f]+);", picture) == colours
+    assert "var(--ink)" in pictures[0]
+    for picture in pictures:
+        xml.etree.ElementTree.fromstring(picture)  # else no browser would show it
+
+
 def test_a_report_reads_and_draws_only_what_is_new(root, monkeypatch):
     """The second report of the same files reads no stage and draws nothing; one more stage is one more read."""
     read, drawn = [], []
@@ -414,10 +449,12 @@ def test_a_browser_shows_it_whole(root, tmp_path, scheme):
             emulate(driver, "setDeviceMetricsOverride", metrics)
             driver.get((root / "report.html").as_uri())
             images = driver.execute_script("return [...document.images].map(image => image.complete && image.naturalWidth)")
-            assert len(images) == 2 * (6 + 6) * 2  # the first of each prompt set, and of each image that it lost or gained
             assert min(images) == 64
+            shots = driver.execute_script("return document.querySelectorAll('.shot img').length")
+            assert shots == 2 * (6 + 6) * 2  # the first of each prompt set, and of each image that it lost or gained
             sizes = driver.execute_script(
-                "return [...document.querySelectorAll('svg')].map(svg => [svg.clientWidth, svg.clientHeight])"
+                "return [...document.querySelectorAll('[src^=\"data:image/svg\"]')]"
+                ".map(picture => [picture.clientWidth, picture.clientHeight])"
             )
             assert len(sizes) >= 14
             assert min(min(size) for size in sizes) > 150
