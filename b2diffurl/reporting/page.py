@@ -13,6 +13,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -387,25 +389,35 @@ def galleries(root: Path, evaluations: Sequence[Row], kept: Kept, damaged: list[
 def set_galleries(
     kept: Kept, prompts: str, base: Row, tuned: Row, pairs: list[Pair], damaged: list[str]
 ) -> list[dict[str, Any]]:
-    """The galleries of one prompt set. A pair with a damaged or missing picture is left out."""
+    """The galleries of one prompt set. A pair with a picture that cannot be read is left out."""
     name, title = set_name(prompts), set_title(prompts)
-    whole = [pair for pair in pairs if all(map(files.is_whole_png, pair.images))]
-    if len(whole) < len(pairs):
-        broken = next(path for pair in pairs for path in pair.images if not files.is_whole_png(path))
-        damaged.append(
-            f"{len(pairs) - len(whole)} of {len(pairs)} images of {title} are left out: {broken} is missing or cut off"
-        )
-        logger.warning("report: %s; judging it again makes it again", damaged[-1])
-    first = whole[:NUM_PAIRS]
+    unread: list[str] = []
+
+    @cache
+    def readable(pair: Pair) -> bool:
+        try:
+            for path in pair.images:
+                if not files.is_whole_png(path):
+                    raise ValueError(f"{path} is missing or cut off")
+                files.read_image(path)
+        except ValueError as error:
+            unread.append(str(error))
+            return False
+        return True
+
+    first = list(islice(filter(readable, pairs), NUM_PAIRS))
     shown = [gallery(kept, f"before_after_{name}", f"{title}: the first {len(first)}", base, tuned, first)] if first else []
     # A pair that is neither better nor worse belongs to neither extreme, even if there are few others.
-    changed = sorted((pair for pair in whole if change(pair) is not None), key=change)
-    worse = [pair for pair in changed if change(pair) < (0, 0)]
-    better = [pair for pair in reversed(changed) if change(pair) > (0, 0)]
-    for kind, extremes in (("losses", worse[:NUM_EXTREMES]), ("gains", better[:NUM_EXTREMES])):
-        if extremes:
+    changed = sorted((pair for pair in pairs if change(pair) is not None), key=change)
+    worse = (pair for pair in changed if change(pair) < (0, 0) and readable(pair))
+    better = (pair for pair in reversed(changed) if change(pair) > (0, 0) and readable(pair))
+    for kind, candidates in (("losses", worse), ("gains", better)):
+        if extremes := list(islice(candidates, NUM_EXTREMES)):
             what = f"{title}: the largest {kind} of {len(pairs)} images"
             shown.append(gallery(kept, f"{kind}_{name}", what, base, tuned, extremes))
+    if unread:
+        damaged.append(f"{len(unread)} of {len(pairs)} images of {title} are left out: {unread[0]}")
+        logger.warning("report: %s; delete that file and judge again, which makes it again", damaged[-1])
     return shown
 
 
@@ -464,11 +476,11 @@ def embed(path: Path) -> dict[str, Any]:
     Images are embedded so that the page is one file, which can be sent to others.
     """
     data, kind = path.read_bytes(), "png"
-    picture = Image.open(io.BytesIO(data))
+    picture = Image.fromarray(files.read_image(path).numpy())
     if max(picture.size) > EMBEDDED_PX:
         picture.thumbnail((EMBEDDED_PX, EMBEDDED_PX), Image.Resampling.LANCZOS)
         buffer, kind = io.BytesIO(), "webp"
-        picture.convert("RGB").save(buffer, format=kind, quality=85)
+        picture.save(buffer, format=kind, quality=85)
         data = buffer.getvalue()
     src = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return {"src": src, "small": max(picture.size) < EMBEDDED_PX // 2}

@@ -16,7 +16,6 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image
 
 from b2diffurl.experiment.branch_picture import Tree
 from b2diffurl.experiment.evaluation_table import SETS, set_title
@@ -375,7 +374,7 @@ def pairs_figure(title: str, labels: Sequence[str], pairs: Sequence[Pair]) -> Fi
         for column, pair in enumerate(pairs):
             left, top = column * 1.18, row * 1.28
             frame = GRID if pair.right is None else GREEN if pair.right[row] else RED
-            place(axes, np.asarray(Image.open(pair.images[row]).convert("RGB")), left, top, frame, 2)
+            place(axes, files.read_image(pair.images[row]).numpy(), left, top, frame, 2)
             if pair.rewards[row] is not None:
                 axes.text(left + 0.5, top + 1.04, short(pair.rewards[row]), ha="center", va="top", fontsize=8, color=FAINT)
     for column, pair in enumerate(pairs):

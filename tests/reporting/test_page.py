@@ -5,10 +5,12 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import warnings
 import xml.etree.ElementTree
+import zlib
 
 import numpy as np
 import pytest
@@ -279,6 +281,26 @@ def test_a_damaged_file_is_left_out_and_named(root, caplog, monkeypatch, name, h
     assert f"{path.name}" in caplog.text
     assert "<h2>Curves</h2>" in html
     assert "<h2>Training prompts: the first 6</h2>" in html or path.name == "eval.jsonl" or name.startswith("stage1/")
+
+
+def bomb(path):
+    """A whole PNG that says it has 20000 x 20000 pixels."""
+    data = path.read_bytes()
+    header = b"IHDR" + struct.pack(">II", 20000, 20000) + data[24:29]
+    path.write_bytes(data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:])
+
+
+@pytest.mark.usefixtures("no_pngs")
+@pytest.mark.parametrize("how", [bomb, lambda path: path.write_bytes(path.read_bytes()[:60] + path.read_bytes()[-12:])])
+def test_only_the_pair_that_cannot_be_read_is_left_out(root, how):
+    """A PNG with its end that has too many pixels, or lacks its middle, costs its own pair alone, and is named."""
+    (path,) = root.glob("eval/stage1_test_*/00001.png")
+    how(path)
+    html = write_report(root).read_text()
+    assert "<h2>Held-out prompts: the first 5</h2>" in html
+    assert "<h2>Training prompts: the first 6</h2>" in html
+    left_out = html.split("<h2>Left out</h2>")[1].split("</section>")[0]
+    assert f"1 of 6 images of Held-out prompts are left out: {path} cannot be read as an image" in left_out
 
 
 @pytest.mark.usefixtures("no_pngs")
