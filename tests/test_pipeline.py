@@ -315,7 +315,7 @@ def test_interrupted_between_batches(workplace, finished, overrides):
         stage.batch(batch).unlink()
     for image in range(15, 18):
         stage.image(image).unlink()
-    (stage.samples / "batch_00000.safetensors.tmp").write_bytes(b"half")
+    (stage.samples / "batch_00000.safetensors.123.tmp").write_bytes(b"half")
     stamp = stage.batch(1).stat().st_mtime_ns
     run_stage(workplace, overrides, 1)
     assert_same(workplace, finished)

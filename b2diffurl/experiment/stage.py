@@ -31,7 +31,8 @@ metrics/train.jsonl            train   an event an update: loss, gradient norm, 
 train.json                     train   its manifest
 
 debug/<name>.safetensors       any     what a NaN or an infinity came from (not_finite.py)       when the phase is finished
-<any of these>.tmp             any     half-written files of an interrupted phase                when the phase starts again
+<any of these>.tmp,            any     half-written files and folders of an interrupted phase    when the phase starts again
+<any of these>.<process>.tmp
 
 Only files and folders of these names are ever deleted; whatever else lies there is the user's.
 
@@ -144,7 +145,7 @@ class Stage:
     def remove_temporaries(self) -> None:
         """Delete the half-written files and folders that an interrupted phase has left, and nothing else."""
         for path in sorted(self.folder.rglob(f"*{files.TEMPORARY}")):  # sorted: the walk is over before anything is deleted
-            if OURS.fullmatch(path.relative_to(self.folder).as_posix().removesuffix(files.TEMPORARY)):
+            if OURS.fullmatch(files.TEMPORARY_END.sub("", path.relative_to(self.folder).as_posix())):
                 files.remove(path)
 
     def checkpoints(self) -> list[Path]:
