@@ -315,7 +315,7 @@ def test_interrupted_between_batches(workplace, finished, overrides):
         stage.batch(batch).unlink()
     for image in range(15, 18):
         stage.image(image).unlink()
-    (stage.samples / "batch_00000.safetensors.tmp").write_bytes(b"half")
+    (stage.samples / "batch_00000.safetensors.123.tmp").write_bytes(b"half")
     stamp = stage.batch(1).stat().st_mtime_ns
     run_stage(workplace, overrides, 1)
     assert_same(workplace, finished)
@@ -397,12 +397,17 @@ def test_damaged_files_are_noticed(workplace, overrides):
 
 def test_what_is_not_kept_is_removed_after_training(overrides, finished, tmp_path):
     """By default the samples go once the checkpoint is final, and images beyond keep.images; scores, selection and the
-    weights stay as they would be, and running again changes nothing."""
+    weights stay as they would be, and so does what the user put there. Running again changes nothing."""
     settings = overrides | {"keep.samples": False, "keep.images": 4}
+    mine = ["debug/my notes.safetensors", "images/00009 (copy).png", "samples/batch_0 (copy).safetensors"]
+    for name in mine:
+        path = experiment(tmp_path) / "stage0" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
     run_stage(tmp_path, settings)
     stage, kept = stages(tmp_path)[0], stages(finished)[0]
-    assert not stage.samples.exists()
-    assert [path.name for path in sorted(stage.images.iterdir())] == [f"{n:05d}.png" for n in range(4)]
+    left = [name for name in snapshot(stage.folder) if name.startswith(("debug", "images", "samples", "selected"))]
+    assert sorted(left) == sorted([*mine, *(f"images/{n:05d}.png" for n in range(4))])
     for name in ("scores.jsonl", "selection.json", f"checkpoints/checkpoint_2/{LORA_FILE}"):
         assert (stage.folder / name).read_bytes() == (kept.folder / name).read_bytes()
     before = snapshot(tmp_path)

@@ -7,6 +7,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -156,12 +157,12 @@ class Evaluation:
             for sampler_name, sampler in samplers.items():
                 conditions = self.conditions(sampler, prompts)
                 folder = result_folder(root, checkpoint, lora, set_name, conditions)
-                base_result = result_folder(root, "base", None, set_name, conditions) / "result.json"
+                base_images = images_sha256(result_folder(root, "base", None, set_name, conditions))
                 if not is_whole(folder):
                     model = model or load_checkpoint(self.settings, self.accelerator, lora)
                     # A LoRA that was not applied would be judged as the base is. Without a result of the base to compare
                     # with, draw a few images by both first.
-                    if lora and not is_whole(base_result.parent):
+                    if lora and not base_images:
                         draw_both(self.settings, model, lora, batch_prompts(prompts, NUM_DRAWN, 0, None), sampler)
                     self.warn_of_cut_prompts(model, set_name)
                     num_images = self.settings.judging.num_images
@@ -172,9 +173,8 @@ class Evaluation:
                 facts |= {"prompts": set_name, "sampler": sampler_name}
                 facts |= {"lora": relative_to(root, lora) if lora else "", "conditions": conditions} | vars(sampler)
                 results.append(facts | {"folder": relative_to(root, folder)} | files.read_json(folder / "result.json"))
-                if lora and is_whole(base_result.parent):
-                    same = results[-1]["images_sha256"] == files.read_json(base_result)["images_sha256"]
-                    require_different(lora, same=same)
+                if lora and base_images:
+                    require_different(lora, same=results[-1]["images_sha256"] == base_images)
         return results
 
     def conditions(self, sampler: SamplerSettings, prompts: list[str]) -> str:
@@ -332,6 +332,13 @@ def result_folder(root: Path, checkpoint: str, lora: Path | None, set_name: str,
     # A LoRA from elsewhere is called by its path, which is no name for a folder.
     label = lora.stem if lora and stage_of(checkpoint) is None else checkpoint.replace("/", "-")
     return root / "eval" / f"{label}_{Path(set_name).stem}_{digest}"
+
+
+def images_sha256(folder: Path) -> str | None:
+    """The checksum of a result's images; None if there is no result, or it cannot be read: only its own turn mends it."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        return files.read_json(folder / "result.json")["images_sha256"]
+    return None
 
 
 def is_whole(folder: Path) -> bool:

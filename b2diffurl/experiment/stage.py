@@ -31,7 +31,8 @@ metrics/train.jsonl            train   an event an update: loss, gradient norm, 
 train.json                     train   its manifest
 
 debug/<name>.safetensors       any     what a NaN or an infinity came from (not_finite.py)       when the phase is finished
-<any of these>.tmp             any     half-written files of an interrupted phase                when the phase starts again
+<any of these>.tmp,            any     half-written files and folders of an interrupted phase    when the phase starts again
+<any of these>.<process>.tmp
 
 Only files and folders of these names are ever deleted; whatever else lies there is the user's.
 
@@ -130,10 +131,21 @@ class Stage:
     def checkpoint(self, number: int) -> Path:
         return self.folder / "checkpoints" / f"checkpoint_{number}"
 
+    def ours(self, folder: Path) -> list[Path]:
+        """What the package wrote in one of the stage's folders."""
+        return [path for path in folder.glob("*") if OURS.fullmatch(path.relative_to(self.folder).as_posix())]
+
+    def delete_ours(self, folder: Path) -> None:
+        """Delete what the package wrote in one of the stage's folders, and the folder if it is empty then."""
+        for path in self.ours(folder):
+            path.unlink(missing_ok=True)  # another process may have deleted it in this moment
+        with suppress(OSError):  # not empty, or a link to a folder on another disk
+            folder.rmdir()
+
     def remove_temporaries(self) -> None:
         """Delete the half-written files and folders that an interrupted phase has left, and nothing else."""
         for path in sorted(self.folder.rglob(f"*{files.TEMPORARY}")):  # sorted: the walk is over before anything is deleted
-            if OURS.fullmatch(path.relative_to(self.folder).as_posix().removesuffix(files.TEMPORARY)):
+            if OURS.fullmatch(files.TEMPORARY_END.sub("", path.relative_to(self.folder).as_posix())):
                 files.remove(path)
 
     def checkpoints(self) -> list[Path]:
@@ -168,7 +180,7 @@ class Stage:
         described = {str(path.relative_to(self.folder)): files.describe(path) for path in sorted(written)}
         machine = {"hardware": hardware(), "versions": versions(), "environment": ambient.recorded()}
         common = {"phase": phase, "stage": self.index, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        delete_files(self.debug, "*.safetensors")
+        self.delete_ours(self.debug)
         files.write_record(self.manifest_path(phase), common | facts | machine | {"files": described})
 
     def verify(self, phase: str, *folders: str) -> None:
@@ -188,19 +200,6 @@ class Stage:
                     f"{path} is not what the {phase} phase wrote (checksum). "
                     f"Delete it and {self.manifest_path(phase)}, then run run_{phase}.py again."
                 )
-
-
-def delete_batches(folder: Path) -> None:
-    """Delete the batches in a stage's samples/ or selected/, and the folder; files that others put there stay."""
-    delete_files(folder, "batch_[0-9]*.safetensors")
-
-
-def delete_files(folder: Path, pattern: str) -> None:
-    """Delete a folder's files that match `pattern`, and the folder if it is empty then."""
-    for path in folder.glob(pattern):
-        path.unlink(missing_ok=True)  # another process may have deleted it in this moment
-    with suppress(OSError):  # not empty, or a link to a folder on another disk
-        folder.rmdir()
 
 
 def stage_in(manifest: Path) -> int | None:

@@ -18,7 +18,7 @@ from b2diffurl.configuration.settings import Selection
 from b2diffurl.experiment.metrics import Metrics, timed
 from b2diffurl.experiment.not_finite import listed, not_finite
 from b2diffurl.experiment.origin import history_stages, made_from, require_origin, require_scales
-from b2diffurl.experiment.stage import Stage, delete_batches, finished_stages
+from b2diffurl.experiment.stage import Stage, finished_stages
 from b2diffurl.experiment.trajectories import save_selected
 from b2diffurl.phases.health import in_words, stage_warnings
 from b2diffurl.phases.inputs import reward_checksums
@@ -144,7 +144,7 @@ def write_selection(plan: Plan, selected: list[Selected]) -> list[Path]:
     ]
     files.write_json(stage.selection, rows)
     # An interrupted selection with other scores may have copied from batches that this one leaves out.
-    delete_batches(stage.selected)
+    stage.delete_ours(stage.selected)
     return [stage.selection]
 
 
@@ -169,7 +169,7 @@ def log_summary(plan: Plan, summary: dict[str, Any], seconds: float) -> None:
 def clean_up(plan: Plan) -> None:
     """Delete the stage's trajectories, unless the user keeps them. The selected ones have been copied."""
     if not plan.settings.output.keep_samples:
-        delete_batches(plan.stage.samples)
+        plan.stage.delete_ours(plan.stage.samples)
 
 
 def require_finite_advantages(stage: Stage, weighted: Tensor, ids: list[int]) -> None:

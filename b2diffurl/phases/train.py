@@ -21,7 +21,7 @@ from b2diffurl.configuration.plan import Plan
 from b2diffurl.experiment.checkpoints import read_state, save_checkpoint, whole_checkpoints
 from b2diffurl.experiment.metrics import Metrics, read_events
 from b2diffurl.experiment.origin import require_origin, selection_sha256
-from b2diffurl.experiment.stage import LORA_FILE, Stage, delete_batches
+from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.experiment.stage_table import updates_before
 from b2diffurl.experiment.trajectories import SelectedTrajectories, Trajectories
 from b2diffurl.models import Model
@@ -313,9 +313,9 @@ def clean_up(plan: Plan) -> None:
     """Delete the stage's trajectories, and its images from number `keep.images` on, unless the user keeps them."""
     stage, output = plan.stage, plan.settings.output
     if not output.keep_samples:
-        delete_batches(stage.samples)
-        delete_batches(stage.selected)
+        stage.delete_ours(stage.samples)
+        stage.delete_ours(stage.selected)
     if output.keep_images >= 0:
-        for path in stage.images.glob("[0-9]*.png"):
-            if path.stem.isdecimal() and int(path.stem) >= output.keep_images:
+        for path in stage.ours(stage.images):
+            if int(path.stem) >= output.keep_images:
                 path.unlink(missing_ok=True)

@@ -13,6 +13,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,7 @@ NUM_PAIRS = 12  # how many images of a prompt set are shown: the first ones, not
 NUM_WARNINGS = 3  # how many warnings of a kind are shown
 NUM_EXTREMES = 6  # how many of the largest losses, and of the largest gains, are shown
 MAX_LETTERS = 400  # of a prompt that are shown
-KEPT_VERSION = 1  # raise it when a picture or `summary` changes: what an older report kept is then made again
+KEPT_VERSION = 2  # raise it when a picture or `summary` changes: what an older report kept is then made again
 HEAT_MAPS = {"log_ratio": "Mean |log-ratio|", "clip_fraction": "Clip fraction"}
 # The names of the report's pictures.
 PICTURE = re.compile(r"curves|branches(_last)?|(log_ratio|clip_fraction)_per_step|(before_after|losses|gains)_.+")
@@ -289,16 +291,23 @@ def base_and_tuned(rows: Sequence[Row]) -> tuple[Row | None, Row | None]:
 # ---- pictures ----
 
 
-def draw_curves(stages: list[Row], evaluations: list[Row], kept: Kept) -> list[str]:
-    """Write report/curves.png, all panels in one; returns each panel as SVG, so that the page can arrange them."""
+def inert(svg: str, title: str) -> dict[str, str]:
+    """A picture for the page's <img>, where nothing in it can act: what was kept may come with somebody else's folder."""
+    data = base64.b64encode(str(svg).encode(errors="replace")).decode()
+    return {"src": f"data:image/svg+xml;base64,{data}", "title": title}
+
+
+def draw_curves(stages: list[Row], evaluations: list[Row], kept: Kept) -> list[dict[str, str]]:
+    """Write report/curves.png, all panels in one; returns each panel as a picture, so that the page can arrange them."""
     panels = curve_panels(stages, evaluations)
     source = [stages, evaluations]
     kept.picture("curves", source, lambda: panels_figure(panels), svg=False)
-    return kept.get("curves", source, lambda: [to_svg(panel_figure(panel), f"curve{n}") for n, panel in enumerate(panels)])
+    drawn = kept.get("curves", source, lambda: [to_svg(panel_figure(panel), f"curve{n}") for n, panel in enumerate(panels)])
+    return [inert(svg, panel.title) for svg, panel in zip(drawn, panels, strict=False)]
 
 
-def draw_heat_maps(summaries: Sequence[dict[str, Any]], kept: Kept) -> list[str]:
-    """Write report/<metric>_per_step.png of the metrics by timestep; returns them as SVG."""
+def draw_heat_maps(summaries: Sequence[dict[str, Any]], kept: Kept) -> list[dict[str, str]]:
+    """Write report/<metric>_per_step.png of the metrics by timestep; returns them as pictures for the page."""
     drawn = []
     for key, title in HEAT_MAPS.items():
         values = {one["row"]["stage"]: dict(one["steps"][key]) for one in summaries if one["steps"][key]}
@@ -307,19 +316,19 @@ def draw_heat_maps(summaries: Sequence[dict[str, Any]], kept: Kept) -> list[str]
             def draw(key: str = key, title: str = title, values: dict = values) -> Figure:
                 return heat_map(f"{title} by timestep", values, log=key == "log_ratio")
 
-            drawn.append(kept.picture(f"{key}_per_step", list(values.items()), draw))
+            drawn.append(inert(kept.picture(f"{key}_per_step", list(values.items()), draw), f"{title} by timestep"))
     return drawn
 
 
-def draw_trees(root: Path, summaries: Sequence[dict[str, Any]], kept: Kept, damaged: list[str]) -> list[str]:
-    """Write the branch pictures of an early stage and of a late one (branches.png, branches_last.png); returns them as SVG.
+def draw_trees(root: Path, summaries: Sequence[dict[str, Any]], kept: Kept, damaged: list[str]) -> list[dict[str, str]]:
+    """Write the branch pictures of an early stage and of a late one (branches.png, branches_last.png); returns both.
 
     A stage's picture shows its first group. The stages are the first and the last in which that group has both a winner and
     a loser, or if there are none, the first and the last of all. A stage whose files are damaged is passed over.
     """
     stages = {one["row"]["stage"]: one["telling"] for one in summaries if one["telling"] is not None}
     chosen = [Stage(root, index) for index, telling in stages.items() if telling or not any(stages.values())]
-    drawn: dict[int, str] = {}
+    drawn: dict[int, dict[str, str]] = {}
     for name, candidates in (("branches", chosen), ("branches_last", chosen[::-1])):
         for stage in candidates:
             if stage.index in drawn:
@@ -327,7 +336,8 @@ def draw_trees(root: Path, summaries: Sequence[dict[str, Any]], kept: Kept, dama
             with skipping(damaged, f"the branch picture of stage {stage.index}"):
                 manifests = (seal_of(stage.manifest_path(phase)) for phase in ("sample", "select"))
                 source = [stage.index, *manifests, marks(stage), *map(files.sha256, sorted(stage.folder.glob("tree.*")))]
-                drawn[stage.index] = kept.picture(name, source, lambda stage=stage: draw_tree(stage))
+                svg = kept.picture(name, source, lambda stage=stage: draw_tree(stage))
+                drawn[stage.index] = inert(svg, f"Branches of stage {stage.index}")
                 break
     return list(drawn.values())
 
@@ -379,25 +389,35 @@ def galleries(root: Path, evaluations: Sequence[Row], kept: Kept, damaged: list[
 def set_galleries(
     kept: Kept, prompts: str, base: Row, tuned: Row, pairs: list[Pair], damaged: list[str]
 ) -> list[dict[str, Any]]:
-    """The galleries of one prompt set. A pair with a damaged or missing picture is left out."""
+    """The galleries of one prompt set. A pair with a picture that cannot be read is left out."""
     name, title = set_name(prompts), set_title(prompts)
-    whole = [pair for pair in pairs if all(map(files.is_whole_png, pair.images))]
-    if len(whole) < len(pairs):
-        broken = next(path for pair in pairs for path in pair.images if not files.is_whole_png(path))
-        damaged.append(
-            f"{len(pairs) - len(whole)} of {len(pairs)} images of {title} are left out: {broken} is missing or cut off"
-        )
-        logger.warning("report: %s; judging it again makes it again", damaged[-1])
-    first = whole[:NUM_PAIRS]
+    unread: list[str] = []
+
+    @cache
+    def readable(pair: Pair) -> bool:
+        try:
+            for path in pair.images:
+                if not files.is_whole_png(path):
+                    raise ValueError(f"{path} is missing or cut off")
+                files.read_image(path)
+        except ValueError as error:
+            unread.append(str(error))
+            return False
+        return True
+
+    first = list(islice(filter(readable, pairs), NUM_PAIRS))
     shown = [gallery(kept, f"before_after_{name}", f"{title}: the first {len(first)}", base, tuned, first)] if first else []
     # A pair that is neither better nor worse belongs to neither extreme, even if there are few others.
-    changed = sorted((pair for pair in whole if change(pair) is not None), key=change)
-    worse = [pair for pair in changed if change(pair) < (0, 0)]
-    better = [pair for pair in reversed(changed) if change(pair) > (0, 0)]
-    for kind, extremes in (("losses", worse[:NUM_EXTREMES]), ("gains", better[:NUM_EXTREMES])):
-        if extremes:
+    changed = sorted((pair for pair in pairs if change(pair) is not None), key=change)
+    worse = (pair for pair in changed if change(pair) < (0, 0) and readable(pair))
+    better = (pair for pair in reversed(changed) if change(pair) > (0, 0) and readable(pair))
+    for kind, candidates in (("losses", worse), ("gains", better)):
+        if extremes := list(islice(candidates, NUM_EXTREMES)):
             what = f"{title}: the largest {kind} of {len(pairs)} images"
             shown.append(gallery(kept, f"{kind}_{name}", what, base, tuned, extremes))
+    if unread:
+        damaged.append(f"{len(unread)} of {len(pairs)} images of {title} are left out: {unread[0]}")
+        logger.warning("report: %s; delete that file and judge again, which makes it again", damaged[-1])
     return shown
 
 
@@ -456,11 +476,11 @@ def embed(path: Path) -> dict[str, Any]:
     Images are embedded so that the page is one file, which can be sent to others.
     """
     data, kind = path.read_bytes(), "png"
-    picture = Image.open(io.BytesIO(data))
+    picture = Image.fromarray(files.read_image(path).numpy())
     if max(picture.size) > EMBEDDED_PX:
         picture.thumbnail((EMBEDDED_PX, EMBEDDED_PX), Image.Resampling.LANCZOS)
         buffer, kind = io.BytesIO(), "webp"
-        picture.convert("RGB").save(buffer, format=kind, quality=85)
+        picture.save(buffer, format=kind, quality=85)
         data = buffer.getvalue()
     src = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return {"src": src, "small": max(picture.size) < EMBEDDED_PX // 2}

@@ -16,7 +16,6 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image
 
 from b2diffurl.experiment.branch_picture import Tree
 from b2diffurl.experiment.evaluation_table import SETS, set_title
@@ -47,9 +46,15 @@ STYLE: dict[str, Any] = {
     "lines.markersize": 3.5,
     "legend.frameon": False,
     "legend.fontsize": 8,
-    "svg.fonttype": "none",  # text stays text, which the page can set in its own font and people can search
+    "svg.fonttype": "none",  # text stays text, which is set in the reader's own font
     "figure.dpi": 100,
 }
+# The page's own colours and letters. A picture in <img> has none of the page's style, so it brings them along.
+PAGE_STYLE = (
+    "<style>:root { --ink: #1b1d20; --faint: #5f656d; --grid: #dfe2e6; } "
+    "@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --faint: #a2a9b1; --grid: #363b41; } } "
+    "text { font-family: system-ui, sans-serif !important; }</style>"
+)
 PANEL_INCHES = (4.0, 2.9)
 PANEL_AXES = (0.17, 0.27, 0.8, 0.63)  # left, bottom, width, height in a panel; the room below is for a legend
 TREE_COLUMN, TREE_ROW = 1.35, 1.12  # in the branch picture, from one image to the next; an image has side 1
@@ -369,7 +374,7 @@ def pairs_figure(title: str, labels: Sequence[str], pairs: Sequence[Pair]) -> Fi
         for column, pair in enumerate(pairs):
             left, top = column * 1.18, row * 1.28
             frame = GRID if pair.right is None else GREEN if pair.right[row] else RED
-            place(axes, np.asarray(Image.open(pair.images[row]).convert("RGB")), left, top, frame, 2)
+            place(axes, files.read_image(pair.images[row]).numpy(), left, top, frame, 2)
             if pair.rewards[row] is not None:
                 axes.text(left + 0.5, top + 1.04, short(pair.rewards[row]), ha="center", va="top", fontsize=8, color=FAINT)
     for column, pair in enumerate(pairs):
@@ -421,16 +426,15 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """The figure as an <svg> element for the page, as wide as its column, in the page's colours.
+    """The figure as an SVG picture for the page, in the page's colours, light or dark.
 
-    `name` must differ between the figures of a page: the ids in the element follow from it. The same figure and name give
-    the same text.
+    The same figure and name give the same text: the ids in it follow from the name.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):  # else the ids in it are random
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]  # without XML header and doctype, which have no place inside a page
+    svg = svg[svg.index("<svg") :]  # without XML header and doctype
     for colour, variable in ((INK, "--ink"), (FAINT, "--faint"), (GRID, "--grid")):
         svg = svg.replace(colour, f"var({variable})")
-    return svg.replace("<svg", '<svg role="img"', 1)
+    return svg.replace(">", f">{PAGE_STYLE}", 1)

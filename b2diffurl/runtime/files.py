@@ -16,6 +16,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,19 +26,27 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from b2diffurl.runtime.processes import started
+
 TEMPORARY = ".tmp"
+# How the temporary name of a file ends: with the process that writes it. Twice if the file is a temporary one itself.
+TEMPORARY_END = re.compile(r"((\.\d+)?\.tmp)+$")
 MAX_PIXELS = 1 << 26  # of an image: 8192 x 8192. A file of a few kilobytes can hold a million times as much
 SEAL = "content_sha256"  # last key of a record: SHA-256 of all bytes before it
 SEALED = re.compile(rb'(.*?),\s*"' + SEAL.encode() + rb'": "(.*?)"\s*}\s*', re.DOTALL)
 
 
 def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
-    """Write `data` under a temporary name, then rename that to `path`.
+    """Write `data` under a temporary name of this process's own, then rename that to `path`.
 
-    `durable` waits until the disk has the data, so that it survives a crash of the machine.
+    So of two processes that write one file at once, neither renames what the other has half written. `durable` waits until
+    the disk has the data, so that it survives a crash of the machine.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + TEMPORARY)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+    for left in leftovers(path.parent).get(path.name, ()):
+        if not started(int(left.name.split(".")[-2])):
+            left.unlink(missing_ok=True)
     try:
         with naming(path), create(temporary) as file:
             file.write(data)
@@ -49,6 +58,16 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
         with suppress(OSError):
             temporary.unlink()  # on a full disk it would take the room of the next file
         raise
+
+
+@cache  # a folder of many images would take long to list before each of them
+def leftovers(folder: Path) -> dict[str, list[Path]]:
+    """The half-written files in a folder when this process first wrote there, by the name that they were to get."""
+    found: dict[str, list[Path]] = {}
+    for path in folder.glob(f"*{TEMPORARY}"):
+        if match := re.fullmatch(r"(.+)\.\d+\.tmp", path.name, re.DOTALL):
+            found.setdefault(match[1], []).append(path)
+    return found
 
 
 def create(path: Path) -> BinaryIO:

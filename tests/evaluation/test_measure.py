@@ -93,6 +93,19 @@ def test_a_damaged_evaluation_is_made_again_when_it_is_asked_for(overrides, tmp_
     assert not list(folder.glob("*.png"))
 
 
+@pytest.mark.parametrize("harmed", ["00002.png", "result.json"])
+def test_a_base_that_is_only_compared_with_is_not_made_again(workplace, overrides, caplog, monkeypatch, harmed):
+    """Nor does the log say so, whatever of it is damaged."""
+    (base,) = run_evaluation(workplace, overrides, ["base"])
+    path = experiment(workplace) / base["folder"] / harmed
+    path.write_bytes(path.read_bytes()[:-20])
+    before = path.read_bytes()
+    monkeypatch.setattr(logger, "propagate", True)
+    run_evaluation(workplace, overrides, ["last"])
+    assert "made again" not in caplog.text
+    assert path.read_bytes() == before
+
+
 def test_a_reward_of_the_users_own(overrides, tmp_path, monkeypatch):
     """`package.module:function` names any function on the Python path: its mean is the reward."""
     (tmp_path / "my_rewards.py").write_text(

@@ -5,9 +5,12 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import warnings
+import xml.etree.ElementTree
+import zlib
 
 import numpy as np
 import pytest
@@ -22,7 +25,7 @@ from b2diffurl.phases.health import ADVICE, warn
 from b2diffurl.reporting import page
 from b2diffurl.reporting.page import change, disk_usage, figure_table, read_pairs, refresh, warned_kinds, write_report
 from b2diffurl.reporting.plots import Pair
-from b2diffurl.runtime.files import read_json, read_json_lines, write_json, write_json_lines, write_record
+from b2diffurl.runtime.files import read_json, read_json_lines, seal, write_json, write_json_lines, write_record
 
 
 def test_the_page_is_self_contained_and_the_same_each_time(root):
@@ -280,6 +283,26 @@ def test_a_damaged_file_is_left_out_and_named(root, caplog, monkeypatch, name, h
     assert "<h2>Training prompts: the first 6</h2>" in html or path.name == "eval.jsonl" or name.startswith("stage1/")
 
 
+def bomb(path):
+    """A whole PNG that says it has 20000 x 20000 pixels."""
+    data = path.read_bytes()
+    header = b"IHDR" + struct.pack(">II", 20000, 20000) + data[24:29]
+    path.write_bytes(data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:])
+
+
+@pytest.mark.usefixtures("no_pngs")
+@pytest.mark.parametrize("how", [bomb, lambda path: path.write_bytes(path.read_bytes()[:60] + path.read_bytes()[-12:])])
+def test_only_the_pair_that_cannot_be_read_is_left_out(root, how):
+    """A PNG with its end that has too many pixels, or lacks its middle, costs its own pair alone, and is named."""
+    (path,) = root.glob("eval/stage1_test_*/00001.png")
+    how(path)
+    html = write_report(root).read_text()
+    assert "<h2>Held-out prompts: the first 5</h2>" in html
+    assert "<h2>Training prompts: the first 6</h2>" in html
+    left_out = html.split("<h2>Left out</h2>")[1].split("</section>")[0]
+    assert f"1 of 6 images of Held-out prompts are left out: {path} cannot be read as an image" in left_out
+
+
 @pytest.mark.usefixtures("no_pngs")
 def test_a_note_in_the_report_s_folder_stays(root):
     """Of what lies there only pictures of our names are deleted, when the report has them no more."""
@@ -308,6 +331,40 @@ def test_hostile_letters_are_shown_as_codes():
     assert page.visible("a\x1b[2J\u202eb\nc") == "a\\x1b[2J\\u202eb\nc"
     assert page.visible("x" * 10_000) == "x" * 399 + "…"
     assert page.visible("一只猫") == "一只猫"
+
+
+@pytest.mark.usefixtures("no_pngs")
+def test_what_was_kept_cannot_act_on_the_page(root):
+    """Markup in kept.json, which may be somebody else's with a right checksum, is a picture's data or text: no element."""
+    path = root / "report" / "kept.json"
+    kept, script = read_json(path), "<script>alert(1)</script>"
+    for name, entry in kept["entries"].items():
+        if isinstance(entry["value"], str):
+            entry["value"] = script
+        elif name == "curves":
+            entry["value"] = [script for _ in entry["value"]]
+        else:
+            entry["value"]["warned"] = [{"stage": 0, "kind": script, "what": script, "advice": script}]
+    path.write_bytes(seal(json.dumps(kept)))
+    html = write_report(root).read_text()
+    assert f"data:image/svg+xml;base64,{base64.b64encode(script.encode()).decode()}" in html
+    assert "&lt;script&gt;" in html
+    assert "<script" not in html
+
+
+def test_pictures_have_the_page_s_colours(root):
+    """Inside <img> a picture sees none of the page's style: it has the same colours itself, light and dark."""
+    html = (root / "report.html").read_text()
+    pictures = [base64.b64decode(data).decode() for data in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", html)]
+    assert len(pictures) >= 14
+    for name in ("--ink", "--faint", "--grid"):
+        colours = re.findall(f"{name}: (#[0-9a-f]+);", html)
+        assert len(colours) == 2
+        for picture in pictures:
+            assert re.findall(f"{name}: (#[0-9a-f]+);", picture) == colours
+    assert "var(--ink)" in pictures[0]
+    for picture in pictures:
+        xml.etree.ElementTree.fromstring(picture)  # else no browser would show it
 
 
 def test_a_report_reads_and_draws_only_what_is_new(root, monkeypatch):
@@ -414,10 +471,12 @@ def test_a_browser_shows_it_whole(root, tmp_path, scheme):
             emulate(driver, "setDeviceMetricsOverride", metrics)
             driver.get((root / "report.html").as_uri())
             images = driver.execute_script("return [...document.images].map(image => image.complete && image.naturalWidth)")
-            assert len(images) == 2 * (6 + 6) * 2  # the first of each prompt set, and of each image that it lost or gained
             assert min(images) == 64
+            shots = driver.execute_script("return document.querySelectorAll('.shot img').length")
+            assert shots == 2 * (6 + 6) * 2  # the first of each prompt set, and of each image that it lost or gained
             sizes = driver.execute_script(
-                "return [...document.querySelectorAll('svg')].map(svg => [svg.clientWidth, svg.clientHeight])"
+                "return [...document.querySelectorAll('[src^=\"data:image/svg\"]')]"
+                ".map(picture => [picture.clientWidth, picture.clientHeight])"
             )
             assert len(sizes) >= 14
             assert min(min(size) for size in sizes) > 150

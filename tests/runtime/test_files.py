@@ -30,6 +30,7 @@ from conftest import (
 from b2diffurl import export, report
 from b2diffurl.experiment.checkpoints import save_checkpoint
 from b2diffurl.experiment.metrics import read_events
+from b2diffurl.experiment.stage import Stage
 from b2diffurl.runtime import files
 
 
@@ -228,7 +229,7 @@ def precious(tmp_path) -> Path:
 def test_no_write_goes_through_a_link(precious, tmp_path):
     """At a temporary name a link is replaced, and its target stays; so is what an interrupted write has left."""
     for name, kind in (("report.html", "link"), ("eval.jsonl", "dangling"), ("rest.json", "file")):
-        temporary = tmp_path / f"{name}.tmp"
+        temporary = tmp_path / f"{name}.{os.getpid()}.tmp"
         if kind == "file":
             temporary.write_text("half")
         else:
@@ -240,6 +241,28 @@ def test_no_write_goes_through_a_link(precious, tmp_path):
     files.write_bytes(tmp_path / "linked", b"new")
     assert precious.read_text() == "mine"
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_two_writers_of_one_file(tmp_path):
+    """Half-written files of living processes stay, for they rename them; those of ended ones go, and others' files stay."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    half = {name: tmp_path / name for name in (f"page.{os.getppid()}.tmp", f"page.{ended.pid}.tmp", "page.note.tmp")}
+    for path in half.values():
+        path.write_bytes(b"half")
+    files.write_bytes(tmp_path / "page", b"new")
+    assert snapshot(tmp_path) == {"page": b"new", f"page.{os.getppid()}.tmp": b"half", "page.note.tmp": b"half"}
+
+
+def test_all_that_an_interrupted_phase_has_left_goes(tmp_path):
+    """Under all temporary names of ours, of whatever process; also what was to be a temporary file."""
+    stage = Stage(tmp_path, 0)
+    ours = ["prompts.json.tmp", "prompts.json.123.tmp", "scores_of_process_1.json.tmp.123.tmp", "images/00001.png.1.tmp"]
+    for name in (*ours, "notes.123.tmp", "prompts.json.old.tmp"):
+        (stage.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (stage.folder / name).write_text("half")
+    stage.remove_temporaries()
+    assert set(snapshot(stage.folder)) == {"notes.123.tmp", "prompts.json.old.tmp"}
 
 
 @pytest.mark.parametrize("kind", ["folder", "link", "file", "nothing"])
