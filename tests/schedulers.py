@@ -3,8 +3,8 @@
 import tiny
 from diffusers import DDIMScheduler
 
-from b2diffurl.algorithm.ddim import make_transitions
 from b2diffurl.algorithm.transition import Transitions
+from b2diffurl.models.noise_schedule import make_table
 
 # scheduler_config.json of models on the hub, by the model's name; their _diffusers_version is left out.
 _SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -37,13 +37,7 @@ def stock(num_steps: int, **config) -> DDIMScheduler:
 
 
 def ours(scheduler: DDIMScheduler, eta: float) -> Transitions:
-    return make_transitions(
-        scheduler.timesteps,
-        scheduler.alphas_cumprod,
-        scheduler.final_alpha_cumprod,
-        eta=eta,
-        prediction_type=scheduler.config.prediction_type,
-    )
+    return make_table(scheduler, len(scheduler.timesteps), eta)
 
 
 def v1_4_table(num_steps: int, prediction_type: str = "epsilon") -> Transitions:
