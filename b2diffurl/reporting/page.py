@@ -49,7 +49,7 @@ from b2diffurl.reporting.plots import (
     tree_figure,
 )
 from b2diffurl.runtime import files
-from b2diffurl.runtime.logs import logger
+from b2diffurl.runtime.logs import logger, printable
 
 PRESETS = Path(__file__).parents[2] / "config" / "stage_process.py"
 NUM_PAIRS = 12  # how many images of a prompt set are shown: the first ones, not picked
@@ -130,11 +130,7 @@ def missing_stages(stages: Sequence[Row]) -> list[int]:
 
 def visible(text: str, length: int = MAX_LETTERS) -> str:
     """A text for the page: its beginning, with control characters and those that turn the direction of writing as codes."""
-    shown = "".join(
-        letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape", "replace").decode()
-        for letter in text[: length + 1]
-    )
-    return shorten(shown, length)
+    return shorten("\n".join(map(printable, text[: length + 1].split("\n"))), length)
 
 
 # ---- what is kept from one report to the next ----

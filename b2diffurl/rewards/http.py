@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from b2diffurl.rewards import Reward
-from b2diffurl.runtime.logs import logger
+from b2diffurl.runtime.logs import logger, printable
 
 NOT_DECISIVE = ("timeout_sec", "num_retries")
 FIRST_WAIT_SEC = 0.5  # before the first retry; each further wait is twice as long
@@ -94,7 +94,7 @@ def shown(said: bytes | str) -> str:
     text = said[: 4 * MAX_SHOWN].decode(errors="replace") if isinstance(said, bytes) else said
     for word in os.environ.get(AUTHORIZATION, "").split()[-1:]:
         text = text.replace(word, "***")
-    text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text[:MAX_SHOWN])
+    text = printable(text[:MAX_SHOWN])
     return text if len(text) < MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
