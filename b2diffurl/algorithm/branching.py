@@ -1,7 +1,7 @@
 """Branch-based sampling (arXiv 2503.11240, section 4.2): denoise one prefix, then continue it in K branches.
 
 G groups (one prefix each), K branches, N = G*K rows in group-major order (row g*K + k)
-T sampler steps, the last S of them trained
+T sampler steps, S of them trained: the window
 """
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from b2diffurl.algorithm.transition import Transitions, log_prob, transition
 from b2diffurl.algorithm.types import Noise, Predict
+from b2diffurl.algorithm.window import Window
 
 
 def denoise(predict: Predict, table: Transitions, x: Tensor, noise: Noise, steps: range) -> Tensor:
@@ -20,21 +21,21 @@ def denoise(predict: Predict, table: Transitions, x: Tensor, noise: Noise, steps
 
 
 def branch_sample(
-    predict: Predict, table: Transitions, x_T: Tensor, noise: Noise, *, num_branches: int, num_trained_steps: int
-) -> tuple[Tensor, Tensor]:
-    """Denoise G prefixes from x_T [G,C,H,W], copy each K times before the last S steps, and denoise the copies apart.
+    predict: Predict, table: Transitions, x_T: Tensor, noise: Noise, *, num_branches: int, window: Window
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Denoise G prefixes from x_T [G,C,H,W], copy each K times where the window starts, and denoise the copies apart.
 
-    Returns the S+1 states of the trained window, latents [G,K,S+1,C,H,W], and log_probs [G,K,S] of its transitions, both
-    float32. `predict` sees G rows in the prefix and G*K rows after it.
+    Returns the S+1 states of the window, latents [G,K,S+1,C,H,W], log_probs [G,K,S] of its transitions, and the finished
+    latents [G,K,C,H,W], all float32. `predict` sees G rows in the prefix and G*K rows after it.
     """
-    num_groups, split = len(x_T), table.num_steps - num_trained_steps
-    x = denoise(predict, table, x_T, noise, range(split)).repeat_interleave(num_branches, dim=0)
+    x = denoise(predict, table, x_T, noise, range(window.start)).repeat_interleave(num_branches, dim=0)
     latents, log_probs = [x], []
-    for i in range(split, table.num_steps):
+    for i in range(window.start, window.stop):
         mu, sigma = transition(table, i, x, predict(x, i))
         x = mu + sigma * noise(x.shape)
         latents.append(x)
         # Of the state as it is stored, so that training on it finds an importance ratio of 1.
         log_probs.append(log_prob(x, mu, sigma))
-    grouped = (num_groups, num_branches)
-    return torch.stack(latents, 1).unflatten(0, grouped), torch.stack(log_probs, 1).unflatten(0, grouped)
+    finished = denoise(predict, table, x, noise, range(window.stop, table.num_steps))
+    grouped = (len(x_T), num_branches)
+    return *(torch.stack(each, 1).unflatten(0, grouped) for each in (latents, log_probs)), finished.unflatten(0, grouped)

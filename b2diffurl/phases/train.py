@@ -197,7 +197,7 @@ def read_data(plan: Plan) -> TrainingData:
     return TrainingData(
         stored=SelectedTrajectories(plan.stage, selected, plan.settings.sampling.num_groups),
         # There is one reward for a trajectory, so all its transitions have the same advantage.
-        advantages=of_trajectory.unsqueeze(1).expand(-1, plan.num_trained_steps),
+        advantages=of_trajectory.unsqueeze(1).expand(-1, plan.window.num_steps),
         units=make_units(selected, paired=plan.settings.training.objective.paired),
     )
 
@@ -209,10 +209,10 @@ def train_epochs(plan: Plan, trainer: Trainer, log: UpdateLog, data: TrainingDat
     trajectories of the next one are read, so those of at most two updates are in memory.
     """
     training, seed, index = plan.settings.training, plan.settings.schedule.seed, plan.stage.index
-    units, num_steps = data.units, Budget.of(plan.settings).num_chosen_steps(plan.num_trained_steps)
+    units, num_steps = data.units, Budget.of(plan.settings).num_chosen_steps(plan.window.num_steps)
     logger.info(
         "stage%d train: training on %d trajectories, %d of their %d steps, from %s",
-        index, data.num_trajectories, num_steps, plan.num_trained_steps, plan.start,
+        index, data.num_trajectories, num_steps, plan.window.num_steps, plan.start,
     )  # fmt: skip
     size = max(1, training.num_trajectories // units[0].numel())  # units in an update
     planned = [
@@ -228,7 +228,7 @@ def train_epochs(plan: Plan, trainer: Trainer, log: UpdateLog, data: TrainingDat
     with progress_bar(num_transitions, f"stage{index} train", "transitions") as trainer.bar:
         for (epoch, number, chosen), trajectories in ahead(read, planned):
             # Drawn for each update by a key of its own, so that a resumed training draws the same steps.
-            steps = choose_steps(plan.num_trained_steps, num_steps, generator(seed, index, "steps", epoch, number))
+            steps = choose_steps(plan.window.num_steps, num_steps, generator(seed, index, "steps", epoch, number))
             first = trainer.num_updates == 0
             # The trainer sees only this update's trajectories, which are numbered from 0.
             local = torch.arange(chosen.numel()).view(chosen.shape)
@@ -280,9 +280,10 @@ def finish(plan: Plan, trainer: Trainer, log: UpdateLog, sampled: dict, seconds:
     num_trajectories = sum(update["num_trajectories"] for update in updates)
     facts = {
         "seed": plan.settings.schedule.seed,
-        "num_trained_steps": plan.num_trained_steps,
+        "num_trained_steps": plan.window.num_steps,
+        "window": plan.window.ends,
         "num_updates": len(updates),
-        "num_transitions": num_trajectories * Budget.of(plan.settings).num_chosen_steps(plan.num_trained_steps),
+        "num_transitions": num_trajectories * Budget.of(plan.settings).num_chosen_steps(plan.window.num_steps),
         "max_abs_log_ratio_first_update": updates[0]["max_abs_log_ratio"] if updates else None,
         "policy": sampled["policy"],
         "made_from": {"selection": selection_sha256(stage)},
