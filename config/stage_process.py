@@ -85,10 +85,11 @@ def sampling() -> ConfigDict:
     """Sampling a stage's images."""
     sample = ConfigDict()
     sample.num_steps = 20  # T, sampler steps
-    sample.eta = 1.0  # DDIM's eta: 1 is fully stochastic; 0 is refused, because deterministic steps have no log-prob
+    sample.eta = 1.0  # DDIM's eta: 1 is fully stochastic; 0 is deterministic, which only nft and awm can train
     sample.prefix_eta = -1.0  # eta of the steps before the trained ones; -1: as sample.eta; 0: deterministic
     sample.suffix_eta = -1.0  # eta of the steps after the trained ones; -1: as sample.eta; 0: deterministic
     sample.suffix_steps = 0  # with suffix_eta 0: take at most so many steps after the trained ones, evenly spaced; 0: all
+    sample.scheduler = ""  # nft, awm: a scheduler class of diffusers to sample with, if images are independent; "": DDIM
     sample.guidance_scale = 5.0  # classifier-free guidance, in sampling and in training; 1: none
     sample.batch_size = 8  # groups (one prompt each) in a batch, so batch_size * split_time images
     sample.num_batches_per_epoch = 32  # batches in a stage, over all processes
@@ -163,7 +164,9 @@ def selection_and_judging() -> ConfigDict:
 def training() -> ConfigDict:
     """Training the LoRA on what was selected."""
     train = ConfigDict()
-    train.objective = "ddpo"  # ddpo | reinforce (unclipped, one epoch) | dpok (ddpo + KL to the base) | d3po (DPO on pairs)
+    # On a sampler's steps: ddpo | reinforce (unclipped, one epoch) | dpok (ddpo + KL to the base) | d3po (DPO on pairs).
+    # On images that are noised again: nft | awm.
+    train.objective = "ddpo"
     train.num_epochs = 2  # passes over the selected trajectories of a stage
     train.batch_size = 2  # an update takes batch_size * gradient_accumulation_steps trajectories with all their steps
     train.gradient_accumulation_steps = 64  # only its product with batch_size counts
@@ -181,6 +184,12 @@ def training() -> ConfigDict:
     train.eps = 0.1  # PPO's clip range; log-ratios are means over the latent dimensions (docs/method.md)
     train.kl_weight = 0.1  # dpok: weight of the KL to the base model, a mean over the latent dimensions
     train.dpo_beta = 0.1  # d3po: beta of log-ratios that are means over the D latent dimensions (docs/method.md)
+    train.noise_levels = 8  # nft, awm: noised copies of an image in an update, each with noise of another level
+    train.nft_beta = 1.0  # nft: how far the policy is mixed with the one that sampled; 1: not at all
+    train.nft_scale = 1.0  # nft: advantage from which on an image counts as wholly good, or below minus that as wholly bad
+    train.awm_clip = 0.2  # awm: clip range of the ratio of matching losses, which are means over the latent dimensions
+    train.old_weight = 0.3  # nft, awm: weight of the squared distance of outputs to those of the policy that sampled
+    train.base_weight = 0.0  # nft, awm: the same to the base model's; above 0 it costs another forward pass
     train.beta1 = 1.0  # factor of positive advantages
     train.beta2 = 1.0  # factor of negative advantages
     train.adv_clip_max = 5.0  # advantages are clamped to +- this

@@ -11,7 +11,8 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from b2diffurl.algorithm.ddim import make_transitions
+from b2diffurl.algorithm.ddim import make_noise_levels, make_transitions
+from b2diffurl.algorithm.noising import NoiseLevels
 from b2diffurl.algorithm.transition import Transitions
 from b2diffurl.algorithm.types import Conditions
 
@@ -47,6 +48,9 @@ class GaussianWorld:
         table, final = self.scheduler.alphas_cumprod, self.scheduler.final_alpha_cumprod
         return make_transitions(self.scheduler.timesteps, table, final, eta=eta, prediction_type="epsilon")
 
+    def noise_levels(self) -> NoiseLevels:
+        return make_noise_levels(self.scheduler.alphas_cumprod, prediction_type="epsilon")
+
     def encode(self, prompts: list[str]) -> Conditions:
         return {"mean": torch.tensor([float(prompt) for prompt in prompts]).view(-1, 1, 1, 1)}
 
@@ -68,6 +72,12 @@ class GaussianWorld:
         self.network.adapted = False
         yield
         self.network.adapted = True
+
+    @contextmanager
+    def with_lora(self, parameters: dict[str, Tensor]) -> Iterator[None]:
+        own, self.network.theta.data = self.network.theta.data, parameters["theta"]
+        yield
+        self.network.theta.data = own
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {"theta": self.network.theta}

@@ -55,17 +55,21 @@ def per_row(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *(1,) * (like.dim() - 1))
 
 
-def window_levels(levels: NoiseLevels, table: Transitions, start: int, stop: int) -> tuple[int, int]:
-    """The noise levels that the steps start..stop-1 of a sampler pass through, as a range of rows (first, end).
+def step_of_level(levels: NoiseLevels, table: Transitions) -> Tensor:
+    """The sampler's step that passes through each noise level, [L] int64 in 0..T-1.
 
-    They lie above the level to which the last of these steps leads, and reach up to the level at which the first one begins.
-    A window that begins with the first step reaches up to pure noise, because other samplers begin there. One that ends with
-    the last step reaches down to the image.
+    A step has the levels below the one at which it begins, down to that to which it leads, and the one where it begins. The
+    first step reaches up to pure noise, because other samplers begin there, and the last one down to the image.
     """
-    timesteps = levels.timesteps.cpu()
-    first = 0 if stop == table.num_steps else int(torch.searchsorted(timesteps, table.timesteps[stop].cpu(), right=True))
-    end = len(timesteps) if start == 0 else int(torch.searchsorted(timesteps, table.timesteps[start].cpu(), right=True))
-    return first, end
+    begins = table.timesteps.flip(0).to(levels.timesteps)  # increasing
+    return (table.num_steps - 1 - torch.searchsorted(begins, levels.timesteps)).clamp(min=0)
+
+
+def window_levels(levels: NoiseLevels, table: Transitions, start: int, stop: int) -> tuple[int, int]:
+    """The noise levels of the sampler's steps start..stop-1, as a range of rows (first, end)."""
+    step = step_of_level(levels, table)
+    inside = ((step >= start) & (step < stop)).nonzero()
+    return int(inside[0]), int(inside[-1]) + 1
 
 
 def draw_levels(first: int, end: int, num_images: int, num_bands: int, rng: torch.Generator) -> Tensor:

@@ -174,7 +174,7 @@ def check_selection(settings: Mapping[str, Any]) -> None:
 def check_objective(settings: Mapping[str, Any]) -> None:
     """Refuse a selection, sampling or number of epochs that the objective cannot train with."""
     name, num_epochs = settings["train.objective"], settings["train.num_epochs"]
-    objective = OBJECTIVES[name]
+    objective, branches = OBJECTIVES[name], settings["sampling"] == "branch" and settings["split_time"] > 1
     if objective.paired and settings["eval.selection"] != "pairs":
         raise ValueError(f"train.objective {name} compares best and worst: eval.selection must be pairs")
     if objective.paired and settings["sampling"] != "branch":
@@ -183,4 +183,26 @@ def check_objective(settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"train.num_epochs is {num_epochs}; {name} does not correct for samples of an older policy, so it makes one "
             "pass. Take ddpo for more."
+        )
+    forward = " and ".join(other for other, one in OBJECTIVES.items() if one.on_noised_images)
+    if settings["sample.eta"] == 0 and not objective.on_noised_images:
+        raise ValueError(
+            f"sample.eta is 0; {name} needs the log-probability of a step, and a step without noise has none. Take an eta "
+            f"above 0, or one of the objectives that need none: {forward}."
+        )
+    if settings["sample.eta"] == 0 and branches:
+        raise ValueError(
+            "sample.eta is 0; without noise the branches of a prefix are all alike. Take an eta above 0, or "
+            "sampling=independent."
+        )
+    scheduler = settings["sample.scheduler"]
+    if scheduler and not objective.on_noised_images:
+        raise ValueError(
+            f"sample.scheduler is {shown(scheduler)}; {name} is trained on the steps of DDIM. Leave it out, or take one of "
+            f"the objectives that need no steps: {forward}."
+        )
+    if scheduler and branches:
+        raise ValueError(
+            f"sample.scheduler is {shown(scheduler)}, which cannot part into branches; leave it out, or take "
+            "sampling=independent"
         )

@@ -122,6 +122,7 @@ class Sampling:
     num_steps: int  # T, sampler steps
     eta: float  # of DDIM, in the trained window: 1 is fully stochastic
     outside: Outside  # the steps before and after the window
+    scheduler: str  # name of a diffusers class that samples instead of DDIM; "": DDIM
     guidance_scale: float
     micro_batch_size: int  # images the network sees at once; 0: the whole batch
     decode_batch_size: int  # latents decoded at once
@@ -192,6 +193,7 @@ class Training:
     num_epochs: int  # passes over the selected trajectories of a stage
     num_trajectories: int  # in one update
     timestep_fraction: float  # fraction of a trajectory's S trained steps that an update uses
+    num_noise_levels: int  # noised copies of an image in an update, if the objective is trained on them
     step_weight: str  # weight of a step in the loss: none | leverage | sigma
     unconditional_gradient: bool  # whether the unconditional half of guidance is differentiated
     micro_batch_size: int  # transitions the network sees at once
@@ -314,6 +316,7 @@ def read_sampling(config: Mapping[str, Any]) -> Sampling:
         num_steps=sample["num_steps"],
         eta=sample["eta"],
         outside=Outside(sample["prefix_eta"], sample["suffix_eta"], sample["suffix_steps"]),
+        scheduler=sample["scheduler"],
         guidance_scale=sample["guidance_scale"],
         micro_batch_size=sample["micro_batch_size"],
         decode_batch_size=sample["decode_batch_size"],
@@ -408,6 +411,7 @@ def read_training(train: Mapping[str, Any]) -> Training:
         num_epochs=train["num_epochs"],
         num_trajectories=train["batch_size"] * train["gradient_accumulation_steps"],
         timestep_fraction=train["timestep_fraction"],
+        num_noise_levels=train["noise_levels"],
         step_weight=train["step_weight"],
         unconditional_gradient=train["unconditional_gradient"],
         micro_batch_size=train["micro_batch_size"],

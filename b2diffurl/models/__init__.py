@@ -17,6 +17,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from b2diffurl.algorithm.noising import NoiseLevels
 from b2diffurl.algorithm.transition import Transitions
 from b2diffurl.algorithm.types import Conditions
 from b2diffurl.algorithm.window import Window
@@ -39,6 +40,9 @@ class Model(Protocol):
 
         If `steps` are given, only these of them are taken. Each leads to the next one, the last to the image.
         """
+
+    def noise_levels(self) -> NoiseLevels:
+        """The noise levels that the network was trained on, and what it outputs there."""
 
     def scheduler(self, name: str) -> Any:
         """A scheduler of diffusers by its class name, with this model's scheduler settings."""
@@ -76,6 +80,9 @@ class Model(Protocol):
 
     def base_policy(self) -> AbstractContextManager[None]:
         """A context in which `predict` uses the frozen base model: the same network with its LoRA disabled."""
+
+    def with_lora(self, parameters: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """A context in which `predict` uses these values of the LoRA's parameters, which have the names of `trainable`."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode final latents to images uint8 [N,H,W,3]; a FloatingPointError if the decoder overflows."""

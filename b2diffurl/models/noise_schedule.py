@@ -10,7 +10,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from b2diffurl.algorithm.ddim import make_transitions
+from b2diffurl.algorithm.ddim import make_noise_levels, make_transitions
+from b2diffurl.algorithm.noising import NoiseLevels
 from b2diffurl.algorithm.transition import Transitions
 from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.settings import ModelSettings, Sampling
@@ -94,6 +95,11 @@ def make_table(scheduler: "DDIMScheduler", num_steps: int, eta: float, steps: Se
         eta=eta,
         prediction_type=scheduler.config.prediction_type,
     )
+
+
+def make_levels(scheduler: "DDIMScheduler") -> NoiseLevels:
+    """The table of noise levels, one for each training timestep."""
+    return make_noise_levels(scheduler.alphas_cumprod, prediction_type=scheduler.config.prediction_type)
 
 
 # ---- whether its steps can be trained ----
