@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from b2diffurl.algorithm.transition import Transitions
+from b2diffurl.algorithm.window import Window
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,10 @@ def step_of_level(levels: NoiseLevels, table: Transitions) -> Tensor:
     return (table.num_steps - 1 - torch.searchsorted(begins, levels.timesteps)).clamp(min=0)
 
 
-def window_levels(levels: NoiseLevels, table: Transitions, start: int, stop: int) -> tuple[int, int]:
-    """The noise levels of the sampler's steps start..stop-1, as a range of rows (first, end)."""
+def window_levels(levels: NoiseLevels, table: Transitions, window: Window) -> tuple[int, int]:
+    """The noise levels of the sampler's steps in the window, as a range of rows (first, end)."""
     step = step_of_level(levels, table)
-    inside = ((step >= start) & (step < stop)).nonzero()
+    inside = ((step >= window.start) & (step < window.stop)).nonzero()
     return int(inside[0]), int(inside[-1]) + 1
 
 

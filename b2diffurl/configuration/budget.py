@@ -54,7 +54,9 @@ class Budget:
         return "" if self.selects_all else "at most "
 
     def num_chosen_steps(self, num_trained_steps: int) -> int:
-        """How many of a trajectory's S trained steps an update uses."""
+        """How many of a trajectory's S trained steps an update uses, or to how many levels of noise it noises an image."""
+        if self.training.objective.on_noised_images:
+            return self.training.num_noise_levels
         return max(1, round(self.training.timestep_fraction * num_trained_steps))
 
     def window(self, stage: Stage) -> Window:

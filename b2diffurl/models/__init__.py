@@ -135,8 +135,11 @@ class Family(Protocol):
         Every part counts that decides an image: the network, encoders, tokenizers, the decoder, the scheduler.
         """
 
-    def check_sampler(self, model: ModelSettings, sampling: Sampling, window: Window) -> None:
-        """Raise a ValueError if a step of training's sampler in `window` has no log-probability. It names what works."""
+    def check_sampler(self, model: ModelSettings, sampling: Sampling, window: Window | None) -> None:
+        """Raise a ValueError if training's sampler cannot be used, or if a step in `window` has no log-probability.
+
+        It names what works. `window` is None if no step needs one.
+        """
 
     def check(self, model: ModelSettings) -> None:
         """Refuse, by a ValueError or FileNotFoundError, a model that is not whole or that this family cannot run.

@@ -144,7 +144,7 @@ def identity(model: ModelSettings) -> dict[str, str]:
     return diffusers_files.identity(model, PIPELINE)
 
 
-def check_sampler(model: ModelSettings, sampling: Sampling, window: Window) -> None:
+def check_sampler(model: ModelSettings, sampling: Sampling, window: Window | None) -> None:
     config = diffusers_files.scheduler_config(model, PIPELINE)
     noise_schedule.require_trainable(config, model, sampling, window)
 

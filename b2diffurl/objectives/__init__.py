@@ -48,6 +48,11 @@ class Objective:
         return set(self.terms) <= {*NOISED_TERMS}
 
     @property
+    def samples(self) -> str:
+        """What it is trained on, in a word for people."""
+        return "images" if self.on_noised_images else "trajectories"
+
+    @property
     def unused(self) -> set[str]:
         """The terms that are not computed, because the options give them no weight."""
         return set() if isinstance(self.options, type) else options.weightless(self.options)

@@ -7,7 +7,7 @@ U units, M of them at once: the loss has one term for each unit and step. A unit
 objective is paired
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -15,9 +15,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from b2diffurl.algorithm.noising import NoiseLevels, draw_levels
-from b2diffurl.algorithm.transition import Transitions
+from b2diffurl.algorithm.noising import NoiseLevels, draw_levels, step_of_level, window_levels
+from b2diffurl.algorithm.transition import Transitions, require_stochastic, step_weights
 from b2diffurl.algorithm.window import Window
+from b2diffurl.configuration.settings import Sampling, Training
 from b2diffurl.experiment.trajectories import Trajectories
 from b2diffurl.models import Model
 from b2diffurl.objectives import Objective
@@ -49,7 +50,7 @@ class Policy:
         with self.model.base_policy():
             return predict()
 
-    def of_lora(self, lora: dict[str, Tensor], predict: Callable[[], Tensor]) -> Tensor:
+    def of_lora(self, lora: Mapping[str, Tensor], predict: Callable[[], Tensor]) -> Tensor:
         """`predict()` under the policy with other values of the LoRA's parameters."""
         with self.model.with_lora(lora):
             return predict()
@@ -127,7 +128,7 @@ class NoisedLoss:
     step_of: Tensor  # [L] step of the trained window that passes through each level
     window: tuple[int, int]  # rows of `levels`: first, end
     step_weight: Tensor  # [c], all 1
-    old_lora: dict[str, Tensor]  # parameters of the policy that sampled
+    old_lora: Mapping[str, Tensor]  # parameters of the policy that sampled
 
     def prepare(self, samples: Trajectories, rng: torch.Generator) -> NoisedImages:
         num_images, bands = len(samples), len(self.step_weight)
@@ -159,6 +160,30 @@ class NoisedLoss:
         first, end = self.window
         middle = [first + int((step + 0.5) * (end - first) / len(self.step_weight)) for step in steps]
         return [self.levels.timesteps[row].item() for row in middle]
+
+
+def make_loss(
+    policy: Policy,
+    sampling: Sampling,
+    training: Training,
+    window: Window,
+    old_lora: Mapping[str, Tensor],  # the LoRA's parameters of the policy that sampled
+) -> Loss:
+    """The loss of a stage; a ValueError if it is of transitions and one of the window's has no log-probability."""
+    objective, table = training.objective, policy.model.sampler(sampling.num_steps, sampling.eta)
+    if not objective.on_noised_images:
+        require_stochastic(table, window)
+        return TransitionLoss(policy, objective, table, window, step_weights(table, window, training.step_weight))
+    levels = policy.model.noise_levels()
+    return NoisedLoss(
+        policy,
+        objective,
+        levels,
+        step_of=(step_of_level(levels, table) - window.start).clamp(0, window.num_steps - 1),
+        window=window_levels(levels, table, window),
+        step_weight=torch.ones(training.num_noise_levels, device=table.sigma.device),
+        old_lora=old_lora,
+    )
 
 
 def rows_and_steps(units: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:

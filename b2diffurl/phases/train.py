@@ -1,6 +1,6 @@
 """The train phase: epochs of updates (trainer.py) on one stage's selected trajectories, with metrics and checkpoints.
 
-N trajectories, S trained steps
+N trajectories, S trained steps. For an objective on noised images a trajectory is an image alone
 U units: the loss has one term for each unit and step. A unit is a trajectory, or a contrast pair if the objective is paired
 """
 
@@ -25,7 +25,7 @@ from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.experiment.stage_table import updates_before
 from b2diffurl.experiment.trajectories import SelectedTrajectories, Trajectories
 from b2diffurl.models import Model
-from b2diffurl.models.policy import compiling, load_policy
+from b2diffurl.models.policy import compiling, load_lora, load_policy
 from b2diffurl.phases.health import WINDOW, UpdateHealth, in_words
 from b2diffurl.phases.inputs import identified
 from b2diffurl.phases.trainer import Trainer, make_trainer, warm_up
@@ -75,10 +75,13 @@ def train_stage(plan: Plan) -> None:
     interrupted = whole_checkpoints(stage.checkpoints())
     source = interrupted[-1] / LORA_FILE if interrupted else plan.resume_from
     seed, compiled = plan.settings.schedule.seed, plan.settings.compute.compile
-    model = load_policy(plan.settings.model, accelerator, source, seed=seed, compile=compiled, decoder=False)
+    model = load_policy(plan.settings.model, accelerator, plan.resume_from, seed=seed, compile=compiled, decoder=False)
     check_policy(plan, sampled["policy"], model)
+    old_lora = {name: parameter.detach().clone() for name, parameter in model.trainable().items()}
+    if interrupted:
+        load_lora(model, plan.settings.model, source)
     check_scheduler(plan, sampled.get("scheduler", {}), model)
-    trainer = make_trainer(plan, accelerator, model, source)
+    trainer = make_trainer(plan, accelerator, model, source, old_lora)
     epochs_done = resumed_epochs(stage, source) if interrupted else 0
     if accelerator.is_main_process:
         stage.remove_temporaries()
@@ -89,7 +92,7 @@ def train_stage(plan: Plan) -> None:
     data = read_data(plan)
     with compiling(compiled, f"stage{stage.index} train") as wanted:
         if wanted and len(data.units):
-            warm_up(trainer, data.stored, data.units[:1])
+            warm_up(trainer, data.stored, data.units[:1], plan.window.num_steps)
     loaded = time.perf_counter()
     if len(data.units):
         train_epochs(plan, trainer, log, data, epochs_done)
@@ -210,9 +213,12 @@ def train_epochs(plan: Plan, trainer: Trainer, log: UpdateLog, data: TrainingDat
     """
     training, seed, index = plan.settings.training, plan.settings.schedule.seed, plan.stage.index
     units, num_steps = data.units, Budget.of(plan.settings).num_chosen_steps(plan.window.num_steps)
+    what = f"{num_steps} of their {plan.window.num_steps} steps"
+    if training.objective.on_noised_images:
+        what = f"noised to {num_steps} levels each"
     logger.info(
-        "stage%d train: training on %d trajectories, %d of their %d steps, from %s",
-        index, data.num_trajectories, num_steps, plan.window.num_steps, plan.start,
+        "stage%d train: training on %d %s, %s, from %s",
+        index, data.num_trajectories, training.objective.samples, what, plan.start,
     )  # fmt: skip
     size = max(1, training.num_trajectories // units[0].numel())  # units in an update
     planned = [
@@ -222,13 +228,15 @@ def train_epochs(plan: Plan, trainer: Trainer, log: UpdateLog, data: TrainingDat
     ]
 
     def read(update: tuple[int, int, Tensor]) -> Trajectories:
-        return data.stored.read(update[2].flatten().tolist())
+        epoch, number, chosen = update
+        stored = data.stored.read(chosen.flatten().tolist())
+        return trainer.loss.prepare(stored, generator(seed, index, "noise", epoch, number))
 
     num_transitions = (training.num_epochs - epochs_done) * data.num_trajectories * num_steps
     with progress_bar(num_transitions, f"stage{index} train", "transitions") as trainer.bar:
         for (epoch, number, chosen), trajectories in ahead(read, planned):
             # Drawn for each update by a key of its own, so that a resumed training draws the same steps.
-            steps = choose_steps(plan.window.num_steps, num_steps, generator(seed, index, "steps", epoch, number))
+            steps = choose_steps(len(trainer.loss.step_weight), num_steps, generator(seed, index, "steps", epoch, number))
             first = trainer.num_updates == 0
             # The trainer sees only this update's trajectories, which are numbered from 0.
             local = torch.arange(chosen.numel()).view(chosen.shape)

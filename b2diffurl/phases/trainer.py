@@ -3,13 +3,14 @@
 The gradient is that of the mean loss over units and steps. How memory and processes cut the update up changes it by rounding
 alone.
 
-N trajectories, S trained steps, s of them in an update, W processes
+N trajectories, S trained steps, s of them in an update, W processes. For an objective on noised images a trajectory is an
+image alone, and a step is a band of noise levels
 U units: the loss has one term for each unit and step. A unit is a trajectory, or a contrast pair if the objective is paired
 B micro-batches of M units
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,82 +21,16 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from b2diffurl.algorithm.transition import Transitions, require_stochastic, step_weights
-from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.plan import Plan
 from b2diffurl.configuration.settings import Optimizer
 from b2diffurl.experiment.checkpoints import load_optimizer, read_state
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.experiment.trajectories import SelectedTrajectories, Trajectories
 from b2diffurl.models import Model
-from b2diffurl.objectives import Objective
-from b2diffurl.objectives.terms import transition_terms
+from b2diffurl.phases.losses import Loss, Policy, make_loss
 from b2diffurl.phases.update_report import StepValues, UpdateReport, join, of_all_processes, refusal
 from b2diffurl.runtime.batch_sizes import BatchSizes
 from b2diffurl.runtime.logs import logger
-
-
-@dataclass(frozen=True)
-class PolicyLoss:
-    """The objective's loss of stored transitions under the current policy."""
-
-    model: Model
-    table: Transitions
-    window: Window
-    step_weight: Tensor  # [S], mean 1
-    objective: Objective
-    guidance_scale: float
-    unconditional_gradient: bool
-
-    def __call__(self, trajectories: Trajectories, advantages: Tensor, units: Tensor, steps: Tensor) -> StepValues:
-        """The loss of `units` [M] or [M,2] at `steps` [s], some of 0..S-1, in one pass through the network.
-
-        `units` are rows of `trajectories`, as are those of `advantages` [N,S]. All tensors are on one device.
-        """
-        shape = units.movedim(0, -1).shape  # [M], or [2,M] for pairs: all the best, then the worst
-        rows = units.movedim(0, -1).flatten()
-        # One transition for each row and step: [s*M] or [s*2M], step by step.
-        step = steps.repeat_interleave(len(rows))
-        rows = rows.repeat(len(steps))
-        i = self.window.start + step  # trajectories store the window; the table counts all T steps
-        x_t, x_prev = trajectories.latents[rows, step], trajectories.latents[rows, step + 1]
-        predict = partial(self.predict, trajectories, rows, x_t, self.table.timesteps[i])
-
-        def predict_base() -> Tensor:
-            with self.model.base_policy():
-                return predict()
-
-        terms = transition_terms(
-            self.objective.terms,
-            self.table,
-            i,
-            x_t,
-            x_prev,
-            old_log_prob=trajectories.log_probs[rows, step],
-            advantage=advantages[rows, step],
-            predict=predict,
-            predict_base=predict_base,
-        )
-        # The objective takes terms [M] or [2,M] of one step, so it is called for each.
-        terms_by_step = zip(*(term.view(len(steps), *shape) for term in terms), strict=True)
-        losses, metrics = zip(*(self.objective(*step_terms) for step_terms in terms_by_step), strict=True)
-        stacked = {name: torch.stack([each[name] for each in metrics]) for name in metrics[0]}
-        return StepValues(torch.stack(losses), stacked.pop("log_ratio"), stacked.pop("clipped"), stacked)
-
-    def predict(self, trajectories: Trajectories, rows: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
-        """The network's guided output at x_t, with the prompts of the trajectories `rows`."""
-        return self.model.predict(
-            x_t,
-            timesteps,
-            {name: value[trajectories.prompt_ids[rows]] for name, value in trajectories.conditions.items()},
-            trajectories.unconditional,
-            self.guidance_scale,
-            unconditional_gradient=self.unconditional_gradient,
-        )
-
-    def timesteps(self, steps: Sequence[int]) -> list[int]:
-        """The timesteps of the sampler at `steps`, some of 0..S-1."""
-        return [self.table.timesteps[self.window.start + step].item() for step in steps]
 
 
 @dataclass
@@ -104,7 +39,7 @@ class Trainer:
 
     stage: Stage
     accelerator: Accelerator
-    loss: PolicyLoss
+    loss: Loss
     optimizer: torch.optim.Optimizer
     max_grad_norm: float
     sizes: BatchSizes  # train.micro_batch_size: transitions the network sees at once
@@ -114,7 +49,7 @@ class Trainer:
 
     @property
     def model(self) -> Model:
-        return self.loss.model
+        return self.loss.policy.model
 
     def update(self, trajectories: Trajectories, advantages: Tensor, units: Tensor, steps: Sequence[int]) -> dict:
         """Make one optimizer step on `units` [U] or [U,2], rows of `trajectories`, at `steps`, some of 0..S-1.
@@ -227,12 +162,12 @@ class Trainer:
         raise refusal(report, norm, gradients, trajectories, self.stage, number=self.num_updates, rank=rank)
 
 
-def warm_up(trainer: Trainer, stored: SelectedTrajectories, units: Tensor) -> None:
+def warm_up(trainer: Trainer, stored: SelectedTrajectories, units: Tensor, num_steps: int) -> None:
     """Compile a network that is to be compiled before the first update, by one full micro-batch at one step."""
     device = trainer.accelerator.device
-    trajectories = stored.read(units.flatten().tolist()).to(device)
+    trajectories = trainer.loss.prepare(stored.read(units.flatten().tolist()), torch.Generator()).to(device)
     local = torch.arange(units.numel()).view(units.shape)
-    advantages = torch.ones(trajectories.log_probs.shape, device=device)
+    advantages = torch.ones(len(trajectories), num_steps, device=device)
 
     def one_step(size: int) -> None:
         cut, _ = micro_batches(local, 0, 1, max(1, size // units[0].numel()), constant=True)
@@ -244,11 +179,16 @@ def warm_up(trainer: Trainer, stored: SelectedTrajectories, units: Tensor) -> No
     trainer.optimizer.zero_grad()  # compiling needed a backward pass, whose gradient means nothing
 
 
-def make_trainer(plan: Plan, accelerator: Accelerator, model: Model, source: Path | None) -> Trainer:
-    """The trainer of a stage, with the optimizer state that was saved beside the LoRA `source`, if there is one."""
-    sampling, training = plan.settings.sampling, plan.settings.training
-    table = model.sampler(sampling.num_steps, sampling.eta)
-    require_stochastic(table, plan.window)
+def make_trainer(
+    plan: Plan, accelerator: Accelerator, model: Model, source: Path | None, old_lora: Mapping[str, Tensor]
+) -> Trainer:
+    """The trainer of a stage, with the optimizer state that was saved beside the LoRA `source`, if there is one.
+
+    `old_lora` has the LoRA's parameters of the policy that sampled the stage.
+    """
+    training = plan.settings.training
+    policy = Policy(model, plan.settings.sampling.guidance_scale, training.unconditional_gradient)
+    loss = make_loss(policy, plan.settings.sampling, training, plan.window, old_lora)
     if training.gradient_checkpointing:
         model.checkpoint_gradients()
     parameters = model.trainable()
@@ -260,15 +200,6 @@ def make_trainer(plan: Plan, accelerator: Accelerator, model: Model, source: Pat
     model.network, optimizer = accelerator.prepare(model.network, optimizer)
     if state and state["scaler"] and accelerator.scaler:
         accelerator.scaler.load_state_dict(state["scaler"])
-    loss = PolicyLoss(
-        model=model,
-        table=table,
-        window=plan.window,
-        step_weight=step_weights(table, plan.window, training.step_weight),
-        objective=training.objective,
-        guidance_scale=sampling.guidance_scale,
-        unconditional_gradient=training.unconditional_gradient,
-    )
     compiled = plan.settings.compute.compile
     sizes = BatchSizes(
         plan.stage.root,

@@ -154,10 +154,11 @@ def disk_text(settings: Settings, base: Sizes, volumes: Sequence[int]) -> str:
 def trajectory_bytes(settings: Settings, base: Sizes, num_trained_steps: int, num_prompts: int, embedding_bytes: int) -> int:
     """Bytes of a stage's samples/, without the files' headers.
 
-    Each trajectory has S + 1 states and S log-probabilities in float32. Each batch has timesteps and prompt ids (8 bytes
-    each), and the embeddings of its prompts and of the empty prompt (`embedding_bytes` a number).
+    Each trajectory has S + 1 states and S log-probabilities in float32; of an image alone S is 0. Each batch has timesteps
+    and prompt ids (8 bytes each), and the embeddings of its prompts and of the empty prompt (`embedding_bytes` a number).
     """
     sampling = settings.sampling
+    num_trained_steps = 0 if settings.training.objective.on_noised_images else num_trained_steps
     numbers = (num_trained_steps + 1) * math.prod(base.latent_shape) + num_trained_steps
     prompts = min(sampling.num_groups, num_prompts) + 1  # a batch stores each distinct prompt once
     batch = 8 * (num_trained_steps + sampling.num_groups) + prompts * base.embedding * embedding_bytes

@@ -98,12 +98,13 @@ def finished_at(manifest: dict[str, Any]) -> float:
 
 
 def passes(objective: Objective) -> int:
-    """The cost of training on one transition, in evaluations of the network.
+    """The cost of training on one transition or noised image, in evaluations of the network.
 
     One forward, one backward. The backward pass costs as much as the forward one and not twice as much, because gradients of
-    the frozen weights are not computed. An objective that asks for the base policy needs one more forward.
+    the frozen weights are not computed. An objective that asks for the base policy needs one more forward, and so does one
+    that asks for the policy that sampled.
     """
-    return 2 + objective.needs_base
+    return 2 + objective.needs_base + objective.needs_old
 
 
 def first_pace(settings: Settings, window: Window, batch_sec: float, load_sec: float) -> Pace:

@@ -6,6 +6,7 @@ from diffusers import DDIMScheduler
 
 from b2diffurl.algorithm.ddim import PREDICTION_TYPES, make_noise_levels, make_transitions
 from b2diffurl.algorithm.noising import NoiseLevels, draw_levels, window_levels
+from b2diffurl.algorithm.window import Window
 
 
 def levels_of(prediction_type: str) -> tuple[DDIMScheduler, NoiseLevels]:
@@ -64,7 +65,7 @@ def test_the_levels_of_a_window_by_hand(start, stop, expected):
     steps = torch.tensor([751, 501, 251, 1])
     table = make_transitions(steps, scheduler.alphas_cumprod, 1.0, eta=1.0, prediction_type="epsilon")
     # The table's third step, from 251, leads to 1.
-    assert window_levels(levels, table, start, stop) == expected
+    assert window_levels(levels, table, Window(start, stop)) == expected
 
 
 def test_windows_side_by_side_have_every_level_once():
@@ -79,7 +80,7 @@ def test_windows_side_by_side_have_every_level_once():
     )
     for i in range(1, 7):
         for j in range(i + 1, 8):
-            ranges = [range(*window_levels(levels, table, *ends)) for ends in ((0, i), (i, j), (j, 8))]
+            ranges = [range(*window_levels(levels, table, Window(*ends))) for ends in ((0, i), (i, j), (j, 8))]
             assert sorted(n for one in ranges for n in one) == list(range(1000))
 
 
