@@ -50,7 +50,8 @@ def bench(finished, overrides):
             accelerator = make_accelerator(plan.settings.compute)
             source = None if fresh else plan.stage.checkpoints()[-1] / LORA_FILE
             model = load_policy(plan.settings.model, accelerator, source, seed=config.seed, compile=False, decoder=False)
-            return make_trainer(plan, accelerator, model, source)
+            old_lora = {name: parameter.detach().clone() for name, parameter in model.trainable().items()}
+            return make_trainer(plan, accelerator, model, source, old_lora)
 
     return make
 
