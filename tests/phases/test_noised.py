@@ -1,4 +1,4 @@
-"""Stages of objectives on noised images: what is stored, what is trained, and that a killed stage goes on to the same bits."""
+"""Stages of objectives on noised images: what is stored and trained, and that a killed one goes on to the same bits."""
 
 import contextlib
 import json
@@ -186,7 +186,8 @@ def test_interrupted_after_an_epoch(stage_with, overrides, tmp_path, objective):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"sample.eta": 0.0}, {"sample.scheduler": "DPMSolverMultistep"}, {"sample.scheduler": "EulerAncestralDiscrete"}]
+    "settings",
+    [{"sample.eta": 0.0}, {"sample.scheduler": "DPMSolverMultistep"}, {"sample.scheduler": "EulerAncestralDiscrete"}],
 )
 def test_images_of_any_sampler_can_be_trained_on(stage_with, overrides, settings):
     """Without noise, and by schedulers of diffusers: a stage samples, trains and is judged with them."""
