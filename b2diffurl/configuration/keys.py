@@ -158,6 +158,7 @@ KEYS = {
     "train.adam_epsilon": Key(Number("[1e-20, 1]")),
     "train.use_8bit_adam": Key(SWITCH),
     "train.max_grad_norm": Key(Number("(0, 1e12]")),
+    "train.ema": Key(Number("[0, 1)"), before=0.0),
     "train.beta1": Key(WEIGHT),
     "train.beta2": Key(WEIGHT),
     "train.adv_clip_max": Key(Number("(0, 1e6]")),

@@ -25,7 +25,7 @@ from b2diffurl.experiment.evaluation_table import (
     set_title,
     with_error,
 )
-from b2diffurl.experiment.folder import checkpoint_name, relative_to
+from b2diffurl.experiment.folder import checkpoint_name, is_average, relative_to
 from b2diffurl.experiment.stage import LORA_FILE, Stage, finished_stages
 from b2diffurl.experiment.stage_table import Row, stage_rows
 from b2diffurl.models import Description, family
@@ -362,6 +362,7 @@ def training(exported: Exported) -> dict[str, str]:
         "selection": f"{settings['eval.selection']}, advantage by {settings['eval.advantage']}",
         "objective": f"{objective}, clip range {settings['train.eps']:g}" if objective in ("ddpo", "dpok") else objective,
         "optimizer": f"AdamW, learning rate {settings['train.learning_rate']:g}",
+        **({"weights": average_text(settings["train.ema"])} if is_average(exported.checkpoint) else {}),
         "LoRA": f"rank {settings['train.lora_rank']} = alpha, on the attention of the {exported.family.network}, float32",
         "seed": str(settings["seed"]),
     }
@@ -375,6 +376,11 @@ def training(exported: Exported) -> dict[str, str]:
         versions = stage.manifest("train")["versions"]
         entries["software"] = ", ".join(f"{key} {versions[key]}" for key in ("torch", "diffusers", "transformers", "peft"))
     return entries
+
+
+def average_text(decay: float) -> str:
+    """What an averaged LoRA is."""
+    return f"the exponential average of the LoRA over its updates, decay {decay:g}; not the LoRA after the last one"
 
 
 def span(numbers: list[int]) -> str:
