@@ -181,6 +181,7 @@ def training() -> ConfigDict:
     train.adam_epsilon = 1e-8  # added to AdamW's denominator
     train.use_8bit_adam = False  # True: the 8-bit AdamW of bitsandbytes, which must be installed
     train.max_grad_norm = 1.0  # gradients are clipped to this norm
+    train.ema = 0.0  # decay per update of an exponential average of the LoRA, kept beside it; 0: none (docs/method.md)
     train.eps = 0.1  # PPO's clip range; log-ratios are means over the latent dimensions (docs/method.md)
     train.kl_weight = 0.1  # dpok: weight of the KL to the base model, a mean over the latent dimensions
     train.dpo_beta = 0.1  # d3po: beta of log-ratios that are means over the D latent dimensions (docs/method.md)

@@ -163,6 +163,7 @@ KEYS = {
     "train.use_8bit_adam": Key(SWITCH),
     "train.max_grad_norm": Key(Number("(0, 1e12]")),
     "train.noise_levels": Key(Number("[1, 1000]"), before=HAD_NO_EFFECT),
+    "train.ema": Key(Number("[0, 1)"), before=0.0),
     "train.beta1": Key(WEIGHT),
     "train.beta2": Key(WEIGHT),
     "train.adv_clip_max": Key(Number("(0, 1e6]")),

@@ -173,7 +173,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW's settings."""
+    """AdamW's settings, and the average of the LoRAs that it makes."""
 
     learning_rate: float
     betas: tuple[float, float]
@@ -181,6 +181,7 @@ class Optimizer:
     epsilon: float
     use_8bit: bool  # bitsandbytes' AdamW
     max_grad_norm: float  # gradients are clipped to this norm
+    ema: float  # decay per update of the LoRA's exponential average; 0: there is none
 
 
 @dataclass(frozen=True)
@@ -407,6 +408,7 @@ def read_training(train: Mapping[str, Any]) -> Training:
             epsilon=train["adam_epsilon"],
             use_8bit=train["use_8bit_adam"],
             max_grad_norm=train["max_grad_norm"],
+            ema=train["ema"],
         ),
         num_epochs=train["num_epochs"],
         num_trajectories=train["batch_size"] * train["gradient_accumulation_steps"],

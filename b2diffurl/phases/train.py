@@ -276,7 +276,7 @@ def save(plan: Plan, trainer: Trainer, epoch: int) -> None:
         state |= {"selection_sha256": selection_sha256(plan.stage)}
         state |= {"base_model_sha256": model.fingerprint, "scaler": scaler}
         folder = plan.stage.checkpoint(math.ceil(epoch / plan.settings.output.save_interval))
-        save_checkpoint(folder, model.adapter_state(), trainer.optimizer, list(model.trainable()), state)
+        save_checkpoint(folder, model.adapter_state(), trainer.optimizer, list(model.trainable()), state, trainer.average)
     accelerator.wait_for_everyone()
 
 
@@ -303,7 +303,7 @@ def finish(plan: Plan, trainer: Trainer, log: UpdateLog, sampled: dict, seconds:
         "warnings": log.health.warnings(),
         "seconds": seconds,
     } | peak_memory(accelerator.device)
-    written = [path for folder in stage.checkpoints() for path in folder.iterdir()]
+    written = [path for folder in stage.checkpoints() for path in folder.rglob("*") if path.is_file()]
     stage.write_manifest("train", facts, [*written, stage.metrics("train")])
     clean_up(plan)  # only now: until the manifest is written a killed run has to read the trajectories again
     # Means over the stage's updates. A gradient norm is None where fp16's scaler skipped the update.

@@ -21,9 +21,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from b2diffurl.algorithm.average import Average
 from b2diffurl.configuration.plan import Plan
 from b2diffurl.configuration.settings import Optimizer
-from b2diffurl.experiment.checkpoints import load_optimizer, read_state
+from b2diffurl.experiment.checkpoints import load_average, load_optimizer, read_state
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.experiment.trajectories import SelectedTrajectories, Trajectories
 from b2diffurl.models import Model
@@ -43,6 +44,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     max_grad_norm: float
     sizes: BatchSizes  # train.micro_batch_size: transitions the network sees at once
+    average: Average | None = None  # of the LoRA over all updates
     constant_shape: bool = False  # pad micro-batches to the same shape in all updates, for a compiled network
     num_updates: int = 0  # of this stage
     bar: tqdm = field(default_factory=partial(tqdm, disable=True))  # counts the transitions of all processes
@@ -72,6 +74,8 @@ class Trainer:
         self.optimizer.step()
         if self.accelerator.optimizer_step_was_skipped:
             logger.warning("stage%d train: fp16 overflow, update %d is skipped", self.stage.index, self.num_updates)
+        elif self.average:
+            self.average.add(self.model.adapter_state())
         self.optimizer.zero_grad()
         self.num_updates += 1
         return report.metrics(norm)
@@ -182,7 +186,7 @@ def warm_up(trainer: Trainer, stored: SelectedTrajectories, units: Tensor, num_s
 def make_trainer(
     plan: Plan, accelerator: Accelerator, model: Model, source: Path | None, old_lora: Mapping[str, Tensor]
 ) -> Trainer:
-    """The trainer of a stage, with the optimizer state that was saved beside the LoRA `source`, if there is one.
+    """The trainer of a stage, with the optimizer state and the average that were saved beside the LoRA `source`, if any.
 
     `old_lora` has the LoRA's parameters of the policy that sampled the stage.
     """
@@ -193,9 +197,10 @@ def make_trainer(
         model.checkpoint_gradients()
     parameters = model.trainable()
     optimizer = make_optimizer(training.optimizer, list(parameters.values()), scaled=accelerator.scaler is not None)
-    # A LoRA from elsewhere, to which resume_from may point, has no state beside it: AdamW then starts afresh.
+    # A LoRA from elsewhere, to which resume_from may point, has no state beside it, and an average has no optimizer: AdamW
+    # then starts afresh.
     state = read_state(source) if source else None
-    if state:
+    if state and "optimizer" in state:
         load_optimizer(source, optimizer, list(parameters))
     model.network, optimizer = accelerator.prepare(model.network, optimizer)
     if state and state["scaler"] and accelerator.scaler:
@@ -208,8 +213,9 @@ def make_trainer(
         alone=accelerator.num_processes == 1,
         given=[plan.settings.model.resolution, compiled, training.gradient_checkpointing],
     )
-    max_grad_norm = training.optimizer.max_grad_norm
-    return Trainer(plan.stage, accelerator, loss, optimizer, max_grad_norm, sizes, constant_shape=compiled)
+    max_grad_norm, ema = training.optimizer.max_grad_norm, training.optimizer.ema
+    average = load_average(source, ema, model.adapter_state()) if ema else None
+    return Trainer(plan.stage, accelerator, loss, optimizer, max_grad_norm, sizes, average, constant_shape=compiled)
 
 
 def make_optimizer(optimizer: Optimizer, parameters: list[Tensor], *, scaled: bool) -> torch.optim.Optimizer:

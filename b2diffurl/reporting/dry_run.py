@@ -166,9 +166,10 @@ def trajectory_bytes(settings: Settings, base: Sizes, num_trained_steps: int, nu
 
 
 def checkpoint_bytes(settings: Settings, base: Sizes) -> int:
-    """Bytes of one checkpoint, without the files' headers: the LoRA in float32, and AdamW's two moments of each number."""
-    moment = 1 if settings.training.optimizer.use_8bit else 4
-    return settings.model.lora_rank * base.lora * (4 + 2 * moment)
+    """Bytes of one checkpoint, without the files' headers: LoRA and average in float32, AdamW's two moments a number."""
+    optimizer = settings.training.optimizer
+    moment, average = 1 if optimizer.use_8bit else 4, 4 if optimizer.ema else 0
+    return settings.model.lora_rank * base.lora * (4 + average + 2 * moment)
 
 
 def image_bytes(root: Path, base: Sizes) -> float:

@@ -128,7 +128,7 @@ def work_left(settings: Settings) -> Work:
     shares = [manifest["num_selected"] / manifest["num_images"] for manifest in latest]
     expected = median(shares) * budget.num_images if shares else budget.most_selected
     left = evaluations_left(settings, finished={stage.index for stage in finished_stages(root, "train")})
-    for call in calls(settings.schedule.num_stages):
+    for call in calls(settings):
         if call.script == "eval":
             continue  # `evaluations_left` has them
         stage = Stage(root, call.stage)
@@ -154,7 +154,7 @@ def evaluations_left(settings: Settings, *, finished: set[int]) -> Work:
     """The work of the run's evaluations that are not done. Those due after the stages `finished` count as done."""
     num_stages, judging = settings.schedule.num_stages, settings.judging
     done, left, processes = set(), set(), 0
-    for call in calls(num_stages):
+    for call in calls(settings):
         evaluations = call.evaluations(num_stages, judging.every)
         if call.stage in finished:
             done |= evaluations

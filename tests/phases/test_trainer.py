@@ -342,6 +342,23 @@ def test_an_update_is_clipped_adamw(bench, batch):
     assert trainer.gradient().abs().max() == 0
 
 
+def test_an_update_that_fp16_skipped_is_not_averaged(bench, batch, monkeypatch):
+    """After a step that was made a tenth of the average is what it was, and nine tenths are the LoRA; a step that the loss
+    scaler has skipped leaves it alone."""
+    trainer = bench(**{"train.ema": 0.9})
+    before = {name: value.clone() for name, value in trainer.average.tensors.items()}
+    trainer.update(*batch, UNITS["ddpo"], every_step(trainer))
+    averaged = {name: value.clone() for name, value in trainer.average.tensors.items()}
+    for name, value in trainer.model.adapter_state().items():
+        torch.testing.assert_close(averaged[name], 0.1 * before[name] + 0.9 * value, rtol=1e-6, atol=1e-9)
+    assert any(not torch.equal(averaged[name], before[name]) for name in before)
+    monkeypatch.setattr(type(trainer.accelerator), "optimizer_step_was_skipped", True)
+    trainer.update(*batch, UNITS["ddpo"], every_step(trainer))
+    assert all(torch.equal(averaged[name], value) for name, value in trainer.average.tensors.items())
+    assert (trainer.average.num_updates, trainer.num_updates) == (1, 2)
+    assert bench().average is None
+
+
 # ---- the base policy ----
 
 
