@@ -107,6 +107,8 @@ CONTROLS = [  # the most telling first
 # Objectives on noised images. The settings were fixed on seed 11 and a development split (docs/shapes.md).
 NFT = {"train.objective": "nft"}
 AWM = {"train.objective": "awm"}
+# 2 * 2 * 2 images a group, which part at x_T and after one and two steps: a relation is decided there.
+TREE = {"sampling": "branch", "split_times": (2, 2, 2), "split_after": (1, 1), "sample.batch_size": 20}
 BEST = Variant("b2, best", "b2_nft", 5, against="ddpo")
 NOISED = [
     BEST,
@@ -116,10 +118,8 @@ NOISED = [
     Variant("b2, nft, independent images", "b2", 5, NFT | {"sampling": "independent"}, against="ddpo"),
     Variant("b2, nft, early window", "b2", 5, NFT | {"curriculum": "early"}, against="ddpo"),
     Variant("b2, awm", "b2", 5, AWM, against="ddpo"),
-    # 2 * 2 * 2 images a group, which part at x_T and after one and two steps: there a relation is decided.
-    Variant("ddpo, tree", "ddpo", 5,
-            {"sampling": "branch", "split_times": (2, 2, 2), "split_after": (1, 1), "sample.batch_size": 20}, against="ddpo"),
-]  # fmt: skip
+    Variant("ddpo, tree", "ddpo", 5, TREE, against="ddpo"),
+]
 VARIANTS = {variant.name: variant for variant in [*ARMS, *OBJECTIVE_RUNS, *CONTROLS, *NOISED]}
 FULL = Scale("study", 5, {}, (ARMS, OBJECTIVE_RUNS, CONTROLS, NOISED), RESULTS / "study.json")
 SHORT = {"stage_cnt": 2, "sample.num_batches_per_epoch": 1, "eval.num_images": 96}
@@ -324,7 +324,9 @@ def calibrate() -> dict[str, Any]:
                 make_stages(config)
                 spent = cost(config, config.stage_cnt)
             log.info("calibration %d of 3: %s: %.1f CPU seconds", repeat + 1, variant.name, spent["cpu_seconds"])
-            arm = arms.setdefault(variant.name, {key: spent[key] for key in ("queries", "evaluations")} | {"cpu_seconds": []})
+            arm = arms.setdefault(
+                variant.name, {key: spent[key] for key in ("queries", "evaluations")} | {"cpu_seconds": []}
+            )
             arm["cpu_seconds"].append(spent["cpu_seconds"])
     return where_and_when() | {"arms": arms}
 

@@ -16,7 +16,7 @@ from scipy.stats import t as student
 
 Run = dict[str, Any]
 Runs = dict[str, dict[int, Run]]  # variant -> seed -> run
-SAME_IMAGES = 0.02  # relative: groups of another size do not make exactly as many images
+SAME_IMAGES = 0.01  # relative: groups of another size do not make exactly as many images
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,9 @@ def final(prompts: str, key: str) -> Callable[[Run, Run], float]:
     def measure(one: Run, other: Run) -> float:
         ends = [run["curve"][-1] for run in (one, other)]
         if not math.isclose(*(end["queries"] for end in ends), rel_tol=SAME_IMAGES):
-            counts = " and ".join(f"{run['name']} scored {end['queries']:,.0f} images" for run, end in zip((one, other), ends))
+            counts = " and ".join(
+                f"{run['name']} scored {end['queries']:,.0f} images" for run, end in zip((one, other), ends, strict=True)
+            )
             raise ValueError(f"{counts}: their ends cannot be compared; compare them at equal cost")
         return ends[0][prompts][key] - ends[1][prompts][key]
 
@@ -127,7 +129,9 @@ def mean_curve(runs: Sequence[Run]) -> Run:
     curve = []
     for points in zip(*(run["curve"] for run in runs), strict=True):
         costs = {cost for cost, value in points[0].items() if not isinstance(value, dict)}
-        point: dict[str, Any] = {cost: fmean(one[cost] for one in points) for cost in costs if all(cost in one for one in points)}
+        point: dict[str, Any] = {
+            cost: fmean(one[cost] for one in points) for cost in costs if all(cost in one for one in points)
+        }
         for prompts in points[0].keys() - costs:
             point[prompts] = {"accuracy": fmean(one[prompts]["accuracy"] for one in points)}
         curve.append(point)
