@@ -326,8 +326,8 @@ def target_rows(made_up: list[dict], calibration: dict | None = None) -> list[li
 
 
 def test_targets_by_hand():
-    """At equal images 0.9 against 0.7, at 30,000 evaluations against 0.475, at 60 CPU seconds against 0.55; 0.7 is reached at
-    a third of the images and a twelfth of the evaluations. Diversity is 1 - accuracy here, so it is DDPO's."""
+    """At equal images 0.9 against 0.7, at 30,000 evaluations against 0.475, at 60 CPU seconds against 0.55; 0.7 is reached
+    at a third of the images and a twelfth of the evaluations. Diversity is 1 - accuracy here, so it is DDPO's."""
     rows = target_rows(noised_runs(), CALIBRATION)
     assert [row[2] for row in rows] == ["**yes**"] * 8
     assert [row[1].split()[0] for row in rows[:3]] == ["**+20.0**", "**+42.5**", "**+35.0**"]
