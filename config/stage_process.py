@@ -174,7 +174,8 @@ def training() -> ConfigDict:
     train.gradient_checkpointing = False  # True: recompute activations, not keep them. Slower, less memory, same result
     train.timestep_fraction = 1.0  # fraction of a trajectory's S trained steps that an update uses, drawn at random
     train.unconditional_gradient = True  # False: no gradient through guidance's unconditional half; faster, another gradient
-    train.learning_rate = 1e-4  # of AdamW, constant
+    train.learning_rate = 1e-4  # of AdamW, in the first stage
+    train.final_rate = 1.0  # factor of the learning rate in the last stage, to which it falls evenly; 1: constant
     train.adam_beta1 = 0.9  # decay of AdamW's mean gradient
     train.adam_beta2 = 0.999  # decay of AdamW's mean squared gradient
     train.adam_weight_decay = 1e-4  # weight decay of AdamW

@@ -156,6 +156,7 @@ KEYS = {
     "train.timestep_fraction": Key(Number("(0, 1]"), before=1.0),
     "train.unconditional_gradient": Key(SWITCH, before=True),
     "train.learning_rate": Key(Number("[0, 1]")),
+    "train.final_rate": Key(Number("(0, 1]"), before=1.0),
     "train.adam_beta1": Key(Number("[0, 1)")),
     "train.adam_beta2": Key(Number("[0, 1)")),
     "train.adam_weight_decay": Key(Number("[0, 100]")),

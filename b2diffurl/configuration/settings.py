@@ -175,13 +175,19 @@ class Selection:
 class Optimizer:
     """AdamW's settings, and the average of the LoRAs that it makes."""
 
-    learning_rate: float
+    learning_rate: float  # in the first stage
+    final_rate: float  # factor of it in the last stage
     betas: tuple[float, float]
     weight_decay: float
     epsilon: float
     use_8bit: bool  # bitsandbytes' AdamW
     max_grad_norm: float  # gradients are clipped to this norm
     ema: float  # decay per update of the LoRA's exponential average; 0: there is none
+
+    def rate(self, index: int, num_stages: int) -> float:
+        """The learning rate of stage `index`: it falls evenly to `final_rate` of the first stage's in the last one of M."""
+        done = min(index / max(1, num_stages - 1), 1)  # the index may lie beyond num_stages
+        return self.learning_rate * (1 - done * (1 - self.final_rate))
 
 
 @dataclass(frozen=True)
@@ -403,6 +409,7 @@ def read_training(train: Mapping[str, Any]) -> Training:
         max_first_log_ratio=train["eps"],
         optimizer=Optimizer(
             learning_rate=train["learning_rate"],
+            final_rate=train["final_rate"],
             betas=(train["adam_beta1"], train["adam_beta2"]),
             weight_decay=train["adam_weight_decay"],
             epsilon=train["adam_epsilon"],

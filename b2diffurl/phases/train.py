@@ -291,6 +291,7 @@ def finish(plan: Plan, trainer: Trainer, log: UpdateLog, sampled: dict, seconds:
         "num_trained_steps": plan.window.num_steps,
         "window": plan.window.ends,
         "num_updates": len(updates),
+        "learning_rate": trainer.optimizer.param_groups[0]["lr"],
         "num_transitions": num_trajectories * Budget.of(plan.settings).num_chosen_steps(plan.window.num_steps),
         "max_abs_log_ratio_first_update": updates[0]["max_abs_log_ratio"] if updates else None,
         "policy": sampled["policy"],

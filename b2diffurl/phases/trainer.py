@@ -196,7 +196,8 @@ def make_trainer(
     if training.gradient_checkpointing:
         model.checkpoint_gradients()
     parameters = model.trainable()
-    optimizer = make_optimizer(training.optimizer, list(parameters.values()), scaled=accelerator.scaler is not None)
+    rate = training.optimizer.rate(plan.stage.index, plan.settings.schedule.num_stages)
+    optimizer = make_optimizer(training.optimizer, list(parameters.values()), rate, scaled=accelerator.scaler is not None)
     # A LoRA from elsewhere, to which resume_from may point, has no state beside it, and an average has no optimizer: AdamW
     # then starts afresh.
     state = read_state(source) if source else None
@@ -218,8 +219,8 @@ def make_trainer(
     return Trainer(plan.stage, accelerator, loss, optimizer, max_grad_norm, sizes, average, constant_shape=compiled)
 
 
-def make_optimizer(optimizer: Optimizer, parameters: list[Tensor], *, scaled: bool) -> torch.optim.Optimizer:
-    """AdamW, or bitsandbytes' 8-bit AdamW. `scaled` says that fp16's loss scaling is on.
+def make_optimizer(optimizer: Optimizer, parameters: list[Tensor], rate: float, *, scaled: bool) -> torch.optim.Optimizer:
+    """AdamW, or bitsandbytes' 8-bit AdamW, with this learning rate. `scaled` says that fp16's loss scaling is on.
 
     On CUDA AdamW is fused, one kernel for all of a LoRA's small matrices. Not with loss scaling: the fused optimizer skips
     updates by itself, and accelerate would not notice.
@@ -233,7 +234,7 @@ def make_optimizer(optimizer: Optimizer, parameters: list[Tensor], *, scaled: bo
         AdamW = partial(torch.optim.AdamW, fused=parameters[0].is_cuda and not scaled)
     return AdamW(
         parameters,
-        lr=optimizer.learning_rate,
+        lr=rate,
         betas=optimizer.betas,
         weight_decay=optimizer.weight_decay,
         eps=optimizer.epsilon,
