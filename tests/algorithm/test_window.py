@@ -20,15 +20,7 @@ def test_an_empty_window_is_refused(start, stop):
 
 @pytest.mark.parametrize(
     ("at_most", "expected"),
-    [
-        (0, [2, 3, 4, 5, 6]),
-        (1, [2]),
-        (2, [2, 4]),
-        (3, [2, 3, 5]),
-        (4, [2, 3, 4, 5]),
-        (5, [2, 3, 4, 5, 6]),
-        (9, [2, 3, 4, 5, 6]),
-    ],
+    [(0, [2, 3, 4, 5, 6]), (1, [2]), (2, [2, 4]), (3, [2, 3, 5]), (4, [2, 3, 4, 5]), (9, [2, 3, 4, 5, 6])],
 )
 def test_a_tail_is_evenly_spaced_from_where_the_window_leads(at_most, expected):
     """Of five steps that are left; after a window that ends with the image none is."""
