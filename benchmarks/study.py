@@ -104,7 +104,7 @@ CONTROLS = [  # the most telling first
     Variant("b2, rate doubled", "b2", 2, {"train.learning_rate": 4e-3}),
     Variant("ddpo, rate doubled", "ddpo", 2, {"train.learning_rate": 4e-3}, against="ddpo"),
 ]
-# Objectives on noised images. The settings were fixed on seed 11 and a development split (docs/shapes.md).
+# Objectives on noised images, and a tree. Settings were fixed on seed 11 and a development split (docs/shapes.md).
 NFT = {"train.objective": "nft"}
 AWM = {"train.objective": "awm"}
 # 2 * 2 * 2 images a group, which part at x_T and after one and two steps: a relation is decided there.
@@ -131,7 +131,7 @@ CALIBRATION = Scale("study_calibration", 1, {"stage_cnt": 2}, (CALIBRATED,))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--quick", action="store_true", help="the arms alone, two seeds, short runs; the page goes to log/study_quick"
+        "--quick", action="store_true", help="the arms alone, one or two seeds, short runs; the page goes to log/study_quick"
     )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--draw", action="store_true", help="make no runs, only write the page")
@@ -175,7 +175,8 @@ def configure(scale: Scale, variant: Variant | None, seed: int = 1) -> ConfigDic
 def perform_all(scale: Scale, jobs: int) -> dict[str, str]:
     """Make all unfinished runs, `jobs` at once. A failure does not stop the others. Returns {run: error} of the failed."""
     todo = [(variant, seed) for variant, seed in runs(scale) if not finished_run(scale, variant, seed)]
-    judge_base(scale)
+    if todo:
+        judge_base(scale)  # once, before the workers would all do it
     started, failed = time.perf_counter(), {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=end_with, initargs=(os.getpid(),)) as pool:

@@ -1,4 +1,4 @@
-"""The section of the study's page on objectives that train on noised images, and its picture."""
+"""The section of the study's page on objectives that train on noised images and on a tree, and its picture."""
 
 from collections.abc import Callable
 from statistics import fmean, median
@@ -50,11 +50,12 @@ QUESTIONS = [
     ("Does B² help with nft? Against the ddpo arm", "b2, nft", "ddpo arm, nft"),
     ("… with the settings found in tuning", BEST, "ddpo arm, nft"),
 ]
-SECTION = """## Objectives on noised images
+SECTION = """## Noised images and a tree
 
-`nft` and `awm` ([method.md](../method.md#objectives)) need no trajectories and no likelihoods. They add noise to a finished
-image again, and pull the network's prediction towards good images and away from bad ones. `{best}` was chosen and its
-settings were fixed before these runs ([shapes.md](../shapes.md#how-the-study-was-set-up)).
+The objectives `nft` and `awm` ([method.md](../method.md#objectives)) need no trajectories and no likelihoods. They add noise
+to a finished image again, and pull the network's prediction towards good images and away from bad ones. In a tree branches
+part several times. `{best}` was chosen, and all settings were fixed, before these runs
+([shapes.md](../shapes.md#how-the-study-was-set-up)).
 
 ![Accuracy by cost](study_noised.png)
 

@@ -55,8 +55,8 @@ CLAIMS = [
     ("… B² with D3PO", "b2, d3po", "base", "gain", "accuracy"),
     ("… plain DDPO", "ddpo", "base", "gain", "accuracy"),
 ]  # fmt: skip
-POINTER = """ The arms that train on noised images have
-[a section of their own](#objectives-on-noised-images)."""
+POINTER = """ Arms that train on noised images or on a tree have
+[a section of their own](#noised-images-and-a-tree)."""
 PAGE = """# Do the claims of B²-DiffuRL hold?
 
 By `{command}`: {num_runs} runs of {queries:,} scored images each, one thread a run, several side by side.{quick}
@@ -159,7 +159,7 @@ def known_runs(facts: dict[str, Any]) -> Runs:
 
 
 def comparisons(facts: dict[str, Any], against: dict[str, str]) -> dict[str, str]:
-    """`against` without what is not finished, and without the arms on noised images, which have a section of their own."""
+    """`against` without what is not finished, and without the arms that have a section of their own."""
     done = by_variant(facts["runs"]).keys() - NOISED.keys()
     return {name: other for name, other in against.items() if name in done and other in done and name != other}
 

@@ -38,6 +38,7 @@ from benchmarks.study import (
     cost,
     draw,
     finished_run,
+    make_stages,
     record_cpu_seconds,
     root_of,
     runs,
@@ -351,7 +352,7 @@ def test_targets_that_are_missed():
 def test_the_page_has_a_section_on_noised_images(tmp_path):
     """Its tables say what the runs say, and its picture is there; without such arms there is neither."""
     text = draw_page(noised_runs(), tmp_path, calibration=CALIBRATION)
-    section = text[text.index("## Objectives on noised images") : text.index("## Controls")]
+    section = text[text.index("## Noised images and a tree") : text.index("## Controls")]
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
     assert [f"{BEST} − ddpo", "held-out", "**+20.0** [+20.0, +20.0]", "**+42.5** [+42.5, +42.5]",
             "**+35.0** [+35.0, +35.0]"] in lines  # fmt: skip
@@ -371,7 +372,7 @@ def test_arms_on_noised_images_leave_other_figures_alone():
     old["runs"] = [one for one in old["runs"] if one["name"] not in NOISED]
     added = [one | {"name": BEST} for one in old["runs"] if one["name"] == "b2"]
     before, after = page(old, AGAINST), page(old | {"runs": old["runs"] + added}, AGAINST)
-    start = after.index("## Objectives on noised images")
+    start = after.index("## Noised images and a tree")
     assert after[after.index("## The arms") : start] == before[before.index("## The arms") : before.index("## Controls")]
     assert after[after.index("## Controls") :] == before[before.index("## Controls") :]
 
@@ -456,6 +457,18 @@ def test_cpu_seconds_of_interrupted_phases(workplace, overrides):
                 record_cpu_seconds(stage, phase, 1.0)
         assert cost(config, 1)["cpu_seconds"] == pytest.approx(4)
         assert "cpu_seconds" not in cost(config, 2)
+
+
+def test_only_phases_made_now_are_timed(begin):
+    """A stage that was sampled before gets CPU seconds for the phases that follow; made again, nothing is timed."""
+    folder, settings = begin({})
+    with contextlib.chdir(folder):
+        config = make_config(settings | {"stage_cnt": 1})
+        make_stages(config)
+        recorded = files.read_json(root_of(config) / CPU_FILE)
+        assert recorded.keys() == {"stage0/select", "stage0/train"}
+        make_stages(config)
+        assert files.read_json(root_of(config) / CPU_FILE) == recorded
 
 
 def set_share(stage: Stage, share: float) -> None:
