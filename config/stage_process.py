@@ -186,7 +186,10 @@ def training() -> ConfigDict:
     train.eps = 0.1  # PPO's clip range; log-ratios are means over the latent dimensions (docs/method.md)
     train.kl_weight = 0.1  # dpok: weight of the KL to the base model, a mean over the latent dimensions
     train.dpo_beta = 0.1  # d3po: beta of log-ratios that are means over the D latent dimensions (docs/method.md)
-    train.noise_levels = 8  # nft, awm: noised copies of an image in an update, each with noise of another level
+    train.noise_levels = 1  # nft, awm: noised copies of an image in an update, each with noise of another level
+    train.guidance_scale = (
+        0.0  # nft, awm: guidance of the outputs that are trained; 0: as in sampling; 1: none, half the cost
+    )
     train.nft_beta = 1.0  # nft: how far the policy is mixed with the one that sampled; 1: not at all
     train.nft_scale = 1.0  # nft: advantage from which on an image counts as wholly good, or below minus that as wholly bad
     train.awm_clip = 0.2  # awm: clip range of the ratio of matching losses, which are means over the latent dimensions

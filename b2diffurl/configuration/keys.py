@@ -163,6 +163,7 @@ KEYS = {
     "train.adam_epsilon": Key(Number("[1e-20, 1]")),
     "train.use_8bit_adam": Key(SWITCH),
     "train.max_grad_norm": Key(Number("(0, 1e12]")),
+    "train.guidance_scale": Key(Number("0 or [1, 1000]", "0 is as in sampling, 1 is none"), before=0.0),
     "train.noise_levels": Key(Number("[1, 1000]"), before=HAD_NO_EFFECT),
     "train.ema": Key(Number("[0, 1)"), before=0.0),
     "train.beta1": Key(WEIGHT),

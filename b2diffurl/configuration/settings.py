@@ -202,6 +202,7 @@ class Training:
     timestep_fraction: float  # fraction of a trajectory's S trained steps that an update uses
     num_noise_levels: int  # noised copies of an image in an update, if the objective is trained on them
     step_weight: str  # weight of a step in the loss: none | leverage | sigma
+    guidance_scale: float  # of the outputs that are trained; 0: as in sampling
     unconditional_gradient: bool  # whether the unconditional half of guidance is differentiated
     micro_batch_size: int  # transitions the network sees at once
     gradient_checkpointing: bool
@@ -422,6 +423,7 @@ def read_training(train: Mapping[str, Any]) -> Training:
         timestep_fraction=train["timestep_fraction"],
         num_noise_levels=train["noise_levels"],
         step_weight=train["step_weight"],
+        guidance_scale=train["guidance_scale"],
         unconditional_gradient=train["unconditional_gradient"],
         micro_batch_size=train["micro_batch_size"],
         gradient_checkpointing=train["gradient_checkpointing"],

@@ -191,7 +191,8 @@ def make_trainer(
     `old_lora` has the LoRA's parameters of the policy that sampled the stage.
     """
     training = plan.settings.training
-    policy = Policy(model, plan.settings.sampling.guidance_scale, training.unconditional_gradient)
+    guidance_scale = training.guidance_scale or plan.settings.sampling.guidance_scale
+    policy = Policy(model, guidance_scale, training.unconditional_gradient)
     loss = make_loss(policy, plan.settings.sampling, training, plan.window, old_lora)
     if training.gradient_checkpointing:
         model.checkpoint_gradients()
