@@ -197,8 +197,8 @@ def check_objective(settings: Mapping[str, Any]) -> None:
         )
     if settings["train.guidance_scale"] and not objective.on_noised_images:
         raise ValueError(
-            f"train.guidance_scale is {settings['train.guidance_scale']:g}; {name} is trained on the steps that were sampled, "
-            f"so it must be 0, which is sampling's guidance. {forward} may take another."
+            f"train.guidance_scale is {settings['train.guidance_scale']:g}; {name} is trained on the steps that were "
+            f"sampled, so it must be 0, which is sampling's guidance. {forward} may take another."
         )
     scheduler = settings["sample.scheduler"]
     if scheduler and not objective.on_noised_images:
