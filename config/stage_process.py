@@ -164,9 +164,8 @@ def selection_and_judging() -> ConfigDict:
 def training() -> ConfigDict:
     """Training the LoRA on what was selected."""
     train = ConfigDict()
-    # On a sampler's steps: ddpo | reinforce (unclipped, one epoch) | dpok (ddpo + KL to the base) | d3po (DPO on pairs).
-    # On images that are noised again: nft | awm.
-    train.objective = "ddpo"
+    # reinforce is unclipped, dpok is ddpo with a KL to the base, d3po is DPO on pairs. nft and awm noise images again.
+    train.objective = "ddpo"  # ddpo | reinforce | dpok | d3po | nft | awm
     train.num_epochs = 2  # passes over the selected trajectories of a stage
     train.batch_size = 2  # an update takes batch_size * gradient_accumulation_steps trajectories with all their steps
     train.gradient_accumulation_steps = 64  # only its product with batch_size counts

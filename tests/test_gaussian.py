@@ -20,7 +20,7 @@ from b2diffurl.experiment.stage import Stage
 from b2diffurl.experiment.trajectories import Trajectories
 from b2diffurl.models.policy import predictor
 from b2diffurl.objectives import OBJECTIVES, Objective
-from b2diffurl.phases.losses import NoisedLoss, Policy, make_loss
+from b2diffurl.phases.losses import NoisedLoss, make_loss
 from b2diffurl.phases.train import make_units
 from b2diffurl.phases.trainer import Trainer
 from b2diffurl.runtime.batch_sizes import BatchSizes
@@ -58,17 +58,17 @@ def with_options(name: str, values: dict[str, float]) -> Objective:
 
 
 def make_trainer(world: GaussianWorld, objective: str, window: Window, **options: float) -> Trainer:
-    accelerator, config = Accelerator(cpu=True), get_config("b2")
-    sampling = replace(read_settings(config).sampling, num_steps=NUM_STEPS)
-    training = replace(
-        read_settings(config).training, objective=with_options(objective, OPTIONS | options), step_weight="none"
-    )
+    accelerator = Accelerator(cpu=True)
+    config = get_config("b2")
+    config.sample.num_steps, config.train.step_weight = NUM_STEPS, "none"
+    settings = read_settings(config)
+    training = replace(settings.training, objective=with_options(objective, OPTIONS | options))
     optimizer = torch.optim.AdamW(world.trainable().values(), lr=0.05)
     world.network, optimizer = accelerator.prepare(world.network, optimizer)
     return Trainer(
         stage=Stage(Path("nowhere"), 0),
         accelerator=accelerator,
-        loss=make_loss(Policy(world, 1.0, unconditional_gradient=True), sampling, training, window, old_lora(world)),
+        loss=make_loss(world, settings.sampling, training, window, old_lora(world)),
         optimizer=optimizer,
         max_grad_norm=1.0,
         sizes=BatchSizes(Path("nowhere"), torch.device("cpu"), {"train.micro_batch_size": 100_000}),

@@ -56,8 +56,8 @@ class Budget:
     def num_chosen_steps(self, num_trained_steps: int) -> int:
         """How many of a trajectory's S trained steps an update uses, or to how many levels of noise it noises an image."""
         if self.training.objective.on_noised_images:
-            return self.training.num_noise_levels
-        return max(1, round(self.training.timestep_fraction * num_trained_steps))
+            return self.training.steps.num_noise_levels
+        return max(1, round(self.training.steps.fraction * num_trained_steps))
 
     def window(self, stage: Stage) -> Window:
         """The trained window of a stage: as it was sampled, or as the schedule has it if it is not sampled yet."""

@@ -112,6 +112,16 @@ class Outside:
 
 
 @dataclass(frozen=True)
+class SamplerSettings:
+    """A sampler."""
+
+    num_steps: int
+    eta: float | None  # of DDIM: 1 is fully stochastic; None: the scheduler has no eta
+    guidance_scale: float
+    scheduler: str = ""  # name of a diffusers class; "": the DDIM whose steps are trained
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How a stage's images are sampled. A batch has num_groups * num_branches images."""
 
@@ -119,13 +129,23 @@ class Sampling:
     num_batches: int  # batches in a stage, over all processes
     num_branches: int  # K, images in a group (siblings)
     shared_prefix: bool  # siblings are branches of one prefix; otherwise each starts from noise of its own
-    num_steps: int  # T, sampler steps
-    eta: float  # of DDIM, in the trained window: 1 is fully stochastic
+    sampler: SamplerSettings  # with eta as in the trained window
     outside: Outside  # the steps before and after the window
-    scheduler: str  # name of a diffusers class that samples instead of DDIM; "": DDIM
-    guidance_scale: float
     micro_batch_size: int  # images the network sees at once; 0: the whole batch
     decode_batch_size: int  # latents decoded at once
+
+    @property
+    def num_steps(self) -> int:
+        """T, sampler steps."""
+        return self.sampler.num_steps
+
+    @property
+    def eta(self) -> float:
+        return self.sampler.eta
+
+    @property
+    def guidance_scale(self) -> float:
+        return self.sampler.guidance_scale
 
 
 @dataclass(frozen=True)
@@ -191,6 +211,23 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
+class TrainedSteps:
+    """Which of a window's steps an update uses, and how much each counts."""
+
+    fraction: float  # of a trajectory's S trained steps
+    weight: str  # of a step in the loss: none | leverage | sigma
+    num_noise_levels: int  # for an objective on noised images: copies of an image in an update, each of another level
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance in training."""
+
+    scale: float
+    unconditional_gradient: bool  # whether the unconditional half is differentiated
+
+
+@dataclass(frozen=True)
 class Training:
     """How the LoRA is updated."""
 
@@ -199,23 +236,10 @@ class Training:
     optimizer: Optimizer
     num_epochs: int  # passes over the selected trajectories of a stage
     num_trajectories: int  # in one update
-    timestep_fraction: float  # fraction of a trajectory's S trained steps that an update uses
-    num_noise_levels: int  # noised copies of an image in an update, if the objective is trained on them
-    step_weight: str  # weight of a step in the loss: none | leverage | sigma
-    guidance_scale: float  # of the outputs that are trained; 0: as in sampling
-    unconditional_gradient: bool  # whether the unconditional half of guidance is differentiated
+    steps: TrainedSteps
+    guidance: Guidance
     micro_batch_size: int  # transitions the network sees at once
     gradient_checkpointing: bool
-
-
-@dataclass(frozen=True)
-class SamplerSettings:
-    """A sampler for images that are judged."""
-
-    num_steps: int
-    eta: float | None  # None: the scheduler has no eta
-    guidance_scale: float
-    scheduler: str = ""  # name of a diffusers class; "": the sampler used in training
 
 
 @dataclass(frozen=True)
@@ -283,7 +307,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
         sampling=read_sampling(config),
         rewards=read_rewards(config["reward"]),
         selection=read_selection(config["eval"], config["train"]),
-        training=read_training(config["train"]),
+        training=read_training(config["train"], config["sample"]["guidance_scale"]),
         judging=read_judging(config["eval"]),
         output=read_output(config),
     )
@@ -321,11 +345,8 @@ def read_sampling(config: Mapping[str, Any]) -> Sampling:
         num_batches=sample["num_batches_per_epoch"],
         num_branches=config["split_time"],
         shared_prefix=config["sampling"] == "branch",
-        num_steps=sample["num_steps"],
-        eta=sample["eta"],
+        sampler=SamplerSettings(sample["num_steps"], sample["eta"], sample["guidance_scale"], sample["scheduler"]),
         outside=Outside(sample["prefix_eta"], sample["suffix_eta"], sample["suffix_steps"]),
-        scheduler=sample["scheduler"],
-        guidance_scale=sample["guidance_scale"],
         micro_batch_size=sample["micro_batch_size"],
         decode_batch_size=sample["decode_batch_size"],
     )
@@ -402,8 +423,8 @@ def read_rewards(reward: Mapping[str, Any]) -> Rewards:
     )
 
 
-def read_training(train: Mapping[str, Any]) -> Training:
-    """The section `train` of a configuration."""
+def read_training(train: Mapping[str, Any], guidance_scale: float) -> Training:
+    """The section `train` of a configuration. `guidance_scale` is that of sampling."""
     objective = OBJECTIVES[train["objective"]]
     return Training(
         objective=replace(objective, options=objective.read_options(train)),
@@ -420,11 +441,8 @@ def read_training(train: Mapping[str, Any]) -> Training:
         ),
         num_epochs=train["num_epochs"],
         num_trajectories=train["batch_size"] * train["gradient_accumulation_steps"],
-        timestep_fraction=train["timestep_fraction"],
-        num_noise_levels=train["noise_levels"],
-        step_weight=train["step_weight"],
-        guidance_scale=train["guidance_scale"],
-        unconditional_gradient=train["unconditional_gradient"],
+        steps=TrainedSteps(train["timestep_fraction"], train["step_weight"], train["noise_levels"]),
+        guidance=Guidance(train["guidance_scale"] or guidance_scale, train["unconditional_gradient"]),
         micro_batch_size=train["micro_batch_size"],
         gradient_checkpointing=train["gradient_checkpointing"],
     )

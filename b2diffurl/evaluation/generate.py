@@ -23,9 +23,8 @@ from b2diffurl.runtime.batch_sizes import sampling_sizes
 
 def training_sampler(settings: Settings) -> SamplerSettings:
     """The sampler that a stage's images are sampled with: DDIM, or the scheduler of `sample.scheduler`."""
-    sampling = settings.sampling
-    given = SamplerSettings(sampling.num_steps, sampling.eta, sampling.guidance_scale, sampling.scheduler)
-    return of_diffusers(settings, given, "sample.scheduler") if sampling.scheduler else given
+    given = settings.sampling.sampler
+    return of_diffusers(settings, given, "sample.scheduler") if given.scheduler else given
 
 
 def deployed_sampler(settings: Settings) -> SamplerSettings:

@@ -18,7 +18,7 @@ from torch import Tensor
 from b2diffurl.algorithm.noising import NoiseLevels, draw_levels, step_of_level, window_levels
 from b2diffurl.algorithm.transition import Transitions, require_stochastic, step_weights
 from b2diffurl.algorithm.window import Window
-from b2diffurl.configuration.settings import Sampling, Training
+from b2diffurl.configuration.settings import Guidance, Sampling, Training
 from b2diffurl.experiment.trajectories import Trajectories
 from b2diffurl.models import Model
 from b2diffurl.objectives import Objective
@@ -31,8 +31,7 @@ class Policy:
     """The policy that is trained, as a loss evaluates it."""
 
     model: Model
-    guidance_scale: float
-    unconditional_gradient: bool
+    guidance: Guidance
 
     def predict(self, samples: Trajectories, rows: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
         """The network's guided output at x_t [M,C,h,w], with the prompts of the samples `rows` [M]."""
@@ -41,8 +40,8 @@ class Policy:
             timesteps,
             {name: value[samples.prompt_ids[rows]] for name, value in samples.conditions.items()},
             samples.unconditional,
-            self.guidance_scale,
-            unconditional_gradient=self.unconditional_gradient,
+            self.guidance.scale,
+            unconditional_gradient=self.guidance.unconditional_gradient,
         )
 
     def of_base(self, predict: Callable[[], Tensor]) -> Tensor:
@@ -163,17 +162,18 @@ class NoisedLoss:
 
 
 def make_loss(
-    policy: Policy,
+    model: Model,
     sampling: Sampling,
     training: Training,
     window: Window,
     old_lora: Mapping[str, Tensor],  # the LoRA's parameters of the policy that sampled
 ) -> Loss:
     """The loss of a stage; a ValueError if it is of transitions and one of the window's has no log-probability."""
+    policy = Policy(model, training.guidance)
     objective, table = training.objective, policy.model.sampler(sampling.num_steps, sampling.eta)
     if not objective.on_noised_images:
         require_stochastic(table, window)
-        return TransitionLoss(policy, objective, table, window, step_weights(table, window, training.step_weight))
+        return TransitionLoss(policy, objective, table, window, step_weights(table, window, training.steps.weight))
     levels = policy.model.noise_levels()
     return NoisedLoss(
         policy,
@@ -181,7 +181,7 @@ def make_loss(
         levels,
         step_of=(step_of_level(levels, table) - window.start).clamp(0, window.num_steps - 1),
         window=window_levels(levels, table, window),
-        step_weight=torch.ones(training.num_noise_levels, device=table.sigma.device),
+        step_weight=torch.ones(training.steps.num_noise_levels, device=table.sigma.device),
         old_lora=old_lora,
     )
 

@@ -269,7 +269,7 @@ class BatchSampler:
         rng = generator(self.plan.settings.schedule.seed, self.plan.stage.index, "sample", batch)
         noise = noise_source(rng, self.sampler.sigma.device)
         grouped = (sampling.num_groups, sampling.num_branches)
-        if sampling.scheduler:
+        if sampling.sampler.scheduler:
             settings = training_sampler(self.plan.settings)
             scheduler = make_scheduler(self.model, settings, self.sampler.sigma.device)
             predict = self.predictor(scheduler.timesteps, conditions, micro_batch_size)

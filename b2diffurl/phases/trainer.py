@@ -28,7 +28,7 @@ from b2diffurl.experiment.checkpoints import load_average, load_optimizer, read_
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.experiment.trajectories import SelectedTrajectories, Trajectories
 from b2diffurl.models import Model
-from b2diffurl.phases.losses import Loss, Policy, make_loss
+from b2diffurl.phases.losses import Loss, make_loss
 from b2diffurl.phases.update_report import StepValues, UpdateReport, join, of_all_processes, refusal
 from b2diffurl.runtime.batch_sizes import BatchSizes
 from b2diffurl.runtime.logs import logger
@@ -191,9 +191,7 @@ def make_trainer(
     `old_lora` has the LoRA's parameters of the policy that sampled the stage.
     """
     training = plan.settings.training
-    guidance_scale = training.guidance_scale or plan.settings.sampling.guidance_scale
-    policy = Policy(model, guidance_scale, training.unconditional_gradient)
-    loss = make_loss(policy, plan.settings.sampling, training, plan.window, old_lora)
+    loss = make_loss(model, plan.settings.sampling, training, plan.window, old_lora)
     if training.gradient_checkpointing:
         model.checkpoint_gradients()
     parameters = model.trainable()
