@@ -90,8 +90,9 @@ class Job:
         plain = to_the_end and self.config["sampling"] == "branch" and not OBJECTIVES[train["objective"]].needs_base
         if not no_shortcut or not plain or self.mixed_precision not in DTYPES:
             raise ValueError(
-                "the peers' shape is of sampling=branch, windows that end with the image, objective ddpo or reinforce, mixed_precision no or bf16, and no "
-                "opt-in acceleration (prefix_eta, timestep_fraction, unconditional_gradient); see --no-peers"
+                "the peers' shape is of sampling=branch, windows that end with the image, objective ddpo or reinforce, "
+                "mixed_precision no or bf16, and no opt-in acceleration (prefix_eta, timestep_fraction, "
+                "unconditional_gradient); see --no-peers"
             )
 
     @property
