@@ -19,6 +19,7 @@ from torch.distributions import Normal, kl_divergence
 
 from b2diffurl.algorithm.selection import Selected
 from b2diffurl.algorithm.transition import step_weights
+from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.plan import make_plan
 from b2diffurl.configuration.settings import read_settings
 from b2diffurl.experiment.stage import LORA_FILE, Stage
@@ -373,7 +374,8 @@ def test_a_fresh_lora_is_the_base_policy(bench, finished):
     siblings = [Selected(group, branch, 0.0) for group in range(2) for branch in range(3)]
     trajectories = read_selected(Stage(experiment(finished), 0), siblings, 2)
     for fresh in (True, False):
-        loss = replace(bench(fresh=fresh).loss, step_weight=torch.ones(2), objective=Objective(everything, NoOptions()))
+        weights = {"window": Window(2, 4), "step_weight": torch.ones(2)}
+        loss = replace(bench(fresh=fresh).loss, **weights, objective=Objective(everything, NoOptions()))
         for step in range(2):
             values = loss(trajectories, torch.ones(6, 2), torch.arange(6), torch.tensor([step]))
             found = {key: value[0] for key, value in values.others.items()}
