@@ -211,7 +211,7 @@ def small(tmp_path, monkeypatch) -> Scale:
     """A study of plain DDPO and b2 with two seeds, of which a committed file has seed 1 of both; in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     arms = [VARIANTS["ddpo"], VARIANTS["b2"]]
-    scale = Scale("small", 2, {}, (arms,), Path("committed.json"))
+    scale = Scale("small", 2, {}, (arms,), tmp_path / "committed.json")
     kept = [run(arm.name, 1, [0.4, 0.5]) | {"settings": changes(configure(scale, arm))} for arm in arms]
     files.write_json(scale.committed, facts_of(kept, calibration={"arms": {}}))
     return scale
