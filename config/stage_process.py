@@ -50,6 +50,8 @@ def reference() -> ConfigDict:
     config.split_step = 0  # S of a single call, instead of the curriculum's; 0: by the curriculum
     config.resume_from = ""  # LoRA to start from: a .safetensors file, a checkpoint_<n> folder, or a folder of these
     config.split_time = 5  # K, images in a group (siblings)
+    config.split_times = ()  # a tree instead: branches of a state at each parting, (2, 3) for 6 images; (): one parting
+    config.split_after = ()  # trained steps from one parting of the tree to the next, one number fewer than split_times
     config.sampling = "branch"  # branch: siblings share the steps before the trained ones | independent: only the prompt
 
     # ---- prompts ----

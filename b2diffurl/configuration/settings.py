@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from b2diffurl.algorithm.seeding import stable_seed
+from b2diffurl.algorithm.tree import Tree
 from b2diffurl.objectives import OBJECTIVES, Objective
 from b2diffurl.runtime.device import Compute
 
@@ -83,7 +84,7 @@ class Sampling:
 
     num_groups: int  # G, groups in a batch; a group has one prompt
     num_batches: int  # batches in a stage, over all processes
-    num_branches: int  # K, images in a group (siblings)
+    tree: Tree  # in which the images of a group part
     shared_prefix: bool  # siblings are branches of one prefix; otherwise each starts from noise of its own
     num_steps: int  # T, sampler steps
     eta: float  # of DDIM: 1 is fully stochastic
@@ -91,6 +92,11 @@ class Sampling:
     guidance_scale: float
     micro_batch_size: int  # images the network sees at once; 0: the whole batch
     decode_batch_size: int  # latents decoded at once
+
+    @property
+    def num_branches(self) -> int:
+        """K, images in a group (siblings)."""
+        return self.tree.num_leaves
 
 
 @dataclass(frozen=True)
@@ -273,7 +279,7 @@ def read_sampling(config: Mapping[str, Any]) -> Sampling:
     return Sampling(
         num_groups=sample["batch_size"],
         num_batches=sample["num_batches_per_epoch"],
-        num_branches=config["split_time"],
+        tree=Tree(tuple(config["split_times"]) or (config["split_time"],), tuple(config["split_after"])),
         shared_prefix=config["sampling"] == "branch",
         num_steps=sample["num_steps"],
         eta=sample["eta"],

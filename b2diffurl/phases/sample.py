@@ -230,7 +230,8 @@ class BatchSampler:
                 files.write_image(path, image)
             written += save_tree(stage, tree) if tree else []
             trajectories = latents, log_probs, timesteps
-            save_batch(stage.batch(batch), *trajectories, prompts, conditions, self.unconditional, self.policy, written)
+            of_batch = prompts, conditions, self.unconditional, self.policy, written
+            save_batch(stage.batch(batch), *trajectories, *of_batch, tree=self.plan.settings.sampling.tree)
 
         # Waits until the batch before is written, so that at most two batches are in memory.
         with timed(self.seconds, "write"):
