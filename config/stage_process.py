@@ -44,10 +44,11 @@ def reference() -> ConfigDict:
 
     # ---- the schedule: backward progressive training, branch-based sampling ----
     config.stage_cnt = 100  # M, number of stages
-    config.curriculum = "progressive"  # S by stage: progressive (L to R) | reversed (R to L) | random (in L..R) | fixed (L)
+    config.curriculum = "progressive"  # progressive | reversed | random | fixed | early | sliding (docs/method.md)
     config.split_step_left = 14  # L, number S of trained steps in the first stage
-    config.split_step_right = 20  # R, number S of trained steps in the last stage
+    config.split_step_right = 20  # R, number S of trained steps in the last stage; fixed and sliding keep to L
     config.split_step = 0  # S of a single call, instead of the curriculum's; 0: by the curriculum
+    config.split_stop = 0  # step, counted from the noise, at which the trained ones end; 0: the last. Not early, not sliding
     config.resume_from = ""  # LoRA to start from: a .safetensors file, a checkpoint_<n> folder, or a folder of these
     config.split_time = 5  # K, images in a group (siblings)
     config.split_times = ()  # a tree instead: branches of a state at each parting, (2, 3) for 6 images; (): one parting
@@ -88,6 +89,8 @@ def sampling() -> ConfigDict:
     sample.num_steps = 20  # T, sampler steps
     sample.eta = 1.0  # DDIM's eta: 1 is fully stochastic; 0 is refused, because deterministic steps have no log-prob
     sample.prefix_eta = -1.0  # eta of the steps before the trained ones; -1: as sample.eta; 0: deterministic
+    sample.suffix_eta = -1.0  # eta of the steps after the trained ones; -1: as sample.eta; 0: deterministic
+    sample.suffix_steps = 0  # with suffix_eta 0: take at most so many steps after the trained ones, evenly spaced; 0: all
     sample.guidance_scale = 5.0  # classifier-free guidance, in sampling and in training; 1: none
     sample.batch_size = 8  # groups (one prompt each) in a batch, so batch_size * split_time images
     sample.num_batches_per_epoch = 32  # batches in a stage, over all processes

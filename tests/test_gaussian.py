@@ -14,6 +14,8 @@ from b2diffurl.algorithm.branching import branch_sample, denoise
 from b2diffurl.algorithm.seeding import generator
 from b2diffurl.algorithm.selection import select_all, select_pairs
 from b2diffurl.algorithm.transition import step_weights, transition
+from b2diffurl.algorithm.tree import Tree
+from b2diffurl.algorithm.window import Window
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.experiment.trajectories import Trajectories
 from b2diffurl.models.policy import predictor
@@ -26,6 +28,7 @@ PROMPTS = ["-2", "0", "1"]  # the means of their data
 TARGET = 1.0  # how far above its prompt's mean an image is best
 OPTIONS = {"clip_range": 0.1, "kl_weight": 0.02, "beta": 1.0}
 NUM_STEPS, NUM_STAGES, NUM_GROUPS, NUM_BRANCHES = 6, 12, 12, 4
+ALL_STEPS = Window(0, NUM_STEPS)
 
 
 def reward_of(images: Tensor, prompts: list[str]) -> Tensor:
@@ -52,7 +55,7 @@ def with_options(name: str, values: dict[str, float]) -> Objective:
     return replace(found, options=found.options(**{one.name: values[one.name] for one in fields(found.options)}))
 
 
-def make_trainer(world: GaussianWorld, objective: str, num_trained_steps: int, **options: float) -> Trainer:
+def make_trainer(world: GaussianWorld, objective: str, window: Window, **options: float) -> Trainer:
     accelerator, sampler = Accelerator(cpu=True), world.sampler(NUM_STEPS)
     optimizer = torch.optim.AdamW(world.trainable().values(), lr=0.05)
     world.network, optimizer = accelerator.prepare(world.network, optimizer)
@@ -62,7 +65,8 @@ def make_trainer(world: GaussianWorld, objective: str, num_trained_steps: int, *
         loss=PolicyLoss(
             model=world,
             table=sampler,
-            step_weight=step_weights(sampler, num_trained_steps, "none"),
+            window=window,
+            step_weight=step_weights(sampler, window, "none"),
             objective=with_options(objective, OPTIONS | options),
             guidance_scale=1.0,
             unconditional_gradient=True,
@@ -73,20 +77,20 @@ def make_trainer(world: GaussianWorld, objective: str, num_trained_steps: int, *
     )
 
 
-def sample(world: GaussianWorld, prompts: list[str], num_branches: int, num_trained_steps: int, *key) -> Trajectories:
+def sample(world: GaussianWorld, prompts: list[str], num_branches: int, window: Window, *key) -> Trajectories:
     """Trajectories of K branches for each of the prompts [G], group by group."""
     rng, sampler, conditions = generator(*key), world.sampler(NUM_STEPS), world.encode(prompts)
 
     def noise(shape: tuple[int, ...]) -> Tensor:
         return torch.randn(shape, generator=rng)
 
-    latents, log_probs = branch_sample(
+    latents, log_probs, _ = branch_sample(
         predictor(world, sampler.timesteps, conditions, conditions, guidance_scale=1.0),
         sampler,
         noise((len(prompts), *world.latent_shape)),
         noise,
-        num_branches=num_branches,
-        num_trained_steps=num_trained_steps,
+        tree=Tree((num_branches,)),
+        window=window,
     )
     rows = torch.arange(len(prompts)).repeat_interleave(num_branches)
     return Trajectories(
@@ -97,13 +101,13 @@ def sample(world: GaussianWorld, prompts: list[str], num_branches: int, num_trai
 def learn(objective: str, seed: int, *, sign: float = 1.0, **options: float) -> GaussianWorld:
     """Train theta on `sign` times the reward: reinforce on independent images and all of them, the others on pairs."""
     plain = OBJECTIVES[objective].single_pass
-    num_branches, num_trained_steps = (1, NUM_STEPS) if plain else (NUM_BRANCHES, 4)
+    num_branches, window = (1, ALL_STEPS) if plain else (NUM_BRANCHES, Window.last(4, NUM_STEPS))
     world = GaussianWorld()
-    trainer = make_trainer(world, objective, num_trained_steps, **options)
+    trainer = make_trainer(world, objective, window, **options)
     prompts = PROMPTS * (NUM_GROUPS * (NUM_BRANCHES if plain else 1) // len(PROMPTS))
     asked = [prompt for prompt in prompts for _ in range(num_branches)]
     for index in range(NUM_STAGES):
-        everything = sample(world, prompts, num_branches, num_trained_steps, seed, index)
+        everything = sample(world, prompts, num_branches, window, seed, index)
         rewards = sign * reward_of(everything.latents[:, -1], asked)
         scores = normalise(rewards, asked).unflatten(0, (-1, num_branches))
         selected = select_all(scores) if plain else select_pairs(scores, pos_threshold=0.5, neg_threshold=-0.5)
@@ -115,10 +119,10 @@ def learn(objective: str, seed: int, *, sign: float = 1.0, **options: float) -> 
         weights = advantages(
             torch.tensor([one.score for one in selected]), clip=5.0, positive_weight=1.0, negative_weight=1.0
         )
-        credit = weights[:, None].expand(-1, num_trained_steps)
+        credit = weights[:, None].expand(-1, window.num_steps)
         units = make_units(selected, paired=trainer.loss.objective.paired)
         for _ in range(1 if plain else 2):
-            trainer.update(kept, credit, units, range(num_trained_steps))
+            trainer.update(kept, credit, units, range(window.num_steps))
     return world
 
 
@@ -176,9 +180,9 @@ def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(objective):
     S and D because log-probs are means, is minus autograd's of the exact expected reward."""
     world = GaussianWorld()
     torch.nn.init.constant_(world.network.theta, 0.2)
-    trainer = make_trainer(world, objective, NUM_STEPS)
+    trainer = make_trainer(world, objective, ALL_STEPS)
     prompts = PROMPTS * 30_000
-    images = sample(world, prompts, 1, NUM_STEPS, 0)
+    images = sample(world, prompts, 1, ALL_STEPS, 0)
     rewards = reward_of(images.latents[:, -1], prompts)
     credit = (rewards - rewards.mean())[:, None].expand(-1, NUM_STEPS)
     trainer.accumulate(images, credit, torch.arange(len(prompts)), range(NUM_STEPS), size=100_000, apart=False)

@@ -74,6 +74,6 @@ def standards(
 
 
 def advantages(scores: Tensor, *, clip: float, positive_weight: float, negative_weight: float) -> Tensor:
-    """Scores clamped to +-clip, times `positive_weight` where they are > 0 and `negative_weight` elsewhere, [N] -> [N]."""
+    """Scores clamped to +-clip, times `positive_weight` where they are > 0 and `negative_weight` elsewhere; any shape."""
     weight = torch.where(scores > 0, positive_weight, negative_weight)
     return scores.clamp(-clip, clip) * weight

@@ -5,7 +5,7 @@
 A table holds a row (timestep, a, b, sigma) for each step; ddim.py fills one. Sampling is `transition` plus noise. Training
 is `transition` plus `log_prob`. There is no second formula, and nothing here depends on which sampler filled the table.
 
-    T sampler steps, i in 0..T-1 counts them in sampling order (from noise to image), the last S of them trained
+    T sampler steps, i in 0..T-1 counts them in sampling order (from noise to image), S of them trained: the window
     N rows, C x H x W latents
 """
 
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from b2diffurl.algorithm.window import Window
 
 STEP_WEIGHTS = ("none", "leverage", "sigma")
 
@@ -34,23 +36,32 @@ class Transitions:
     def num_steps(self) -> int:
         return len(self.timesteps)
 
+    @property
+    def columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.timesteps, self.a, self.b, self.sigma
+
     def to(self, device: torch.device | str) -> "Transitions":
-        return Transitions(*(field.to(device) for field in (self.timesteps, self.a, self.b, self.sigma)))
+        return Transitions(*(column.to(device) for column in self.columns))
+
+    def rows(self, start: int, stop: int) -> "Transitions":
+        return Transitions(*(column[start:stop] for column in self.columns))
 
 
-def with_prefix(table: Transitions, prefix: Transitions, num_trained_steps: int) -> Transitions:
-    """`table` with all but its last S rows taken from `prefix`, for a prefix of another eta."""
-    split = table.num_steps - num_trained_steps
-    pairs = ((prefix.timesteps, table.timesteps), (prefix.a, table.a), (prefix.b, table.b), (prefix.sigma, table.sigma))
-    return Transitions(*(torch.cat([before[:split], trained[split:]]) for before, trained in pairs))
+def put_together(prefix: Transitions, trained: Transitions, tail: Transitions, window: Window) -> Transitions:
+    """The steps of `prefix` before `window`, those of `trained` in it, and all of `tail`, which may be fewer than were left.
+
+    The three may differ in eta.
+    """
+    parts = prefix.rows(0, window.start), trained.rows(window.start, window.stop), tail
+    return Transitions(*(torch.cat(columns) for columns in zip(*(part.columns for part in parts), strict=True)))
 
 
-def require_stochastic(table: Transitions, num_trained_steps: int) -> None:
-    """Raise a ValueError if one of the last S transitions is deterministic: it has no log-probability."""
-    if not 1 <= num_trained_steps <= table.num_steps:
-        raise ValueError(f"split_step is {num_trained_steps}, allowed is 1..{table.num_steps} (sample.num_steps)")
-    window = slice(table.num_steps - num_trained_steps, None)
-    deterministic = table.timesteps[window][table.sigma[window] <= 0].tolist()
+def require_stochastic(table: Transitions, window: Window) -> None:
+    """Raise a ValueError if a transition in `window` is deterministic: it has no log-probability."""
+    if window.stop > table.num_steps:
+        raise ValueError(f"the trained window {window} must lie in 0..{table.num_steps} (sample.num_steps)")
+    trained = table.rows(window.start, window.stop)
+    deterministic = trained.timesteps[trained.sigma <= 0].tolist()
     if deterministic:
         raise ValueError(f"the transitions from t = {deterministic} have sigma = 0, so their log-probability is undefined")
 
@@ -87,19 +98,19 @@ def leverage(table: Transitions) -> Tensor:
     return table.b.abs() / table.sigma
 
 
-def step_weights(table: Transitions, num_trained_steps: int, kind: str) -> Tensor:
-    """The weight of each of the last S steps in the loss, [S], with mean 1.
+def step_weights(table: Transitions, window: Window, kind: str) -> Tensor:
+    """The weight of each step of `window` in the loss, [S], with mean 1.
 
     `none`: all alike, as in the paper's code. `leverage`: inverse to the step's leverage. `sigma`: proportional to the noise
     that the step adds, because a step can decide no more than its noise changes. `sigma` also evens out the steps' gradient
     norms.
     """
-    window = slice(table.num_steps - num_trained_steps, None)
+    trained = table.rows(window.start, window.stop)
     if kind == "none":
-        return torch.ones(num_trained_steps, device=table.sigma.device)
+        return torch.ones(window.num_steps, device=table.sigma.device)
     if kind == "leverage":
-        weights = 1 / leverage(table)[window]
+        weights = 1 / leverage(trained)
         return weights / weights.mean()
     if kind == "sigma":
-        return table.sigma[window] / table.sigma[window].mean()
+        return trained.sigma / trained.sigma.mean()
     raise ValueError(f"unknown train.step_weight {kind!r}; known: {', '.join(STEP_WEIGHTS)}")

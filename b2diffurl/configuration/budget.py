@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.settings import Sampling, Schedule, Settings, Training
 from b2diffurl.experiment.stage import Stage
 
@@ -29,10 +30,12 @@ class Budget:
     def num_images(self) -> int:
         return self.num_groups * self.sampling.num_branches
 
-    def num_evaluations(self, num_trained_steps: int) -> int:
-        """Network evaluations to sample a stage; a guided one counts once. Branches share those of their prefix."""
+    def num_evaluations(self, window: Window) -> int:
+        """Network evaluations to sample a stage; a guided one counts once. A state that branches share is evaluated once."""
         prefixes = self.num_groups if self.sampling.shared_prefix else self.num_images
-        return prefixes * (self.sampling.num_steps - num_trained_steps) + self.num_images * num_trained_steps
+        tail = window.tail(self.sampling.num_steps, self.sampling.outside.num_suffix_steps)
+        in_window = self.num_groups * self.sampling.tree.num_evaluations(window.num_steps)
+        return prefixes * window.start + in_window + self.num_images * len(tail)
 
     @property
     def most_selected(self) -> int:
@@ -55,11 +58,15 @@ class Budget:
         """How many of a trajectory's S trained steps an update uses."""
         return max(1, round(self.training.timestep_fraction * num_trained_steps))
 
-    def num_trained_steps(self, stage: Stage) -> int:
-        """S of a stage: as it was sampled, or as the schedule has it if it is not sampled yet."""
-        sampled = stage.finished("sample")
-        return stage.manifest("sample")["num_trained_steps"] if sampled else self.schedule.num_trained_steps(stage.index)
+    def most_transitions(self, num_selected: float, num_trained_steps: int) -> float:
+        """Transitions that an epoch trains at most, if so many trajectories are selected. Leaves of a tree share some."""
+        distinct = self.num_groups * self.sampling.tree.num_evaluations(num_trained_steps)
+        return min(num_selected * self.num_chosen_steps(num_trained_steps), distinct)
 
-    def planned_steps(self, root: Path) -> list[int]:
-        """S of each stage of the experiment in folder `root`."""
-        return [self.num_trained_steps(Stage(root, index)) for index in range(self.schedule.num_stages)]
+    def window(self, stage: Stage) -> Window:
+        """The trained window of a stage: as it was sampled, or as the schedule has it if it is not sampled yet."""
+        return stage.sampled_window(self.schedule.num_steps) or self.schedule.window(stage.index)
+
+    def planned_windows(self, root: Path) -> list[Window]:
+        """The window of each stage of the experiment in folder `root`."""
+        return [self.window(Stage(root, index)) for index in range(self.schedule.num_stages)]

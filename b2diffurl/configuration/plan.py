@@ -1,4 +1,4 @@
-"""From a configuration to the work of one call: which stage, how many trained steps, from which LoRA. Nothing is written."""
+"""From a configuration to the work of one call: which stage, which trained steps, from which LoRA. Nothing is written."""
 
 import re
 from dataclasses import dataclass, replace
@@ -6,12 +6,13 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.command_line import PRESET
 from b2diffurl.configuration.keys import flatten
 from b2diffurl.configuration.limits import shown
 from b2diffurl.configuration.prompts import named_prompts
 from b2diffurl.configuration.recorded import Record, make_record, read_record
-from b2diffurl.configuration.resume import resume_source, trained_steps
+from b2diffurl.configuration.resume import resume_source, trained_window
 from b2diffurl.configuration.rules import check, check_secrets
 from b2diffurl.configuration.settings import Settings, read_settings
 from b2diffurl.experiment.folder import relative_to
@@ -24,7 +25,7 @@ class Plan:
 
     settings: Settings
     stage: Stage
-    num_trained_steps: int  # S
+    window: Window  # the trained steps
     resume_from: Path | None  # the LoRA file the stage starts from; None: a fresh one
     prompts: tuple[str, ...]  # training prompts
     record: Record  # what config.json will hold
@@ -69,6 +70,6 @@ def make_plan(config: ConfigDict) -> Plan:
     stage = Stage(settings.output.root, stage_index(config["run_name"]))
     prompts = tuple(prompt for _, prompt in named_prompts(settings.prompts, "train"))
     record = make_record(stage, config.to_dict(), prompts, preset, read_record(stage.root))
-    num_trained_steps = trained_steps(stage, settings.schedule)
+    window = trained_window(stage, settings.schedule)
     start = resume_source(stage, settings.schedule.initial_lora)
-    return Plan(settings, stage, num_trained_steps, start, prompts, record)
+    return Plan(settings, stage, window, start, prompts, record)

@@ -1,10 +1,11 @@
-"""Which LoRA a stage starts from, and how many steps it trains.
+"""Which LoRA a stage starts from, and which steps it trains.
 
 How a run that was stopped goes on is elsewhere: each phase skips what is on disk already (Stage.finished, and the phases).
 """
 
 from pathlib import Path
 
+from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.settings import Schedule
 from b2diffurl.experiment.folder import find_lora
 from b2diffurl.experiment.stage import LORA_FILE, Stage, finished_stages
@@ -49,15 +50,16 @@ def check_beginning(root: Path, given: Path) -> None:
         )
 
 
-def trained_steps(stage: Stage, schedule: Schedule) -> int:
-    """S of this stage: as it was sampled, or by the schedule if it is not sampled yet.
+def trained_window(stage: Stage, schedule: Schedule) -> Window:
+    """The window of this stage: as it was sampled, or by the schedule if it is not sampled yet.
 
-    A ValueError if the stage was sampled with another S than split_step asks for.
+    A ValueError if the stage was sampled with another window than split_step asks for.
     """
-    wanted = schedule.num_trained_steps(stage.index)
-    if not stage.finished("sample"):
-        return wanted
-    recorded = stage.manifest("sample")["num_trained_steps"]
+    wanted = schedule.window(stage.index)
+    recorded = stage.sampled_window(schedule.num_steps) or wanted
     if schedule.given and recorded != wanted:
-        raise ValueError(f"{stage.folder} was sampled with split_step {recorded}, not {wanted}. Use another exp_name.")
+        raise ValueError(
+            f"{stage.folder} was sampled with the trained window {recorded}, not {wanted} of split_step {schedule.given}. "
+            "Use another exp_name."
+        )
     return recorded

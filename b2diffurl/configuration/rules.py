@@ -20,6 +20,8 @@ SECRET = re.compile(
     re.IGNORECASE,
 )
 
+MOVING_ENDS = ("early", "sliding")  # curricula whose windows do not end at split_stop
+
 
 def check(config: ConfigDict) -> None:
     """Check a whole configuration; a ValueError says which value cannot work and what is allowed."""
@@ -27,6 +29,8 @@ def check(config: ConfigDict) -> None:
     check_secrets(settings)  # first, because the other errors show values
     check_values(settings)
     check_schedule(settings)
+    check_stop(settings)
+    check_tail(settings)
     check_tree(settings)
     check_rewards(settings)
     check_selection(settings)
@@ -79,7 +83,7 @@ def is_path(text: str) -> bool:
 def check_schedule(settings: Mapping[str, Any]) -> None:
     """Refuse numbers of trained steps outside 1..sample.num_steps."""
     left, right, num_steps = settings["split_step_left"], settings["split_step_right"], settings["sample.num_steps"]
-    right = left if settings["curriculum"] == "fixed" else right
+    right = left if settings["curriculum"] in ("fixed", "sliding") else right
     if not 1 <= left <= right <= num_steps:
         raise ValueError(
             f"split_step_left..split_step_right is {left}..{right}; it must lie in 1..{num_steps} (sample.num_steps), with "
@@ -89,6 +93,41 @@ def check_schedule(settings: Mapping[str, Any]) -> None:
     if given and not 1 <= given <= num_steps:
         raise ValueError(
             f"split_step is {given}; it must lie in 1..{num_steps} (sample.num_steps), or be 0: by the schedule"
+        )
+
+
+def check_stop(settings: Mapping[str, Any]) -> None:
+    """Refuse an end of the trained window before its start, or beside a curriculum that has ends of its own."""
+    stop, curriculum, num_steps = settings["split_stop"], settings["curriculum"], settings["sample.num_steps"]
+    if not stop:
+        return
+    if curriculum in MOVING_ENDS:
+        raise ValueError(f"split_stop is {stop}; curriculum {curriculum} decides itself where windows end, so it must be 0")
+    start = num_steps - smallest_window(settings)
+    if not start < stop <= num_steps:
+        raise ValueError(
+            f"split_stop is {stop}; a window of S = {num_steps - start} starts after step {start}, so it must lie in "
+            f"{start + 1}..{num_steps} (sample.num_steps), or be 0: the last step"
+        )
+
+
+def check_tail(settings: Mapping[str, Any]) -> None:
+    """Refuse a shorter tail that is not deterministic, or that is not shorter."""
+    count, num_steps = settings["sample.suffix_steps"], settings["sample.num_steps"]
+    if not count:
+        return
+    eta = settings["sample.suffix_eta"]
+    if eta != 0:
+        raise ValueError(
+            f"sample.suffix_steps is {count} and sample.suffix_eta {eta}; only a deterministic tail may be shorter. Set "
+            "sample.suffix_eta=0, or sample.suffix_steps=0: all steps."
+        )
+    moving = settings["curriculum"] in MOVING_ENDS
+    longest = num_steps - (smallest_window(settings) if moving else settings["split_stop"] or num_steps)
+    if count >= longest:
+        raise ValueError(
+            f"sample.suffix_steps is {count}; at most {longest} of {num_steps} steps follow the trained window (as "
+            "split_stop or curriculum has it), and it must be fewer, or 0: all"
         )
 
 
@@ -102,7 +141,8 @@ def check_tree(settings: Mapping[str, Any]) -> None:
         )
     if not after:  # one parting, as with split_time
         return
-    fewest = settings["split_step"] or settings["split_step_left"]
+    num_steps = settings["sample.num_steps"]
+    fewest = smallest_window(settings) - (num_steps - (settings["split_stop"] or num_steps))
     if sum(after) >= fewest:
         raise ValueError(
             f"split_after is {shown(tuple(after))}, so the last parting comes after {sum(after)} trained steps; it must "
@@ -120,6 +160,11 @@ def check_tree(settings: Mapping[str, Any]) -> None:
             f"train.timestep_fraction is {settings['train.timestep_fraction']}; it must be 1 in a tree, where a shared step "
             "is trained with one of its leaves: an update could be left without any step"
         )
+
+
+def smallest_window(settings: Mapping[str, Any]) -> int:
+    """The smallest S of the schedule and of this call."""
+    return min(settings["split_step_left"], settings["split_step"] or settings["split_step_left"])
 
 
 def check_rewards(settings: Mapping[str, Any]) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 
 from b2diffurl.algorithm.seeding import stable_seed
 from b2diffurl.algorithm.tree import Tree
+from b2diffurl.algorithm.window import Window
 from b2diffurl.objectives import OBJECTIVES, Objective
 from b2diffurl.runtime.device import Compute
 
-CURRICULA = ("progressive", "fixed", "reversed", "random")
+CURRICULA = ("progressive", "fixed", "reversed", "random", "early", "sliding")
 
 
 @dataclass(frozen=True)
@@ -34,22 +35,46 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which LoRA a run starts from, and how many of the last steps each stage trains (arXiv 2503.11240, section 4.1)."""
+    """Which LoRA a run starts from, and which steps each stage trains (arXiv 2503.11240, section 4.1)."""
 
     num_stages: int  # M
+    num_steps: int  # T, sampler steps
     curriculum: str  # one of CURRICULA
-    left: int  # L, trained steps of the first stage
-    right: int  # R, trained steps of the last stage
+    left: int  # L, S of the first stage
+    right: int  # R, S of the last stage
     given: int  # S of this call, instead of the curriculum's; 0: by the curriculum
+    stop: int  # the step at which windows that train backward from the image end; 0: the last
     seed: int  # of the experiment
     initial_lora: str = ""  # LoRA to start from, as `resume.resume_source` says; "": a fresh one
 
-    def num_trained_steps(self, index: int) -> int:
-        """S of stage `index`, in left..right: how many of the last steps are trained.
+    def window(self, index: int) -> Window:
+        """The steps that stage `index` trains.
 
-        progressive: S = left + floor(index (right - left + 1) / num_stages), backward progressive training
+        early: the first S steps
+        sliding: S steps, the first ones in the first stage, the last ones in the last stage (MixGRPO, arXiv 2507.21802)
+        others: from S steps before the image on, up to `stop`
+        """
+        size = self.size(index)
+        match self.curriculum:
+            case "early":
+                return Window(0, size)
+            case "sliding":
+                start = self.moved(index, self.num_steps - size)
+                return Window(start, start + size)
+        return Window(self.num_steps - size, self.stop or self.num_steps)
+
+    def moved(self, index: int, end: int) -> int:
+        """A position that goes evenly from 0 in the first stage to `end` in the last one."""
+        index, last = min(index, self.num_stages - 1), max(1, self.num_stages - 1)  # the index may lie beyond num_stages
+        # Each position holds for as many stages as any other. Where they are more than the stages, some are left out.
+        return max(index * (end + 1) // self.num_stages, index * end // last)
+
+    def size(self, index: int) -> int:
+        """S of stage `index`, in left..right.
+
+        progressive, early: S = left + floor(index (right - left + 1) / num_stages), as in the paper
         reversed: the same from right down to left
-        fixed: always left
+        fixed, sliding: always left
         random: uniform in left..right, from a hash of (seed, stage)
         """
         if self.given:
@@ -57,11 +82,11 @@ class Schedule:
         grown = index * (self.right - self.left + 1) // self.num_stages
         grown = min(grown, self.right - self.left)  # the index may lie beyond num_stages
         match self.curriculum:
-            case "progressive":
+            case "progressive" | "early":
                 return self.left + grown
             case "reversed":
                 return self.right - grown
-            case "fixed":
+            case "fixed" | "sliding":
                 return self.left
             case "random":
                 return self.left + stable_seed(self.seed, index, "curriculum") % (self.right - self.left + 1)
@@ -79,6 +104,15 @@ class PromptSources:
 
 
 @dataclass(frozen=True)
+class Outside:
+    """The sampler steps that are not trained."""
+
+    prefix_eta: float  # eta of the steps before the window; below 0: that of the window
+    suffix_eta: float  # eta of the steps after the window; below 0: that of the window
+    num_suffix_steps: int  # so many steps are taken after the window at most; 0: all
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How a stage's images are sampled. A batch has num_groups * num_branches images."""
 
@@ -87,8 +121,8 @@ class Sampling:
     tree: Tree  # in which the images of a group part
     shared_prefix: bool  # siblings are branches of one prefix; otherwise each starts from noise of its own
     num_steps: int  # T, sampler steps
-    eta: float  # of DDIM: 1 is fully stochastic
-    prefix_eta: float  # eta of the steps before the trained ones; below 0: the same as eta
+    eta: float  # of DDIM, in the trained window: 1 is fully stochastic
+    outside: Outside  # the steps before and after the window
     guidance_scale: float
     micro_batch_size: int  # images the network sees at once; 0: the whole batch
     decode_batch_size: int  # latents decoded at once
@@ -265,10 +299,12 @@ def read_compute(config: Mapping[str, Any]) -> Compute:
 def read_schedule(config: Mapping[str, Any]) -> Schedule:
     return Schedule(
         num_stages=config["stage_cnt"],
+        num_steps=config["sample"]["num_steps"],
         curriculum=config["curriculum"],
         left=config["split_step_left"],
         right=config["split_step_right"],
         given=config["split_step"],
+        stop=config["split_stop"],
         seed=config["seed"],
         initial_lora=config["resume_from"],
     )
@@ -283,7 +319,7 @@ def read_sampling(config: Mapping[str, Any]) -> Sampling:
         shared_prefix=config["sampling"] == "branch",
         num_steps=sample["num_steps"],
         eta=sample["eta"],
-        prefix_eta=sample["prefix_eta"],
+        outside=Outside(sample["prefix_eta"], sample["suffix_eta"], sample["suffix_steps"]),
         guidance_scale=sample["guidance_scale"],
         micro_batch_size=sample["micro_batch_size"],
         decode_batch_size=sample["decode_batch_size"],

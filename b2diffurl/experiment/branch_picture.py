@@ -3,7 +3,7 @@
 tree.png    a grid of tiles: a row for each branch, a column for each sampler step; shared states stand in the first row only
 tree.json   the prompt, and how many sampler steps each column's state is from noise
 
-K branches, T sampler steps, S of them after the branches part, latents [C,h,w], images uint8 [H,W,3]
+K branches, T sampler steps, S of them trained from where the branches part, latents [C,h,w], images uint8 [H,W,3]
 """
 
 from collections.abc import Callable
@@ -53,13 +53,21 @@ class Sheet:
     facts: dict[str, Any]  # tree.json
 
 
-def decode_tree(prompt: str, prefix: list[Tensor], latents: Tensor, decode: Callable[[Tensor], Tensor]) -> Sheet:
-    """Decode a group's states: `prefix`, one [1,C,h,w] before each shared step, and `latents` [K,S+1,C,h,w] after them."""
-    split, num_steps = len(prefix), len(prefix) + latents.shape[1] - 1
-    shared, apart = spread(0, split, NUM_SHARED), spread(split + 1, num_steps, NUM_APART)
+def decode_tree(
+    prompt: str,
+    prefix: list[Tensor],  # [1,C,h,w] before each shared step
+    latents: Tensor,  # [K,S+1,C,h,w] after them: the trained window
+    finished: Tensor,  # [K,C,h,w]
+    num_steps: int,  # T
+    decode: Callable[[Tensor], Tensor],
+) -> Sheet:
+    """Decode states of a group."""
     # All branches start from the same state, so the last shared one is taken from the first branch.
-    states = [*prefix, latents[:1, 0]]
-    chosen = [states[step] for step in shared] + [latents[:, step - split] for step in apart]
+    states = dict(enumerate([*prefix, latents[:1, 0]]))
+    states |= {len(states) + n: latents[:, n + 1] for n in range(latents.shape[1] - 1)} | {num_steps: finished}
+    split, steps = len(prefix), list(states)
+    shared, apart = spread(0, split, NUM_SHARED), [steps[n] for n in spread(split + 1, len(steps) - 1, NUM_APART)]
+    chosen = [states[step] for step in (*shared, *apart)]
     # One call for all states: the decoder sees full batches.
     images = iter(shrink(decode(torch.cat(chosen))))
     tiles = [next(images) for _ in shared]

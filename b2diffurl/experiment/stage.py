@@ -53,6 +53,7 @@ from pathlib import Path
 
 import torch
 
+from b2diffurl.algorithm.window import Window
 from b2diffurl.runtime import ambient, files
 from b2diffurl.runtime.logs import logger
 
@@ -174,6 +175,19 @@ class Stage:
         if not self.finished(phase):
             raise ValueError(f"the {phase} phase of {self.folder} is not finished. Run run_{phase}.py first.")
         return files.read_json(self.manifest_path(phase))
+
+    def sampled_window(self, num_steps: int) -> Window | None:
+        """The trained window that the stage was sampled with; None if it is not sampled yet.
+
+        Earlier versions recorded only S: they trained the last S of `num_steps`.
+        """
+        if not self.finished("sample"):
+            return None
+        sampled = self.manifest("sample")
+        if "window" in sampled:
+            return Window(*sampled["window"])
+        num_steps = sampled.get("settings", {}).get("sample.num_steps", num_steps)  # another, if the user has changed it
+        return Window.last(sampled["num_trained_steps"], num_steps)
 
     def write_manifest(self, phase: str, facts: dict, written: list[Path]) -> None:
         """Finish a phase: record `facts`, hardware, versions, environment, and size and checksum of each file `written`."""

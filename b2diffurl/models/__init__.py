@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from b2diffurl.algorithm.transition import Transitions
 from b2diffurl.algorithm.types import Conditions
+from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.settings import ModelSettings, Sampling
 
 # Family name -> module of this package, which is imported when the family is first used.
@@ -33,8 +34,11 @@ class Model(Protocol):
     fingerprint: str  # SHA-256 of the base network's weights
     scheduler_config: dict  # the scheduler's settings, defaults filled in, for manifests
 
-    def sampler(self, num_steps: int, eta: float) -> Transitions:
-        """The transitions of a sampler with `num_steps` steps and noise level `eta`; with eta 0 it is deterministic."""
+    def sampler(self, num_steps: int, eta: float, steps: Sequence[int] | None = None) -> Transitions:
+        """The transitions of a sampler with `num_steps` steps and noise level `eta`; with eta 0 it is deterministic.
+
+        If `steps` are given, only these of them are taken. Each leads to the next one, the last to the image.
+        """
 
     def scheduler(self, name: str) -> Any:
         """A scheduler of diffusers by its class name, with this model's scheduler settings."""
@@ -124,8 +128,8 @@ class Family(Protocol):
         Every part counts that decides an image: the network, encoders, tokenizers, the decoder, the scheduler.
         """
 
-    def check_sampler(self, model: ModelSettings, sampling: Sampling, num_trained_steps: int) -> None:
-        """Raise a ValueError if the last S steps of training's sampler have no log-probability. It names what works."""
+    def check_sampler(self, model: ModelSettings, sampling: Sampling, window: Window) -> None:
+        """Raise a ValueError if a step of training's sampler in `window` has no log-probability. It names what works."""
 
     def check(self, model: ModelSettings) -> None:
         """Refuse, by a ValueError or FileNotFoundError, a model that is not whole or that this family cannot run.

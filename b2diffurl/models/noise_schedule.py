@@ -5,13 +5,14 @@ which is all that is taken from the file. `pretrained.scheduler` gives further e
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from b2diffurl.algorithm.ddim import make_transitions
 from b2diffurl.algorithm.transition import Transitions
+from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.settings import ModelSettings, Sampling
 from b2diffurl.runtime import files
 
@@ -79,15 +80,15 @@ def decisive(schedule: Mapping[str, Any]) -> dict[str, Any]:
     return own | {key: resolved[key] for key in DDIM_SETTINGS}
 
 
-def make_table(scheduler: "DDIMScheduler", num_steps: int, eta: float) -> Transitions:
-    """The table of DDIM's transitions with `num_steps` steps and noise level `eta`."""
+def make_table(scheduler: "DDIMScheduler", num_steps: int, eta: float, steps: Sequence[int] | None = None) -> Transitions:
+    """The table of DDIM's transitions with `num_steps` steps, or only `steps` of them, and noise level `eta`."""
     num_timesteps = len(scheduler.alphas_cumprod)
     scheduler.set_timesteps(num_steps)
     # The scheduler's offset can move the first timestep past the end, where diffusers would read no alpha.
     if scheduler.timesteps.max() >= num_timesteps:
         raise ValueError(f"sample.num_steps is {num_steps}; it must be less than this model's {num_timesteps} timesteps")
     return make_transitions(
-        scheduler.timesteps,
+        scheduler.timesteps if steps is None else scheduler.timesteps[list(steps)],
         scheduler.alphas_cumprod,
         scheduler.final_alpha_cumprod,
         eta=eta,
@@ -98,17 +99,15 @@ def make_table(scheduler: "DDIMScheduler", num_steps: int, eta: float) -> Transi
 # ---- whether its steps can be trained ----
 
 
-def require_trainable(schedule: Mapping[str, Any], model: ModelSettings, sampling: Sampling, num_trained_steps: int) -> None:
+def require_trainable(schedule: Mapping[str, Any], model: ModelSettings, sampling: Sampling, window: Window) -> None:
     """Raise a ValueError if DDIM with the model's `schedule` cannot be trained.
 
     It names entries of pretrained.scheduler that mend it, which are found by trying them on this very schedule.
     """
-    reason = why_untrainable(schedule, sampling, num_trained_steps)
+    reason = why_untrainable(schedule, sampling, window)
     if not reason:
         return
-    mended = (
-        entries for entries in remedies(schedule) if not why_untrainable(schedule | entries, sampling, num_trained_steps)
-    )
+    mended = (entries for entries in remedies(schedule) if not why_untrainable(schedule | entries, sampling, window))
     entries, remedy = next(mended, None), "No entry of pretrained.scheduler mends it."
     if entries:
         remedy = f'This works: --config.pretrained.scheduler="{dict(model.scheduler) | entries}"'
@@ -123,8 +122,8 @@ def remedies(schedule: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             yield {key: news[key] for key in keys}
 
 
-def why_untrainable(schedule: Mapping[str, Any], sampling: Sampling, num_trained_steps: int) -> str:
-    """Why the last S of DDIM's steps with this schedule have no log-probability, in words; "" if all have one."""
+def why_untrainable(schedule: Mapping[str, Any], sampling: Sampling, window: Window) -> str:
+    """Why DDIM's steps in `window` have no log-probability with this schedule, in words; "" if all have one."""
     for key in ("clip_sample", "thresholding"):
         if schedule.get(key, key == "clip_sample"):  # diffusers' default is on for clip_sample, off for thresholding
             state = "on" if key in schedule else "not given, and on by DDIM's default"
@@ -137,6 +136,6 @@ def why_untrainable(schedule: Mapping[str, Any], sampling: Sampling, num_trained
     if not finite.all():
         kind, steps = schedule.get("prediction_type", "epsilon"), table.timesteps[~finite].tolist()
         return f"at t = {steps} there is no signal (alpha_bar is 0), and a prediction of {kind} gives no image there"
-    window = slice(sampling.num_steps - num_trained_steps, None)
-    silent = table.timesteps[window][table.sigma[window] <= 0].tolist()
+    trained = table.rows(window.start, window.stop)
+    silent = trained.timesteps[trained.sigma <= 0].tolist()
     return f"the steps from t = {silent} add no noise (sigma = 0), so they have no log-probability" if silent else ""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from b2diffurl.algorithm.transition import Transitions
 from b2diffurl.algorithm.types import Conditions
+from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.settings import ModelSettings, Sampling
 from b2diffurl.models import Description, Sizes, diffusers_files, lora, noise_schedule, whole
 from b2diffurl.models.diffusers_files import ANOTHER_BASE, PipelineSpec
@@ -142,9 +143,9 @@ def identity(model: ModelSettings) -> dict[str, str]:
     return diffusers_files.identity(model, PIPELINE)
 
 
-def check_sampler(model: ModelSettings, sampling: Sampling, num_trained_steps: int) -> None:
+def check_sampler(model: ModelSettings, sampling: Sampling, window: Window) -> None:
     config = diffusers_files.scheduler_config(model, PIPELINE)
-    noise_schedule.require_trainable(config, model, sampling, num_trained_steps)
+    noise_schedule.require_trainable(config, model, sampling, window)
 
 
 def check(model: ModelSettings) -> None:
@@ -259,8 +260,8 @@ class StableDiffusion:
         if torch.equal(nothing, word) or not word.isfinite().all():
             raise ValueError(f"the text_encoder of {name} embeds all prompts alike, or as NaN. Get its files anew.")
 
-    def sampler(self, num_steps: int, eta: float) -> Transitions:
-        return noise_schedule.make_table(self._scheduler, num_steps, eta).to(self.unet.device)
+    def sampler(self, num_steps: int, eta: float, steps: Sequence[int] | None = None) -> Transitions:
+        return noise_schedule.make_table(self._scheduler, num_steps, eta, steps).to(self.unet.device)
 
     def scheduler(self, name: str) -> Any:
         import diffusers

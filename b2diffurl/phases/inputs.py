@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration import recorded
 from b2diffurl.configuration.budget import Budget
 from b2diffurl.configuration.plan import Plan
@@ -21,13 +22,14 @@ def check_base_model(plan: Plan) -> None:
     model = plan.settings.model
     family(model).check(model)
     if family(model).sizes(model):  # its files are here
-        check_sampler(plan, max(Budget.of(plan.settings).planned_steps(plan.stage.root)))
+        windows = Budget.of(plan.settings).planned_windows(plan.stage.root)
+        check_sampler(plan, Window(min(one.start for one in windows), max(one.stop for one in windows)))
 
 
-def check_sampler(plan: Plan, num_trained_steps: int) -> None:
-    """Raise a ValueError if the last S steps of training's sampler cannot be trained with the base model's scheduler."""
+def check_sampler(plan: Plan, window: Window) -> None:
+    """Raise a ValueError if a step of training's sampler in `window` cannot be trained with the base model's scheduler."""
     settings = plan.settings
-    family(settings.model).check_sampler(settings.model, settings.sampling, num_trained_steps)
+    family(settings.model).check_sampler(settings.model, settings.sampling, window)
 
 
 def identified(plan: Plan) -> Plan:

@@ -26,7 +26,7 @@ def check_later_phases(plan: Plan) -> None:
         check_rewards([settings.judging.judge], settings.rewards, [*plan.prompts, *held_out])
     for name in settings.judging.diversity:
         check_features(name, settings.judging, settings.rewards, plan.prompts)
-    check_sampler(plan, plan.num_trained_steps)
+    check_sampler(plan, plan.window)
     deployed_sampler(settings)  # for the error that it raises if diffusers has no such scheduler
 
 

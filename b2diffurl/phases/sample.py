@@ -1,7 +1,7 @@
 """The sample phase: branch-sample one stage's trajectories, and decode their images.
 
 G groups in a batch, K branches, N = G*K images in a batch
-T sampler steps, the last S of them trained
+T sampler steps, S of them trained: the window
 """
 
 import json
@@ -20,12 +20,15 @@ from tqdm import tqdm
 
 from b2diffurl.algorithm.branching import branch_sample
 from b2diffurl.algorithm.seeding import generator, noise_source
-from b2diffurl.algorithm.transition import Transitions, require_stochastic, with_prefix
+from b2diffurl.algorithm.transition import Transitions, put_together, require_stochastic
+from b2diffurl.algorithm.tree import Tree
 from b2diffurl.algorithm.types import Conditions
+from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.budget import Budget
 from b2diffurl.configuration.plan import Plan
 from b2diffurl.configuration.prompts import batch_prompts, named_prompts
 from b2diffurl.configuration.recorded import lasting_settings, record_experiment
+from b2diffurl.configuration.settings import Sampling
 from b2diffurl.evaluation.generate import deployed_sampler, make_scheduler
 from b2diffurl.experiment.branch_picture import decode_tree, recording_prefix, save_tree
 from b2diffurl.experiment.metrics import Metrics, timed
@@ -52,7 +55,7 @@ def sample_stage(plan: Plan) -> None:
     """
     set_defaults(plan.settings.compute)  # before anything is computed
     check_later_phases(plan)  # also if this phase is finished: a later one may not be
-    stage = plan.stage
+    stage, num_steps = plan.stage, plan.settings.sampling.num_steps
     require_origin(stage)
     if stage.finished("sample"):
         logger.info("stage%d sample: already finished", stage.index)
@@ -70,8 +73,8 @@ def sample_stage(plan: Plan) -> None:
     missing = [batch for batch in range(plan.settings.sampling.num_batches) if not is_sampled(stage, batch, facts["policy"])]
     begin_stage(plan, model, accelerator)
     logger.info(
-        "stage%d sample: S %d of %d, %d images, from %s",
-        stage.index, plan.num_trained_steps, sampler.num_steps, facts["num_images"], plan.start,
+        "stage%d sample: S %s of %d, %d images, from %s",
+        stage.index, plan.window.text(num_steps), num_steps, facts["num_images"], plan.start,
     )  # fmt: skip
     sizes = batch_sizes(plan, accelerator)
     if missing:
@@ -108,12 +111,7 @@ def restore_record(plan: Plan) -> None:
 
 
 def load_sampled_policy(plan: Plan, accelerator: Accelerator) -> tuple[Model, Transitions]:
-    """Load the policy that the stage samples with, and make the table of its T transitions.
-
-    The last S transitions take `sample.eta` and must be stochastic (else a ValueError). Those of the prefix take
-    `sample.prefix_eta` if it is set.
-    """
-    sampling = plan.settings.sampling
+    """Load the policy that the stage samples with, and make the table of its transitions."""
     model = load_policy(
         plan.settings.model,
         accelerator,
@@ -123,13 +121,23 @@ def load_sampled_policy(plan: Plan, accelerator: Accelerator) -> tuple[Model, Tr
     )
     # evaluation_mode: nothing is wrapped around the network to average gradients, because there are none.
     model.network = accelerator.prepare_model(model.network, evaluation_mode=True)
-    sampler = model.sampler(sampling.num_steps, sampling.eta)
-    require_stochastic(sampler, plan.num_trained_steps)
-    if sampling.prefix_eta >= 0:
-        sampler = with_prefix(sampler, model.sampler(sampling.num_steps, sampling.prefix_eta), plan.num_trained_steps)
+    sampler = make_sampler(model, plan.settings.sampling, plan.window)
     # Not needed here. But a deployed sampler that cannot be made is refused now, rather than at the first evaluation.
     make_scheduler(model, deployed_sampler(plan.settings), accelerator.device)
     return model, sampler
+
+
+def make_sampler(model: Model, sampling: Sampling, window: Window) -> Transitions:
+    """The table of a stage's transitions. Those in the window must be stochastic (else a ValueError).
+
+    Outside they may have an eta of their own, and the tail may take fewer steps.
+    """
+    num_steps, outside = sampling.num_steps, sampling.outside
+    trained = model.sampler(num_steps, sampling.eta)
+    require_stochastic(trained, window)
+    prefix_eta, suffix_eta = (sampling.eta if eta < 0 else eta for eta in (outside.prefix_eta, outside.suffix_eta))
+    tail = model.sampler(num_steps, suffix_eta, window.tail(num_steps, outside.num_suffix_steps))
+    return put_together(model.sampler(num_steps, prefix_eta), trained, tail, window)
 
 
 def begin_stage(plan: Plan, model: Model, accelerator: Accelerator) -> None:
@@ -162,7 +170,8 @@ def batch_sizes(plan: Plan, accelerator: Accelerator) -> BatchSizes:
 def warm_up(plan: Plan, model: Model, sampler: Transitions, sizes: BatchSizes) -> None:
     """If the network is to be compiled, compile it before the first batch, for each number of rows it will see.
 
-    torch.compile makes a program for each. Prefixes have G rows and branches G*K, both cut into micro-batches.
+    torch.compile makes a program for each. Prefixes have G rows and branches G*K, or fewer before a tree's last parting, all
+    cut into micro-batches.
     """
     sampling = plan.settings.sampling
     with compiling(plan.settings.compute.compile, f"stage{plan.stage.index} sample") as wanted:
@@ -174,7 +183,8 @@ def warm_up(plan: Plan, model: Model, sampler: Transitions, sizes: BatchSizes) -
                 for part in {min(size, len(x_t)), len(x_t) % size} - {0}:  # a whole micro-batch, and the last one
                     predict(x_t[:part], 0).cpu()  # to the CPU, to wait until the network has really run
 
-            for rows in (sampling.num_groups, images_per_batch(plan)):
+            edges = [sampling.tree.num_edges(depth) for depth in range(sampling.tree.num_depths)]
+            for rows in (sampling.num_groups * number for number in (1, *edges)):
                 x_t = torch.zeros(rows, *model.latent_shape, device=sampler.sigma.device)
                 sizes.fit("sample.micro_batch_size", lambda size, x_t=x_t: warm(x_t, size))
 
@@ -208,21 +218,23 @@ class BatchSampler:
         conditions = self.model.encode(distinct)
         rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
         group_conditions = {name: value[rows] for name, value in conditions.items()}
-        latents, log_probs, prefix = self.sizes.fit(
+        latents, log_probs, finished, prefix = self.sizes.fit(
             "sample.micro_batch_size", lambda size: self.trajectories(batch, group_conditions, size)
         )
         # Before decoding, which would refuse the same latents with less to say about where they went wrong.
         require_finite(latents, log_probs, prompts, self.plan.stage, batch)
         self.bar.set_postfix_str("decoding")
         with timed(self.seconds, "decode"):
-            images = self.decode_batch(batch, latents[:, :, -1].flatten(0, 1))
+            images = self.decode_batch(batch, finished.flatten(0, 1))
             # The report shows a stage's first group as a tree of branches.
             draws_tree = batch == 0 and self.plan.settings.sampling.shared_prefix
-            tree = decode_tree(prompts[0], prefix, latents[0], self.decode) if draws_tree else None
+            states = prefix, latents[0], finished[0], self.plan.settings.sampling.num_steps
+            tree = decode_tree(prompts[0], *states, self.decode) if draws_tree else None
         self.bar.set_postfix_str("")
         if record:
             record_experiment(self.plan.record, torch.get_num_threads())
-        stage, timesteps = self.plan.stage, self.sampler.timesteps[-self.plan.num_trained_steps :]
+        stage, window = self.plan.stage, self.plan.window
+        timesteps = self.sampler.timesteps[window.start : window.stop]
 
         def write() -> None:
             written = [stage.image(batch * len(images) + n) for n in range(len(images))]
@@ -245,12 +257,15 @@ class BatchSampler:
         global_batch = index * settings.sampling.num_batches + batch
         return batch_prompts(list(self.plan.prompts), settings.sampling.num_groups, global_batch, rng)
 
-    def trajectories(self, batch: int, conditions: Conditions, micro_batch_size: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Sample a batch: states of the trained window [G,K,S+1,C,h,w], log_probs [G,K,S], and the first group's prefix.
+    def trajectories(
+        self, batch: int, conditions: Conditions, micro_batch_size: int
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """Sample a batch: states of the trained window [G,K,S+1,C,h,w], log_probs [G,K,S], finished latents [G,K,C,h,w], and
+        the first group's prefix.
 
         The prefix is a list of states [1,C,h,w], one before each of its steps, for the picture of the branches.
         """
-        sampling, num_trained_steps = self.plan.settings.sampling, self.plan.num_trained_steps
+        sampling, window = self.plan.settings.sampling, self.plan.window
         seed = self.plan.settings.schedule.seed
         # Made here and not once a stage: a batch that is repeated in smaller micro-batches starts from the same noise.
         noise = noise_source(generator(seed, self.plan.stage.index, "sample", batch), self.sampler.sigma.device)
@@ -263,7 +278,7 @@ class BatchSampler:
             micro_batch_size=micro_batch_size,
         )
         budget = Budget.of(self.plan.settings)
-        images_per_evaluation = budget.num_images / budget.num_evaluations(num_trained_steps)
+        images_per_evaluation = budget.num_images / budget.num_evaluations(window)
 
         def predict_with_bar(x_t: Tensor, i: int) -> Tensor:
             output = predict(x_t, i)
@@ -271,18 +286,18 @@ class BatchSampler:
             return output
 
         # Siblings that share no prefix are sampled as G*K groups of one branch, and put into G groups below.
-        branches = sampling.num_branches if sampling.shared_prefix else 1
+        tree = sampling.tree if sampling.shared_prefix else Tree((1,))
         prefix: list[Tensor] = []
-        latents, log_probs = branch_sample(
-            recording_prefix(predict_with_bar, self.sampler.num_steps - num_trained_steps, prefix),
+        sampled = branch_sample(
+            recording_prefix(predict_with_bar, window.start, prefix),
             self.sampler,
-            noise((sampling.num_groups * sampling.num_branches // branches, *self.model.latent_shape)),
+            noise((sampling.num_groups * sampling.num_branches // tree.num_leaves, *self.model.latent_shape)),
             noise,
-            num_branches=branches,
-            num_trained_steps=num_trained_steps,
+            tree=tree,
+            window=window,
         )
         grouped = (sampling.num_groups, sampling.num_branches)
-        return *(states.flatten(0, 1).unflatten(0, grouped) for states in (latents, log_probs)), prefix
+        return *(states.flatten(0, 1).unflatten(0, grouped) for states in sampled), prefix
 
     def decode_batch(self, batch: int, latents: Tensor) -> Tensor:
         """Images uint8 [N,H,W,3] of latents [N,C,h,w].
@@ -313,7 +328,7 @@ def sample_batches(batch_sampler: BatchSampler, batches: Sequence[int], accelera
             # Each process samples a batch in that time.
             batch_sec = (time.perf_counter() - started) / accelerator.num_processes
             load_sec = batch_sampler.seconds["load"]
-            forecast = first_batch_text(plan.settings, plan.num_trained_steps, batch_sec, load_sec)
+            forecast = first_batch_text(plan.settings, plan.window, batch_sec, load_sec)
             logger.info("stage%d sample: %s", plan.stage.index, forecast)
     with timed(batch_sampler.seconds, "write"):
         batch_sampler.writer.wait()
@@ -335,7 +350,8 @@ def stage_facts(plan: Plan, model: Model, accelerator: Accelerator) -> dict[str,
     """The facts for the phase's manifest. `policy` is the part on which all batches on disk must agree."""
     settings, budget = plan.settings, Budget.of(plan.settings)
     policy = {
-        "num_trained_steps": plan.num_trained_steps,
+        "num_trained_steps": plan.window.num_steps,
+        "window": plan.window.ends,
         "num_branches": settings.sampling.num_branches,
         "mixed_precision": accelerator.mixed_precision,
         "base_model_sha256": model.fingerprint,
@@ -343,9 +359,10 @@ def stage_facts(plan: Plan, model: Model, accelerator: Accelerator) -> dict[str,
     }
     return {
         "seed": settings.schedule.seed,
-        "num_trained_steps": plan.num_trained_steps,
+        "num_trained_steps": plan.window.num_steps,
+        "window": plan.window.ends,
         "num_images": budget.num_images,
-        "num_evaluations": budget.num_evaluations(plan.num_trained_steps),
+        "num_evaluations": budget.num_evaluations(plan.window),
         "policy": policy,
         "settings": lasting_settings(plan.record.content["config"]),
         "batch_shape": [settings.sampling.num_groups, settings.sampling.num_branches, *model.latent_shape],
@@ -361,7 +378,7 @@ def stage_facts(plan: Plan, model: Model, accelerator: Accelerator) -> dict[str,
 def is_sampled(stage: Stage, batch: int, policy: dict[str, Any]) -> bool:
     """Whether a batch is on disk, undamaged and sampled with `policy`.
 
-    False with a warning for a damaged one: it is sampled again. A ValueError if another policy sampled it, or another S.
+    False with a warning for a damaged one: it is sampled again. A ValueError if another policy or window sampled it.
     """
     path = stage.batch(batch)
     if not path.is_file():
@@ -370,11 +387,13 @@ def is_sampled(stage: Stage, batch: int, policy: dict[str, Any]) -> bool:
         logger.warning("stage%d sample: batch %d is sampled again: %s", stage.index, batch, damage)
         return False
     recorded = files.read_metadata(path)
-    recorded.setdefault("mixed_precision", policy["mixed_precision"])  # which earlier versions did not record
+    for key in ("mixed_precision", "window"):  # which earlier versions did not record
+        recorded.setdefault(key, policy[key])
     different = [f"{key} ({recorded.get(key)}, now {value})" for key, value in policy.items() if recorded.get(key) != value]
     if different:
-        # The number of trained steps may have changed though the user never named it.
-        why = "; stage_cnt and split_step_left and _right decide it" if "num_trained_steps" in different[0] else ""
+        # The trained steps may have changed though the user never named them.
+        steps = different[0].startswith(("num_trained_steps", "window"))
+        why = "; stage_cnt, curriculum and the split_ keys decide it" if steps else ""
         raise ValueError(
             f"{path} was sampled with another {', '.join(different)}{why}. Give what it was sampled with, delete "
             f"{stage.folder} to sample it anew, or use another exp_name."

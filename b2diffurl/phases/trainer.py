@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from b2diffurl.algorithm.transition import Transitions, require_stochastic, step_weights
+from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.plan import Plan
 from b2diffurl.configuration.settings import Optimizer
 from b2diffurl.experiment.checkpoints import load_optimizer, read_state
@@ -40,6 +41,7 @@ class PolicyLoss:
 
     model: Model
     table: Transitions
+    window: Window
     step_weight: Tensor  # [S], mean 1
     objective: Objective
     guidance_scale: float
@@ -55,8 +57,7 @@ class PolicyLoss:
         # One transition for each row and step: [s*M] or [s*2M], step by step.
         step = steps.repeat_interleave(len(rows))
         rows = rows.repeat(len(steps))
-        # Trajectories store the last S steps; the table counts all T.
-        i = self.table.num_steps - len(self.step_weight) + step
+        i = self.window.start + step  # trajectories store the window; the table counts all T steps
         x_t, x_prev = trajectories.latents[rows, step], trajectories.latents[rows, step + 1]
         predict = partial(self.predict, trajectories, rows, x_t, self.table.timesteps[i])
 
@@ -94,8 +95,7 @@ class PolicyLoss:
 
     def timesteps(self, steps: Sequence[int]) -> list[int]:
         """The timesteps of the sampler at `steps`, some of 0..S-1."""
-        window = self.table.timesteps[-len(self.step_weight) :].tolist()
-        return [window[step] for step in steps]
+        return [self.table.timesteps[self.window.start + step].item() for step in steps]
 
 
 @dataclass
@@ -288,7 +288,7 @@ def make_trainer(plan: Plan, accelerator: Accelerator, model: Model, source: Pat
     """The trainer of a stage, with the optimizer state that was saved beside the LoRA `source`, if there is one."""
     sampling, training = plan.settings.sampling, plan.settings.training
     table = model.sampler(sampling.num_steps, sampling.eta)
-    require_stochastic(table, plan.num_trained_steps)
+    require_stochastic(table, plan.window)
     if training.gradient_checkpointing:
         model.checkpoint_gradients()
     parameters = model.trainable()
@@ -303,7 +303,8 @@ def make_trainer(plan: Plan, accelerator: Accelerator, model: Model, source: Pat
     loss = PolicyLoss(
         model=model,
         table=table,
-        step_weight=step_weights(table, plan.num_trained_steps, training.step_weight),
+        window=plan.window,
+        step_weight=step_weights(table, plan.window, training.step_weight),
         objective=training.objective,
         guidance_scale=sampling.guidance_scale,
         unconditional_gradient=training.unconditional_gradient,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.budget import Budget
 from b2diffurl.configuration.plan import Plan
 from b2diffurl.configuration.prompts import load_prompts
@@ -22,14 +23,15 @@ from b2diffurl.runtime.device import Compute, choose_device
 def describe(plan: Plan) -> str:
     """The whole text: facts, a table of stages, disk and time."""
     settings, budget = plan.settings, Budget.of(plan.settings)
-    steps = budget.planned_steps(plan.stage.root)
+    windows = budget.planned_windows(plan.stage.root)
     device, precision = device_text(settings.compute)
     base = family(settings.model).sizes(settings.model)
     embedding_bytes = 4 if precision == "float32" else 2  # embeddings are stored in the text encoder's precision
-    volumes = [trajectory_bytes(settings, base, S, len(plan.prompts), embedding_bytes) for S in steps] if base else []
+    S = [window.num_steps for window in windows]
+    volumes = [trajectory_bytes(settings, base, steps, len(plan.prompts), embedding_bytes) for steps in S] if base else []
     facts = plan_facts(plan, budget) | {"device": f"{device}, {precision}"}
     lines = [f"{name:<13}{fact}" for name, fact in facts.items()]
-    lines += ["", *stage_table(budget, steps, volumes), ""]
+    lines += ["", *stage_table(budget, windows, volumes), ""]
     lines += [f"{'disk':<13}{disk_text(settings, base, volumes) if base else 'unknown until the base model is here'}"]
     lines += [f"{'time':<13}{time_text(settings)}"]
     return "\n".join(lines)
@@ -89,22 +91,23 @@ def start_text(plan: Plan) -> str:
     return goes_on + ("; resume_from has no effect, the experiment has begun" if asked and not chosen else "")
 
 
-def stage_table(budget: Budget, steps: Sequence[int], volumes: Sequence[int]) -> list[str]:
-    """The table, as lines: a row for each S (trained steps) with the amounts of one stage, and a row of totals.
+def stage_table(budget: Budget, windows: Sequence[Window], volumes: Sequence[int]) -> list[str]:
+    """The table, as lines: a row for each window of S trained steps with the amounts of one stage, and a row of totals.
 
-    `steps` [M] is S of each stage, `volumes` [M] the bytes of its trajectories, or [] if they are unknown.
+    `windows` [M] are those of the stages, `volumes` [M] the bytes of its trajectories, or [] if they are unknown.
     """
     stages = defaultdict(list)
-    for index, num_steps in enumerate(steps):
-        stages[num_steps].append(index)
+    for index, window in enumerate(windows):
+        stages[window].append(index)
     updates = f"updates{', at most' if budget.at_most else ''}"
-    rows = [["a stage", f"S of {budget.sampling.num_steps}", "images", "network evaluations", updates, "trajectories"]]
-    for num_steps, members in sorted(stages.items()):
+    num_steps = budget.sampling.num_steps
+    rows = [["a stage", f"S of {num_steps}", "images", "network evaluations", updates, "trajectories"]]
+    for window, members in sorted(stages.items(), key=lambda row: (row[0].num_steps, row[0].start)):
         volume = size(volumes[members[0]]) if volumes else "?"  # stages of the same S have the same volume
-        counts = [budget.num_images, budget.num_evaluations(num_steps), budget.most_updates]
-        rows.append([stages_text(members), str(num_steps), *(f"{count:,}" for count in counts), volume])
-    totals = [len(steps) * budget.num_images, sum(budget.num_evaluations(num_steps) for num_steps in steps)]
-    totals.append(len(steps) * budget.most_updates)
+        counts = [budget.num_images, budget.num_evaluations(window), budget.most_updates]
+        rows.append([stages_text(members), window.text(num_steps), *(f"{count:,}" for count in counts), volume])
+    totals = [len(windows) * budget.num_images, sum(map(budget.num_evaluations, windows))]
+    totals.append(len(windows) * budget.most_updates)
     rows.append(["in all", "", *(f"{count:,}" for count in totals), size(sum(volumes)) if volumes else "?"])
     return align(rows)
 
@@ -137,7 +140,8 @@ def disk_text(settings: Settings, base: Sizes, volumes: Sequence[int]) -> str:
     checkpoints = math.ceil(settings.training.num_epochs / settings.output.save_interval)
     written = checkpoints * checkpoint_bytes(settings, base)
     volume = sum(volumes) if output.keep_samples else max(volumes)  # all stages', or one's until it is trained
-    trajectories = volume + volume * budget.most_selected // images  # batches, and the copies of the selected ones
+    # Batches, and the copies of the selected ones. In a tree few leaves may already be on all shared edges.
+    trajectories = volume + (volume if settings.sampling.tree.after else volume * budget.most_selected // images)
     judged = evaluations_left(settings, finished=set()).images  # evaluations keep all their images
     # The stage at work has all its images, finished ones have `kept`.
     total = trajectories + num_stages * (written + kept * per_image) + (images - kept + judged) * per_image
@@ -151,14 +155,15 @@ def disk_text(settings: Settings, base: Sizes, volumes: Sequence[int]) -> str:
 def trajectory_bytes(settings: Settings, base: Sizes, num_trained_steps: int, num_prompts: int, embedding_bytes: int) -> int:
     """Bytes of a stage's samples/, without the files' headers.
 
-    Each trajectory has S + 1 states and S log-probabilities in float32. Each batch has timesteps and prompt ids (8 bytes
-    each), and the embeddings of its prompts and of the empty prompt (`embedding_bytes` a number).
+    Each trajectory has S + 1 states and S log-probabilities in float32; what branches of a tree share is there once. Each
+    batch has timesteps and prompt ids (8 bytes each), and the embeddings of its prompts and of the empty prompt
+    (`embedding_bytes` a number).
     """
-    sampling = settings.sampling
-    numbers = (num_trained_steps + 1) * math.prod(base.latent_shape) + num_trained_steps
+    sampling, state = settings.sampling, math.prod(base.latent_shape)
+    numbers = sampling.tree.num_evaluations(num_trained_steps) * (state + 1) + sampling.num_branches * state  # of a group
     prompts = min(sampling.num_groups, num_prompts) + 1  # a batch stores each distinct prompt once
     batch = 8 * (num_trained_steps + sampling.num_groups) + prompts * base.embedding * embedding_bytes
-    return 4 * numbers * Budget.of(settings).num_images + batch * sampling.num_batches
+    return 4 * numbers * Budget.of(settings).num_groups + batch * sampling.num_batches
 
 
 def checkpoint_bytes(settings: Settings, base: Sizes) -> int:

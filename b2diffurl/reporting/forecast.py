@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.budget import Budget
 from b2diffurl.configuration.loop import Call, calls
 from b2diffurl.configuration.settings import Settings
@@ -105,13 +106,13 @@ def passes(objective: Objective) -> int:
     return 2 + objective.needs_base
 
 
-def first_pace(settings: Settings, num_trained_steps: int, batch_sec: float, load_sec: float) -> Pace:
+def first_pace(settings: Settings, window: Window, batch_sec: float, load_sec: float) -> Pace:
     """The pace before a stage is finished, from the seconds of the first sampling batch and of loading.
 
     Several processes sample a batch each at the same time, so `batch_sec` must be divided by their number. Scoring counts as
     0, because nothing has been scored yet.
     """
-    num_evaluations = Budget.of(settings).num_evaluations(num_trained_steps)
+    num_evaluations = Budget.of(settings).num_evaluations(window)
     evaluation = batch_sec * settings.sampling.num_batches / num_evaluations
     return Pace(evaluation, 0.0, passes(settings.training.objective) * evaluation, load_sec)
 
@@ -137,14 +138,14 @@ def work_left(settings: Settings) -> Work:
 
 def phase_work(settings: Settings, budget: Budget, stage: Stage, call: Call, expected: float) -> Work:
     """The work of one phase of a stage. `expected` is the number of selected trajectories if select is not finished."""
-    num_steps = budget.num_trained_steps(stage)
+    window = budget.window(stage)
     match call.script:
         case "sample":
-            return Work(evaluations=budget.num_evaluations(num_steps), processes=1)
+            return Work(evaluations=budget.num_evaluations(window), processes=1)
         case "select":
             return Work(images=budget.num_images, processes=1)
     selected = stage.manifest("select")["num_selected"] if stage.finished("select") else expected
-    transitions = settings.training.num_epochs * selected * budget.num_chosen_steps(num_steps)
+    transitions = settings.training.num_epochs * budget.most_transitions(selected, window.num_steps)
     return Work(transitions=transitions, processes=1)
 
 
@@ -188,7 +189,7 @@ def plan_line(settings: Settings) -> str:
         f"LoRA rank {settings.model.lora_rank} on {settings.model.name}",
         f"reward {settings.rewards.description}",
         f"{num_stages} stages of {budget.num_images} images ({num_stages * budget.num_images})",
-        f"S {span(budget.planned_steps(root))} of {settings.sampling.num_steps}",
+        f"S {span([window.num_steps for window in budget.planned_windows(root)])} of {settings.sampling.num_steps}",
         f"{budget.at_most}{num_stages * budget.most_updates} updates",
         f"seed {settings.schedule.seed}",
         time_text(settings),
@@ -207,10 +208,10 @@ def time_text(settings: Settings) -> str:
     return f"{done} of {num_stages} stages done, about {duration(pace.seconds(work_left(settings)))} left"
 
 
-def first_batch_text(settings: Settings, num_trained_steps: int, batch_sec: float, load_sec: float) -> str:
+def first_batch_text(settings: Settings, window: Window, batch_sec: float, load_sec: float) -> str:
     """After the first sampling batch: how long the whole run takes (`first_pace`)."""
     try:
-        seconds = first_pace(settings, num_trained_steps, batch_sec, load_sec).seconds(work_left(settings))
+        seconds = first_pace(settings, window, batch_sec, load_sec).seconds(work_left(settings))
     except (ValueError, OSError, KeyError) as error:
         return f"first batch in {batch_sec:.1f} s; {UNTOLD}{error}"
     return f"first batch in {batch_sec:.1f} s; the run takes {Budget.of(settings).at_most}about {duration(seconds)}"

@@ -14,6 +14,7 @@ from typing import Any
 
 from yaml import YAMLError
 
+from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.recorded import recorded_settings, setting_changes
 from b2diffurl.configuration.settings import ModelSettings, reward_weights
 from b2diffurl.experiment.checkpoints import read_state
@@ -349,14 +350,14 @@ def training(exported: Exported) -> dict[str, str]:
     earlier = sum(row.get("num_updates", 0) for row in rows if row["stage"] < stage.index)
     # The checkpoint's own stage may have gone on after it, so its updates are counted by its state.json.
     queries, updates = rows[-1]["queries"], earlier + read_state(exported.lora)["num_updates"]
-    steps = [row["num_trained_steps"] for row in rows]
     num_steps, objective = settings["sample.num_steps"], settings["train.objective"]
+    windows = [Stage(exported.root, row["stage"]).sampled_window(num_steps) for row in rows]
     entries = {
         "checkpoint": f"{exported.checkpoint}, of stage0 to stage{settings['stage_cnt'] - 1}",
         "budget": f"{queries:,} images scored, {updates:,} updates (stages: {len(rows)})",
         "reward": reward_with_models(config["reward"]),
         "prompts": f"{len(drawn_prompts(exported)):,} drawn from `{prompt_file(exported, 'train')}`",
-        "schedule": f"{settings['curriculum']}: the last {span(steps)} of {num_steps} steps are trained",
+        "schedule": f"{settings['curriculum']}: {trained_text(windows, num_steps)} are trained",
         "sampling": f"{settings['sampling']}, {settings['split_time']} images a group; DDIM, η {settings['sample.eta']:g}, "
         f"guidance {settings['sample.guidance_scale']:g}",
         "selection": f"{settings['eval.selection']}, advantage by {settings['eval.advantage']}",
@@ -375,6 +376,14 @@ def training(exported: Exported) -> dict[str, str]:
         versions = stage.manifest("train")["versions"]
         entries["software"] = ", ".join(f"{key} {versions[key]}" for key in ("torch", "diffusers", "transformers", "peft"))
     return entries
+
+
+def trained_text(windows: list[Window], num_steps: int) -> str:
+    """Which of T steps the stages trained: `the last 14 to 20 of 20 steps`, or `steps 1-2 to 7-8 of 8`."""
+    if all(window.stop == num_steps for window in windows):
+        return f"the last {span([window.num_steps for window in windows])} of {num_steps} steps"
+    ends = dict.fromkeys(f"{window.start + 1}-{window.stop}" for window in (windows[0], windows[-1]))
+    return f"steps {' to '.join(ends)} of {num_steps}"
 
 
 def span(numbers: list[int]) -> str:

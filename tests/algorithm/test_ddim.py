@@ -15,9 +15,10 @@ from torch import Tensor
 from b2diffurl.algorithm.ddim import PREDICTION_TYPES, make_transitions
 from b2diffurl.algorithm.transition import (
     log_prob,
+    put_together,
     transition,
-    with_prefix,
 )
+from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.settings import ModelSettings
 from b2diffurl.models import Model, family
 
@@ -98,9 +99,10 @@ def test_sigma_by_hand():
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_a_prefix_of_another_eta_is_that_sampler_s_own(prediction_type):
-    """with_prefix: before the last S steps a transition is DDIMScheduler.step with the prefix's eta, then with its own."""
+    """put_together: before the window a transition is DDIMScheduler.step with the prefix's eta, then with its own."""
     scheduler = stock(10, prediction_type=prediction_type)
-    table = with_prefix(ours(scheduler, 1.0), ours(scheduler, 0.2), 4)
+    trained = ours(scheduler, 1.0)
+    table = put_together(ours(scheduler, 0.2), trained, trained.rows(10, 10), Window(6, 10))
     x_t, output = torch.randn(2, 10, 2, 3, generator=torch.Generator().manual_seed(0))
     mu, sigma = transition(table, torch.arange(10), x_t, output)
     for i, t in enumerate(scheduler.timesteps):

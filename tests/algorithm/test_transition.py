@@ -14,12 +14,14 @@ from b2diffurl.algorithm.transition import (
     Transitions,
     leverage,
     log_prob,
+    put_together,
     require_stochastic,
     step_weights,
     transition,
     transition_kl,
-    with_prefix,
 )
+from b2diffurl.algorithm.tree import Tree
+from b2diffurl.algorithm.window import Window
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 8, 8), (5, 4, 2, 3), (3, 7)])
@@ -85,27 +87,27 @@ def test_leverage_weights_level_the_steps(prediction_type, num_trained_steps):
     """`leverage` weights times leverage is the same for each trained step, `sigma` weights are in proportion to sigma, and
     the mean weight is 1; `none` is all ones."""
     table = v1_4_table(20, prediction_type)
-    weights = step_weights(table, num_trained_steps, "leverage")
+    window = Window.last(num_trained_steps, 20)
+    weights = step_weights(table, window, "leverage")
     products = weights * leverage(table)[-num_trained_steps:]
     torch.testing.assert_close(products, products[:1].expand(num_trained_steps))
     torch.testing.assert_close(weights.mean(), torch.tensor(1.0))
-    assert torch.equal(step_weights(table, num_trained_steps, "none"), torch.ones(num_trained_steps))
-    by_sigma = step_weights(table, num_trained_steps, "sigma") / table.sigma[-num_trained_steps:]
+    assert torch.equal(step_weights(table, window, "none"), torch.ones(num_trained_steps))
+    by_sigma = step_weights(table, window, "sigma") / table.sigma[-num_trained_steps:]
     torch.testing.assert_close(by_sigma, by_sigma[:1].expand(num_trained_steps))
-    torch.testing.assert_close(step_weights(table, num_trained_steps, "sigma").mean(), torch.tensor(1.0))
+    torch.testing.assert_close(step_weights(table, window, "sigma").mean(), torch.tensor(1.0))
     with pytest.raises(ValueError, match="none, leverage, sigma"):
-        step_weights(table, num_trained_steps, "both")
+        step_weights(table, window, "both")
 
 
 def test_stable_diffusion_window_is_stochastic():
-    """With v1.4's scheduler every transition has sigma > 0 for 1..T trained steps, and other S are refused."""
+    """With v1.4's scheduler every transition has sigma > 0 for 1..T trained steps, and a window beyond T is refused."""
     table = v1_4_table(20)
     assert (table.sigma > 0).all()
     for steps in range(1, 21):
-        require_stochastic(table, steps)
-    for steps in (0, -1, 21):
-        with pytest.raises(ValueError, match=r"1\.\.20"):
-            require_stochastic(table, steps)
+        require_stochastic(table, Window.last(steps, 20))
+    with pytest.raises(ValueError, match=r"\[19, 21\) must lie in 0\.\.20"):
+        require_stochastic(table, Window(19, 21))
 
 
 @pytest.mark.parametrize(
@@ -117,16 +119,16 @@ def test_deterministic_transitions_are_refused(config, eta, frozen):
     """A window in which a computed sigma is 0 is refused, and the error names the timestep."""
     table = ours(stock(20, **config), eta)
     with pytest.raises(ValueError, match=rf"\b{frozen}\b.*sigma = 0"):
-        require_stochastic(table, 20)
+        require_stochastic(table, Window(0, 20))
 
 
 def test_a_deterministic_transition_before_the_window_is_allowed():
     """Only trained transitions need a density."""
     table = v1_4_table(4)
     table.sigma[0] = 0
-    require_stochastic(table, 3)
+    require_stochastic(table, Window(1, 4))
     with pytest.raises(ValueError, match="751"):
-        require_stochastic(table, 4)
+        require_stochastic(table, Window(0, 4))
 
 
 def flow_matching() -> Transitions:
@@ -158,13 +160,14 @@ def test_a_flow_is_rows_of_the_same_table():
     torch.testing.assert_close(transition_kl(mu, mu_base, sigma), expected)
 
     torch.testing.assert_close(leverage(table), torch.tensor([3**0.5 / 4, 3 / 4, 3 * 3**0.5 / 4]))
-    torch.testing.assert_close(step_weights(table, 2, "leverage"), torch.tensor([3**0.5, 1]) * 2 / (3**0.5 + 1))
-    torch.testing.assert_close(step_weights(table, 2, "sigma"), torch.tensor([3**0.5, 1]) * 2 / (3**0.5 + 1))
-    require_stochastic(table, 3)
-    still = with_prefix(table, Transitions(table.timesteps, table.a, table.b, torch.zeros(3)), 2)
-    require_stochastic(still, 2)
+    torch.testing.assert_close(step_weights(table, Window(1, 3), "leverage"), torch.tensor([3**0.5, 1]) * 2 / (3**0.5 + 1))
+    torch.testing.assert_close(step_weights(table, Window(1, 3), "sigma"), torch.tensor([3**0.5, 1]) * 2 / (3**0.5 + 1))
+    require_stochastic(table, Window(0, 3))
+    silent = Transitions(table.timesteps, table.a, table.b, torch.zeros(3))
+    still = put_together(silent, table, table.rows(3, 3), Window(1, 3))
+    require_stochastic(still, Window(1, 3))
     with pytest.raises(ValueError, match=r"t = \[0\.75\] have sigma = 0"):
-        require_stochastic(still, 3)
+        require_stochastic(still, Window(0, 3))
 
     asked = []
 
@@ -173,7 +176,7 @@ def test_a_flow_is_rows_of_the_same_table():
         return x
 
     x_T = torch.zeros(2, 1, 2, 2)
-    latents, log_probs = branch_sample(predict, table, x_T, torch.ones, num_branches=3, num_trained_steps=2)
+    latents, log_probs, _ = branch_sample(predict, table, x_T, torch.ones, tree=Tree((3,)), window=Window(1, 3))
     x = [(3 / 4) ** 0.5]  # noise of one each time: x <- (a + b) x + sigma
     x.append((3 / 4 - 3 / 8) * x[0] + 1 / 2)
     x.append((5 / 6 - 3 / 8) * x[1] + (1 / 12) ** 0.5)

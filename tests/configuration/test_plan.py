@@ -5,13 +5,23 @@ from collections import Counter
 import pytest
 from conftest import plan, snapshot
 
+from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.settings import Schedule
+
+
+def make_schedule(num_stages: int, curriculum: str, left: int, right: int, num_steps: int = 20, **more) -> Schedule:
+    return Schedule(num_stages, num_steps, curriculum, left, right, **({"given": 0, "stop": 0, "seed": 0} | more))
+
+
+def windows_of(curriculum: str, left: int, right: int, num_stages: int, **more) -> list[Window]:
+    """The trained window of every stage."""
+    schedule = make_schedule(num_stages, curriculum, left, right, **more)
+    return [schedule.window(stage) for stage in range(num_stages)]
 
 
 def steps_of(curriculum: str, left: int, right: int, num_stages: int, seed: int = 0) -> list[int]:
     """S of every stage."""
-    schedule = Schedule(num_stages, curriculum, left, right, given=0, seed=seed)
-    return [schedule.num_trained_steps(stage) for stage in range(num_stages)]
+    return [window.num_steps for window in windows_of(curriculum, left, right, num_stages, seed=seed)]
 
 
 def test_reference_schedule():
@@ -52,16 +62,16 @@ def test_random_steps_are_uniform_and_follow_from_the_seed():
 @pytest.mark.parametrize(("curriculum", "last"), [("progressive", 9), ("reversed", 4), ("fixed", 4)])
 def test_stages_beyond_the_last_stay_within_the_bounds(curriculum, last):
     """Stage 6 of 6 and stage 1,000 train as many steps as stage 5, R or L; at random any in L..R."""
-    schedule = Schedule(6, curriculum, 4, 9, given=0, seed=0)
-    assert [schedule.num_trained_steps(stage) for stage in (5, 6, 1000)] == [last] * 3
-    schedule = Schedule(6, "random", 4, 9, given=0, seed=0)
-    assert {schedule.num_trained_steps(stage) for stage in range(6, 100)} == set(range(4, 10))
+    schedule = make_schedule(6, curriculum, 4, 9)
+    assert [schedule.window(stage).num_steps for stage in (5, 6, 1000)] == [last] * 3
+    schedule = make_schedule(6, "random", 4, 9)
+    assert {schedule.window(stage).num_steps for stage in range(6, 100)} == set(range(4, 10))
 
 
 def test_unknown_curriculum_lists_the_choices():
-    """A ValueError names all four."""
-    with pytest.raises(ValueError, match=r"'forward'.*progressive, fixed, reversed, random"):
-        Schedule(3, "forward", 1, 2, given=0, seed=0).num_trained_steps(0)
+    """A ValueError names them all."""
+    with pytest.raises(ValueError, match=r"'forward'.*progressive, fixed, reversed, random, early, sliding"):
+        make_schedule(3, "forward", 1, 2).window(0)
 
 
 @pytest.mark.parametrize(("curriculum", "steps"), [("progressive", [2, 3]), ("fixed", [2, 2]), ("reversed", [3, 2])])
@@ -71,24 +81,24 @@ def test_stage_takes_its_steps_from_schedule_or_flag(tmp_path, overrides, curric
     lora.touch()
     overrides = overrides | {"curriculum": curriculum}
     for stage, wanted in enumerate(steps):
-        assert plan(tmp_path, overrides, run_name=f"stage{stage}", resume_from=str(lora)).num_trained_steps == wanted
-    assert plan(tmp_path, overrides, split_step=4).num_trained_steps == 4
+        assert plan(tmp_path, overrides, run_name=f"stage{stage}", resume_from=str(lora)).window == Window.last(wanted, 4)
+    assert plan(tmp_path, overrides, split_step=4).window == Window(0, 4)
 
 
 def test_random_steps_follow_from_the_experiment_s_seed(tmp_path, overrides):
     """The plan of stage 0 takes what the schedule has for its seed; some seeds have L, others R."""
     overrides = overrides | {"curriculum": "random"}
-    planned = [plan(tmp_path, overrides, seed=seed).num_trained_steps for seed in range(12)]
-    assert planned == [Schedule(2, "random", 2, 3, given=0, seed=seed).num_trained_steps(0) for seed in range(12)]
-    assert set(planned) == {2, 3}
+    planned = [plan(tmp_path, overrides, seed=seed).window for seed in range(12)]
+    assert planned == [make_schedule(2, "random", 2, 3, num_steps=4, seed=seed).window(0) for seed in range(12)]
+    assert set(planned) == {Window(2, 4), Window(1, 4)}
 
 
 def test_a_sampled_stage_keeps_its_steps(finished, overrides):
     """More stages stretch the schedule, but a stage already sampled is trained on the steps it was sampled with; asking
     for others is an error."""
-    assert Schedule(20, "progressive", 2, 3, given=0, seed=300).num_trained_steps(1) == 2
-    assert plan(finished, overrides, run_name="stage1", stage_cnt=20).num_trained_steps == 3
-    with pytest.raises(ValueError, match="split_step 3, not 2"):
+    assert make_schedule(20, "progressive", 2, 3).window(1).num_steps == 2
+    assert plan(finished, overrides, run_name="stage1", stage_cnt=20).window == Window(1, 4)
+    with pytest.raises(ValueError, match=r"window \[1, 4\), not \[2, 4\) of split_step 2"):
         plan(finished, overrides, run_name="stage1", split_step=2)
 
 

@@ -158,7 +158,7 @@ def test_an_experiment_begun_before_a_key_was_there_goes_on_as_it_was(workplace,
     for section, key in (("", "curriculum"), ("", "sampling"), ("eval", "selection"), ("train", "kl_weight")):
         del (recorded["config"][section] if section else recorded["config"])[key]
     files.write_record(path, recorded)
-    assert plan(workplace, overrides, **{"train.kl_weight": 0.7}).num_trained_steps == 2
+    assert plan(workplace, overrides, **{"train.kl_weight": 0.7}).window.num_steps == 2
     for key, value in (("curriculum", "fixed"), ("sampling", "independent"), ("eval.selection", "all")):
         with pytest.raises(ValueError, match=f"{key} is '{value}', was"):
             plan(workplace, overrides, **{key: value})
@@ -174,7 +174,7 @@ def test_a_fixed_curriculum_needs_no_upper_end(tmp_path, overrides):
     """S may be anything in 1..T, whatever split_step_right is."""
     for steps in (1, 4):
         settings = {"curriculum": "fixed", "split_step_left": steps, "split_step_right": 3, "exp_name": f"fixed{steps}"}
-        assert plan(tmp_path, overrides, **settings).num_trained_steps == steps
+        assert plan(tmp_path, overrides, **settings).window.num_steps == steps
     with pytest.raises(ValueError, match=r"1\.\.4"):
         plan(tmp_path, overrides, curriculum="fixed", split_step_left=5, exp_name="fixed5")
 

@@ -86,7 +86,7 @@ def test_an_arm_of_the_study_is_what_its_name_says_and_nothing_else(arm):
     num_steps = b2.sample.num_steps
     assert flatten(config.to_dict()) == {key: num_steps if value == "T" else value for key, value in expected.items()}
     schedule = read_settings(config).schedule
-    steps = {schedule.num_trained_steps(stage) for stage in range(config.stage_cnt)}
+    steps = {schedule.window(stage).num_steps for stage in range(config.stage_cnt)}
     growing = {*range(b2.split_step_left, num_steps + 1)}
     assert steps == {"b2": growing, "bpt": growing, "bs": {b2.split_step_left}, "ddpo": {num_steps}}[arm]
     assert len(growing) > 1

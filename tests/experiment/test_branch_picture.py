@@ -40,7 +40,7 @@ def test_a_tree_decodes_each_state_at_its_place(tmp_path):
     latents = torch.stack([torch.arange(6, 21.0) + 20 * (k > 0) * k for k in range(2)])
     latents[:, 0] = 6
     latents = latents[:, :, None, None, None].expand(-1, -1, 3, 2, 2)
-    save_tree(stage, decode_tree("a prompt", prefix, latents, lambda states: states.permute(0, 2, 3, 1).to(torch.uint8)))
+    save_tree(stage, decode_tree("a prompt", prefix, latents, latents[:, -1], 20, as_images))
     tree = load_tree(stage)
     assert tree == Tree("a prompt", 20, tree.shared, tree.branches)
     assert {step: int(tile.max()) for step, tile in tree.shared.items()} == {0: 0, 2: 2, 4: 4, 6: 6}
@@ -48,6 +48,10 @@ def test_a_tree_decodes_each_state_at_its_place(tmp_path):
         assert {step: (int(tile.min()), int(tile.max())) for step, tile in states.items()} == {
             step: (step + 20 * k, step + 20 * k) for step in (7, 11, 16, 20)
         }
+
+
+def as_images(states: torch.Tensor) -> torch.Tensor:
+    return states.permute(0, 2, 3, 1).to(torch.uint8)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from b2diffurl.algorithm.branching import branch_sample
 from b2diffurl.algorithm.selection import Selected
 from b2diffurl.algorithm.tree import Tree
+from b2diffurl.algorithm.window import Window
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.experiment.trajectories import SelectedTrajectories, batch_damage, save_batch, save_selected
 from b2diffurl.phases import sample, scoring
@@ -90,13 +91,13 @@ def grow(folder: str) -> None:
     def run(one: Stage, num_batches: int) -> None:
         with Behind() as writer:
             for batch in range(num_batches):
-                latents, log_probs = branch_sample(
+                latents, log_probs, _ = branch_sample(
                     lambda x, i: torch.zeros_like(x),
                     sampler,
                     torch.randn((4, *shape), generator=rng),
                     lambda size: torch.randn(size, generator=rng),
-                    num_branches=2,
-                    num_trained_steps=3,
+                    tree=Tree((2,)),
+                    window=Window(1, 4),
                 )
                 writer.do(lambda batch=batch, latents=latents, log_probs=log_probs: save_batch(
                     one.batch(batch), latents, log_probs, sampler.timesteps[1:], ["0"] * 4, conditions, unconditional, {},

@@ -12,6 +12,7 @@ from conftest import refuse, run_script, stage_of
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from schedulers import HUB_CONFIGS
 
+from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.settings import read_settings
 from b2diffurl.models.noise_schedule import (
     decisive,
@@ -53,12 +54,12 @@ def asked(config):
 def test_the_advice_works_on_the_config_it_is_given_for(config_name, asked):
     """A schedule is trainable as it is, or with the very entries that the refusal names; all S steps, from 1 to T."""
     (model, sampling), schedule = asked, CONFIGS[config_name]
-    for num_trained_steps in (1, 20):
+    for window in (Window(19, 20), Window(0, 20)):
         try:
-            require_trainable(schedule, model, sampling, num_trained_steps)
+            require_trainable(schedule, model, sampling, window)
         except ValueError as error:
             entries = ast.literal_eval(re.search(r'--config.pretrained.scheduler="(.*)"', str(error))[1])
-            require_trainable(schedule | entries, replace(model, scheduler=entries), sampling, num_trained_steps)
+            require_trainable(schedule | entries, replace(model, scheduler=entries), sampling, window)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_the_advice_works_on_the_config_it_is_given_for(config_name, asked):
 def test_no_more_is_advised_than_is_needed(change, advice, asked):
     model, sampling = asked
     with pytest.raises(ValueError, match=re.escape(f'--config.pretrained.scheduler="{advice}"')):
-        require_trainable(tiny.V1_4_SCHEDULER | change, model, sampling, 20)
+        require_trainable(tiny.V1_4_SCHEDULER | change, model, sampling, Window(0, 20))
 
 
 def test_the_advice_keeps_entries_that_were_given(asked):
@@ -88,14 +89,14 @@ def test_the_advice_keeps_entries_that_were_given(asked):
     whole = given | {"timestep_spacing": "leading"}
     schedule = tiny.V1_4_SCHEDULER | {"timestep_spacing": "linspace"} | given
     with pytest.raises(ValueError, match=re.escape(f'="{whole}"')):
-        require_trainable(schedule, replace(model, scheduler=given), sampling, 20)
+        require_trainable(schedule, replace(model, scheduler=given), sampling, Window(0, 20))
 
 
 def test_zero_terminal_snr_needs_another_prediction_than_epsilon(asked):
     """At alpha_bar 0 epsilon gives no image; v does. Before, sampling ended in values that are not finite."""
     schedule = tiny.V1_4_SCHEDULER | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    assert "no signal" in why_untrainable(schedule, asked[1], 20)
-    assert why_untrainable(schedule | {"prediction_type": "v_prediction"}, asked[1], 20) == ""
+    assert "no signal" in why_untrainable(schedule, asked[1], Window(0, 20))
+    assert why_untrainable(schedule | {"prediction_type": "v_prediction"}, asked[1], Window(0, 20)) == ""
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from conftest import PROMPTS, make_config
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from b2diffurl.algorithm.transition import with_prefix
+from b2diffurl.algorithm.transition import put_together
+from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.settings import read_settings
 from b2diffurl.models import stable_diffusion
 from b2diffurl.models.policy import warn_of_cut_prompts
@@ -49,12 +50,13 @@ def test_a_deterministic_prefix(models):
     """sigma is stock DDIM's at eta 0 before the window, which is 0, and at eta 1 in it."""
     config = make_config({"pretrained.model": str(models / "sd")})
     model = stable_diffusion.load(read_settings(config).model, device=CPU, dtype=torch.float32, seed=0, decoder=False)
-    mixed = with_prefix(model.sampler(4, 1.0), model.sampler(4, 0.0), 3)
+    whole, nothing = model.sampler(4, 1.0), model.sampler(4, 1.0, [])
+    mixed = put_together(model.sampler(4, 0.0), whole, nothing, Window(1, 4))
     stock = DDIMScheduler.from_config(model.scheduler_config)
     stock.set_timesteps(4)
     deviations = [stock._get_variance(t, t - 250).sqrt() for t in stock.timesteps]
     torch.testing.assert_close(mixed.sigma, torch.stack([torch.tensor(0.0), *deviations[1:]]), rtol=1e-3, atol=0)
-    halved = with_prefix(model.sampler(4, 1.0), model.sampler(4, 0.5), 2)
+    halved = put_together(model.sampler(4, 0.5), whole, nothing, Window(2, 4))
     assert halved.sigma.tolist() == [
         s * f for s, f in zip(model.sampler(4, 1.0).sigma.tolist(), (0.5, 0.5, 1, 1), strict=True)
     ]
