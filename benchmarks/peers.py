@@ -40,6 +40,7 @@ from b2diffurl.algorithm.seeding import generator, stable_seed
 from b2diffurl.algorithm.selection import select_all, select_pairs
 from b2diffurl.algorithm.transition import Transitions, log_prob, step_weights, transition
 from b2diffurl.algorithm.types import Noise, Predict
+from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.settings import read_rewards, read_training
 from b2diffurl.experiment.stage import LORA_FILE
 from b2diffurl.objectives import OBJECTIVES
@@ -84,10 +85,12 @@ class Job:
         sample, train = self.config["sample"], self.config["train"]
         no_shortcut = sample.get("prefix_eta", -1) < 0 and train.get("timestep_fraction", 1) == 1
         no_shortcut = no_shortcut and train.get("unconditional_gradient", True)
-        plain = self.config["sampling"] == "branch" and not OBJECTIVES[train["objective"]].needs_base
+        # Trajectories are trained to their end. Job files of earlier versions lack the second key.
+        to_the_end = self.config["curriculum"] not in ("early", "sliding") and not self.config.get("split_stop")
+        plain = to_the_end and self.config["sampling"] == "branch" and not OBJECTIVES[train["objective"]].needs_base
         if not no_shortcut or not plain or self.mixed_precision not in DTYPES:
             raise ValueError(
-                "the peers' shape is of sampling=branch, objective ddpo or reinforce, mixed_precision no or bf16, and no "
+                "the peers' shape is of sampling=branch, windows that end with the image, objective ddpo or reinforce, mixed_precision no or bf16, and no "
                 "opt-in acceleration (prefix_eta, timestep_fraction, unconditional_gradient); see --no-peers"
             )
 
@@ -415,7 +418,7 @@ def update(
 ) -> None:
     """One optimizer step on the mean loss of the trajectories `rows`, two at once and one denoising step after the other."""
     train, num_steps = job.config["train"], job.num_trained_steps
-    weights = step_weights(table, num_steps, train["step_weight"])
+    weights = step_weights(table, Window.last(num_steps, table.num_steps), train["step_weight"])
     for some in rows.split(TRAIN_BATCH):
         batch = {key: value[some.to(value.device)] for key, value in tensors.items()}
         for step in range(num_steps):

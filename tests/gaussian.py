@@ -3,7 +3,7 @@
 N rows, P prompts, latents [N,C,h,w]
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import tiny
@@ -11,9 +11,9 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from b2diffurl.algorithm.ddim import make_transitions
 from b2diffurl.algorithm.transition import Transitions
 from b2diffurl.algorithm.types import Conditions
+from b2diffurl.models.noise_schedule import make_table
 
 SPREAD = 0.5  # s, standard deviation of the data
 
@@ -42,10 +42,8 @@ class GaussianWorld:
         self.network = NoiseOfGaussian(self.latent_shape)
         self.scheduler = DDIMScheduler.from_config(tiny.V1_4_SCHEDULER)
 
-    def sampler(self, num_steps: int, eta: float = 1.0) -> Transitions:
-        self.scheduler.set_timesteps(num_steps)
-        table, final = self.scheduler.alphas_cumprod, self.scheduler.final_alpha_cumprod
-        return make_transitions(self.scheduler.timesteps, table, final, eta=eta, prediction_type="epsilon")
+    def sampler(self, num_steps: int, eta: float = 1.0, steps: Sequence[int] | None = None) -> Transitions:
+        return make_table(self.scheduler, num_steps, eta, steps)
 
     def encode(self, prompts: list[str]) -> Conditions:
         return {"mean": torch.tensor([float(prompt) for prompt in prompts]).view(-1, 1, 1, 1)}

@@ -190,6 +190,30 @@ def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(objective):
     torch.testing.assert_close(-trainer.gradient() * NUM_STEPS * exact.numel(), exact.flatten(), rtol=0.06, atol=0)
 
 
+@pytest.mark.parametrize(("start", "stop"), [(2, 4), (0, 3), (4, 6)])
+def test_any_window_is_trained_at_its_own_steps(start, stop):
+    """Before the first update every ratio is exactly 1, and the gradient is that of the window's log-probabilities and of no
+    other step's: autograd's, with each step's mean and deviation by the table of all T."""
+    world, window = GaussianWorld(), Window(start, stop)
+    torch.nn.init.constant_(world.network.theta, 0.2)
+    trainer = make_trainer(world, "ddpo", window)
+    images = sample(world, PROMPTS, 4, window, 0)
+    credit = torch.randn(12, window.num_steps, generator=torch.Generator().manual_seed(1))
+    report = trainer.accumulate(images, credit, torch.arange(12), range(window.num_steps), size=100_000, apart=True)
+    assert torch.equal(report.values.log_ratio, torch.zeros(window.num_steps, 12))
+    assert report.timesteps == world.sampler(NUM_STEPS).timesteps[start:stop].tolist()
+    table, conditions = world.sampler(NUM_STEPS), world.encode([prompt for prompt in PROMPTS for _ in range(4)])
+    loss = torch.tensor(0.0)
+    for step, i in enumerate(range(start, stop)):
+        x_t, x_prev = images.latents[:, step], images.latents[:, step + 1]
+        mu, sigma = transition(table, i, x_t, world.predict(x_t, table.timesteps[i], conditions, {}, 1.0))
+        density = torch.distributions.Normal(mu, sigma).log_prob(x_prev).flatten(1).mean(1)
+        torch.testing.assert_close(density.detach(), images.log_probs[:, step])
+        loss = loss - (credit[:, step] * density).mean() / window.num_steps
+    (expected,) = torch.autograd.grad(loss, world.network.theta)
+    torch.testing.assert_close(trainer.gradient(), expected.flatten(), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_learns_and_unlearns(objective, seed):

@@ -74,6 +74,42 @@ def test_batched_branches_equal_a_loop_over_single_trajectories(num_trained_step
             assert torch.equal(latents[g, k], torch.cat([*states, x]))
 
 
+# (start, stop): in the middle, at the beginning, at the end.
+WINDOWS = [(2, 4), (0, 3), (1, 5), (3, 6)]
+
+
+def run_in(window: Window) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """(latents, log_probs, finished, noise as it was drawn, x_T first)."""
+    noise = Noise()
+    x_T = noise((G, *SHAPE))
+    return *branch_sample(elementwise, ddim(), x_T, noise, num_branches=K, window=window), noise.drawn
+
+
+@pytest.mark.parametrize(("start", "stop"), WINDOWS)
+def test_any_window_is_the_plain_recursion_step_by_step(start, stop):
+    """Branches part where the window starts; its states are kept, and the finished one is that after all T steps."""
+    latents, log_probs, finished, drawn = run_in(Window(start, stop))
+    assert latents.shape == (G, K, stop - start + 1, *SHAPE) and log_probs.shape == (G, K, stop - start)
+    for g in range(G):
+        for k in range(K):
+            states = [drawn[0][g : g + 1]]
+            for i in range(T):
+                mu, sigma = transition(ddim(), i, states[i], elementwise(states[i], i))
+                row = g if i < start else g * K + k
+                states.append(mu + sigma * drawn[i + 1][row : row + 1])
+            assert torch.equal(latents[g, k], torch.cat(states[start : stop + 1]))
+            assert torch.equal(finished[g, k], states[T][0])
+
+
+@pytest.mark.parametrize(("start", "stop"), WINDOWS)
+def test_log_probs_of_any_window_are_those_of_its_states(start, stop):
+    latents, log_probs, _, _ = run_in(Window(start, stop))
+    rows = latents.flatten(0, 1)
+    for step, i in enumerate(range(start, stop)):
+        mu, sigma = transition(ddim(), i, rows[:, step], elementwise(rows[:, step], i))
+        assert torch.equal(log_prob(rows[:, step + 1], mu, sigma).unflatten(0, (G, K)), log_probs[:, :, step])
+
+
 def test_the_network_sees_the_prefix_once_a_group():
     """G rows before the branching point, G*K after it, one call a step in order."""
     calls = []

@@ -21,6 +21,7 @@ from b2diffurl.algorithm.transition import (
 from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.settings import ModelSettings
 from b2diffurl.models import Model, family
+from b2diffurl.models.noise_schedule import make_table
 
 
 @pytest.mark.parametrize("set_alpha_to_one", [False, True])
@@ -114,6 +115,42 @@ def test_a_prefix_of_another_eta_is_that_sampler_s_own(prediction_type):
         torch.testing.assert_close(mu[i], steps[0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(sigma[i].expand_as(x_t[i]), steps[1] - steps[0], rtol=1e-3, atol=1e-5)
     assert table.timesteps.tolist() == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize(
+    ("num_steps", "at_most", "timesteps", "stock_steps"),
+    [(10, 4, [701, 501, 301, 101], 5), (8, 3, [626, 376, 126], 4), (10, 0, [701, 601, 501, 401, 301, 201, 101, 1], 10)],
+)
+def test_a_deterministic_tail_is_stock_diffusers_with_fewer_steps(
+    prediction_type, num_steps, at_most, timesteps, stock_steps
+):
+    """From where the window leads to the image: steps of a DDIMScheduler set to fewer, at the same timesteps."""
+    scheduler = stock(num_steps, prediction_type=prediction_type)
+    window = Window(0, 2)
+    tail = make_table(scheduler, num_steps, 0.0, window.tail(num_steps, at_most))
+    table = put_together(ours(scheduler, 1.0), ours(scheduler, 1.0), tail, window)
+    assert table.timesteps[2:].tolist() == timesteps
+    x = mine = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(0))
+    fewer = stock(stock_steps, prediction_type=prediction_type)
+    for i, t in enumerate(timesteps):
+        mu, sigma = transition(table, 2 + i, mine, torch.sin(3 * mine))
+        assert not sigma.any()
+        mine, x = mu, fewer.step(torch.sin(3 * x), t, x, eta=0.0).prev_sample
+    torch.testing.assert_close(mine, x, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tail_of_uneven_steps_by_hand():
+    """Timesteps 701, 501, 201 of 701, 601, …, 1 and then the image: x_0 is kept, and its noise is scaled down."""
+    scheduler = stock(10)
+    tail = make_table(scheduler, 10, 0.0, Window(0, 2).tail(10, 3))
+    assert tail.timesteps.tolist() == [701, 501, 201]
+    alpha_bar = [scheduler.alphas_cumprod.double()[t] for t in (701, 501, 201, 0)]  # the last is final_alpha_cumprod
+    x_0, eps = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x_t = [ab.sqrt() * x_0 + (1 - ab).sqrt() * eps for ab in alpha_bar]
+    for i in range(3):
+        mu, _ = transition(tail, i, x_t[i][None], eps[None])
+        torch.testing.assert_close(mu[0].double(), x_t[i + 1], rtol=1e-5, atol=1e-5)
 
 
 def test_unknown_prediction_type_lists_the_choices():

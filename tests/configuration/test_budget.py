@@ -36,6 +36,21 @@ def test_amounts(overrides, more, evaluations, selected, updates):
     assert found == (evaluations, selected, updates)
 
 
+@pytest.mark.parametrize(
+    ("more", "window", "evaluations"),
+    [
+        ({}, (1, 3), 6 * 1 + 18 * (2 + 1)),
+        ({}, (0, 1), 18 * (1 + 3)),
+        ({"sample.suffix_steps": 2}, (0, 1), 18 * (1 + 2)),
+        ({"sample.suffix_steps": 2}, (1, 3), 6 * 1 + 18 * (2 + 1)),  # one step is left
+        ({"sample.suffix_steps": 2, "sampling": "independent"}, (1, 2), 18 * (1 + 1 + 2)),
+    ],
+)
+def test_evaluations_of_prefix_window_and_tail(overrides, more, window, evaluations):
+    """By hand, of 6 groups of 3 and 4 steps."""
+    assert Budget.of(read_settings(make_config(overrides | more))).num_evaluations(Window(*window)) == evaluations
+
+
 def test_amounts_are_those_of_a_run(stage_with, overrides):
     """Where all images are selected, the manifests have exactly the evaluations and updates that are foretold."""
     settings = {"eval.selection": "all", "train.gradient_accumulation_steps": 4}

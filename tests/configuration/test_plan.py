@@ -1,5 +1,6 @@
 """From configuration to plan: how many steps each stage trains, and that planning writes nothing."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -7,6 +8,7 @@ from conftest import plan, snapshot
 
 from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.settings import Schedule
+from b2diffurl.experiment.stage import Stage
 
 
 def make_schedule(num_stages: int, curriculum: str, left: int, right: int, num_steps: int = 20, **more) -> Schedule:
@@ -59,6 +61,47 @@ def test_random_steps_are_uniform_and_follow_from_the_seed():
     assert steps_of("random", 5, 5, 3) == [5, 5, 5]
 
 
+# By hand, for T = 8: the curriculum, L, R, split_stop, and the window of each stage.
+WINDOWS = [
+    ("progressive", 4, 6, 0, [(4, 8), (3, 8), (2, 8)]),
+    ("progressive", 4, 6, 5, [(4, 5), (3, 5), (2, 5)]),
+    ("reversed", 4, 6, 7, [(2, 7), (3, 7), (4, 7)]),
+    ("fixed", 6, 1, 4, [(2, 4), (2, 4)]),
+    ("early", 2, 4, 0, [(0, 2), (0, 2), (0, 3), (0, 3), (0, 4), (0, 4)]),
+    ("early", 8, 8, 0, [(0, 8), (0, 8)]),
+    ("sliding", 2, 1, 0, [(0, 2), (1, 3), (2, 4), (3, 5), (4, 6), (5, 7), (6, 8)]),
+    ("sliding", 6, 8, 0, [(0, 6), (0, 6), (1, 7), (1, 7), (2, 8), (2, 8)]),
+    ("sliding", 6, 8, 0, [(0, 6), (0, 6), (1, 7), (2, 8)]),
+    ("sliding", 2, 8, 0, [(0, 2), (1, 3), (3, 5), (4, 6), (6, 8)]),
+    ("sliding", 3, 8, 0, [(0, 3), (5, 8)]),
+    ("sliding", 3, 8, 0, [(0, 3)]),
+    ("sliding", 8, 8, 0, [(0, 8), (0, 8)]),
+]
+
+
+@pytest.mark.parametrize(("curriculum", "left", "right", "stop", "expected"), WINDOWS)
+def test_windows_of_every_curriculum(curriculum, left, right, stop, expected):
+    """As by hand; a stage beyond the last has the last one's window."""
+    expected = [Window(*ends) for ends in expected]
+    assert windows_of(curriculum, left, right, len(expected), num_steps=8, stop=stop) == expected
+    schedule = make_schedule(len(expected), curriculum, left, right, num_steps=8, stop=stop)
+    assert [schedule.window(index) for index in (len(expected), 1000)] == [expected[-1]] * 2
+
+
+@pytest.mark.parametrize(
+    ("curriculum", "stop", "expected"),
+    [("progressive", 0, (3, 8)), ("random", 7, (3, 7)), ("early", 0, (0, 5)), ("sliding", 0, (3, 8))],
+)
+def test_a_call_s_own_number_of_steps_goes_into_any_curriculum(curriculum, stop, expected):
+    """split_step 5 of 8 in the last stage."""
+    assert windows_of(curriculum, 2, 4, 3, num_steps=8, given=5, stop=stop)[-1] == Window(*expected)
+
+
+def test_a_sliding_window_holds_everywhere_as_long():
+    """70 stages and 7 positions: 10 stages each, in order."""
+    assert windows_of("sliding", 2, 8, 70, num_steps=8) == [Window(n // 10, n // 10 + 2) for n in range(70)]
+
+
 @pytest.mark.parametrize(("curriculum", "last"), [("progressive", 9), ("reversed", 4), ("fixed", 4)])
 def test_stages_beyond_the_last_stay_within_the_bounds(curriculum, last):
     """Stage 6 of 6 and stage 1,000 train as many steps as stage 5, R or L; at random any in L..R."""
@@ -100,6 +143,20 @@ def test_a_sampled_stage_keeps_its_steps(finished, overrides):
     assert plan(finished, overrides, run_name="stage1", stage_cnt=20).window == Window(1, 4)
     with pytest.raises(ValueError, match=r"window \[1, 4\), not \[2, 4\) of split_step 2"):
         plan(finished, overrides, run_name="stage1", split_step=2)
+
+
+def test_a_stage_of_an_earlier_version_trained_the_last_steps(tmp_path):
+    """Its record has S alone, of the T steps that it says, or of today's."""
+    path = Stage(tmp_path, 0).manifest_path("sample")
+    path.parent.mkdir()
+    for facts, expected in (
+        ({}, (13, 16)),
+        ({"settings": {"sample.num_steps": 8}}, (5, 8)),
+        ({"window": [2, 5]}, (2, 5)),
+    ):
+        path.write_text(json.dumps({"num_trained_steps": 3} | facts))
+        assert Stage(tmp_path, 0).sampled_window(16) == Window(*expected)
+    assert Stage(tmp_path, 1).sampled_window(16) is None
 
 
 def test_planning_writes_nothing(finished, overrides, tmp_path):

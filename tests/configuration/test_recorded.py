@@ -107,6 +107,7 @@ def test_identity_leaves_room_for_what_changes_from_call_to_call(finished, overr
         ("sampling", "independent"),
         ("split_step_left", 1),
         ("split_step_right", 4),
+        ("split_stop", 4),
         ("split_time", 4),
         ("split_times", (3,)),
         ("prompt", "another prompt"),
@@ -115,6 +116,7 @@ def test_identity_leaves_room_for_what_changes_from_call_to_call(finished, overr
         ("pretrained.resolution", 128),
         ("sample.num_steps", 5),
         ("sample.eta", 0.5),
+        ("sample.suffix_eta", 0.0),
         ("sample.guidance_scale", 3.0),
         ("sample.batch_size", 3),
         ("sample.num_batches_per_epoch", 4),
@@ -151,16 +153,22 @@ def test_identity_refuses_every_other_key(finished, overrides, key, value):
 
 
 def test_an_experiment_begun_before_a_key_was_there_goes_on_as_it_was(workplace, overrides):
-    """Without the switches in its config.json a run is what was done before there were any: branches, pairs, progressive,
-    and no other; options of objectives that there were not may have any value."""
+    """Without the switches in its config.json a run is what was done before there were any: branches, pairs, progressive up
+    to the image, and no other; options of objectives that there were not may have any value."""
     path = experiment(workplace) / "config.json"
     recorded = files.read_json(path)
-    for section, key in (("", "curriculum"), ("", "sampling"), ("eval", "selection"), ("train", "kl_weight")):
+    for section, key in (
+        ("", "curriculum"), ("", "sampling"), ("", "split_stop"), ("sample", "suffix_eta"), ("sample", "suffix_steps"),
+        ("eval", "selection"), ("train", "kl_weight"),
+    ):  # fmt: skip
         del (recorded["config"][section] if section else recorded["config"])[key]
     files.write_record(path, recorded)
     assert plan(workplace, overrides, **{"train.kl_weight": 0.7}).window.num_steps == 2
-    for key, value in (("curriculum", "fixed"), ("sampling", "independent"), ("eval.selection", "all")):
-        with pytest.raises(ValueError, match=f"{key} is '{value}', was"):
+    for key, value in (
+        ("curriculum", "fixed"), ("sampling", "independent"), ("eval.selection", "all"), ("split_stop", 4),
+        ("sample.suffix_eta", 0.0),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{key} is {value!r}, was"):
             plan(workplace, overrides, **{key: value})
 
 

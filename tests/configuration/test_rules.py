@@ -148,6 +148,57 @@ def test_values_that_cannot_be(overrides, key, value, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        # T = 4, S from 2 to 3
+        ({"split_stop": 2}, "split_stop is 2; a window of S = 2 starts after step 2, so it must lie in 3..4"),
+        ({"split_stop": 5}, "split_stop is 5"),
+        ({"split_stop": -1}, "split_stop is -1"),
+        (
+            {"split_stop": 3, "split_step": 1},
+            "split_stop is 3; a window of S = 1 starts after step 3",
+        ),
+        ({"split_stop": 3, "curriculum": "early"}, "curriculum early decides itself where windows end, so it must be 0"),
+        ({"split_stop": 4, "curriculum": "sliding"}, "curriculum sliding decides"),
+        ({"curriculum": "sliding", "split_step_left": 5}, "5..5; it must lie in 1..4"),
+        ({"curriculum": "early", "split_step_right": 5}, "2..5; it must lie in 1..4"),
+        ({"sample.suffix_eta": -0.5}, "sample.suffix_eta is -0.5; it must be -1"),
+        ({"sample.suffix_steps": -1}, "sample.suffix_steps is -1"),
+        ({"sample.suffix_steps": 1, "split_stop": 3}, "sample.suffix_eta -1.0; only a deterministic tail may be shorter"),
+        ({"sample.suffix_steps": 1, "sample.suffix_eta": 0.5, "split_stop": 3}, "only a deterministic tail"),
+        ({"sample.suffix_steps": 1, "sample.suffix_eta": 0.0}, "at most 0 of 4 steps follow the trained window"),
+        ({"sample.suffix_steps": 1, "sample.suffix_eta": 0.0, "split_stop": 4}, "at most 0 of 4"),
+        ({"sample.suffix_steps": 1, "sample.suffix_eta": 0.0, "split_stop": 3}, "at most 1 of 4"),
+        ({"sample.suffix_steps": 2, "sample.suffix_eta": 0.0, "curriculum": "sliding"}, "at most 2 of 4"),
+        ({"sample.suffix_steps": 2, "sample.suffix_eta": 0.0, "curriculum": "early"}, "at most 2 of 4"),
+    ],
+    ids=str,
+)
+def test_windows_and_tails_that_cannot_be(overrides, settings, message):
+    with pytest.raises(ValueError) as error:
+        make_plan(make_config(overrides | settings))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"split_stop": 3},
+        {"split_stop": 4, "curriculum": "random"},
+        {"split_stop": 2, "curriculum": "fixed", "split_step_left": 3},
+        {"curriculum": "sliding", "split_step_left": 4, "split_step_right": 1},
+        {"curriculum": "early", "split_step_right": 4},
+        {"sample.suffix_eta": 0.5},
+        *({"sample.suffix_steps": 1, "sample.suffix_eta": 0.0, "curriculum": moving} for moving in ("early", "sliding")),
+        {"sample.suffix_steps": 1, "sample.suffix_eta": 0.0, "curriculum": "fixed", "split_step_left": 4, "split_stop": 2},
+    ],
+    ids=str,
+)
+def test_windows_and_tails_that_can_be(tmp_path, overrides, settings):
+    plan(tmp_path, overrides | settings)
+
+
 WORD = "zq81hJk2" * 2
 
 

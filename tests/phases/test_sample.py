@@ -1,17 +1,23 @@
 """Sampling a stage: branches or independent images against stock diffusers, evaluations counted, and what is not finite."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import experiment, json_lines, run_stage, snapshot, stage_of
+from conftest import experiment, json_lines, run_stage, snapshot, stage_of, updates_of
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from gaussian import GaussianWorld
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from b2diffurl.algorithm.seeding import generator
+from b2diffurl.algorithm.window import Window
+from b2diffurl.configuration.settings import Outside, read_settings
 from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.models.stable_diffusion import StableDiffusion
+from b2diffurl.phases.sample import make_sampler
+from b2diffurl.runtime.files import read_image
 
 
 def test_a_non_finite_stage_is_not_sampled(finished, overrides, tmp_path):
@@ -60,8 +66,32 @@ def test_independent_siblings_share_nothing_but_their_prompt(overrides, models, 
     torch.testing.assert_close(found["latents"][:, :, -1].flatten(0, 1), x, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("sampling", "evaluations"), [("branch", 6 * 2 + 18 * 2), ("independent", 18 * 4)])
-def test_evaluations_are_counted(overrides, tmp_path, monkeypatch, sampling, evaluations):
+def test_a_stage_s_table_takes_each_eta_in_its_place(config):
+    """Steps 0 and 1 of eight by prefix_eta, the window by eta, and two of the four after it by suffix_eta; where an eta is
+    not given it is the window's."""
+    world, sampling, window = GaussianWorld(), read_settings(config).sampling, Window(2, 4)
+    whole, weak, still = (world.sampler(8, eta) for eta in (1.0, 0.5, 0.0))
+    plain = make_sampler(world, replace(sampling, num_steps=8), window)
+    assert all(torch.equal(one, other) for one, other in zip(plain.columns, whole.columns, strict=True))
+    found = make_sampler(world, replace(sampling, num_steps=8, outside=Outside(0.5, 0.0, 2)), window)
+    assert torch.equal(found.timesteps, whole.timesteps[[0, 1, 2, 3, 4, 6]])
+    assert torch.equal(found.sigma, torch.cat([weak.sigma[:2], whole.sigma[2:4], still.sigma[:2]]))
+    assert not found.sigma[4:].any()
+    with pytest.raises(ValueError, match="sigma = 0"):
+        make_sampler(world, replace(sampling, num_steps=8, eta=0.0), window)
+
+
+@pytest.mark.parametrize(
+    ("settings", "evaluations"),
+    [
+        ({}, 6 * 2 + 18 * 2),
+        ({"sampling": "independent"}, 18 * 4),
+        ({"split_step_left": 3, "split_stop": 2}, 6 * 1 + 18 * (1 + 2)),
+        ({"curriculum": "early", "sample.suffix_eta": 0.0, "sample.suffix_steps": 1}, 18 * (2 + 1)),
+    ],
+    ids=str,
+)
+def test_evaluations_are_counted(overrides, tmp_path, monkeypatch, settings, evaluations):
     """The manifest's num_evaluations is the number of images, or prefixes of them, that the network saw at one step or
     another: branches share those of their prefix."""
     seen, predict = [], StableDiffusion.predict
@@ -71,9 +101,61 @@ def test_evaluations_are_counted(overrides, tmp_path, monkeypatch, sampling, eva
         return predict(self, x_t, *arguments)
 
     monkeypatch.setattr(StableDiffusion, "predict", counting)
-    run_stage(tmp_path, overrides | {"sampling": sampling}, verbs=["sample"])
+    run_stage(tmp_path, overrides | settings, verbs=["sample"])
     assert stage_of(tmp_path).manifest("sample")["num_evaluations"] == sum(seen) == evaluations
     assert json_lines(stage_of(tmp_path).metrics("sample"))[-1]["num_evaluations"] == evaluations
+
+
+MOVING = {
+    "sliding": {"curriculum": "sliding", "sample.suffix_eta": 0.0, "sample.suffix_steps": 1},
+    "early": {"curriculum": "early", "split_step_left": 1, "split_step_right": 2, "sample.suffix_eta": 0.0}
+    | {"sample.suffix_steps": 2, "sample.prefix_eta": 0.0},
+}
+
+
+@pytest.mark.parametrize(("curriculum", "windows"), [("sliding", [[0, 2], [2, 4]]), ("early", [[0, 1], [0, 2]])])
+def test_a_run_in_moving_windows(overrides, tmp_path, curriculum, windows):
+    """Two stages from samples to LoRA: records and files have the windows, every first ratio is 1, and the images are those
+    that the tail leads to. A batch that was lost is sampled again to the same bits."""
+    settings = overrides | MOVING[curriculum]
+    for index, (start, stop) in enumerate(windows):
+        run_stage(tmp_path, settings, index)
+        stage, timesteps = stage_of(tmp_path, index), [751, 501, 251, 1][start:stop]
+        sampled, trained = stage.manifest("sample"), stage.manifest("train")
+        assert sampled["window"] == sampled["policy"]["window"] == trained["window"] == [start, stop]
+        assert sampled["num_trained_steps"] == trained["num_trained_steps"] == stop - start
+        assert abs(trained["max_abs_log_ratio_first_update"]) < 1e-5
+        assert all(update["timesteps"] == timesteps for update in updates_of(stage))
+        batch = load_file(stage.batch(0))
+        assert batch["timesteps"].tolist() == timesteps
+        assert batch["latents"].shape[:3] == (2, 3, stop - start + 1)
+    before = snapshot(stage.folder)
+    stage.batch(1).unlink()
+    stage.manifest_path("sample").unlink()
+    run_stage(tmp_path, settings, 1, verbs=["sample"])
+    changed = {name for name, data in snapshot(stage.folder).items() if data != before[name]}
+    assert changed <= {"sample.json", "metrics/sample.jsonl"}
+
+
+def test_images_are_what_the_tail_leads_to(overrides, models, tmp_path):
+    """From the last state of the window a deterministic DDIMScheduler of diffusers takes two of the three steps that are
+    left: what it ends with, decoded, is the image on disk."""
+    run_stage(tmp_path, overrides | MOVING["early"] | {"split_step_right": 1}, verbs=["sample"])
+    stage, pipeline = stage_of(tmp_path), StableDiffusionPipeline.from_pretrained(models / "sd")
+    x = load_file(stage.batch(0))["latents"][:, :, -1].flatten(0, 1)
+    alphas = pipeline.scheduler.alphas_cumprod.double()
+    text, without = pipeline.encode_prompt(json.loads(stage.prompts.read_text())[:6], torch.device("cpu"), 1, True)
+    for t, following in ((501, 251), (251, 0)):
+        with torch.no_grad():
+            eps = pipeline.unet(x, t, without).sample
+            eps = eps + 5.0 * (pipeline.unet(x, t, text).sample - eps)
+        x_0 = (x - (1 - alphas[t]).sqrt() * eps) / alphas[t].sqrt()
+        x = (alphas[following].sqrt() * x_0 + (1 - alphas[following]).sqrt() * eps).float()
+    with torch.no_grad():
+        pixels = pipeline.vae.decode(x / pipeline.vae.config.scaling_factor).sample
+    expected = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
+    found = torch.stack([read_image(stage.image(n)) for n in range(6)])
+    assert (found.float() - expected).abs().max() <= 1
 
 
 @pytest.mark.parametrize("sampling", ["branch", "independent"])

@@ -156,7 +156,7 @@ def test_the_update_is_the_mean_over_all_pairs_computed_one_by_one(bench, batch)
     assert 0.0 < cut.mean() < 1.0
     assert num_steps == 3
     for kind in ("none", "sigma", "leverage"):
-        trainer.loss = replace(trainer.loss, step_weight=step_weights(trainer.loss.table, num_steps, kind))
+        trainer.loss = replace(trainer.loss, step_weight=step_weights(trainer.loss.table, trainer.loss.window, kind))
         found, report = gradient(trainer, *batch, torch.arange(num_rows))
         shares = (gradients * trainer.loss.step_weight[None, :, None]).sum(0) / (num_rows * num_steps)
         assert difference(found, shares.sum(0)) < 1e-4
