@@ -37,6 +37,11 @@ class Tree:
         """The trained step with which the edges of each depth begin, [D]."""
         return tuple(accumulate(self.after, initial=0))
 
+    @property
+    def text(self) -> str:
+        """For people, to follow a number of images: "" if they part once, else ` in a tree of 2 x 3`."""
+        return f" in a tree of {' x '.join(map(str, self.children))}" if self.after else ""
+
     def depth(self, step: int) -> int:
         """The depth of the edges that the trained step `step` belongs to."""
         return bisect_right(self.starts, step) - 1

@@ -315,7 +315,7 @@ def read_sampling(config: Mapping[str, Any]) -> Sampling:
     return Sampling(
         num_groups=sample["batch_size"],
         num_batches=sample["num_batches_per_epoch"],
-        tree=Tree(tuple(config["split_times"]) or (config["split_time"],), tuple(config["split_after"])),
+        tree=read_tree(config),
         shared_prefix=config["sampling"] == "branch",
         num_steps=sample["num_steps"],
         eta=sample["eta"],
@@ -324,6 +324,11 @@ def read_sampling(config: Mapping[str, Any]) -> Sampling:
         micro_batch_size=sample["micro_batch_size"],
         decode_batch_size=sample["decode_batch_size"],
     )
+
+
+def read_tree(config: Mapping[str, Any]) -> Tree:
+    """The tree in which the images of a group part."""
+    return Tree(tuple(config["split_times"]) or (config["split_time"],), tuple(config["split_after"]))
 
 
 def read_selection(evaluation: Mapping[str, Any], train: Mapping[str, Any]) -> Selection:

@@ -228,7 +228,8 @@ class BatchSampler:
             images = self.decode_batch(batch, finished.flatten(0, 1))
             # The report shows a stage's first group as a tree of branches.
             draws_tree = batch == 0 and self.plan.settings.sampling.shared_prefix
-            states = prefix, latents[0], finished[0], self.plan.settings.sampling.num_steps
+            sampling = self.plan.settings.sampling
+            states = prefix, latents[0], finished[0], sampling.num_steps, sampling.tree
             tree = decode_tree(prompts[0], *states, self.decode) if draws_tree else None
         self.bar.set_postfix_str("")
         if record:

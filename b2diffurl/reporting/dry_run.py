@@ -52,7 +52,8 @@ def plan_facts(plan: Plan, budget: Budget) -> dict[str, str]:
         "prompts": f"{len(plan.prompts)} of {trained}; held-out: {held_out} of {prompts.held_out_file}",
         "device": "",  # `describe` fills it in; it has its place here
         "seeds": f"{settings.schedule.seed} of the experiment, {settings.judging.seed} of the evaluations",
-        "a stage": f"{budget.num_groups} groups of {settings.sampling.num_branches} images; trained on {budget.at_most}"
+        "a stage": f"{budget.num_groups} groups of {settings.sampling.num_branches} images{settings.sampling.tree.text}; "
+        f"trained on {budget.at_most}"
         f"{budget.most_selected}, {settings.training.num_trajectories} an update, epochs: {settings.training.num_epochs}",
     }
 
