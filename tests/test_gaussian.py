@@ -9,10 +9,10 @@ from accelerate import Accelerator
 from gaussian import SPREAD, GaussianWorld
 from torch import Tensor
 
-from b2diffurl.algorithm.advantages import advantages, normalise
+from b2diffurl.algorithm.advantages import advantages, edge_scores, normalise
 from b2diffurl.algorithm.branching import branch_sample, denoise
 from b2diffurl.algorithm.seeding import generator
-from b2diffurl.algorithm.selection import select_all, select_pairs
+from b2diffurl.algorithm.selection import owned_edges, select_all, select_pairs
 from b2diffurl.algorithm.transition import step_weights, transition
 from b2diffurl.algorithm.tree import Tree
 from b2diffurl.algorithm.window import Window
@@ -77,8 +77,9 @@ def make_trainer(world: GaussianWorld, objective: str, window: Window, **options
     )
 
 
-def sample(world: GaussianWorld, prompts: list[str], num_branches: int, window: Window, *key) -> Trajectories:
-    """Trajectories of K branches for each of the prompts [G], group by group."""
+def sample(world: GaussianWorld, prompts: list[str], num_branches: int | Tree, window: Window, *key) -> Trajectories:
+    """Trajectories of K branches, or of a tree's leaves, for each of the prompts [G], group by group."""
+    tree = num_branches if isinstance(num_branches, Tree) else Tree((num_branches,))
     rng, sampler, conditions = generator(*key), world.sampler(NUM_STEPS), world.encode(prompts)
 
     def noise(shape: tuple[int, ...]) -> Tensor:
@@ -89,10 +90,10 @@ def sample(world: GaussianWorld, prompts: list[str], num_branches: int, window: 
         sampler,
         noise((len(prompts), *world.latent_shape)),
         noise,
-        tree=Tree((num_branches,)),
+        tree=tree,
         window=window,
     )
-    rows = torch.arange(len(prompts)).repeat_interleave(num_branches)
+    rows = torch.arange(len(prompts)).repeat_interleave(tree.num_leaves)
     return Trajectories(
         torch.arange(len(rows)), latents.flatten(0, 1), log_probs.flatten(0, 1), rows, conditions, world.encode(["0"])
     )
@@ -186,6 +187,29 @@ def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(objective):
     rewards = reward_of(images.latents[:, -1], prompts)
     credit = (rewards - rewards.mean())[:, None].expand(-1, NUM_STEPS)
     trainer.accumulate(images, credit, torch.arange(len(prompts)), range(NUM_STEPS), size=100_000, apart=False)
+    (exact,) = torch.autograd.grad(expected_reward(world), world.network.theta)
+    torch.testing.assert_close(-trainer.gradient() * NUM_STEPS * exact.numel(), exact.flatten(), rtol=0.06, atol=0)
+
+
+def test_edges_of_a_tree_give_the_gradient_of_the_expected_reward():
+    """All distinct transitions of many trees, each with the score of its edge: with every step weighed alike, minus the
+    trainer's gradient is autograd's of the exact expected reward. An edge is compared with a mean of k siblings that it is
+    part of, which takes 1/k of its score; the first ones are compared with their prompt's mean."""
+    world, tree = GaussianWorld(), Tree((2, 3), (2,))
+    torch.nn.init.constant_(world.network.theta, 0.2)
+    trainer, prompts = make_trainer(world, "ddpo", ALL_STEPS), PROMPTS * 10_000
+    images = sample(world, prompts, tree, ALL_STEPS, 0)
+    asked = [prompt for prompt in prompts for _ in range(tree.num_leaves)]
+    rewards, depths = reward_of(images.latents[:, -1], asked), tree.depths(NUM_STEPS)
+    units = {prompt: rewards[torch.tensor([one == prompt for one in asked])].std() for prompt in PROMPTS}
+    credit = edge_scores(rewards, asked, tree=tree) * torch.stack([units[prompt] for prompt in asked])[:, None]
+    owned = owned_edges(select_all(rewards.view(-1, tree.num_leaves)), tree)[:, depths]
+    counts = owned.sum(0)
+    assert counts.tolist() == [60_000] * 2 + [180_000] * 4
+    alike = counts.sum() / (NUM_STEPS * counts) * torch.tensor([1.0, 3 / 2])[depths]
+    trainer.loss = replace(trainer.loss, step_weight=alike)
+    update = images, credit[:, depths], torch.arange(len(asked)), range(NUM_STEPS), owned
+    trainer.accumulate(*update, size=200_000, apart=False)
     (exact,) = torch.autograd.grad(expected_reward(world), world.network.theta)
     torch.testing.assert_close(-trainer.gradient() * NUM_STEPS * exact.numel(), exact.flatten(), rtol=0.06, atol=0)
 
