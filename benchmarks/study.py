@@ -35,7 +35,6 @@ from b2diffurl.evaluation.generate import training_sampler
 from b2diffurl.evaluation.measure import evaluate
 from b2diffurl.evaluation.statistics import add_differences
 from b2diffurl.experiment.stage import Stage, versions
-from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.phases.sample import sample_stage
 from b2diffurl.phases.select import select_stage
 from b2diffurl.phases.train import train_stage
@@ -384,13 +383,12 @@ def cost(config: ConfigDict, num_stages: int) -> dict[str, float]:
     """The costs (see COSTS) of the first `num_stages` stages, and `cpu_seconds` if they are known.
 
     `evaluations` counts the network's work in forward passes of one image. A sampled step is one. A trained step, or noised
-    image, is two: forward, and backward through frozen weights. It is one more if the objective also evaluates the base
-    policy, and one more for the policy that sampled. `seconds` is wall time of sampling, scoring and training, without
+    image, is two: forward, and backward through frozen weights. It is one more for each other policy that the objective
+    evaluates, or less if that is not evaluated every time. `seconds` is wall time of sampling, scoring and training, without
     loading, and without the lost work of a killed stage.
     """
     total = dict.fromkeys(COSTS, 0.0)
-    objective = OBJECTIVES[config.train.objective]
-    passes = 2 + objective.needs_base + getattr(objective, "needs_old", False)
+    passes = read_settings(config).training.objective.num_passes
     for stage in (Stage(root_of(config), index) for index in range(num_stages)):
         sampled, selected, trained = (stage.manifest(phase) for phase in ("sample", "select", "train"))
         total["queries"] += sampled["num_images"]

@@ -51,6 +51,8 @@ def reference() -> ConfigDict:
     config.split_stop = 0  # step, counted from the noise, at which the trained ones end; 0: the last. Not early, not sliding
     config.resume_from = ""  # LoRA to start from: a .safetensors file, a checkpoint_<n> folder, or a folder of these
     config.split_time = 5  # K, images in a group (siblings)
+    config.split_times = ()  # a tree instead: branches of a state at each parting, (2, 3) for 6 images; (): one parting
+    config.split_after = ()  # trained steps from one parting of the tree to the next, one number fewer than split_times
     config.sampling = "branch"  # branch: siblings share the steps before the trained ones | independent: only the prompt
 
     # ---- prompts ----
@@ -194,6 +196,7 @@ def training() -> ConfigDict:
     train.awm_clip = 0.2  # awm: clip range of the ratio of matching losses, which are means over the latent dimensions
     train.old_weight = 0.3  # nft, awm: weight of the squared distance of outputs to those of the policy that sampled
     train.base_weight = 0.0  # nft, awm: the same to the base model's; above 0 it costs another forward pass
+    train.outside_weight = 0.0  # nft, awm: the same at a fifth of the copies, then noised to levels outside the window
     train.beta1 = 1.0  # factor of positive advantages
     train.beta2 = 1.0  # factor of negative advantages
     train.adv_clip_max = 5.0  # advantages are clamped to +- this

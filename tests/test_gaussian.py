@@ -9,11 +9,12 @@ from accelerate import Accelerator
 from gaussian import SPREAD, GaussianWorld
 from torch import Tensor
 
-from b2diffurl.algorithm.advantages import advantages, normalise
+from b2diffurl.algorithm.advantages import advantages, edge_scores, normalise
 from b2diffurl.algorithm.branching import branch_sample, denoise
 from b2diffurl.algorithm.seeding import generator
-from b2diffurl.algorithm.selection import select_all, select_pairs
+from b2diffurl.algorithm.selection import owned_edges, select_all, select_pairs
 from b2diffurl.algorithm.transition import transition
+from b2diffurl.algorithm.tree import Tree
 from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.settings import read_settings
 from b2diffurl.experiment.stage import Stage
@@ -28,7 +29,9 @@ from config.stage_process import get_config
 
 PROMPTS = ["-2", "0", "1"]  # the means of their data
 TARGET = 1.0  # how far above its prompt's mean an image is best
-OPTIONS = {"clip_range": 0.1, "kl_weight": 0.02, "beta": 1.0, "scale": 1.0, "old_weight": 0.1, "base_weight": 0.01}
+OPTIONS = {"clip_range": 0.1, "kl_weight": 0.02, "beta": 1.0, "scale": 1.0}
+OPTIONS |= {"old_weight": 0.1, "base_weight": 0.01, "outside_weight": 0.01}  # of the objectives on noised images
+
 NUM_STEPS, NUM_STAGES, NUM_GROUPS, NUM_BRANCHES = 6, 12, 12, 4
 ALL_STEPS = Window(0, NUM_STEPS)
 
@@ -80,8 +83,9 @@ def old_lora(world: GaussianWorld) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in world.trainable().items()}
 
 
-def sample(world: GaussianWorld, prompts: list[str], num_branches: int, window: Window, *key) -> Trajectories:
-    """Trajectories of K branches for each of the prompts [G], group by group."""
+def sample(world: GaussianWorld, prompts: list[str], num_branches: int | Tree, window: Window, *key) -> Trajectories:
+    """Trajectories of K branches, or of a tree's leaves, for each of the prompts [G], group by group."""
+    tree = num_branches if isinstance(num_branches, Tree) else Tree((num_branches,))
     rng, sampler, conditions = generator(*key), world.sampler(NUM_STEPS), world.encode(prompts)
 
     def noise(shape: tuple[int, ...]) -> Tensor:
@@ -92,10 +96,10 @@ def sample(world: GaussianWorld, prompts: list[str], num_branches: int, window: 
         sampler,
         noise((len(prompts), *world.latent_shape)),
         noise,
-        num_branches=num_branches,
+        tree=tree,
         window=window,
     )
-    rows = torch.arange(len(prompts)).repeat_interleave(num_branches)
+    rows = torch.arange(len(prompts)).repeat_interleave(tree.num_leaves)
     return Trajectories(
         torch.arange(len(rows)), latents.flatten(0, 1), log_probs.flatten(0, 1), rows, conditions, world.encode(["0"])
     )
@@ -196,6 +200,29 @@ def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(objective):
     torch.testing.assert_close(-trainer.gradient() * NUM_STEPS * exact.numel(), exact.flatten(), rtol=0.06, atol=0)
 
 
+def test_edges_of_a_tree_give_the_gradient_of_the_expected_reward():
+    """All distinct transitions of many trees, each with the score of its edge: with every step weighed alike, minus the
+    trainer's gradient is autograd's of the exact expected reward. An edge is compared with a mean of k siblings that it is
+    part of, which takes 1/k of its score; the first ones are compared with their prompt's mean."""
+    world, tree = GaussianWorld(), Tree((2, 3), (2,))
+    torch.nn.init.constant_(world.network.theta, 0.2)
+    trainer, prompts = make_trainer(world, "ddpo", ALL_STEPS), PROMPTS * 10_000
+    images = sample(world, prompts, tree, ALL_STEPS, 0)
+    asked = [prompt for prompt in prompts for _ in range(tree.num_leaves)]
+    rewards, depths = reward_of(images.latents[:, -1], asked), tree.depths(NUM_STEPS)
+    units = {prompt: rewards[torch.tensor([one == prompt for one in asked])].std() for prompt in PROMPTS}
+    credit = edge_scores(rewards, asked, tree=tree) * torch.stack([units[prompt] for prompt in asked])[:, None]
+    owned = owned_edges(select_all(rewards.view(-1, tree.num_leaves)), tree)[:, depths]
+    counts = owned.sum(0)
+    assert counts.tolist() == [60_000] * 2 + [180_000] * 4
+    alike = counts.sum() / (NUM_STEPS * counts) * torch.tensor([1.0, 3 / 2])[depths]
+    trainer.loss = replace(trainer.loss, step_weight=alike)
+    update = images, credit[:, depths], torch.arange(len(asked)), range(NUM_STEPS), owned
+    trainer.accumulate(*update, size=200_000, apart=False)
+    (exact,) = torch.autograd.grad(expected_reward(world), world.network.theta)
+    torch.testing.assert_close(-trainer.gradient() * NUM_STEPS * exact.numel(), exact.flatten(), rtol=0.06, atol=0)
+
+
 @pytest.mark.parametrize(("start", "stop"), [(2, 4), (0, 3), (4, 6)])
 def test_any_window_is_trained_at_its_own_steps(start, stop):
     """Before the first update every ratio is exactly 1, and the gradient is that of the window's log-probabilities and of no
@@ -205,7 +232,7 @@ def test_any_window_is_trained_at_its_own_steps(start, stop):
     trainer = make_trainer(world, "ddpo", window)
     images = sample(world, PROMPTS, 4, window, 0)
     credit = torch.randn(12, window.num_steps, generator=torch.Generator().manual_seed(1))
-    report = trainer.accumulate(images, credit, torch.arange(12), range(window.num_steps), size=100_000, apart=True)
+    (report,) = trainer.accumulate(images, credit, torch.arange(12), range(window.num_steps), size=100_000, apart=True)
     assert torch.equal(report.values.log_ratio, torch.zeros(window.num_steps, 12))
     assert report.timesteps == world.sampler(NUM_STEPS).timesteps[start:stop].tolist()
     table, conditions = world.sampler(NUM_STEPS), world.encode([prompt for prompt in PROMPTS for _ in range(4)])

@@ -209,6 +209,7 @@ def names(said: str, key: str, value: Any) -> bool:
 # Values that can be run in a second, where keys.py allows more.
 RUNNABLE = {
     "stage_cnt": [1, 2, 50], "split_time": [2, 3], "pretrained.resolution": [0, 16, 64],
+    "split_times": [(), (2,), (3,)], "split_after": [()],
     "pretrained.scheduler": [None, {"steps_offset": 1}],
     "sample.num_steps": [2, 3, 5],
     "sample.batch_size": [1, 2, 3], "sample.num_batches_per_epoch": [1, 2], "train.num_epochs": [1, 2, 3],
@@ -254,6 +255,7 @@ REFUSED = {
     "pretrained.variant": ["fp16", "**", "[", "../x", " "], "pretrained.family": ["", "sdxl", "Stable_Diffusion", "../x"],
     "pretrained.resolution": [8, 100], "pretrained.scheduler": [{"x": 1}, {"steps_offset": 0}, 3],
     "sample.num_steps": [1000], "split_time": [1],
+    "split_times": [(1,), (-3,), (2.0,), ("2",), (True,), (2, 2), (None,)], "split_after": [(1,), (0,), ("1",)],
     "split_step_left": [0, -1, 3, 10**400], "split_step_right": [0, 3, 10**30], "split_step": [-1, 3, 10**30],
     "split_stop": [-1, 1, 3, 10**30], "sample.suffix_steps": [1, 2],
     "reward.name": ["", "beauty", "a:b:c", "no.such:reward", "math:nothing", ":", "x" * 300],

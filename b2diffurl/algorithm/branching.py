@@ -1,13 +1,16 @@
 """Branch-based sampling (arXiv 2503.11240, section 4.2): denoise one prefix, then continue it in K branches.
 
+The branches may part at once, or in a tree, some of them later (BranchGRPO, arXiv 2509.06040; TreeGRPO, 2512.08153). Every
+step adds the noise that the policy has, at a parting as elsewhere, so that its log-probability is the policy's.
+
 G groups (one prefix each), K branches, N = G*K rows in group-major order (row g*K + k)
 T sampler steps, S of them trained: the window
 """
 
-import torch
 from torch import Tensor
 
 from b2diffurl.algorithm.transition import Transitions, log_prob, transition
+from b2diffurl.algorithm.tree import Tree, to_leaves
 from b2diffurl.algorithm.types import Noise, Predict
 from b2diffurl.algorithm.window import Window
 
@@ -21,21 +24,26 @@ def denoise(predict: Predict, table: Transitions, x: Tensor, noise: Noise, steps
 
 
 def branch_sample(
-    predict: Predict, table: Transitions, x_T: Tensor, noise: Noise, *, num_branches: int, window: Window
+    predict: Predict, table: Transitions, x_T: Tensor, noise: Noise, *, tree: Tree, window: Window
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Denoise G prefixes from x_T [G,C,H,W], copy each K times where the window starts, and denoise the copies apart.
+    """Denoise G prefixes from x_T [G,C,H,W], and part each into the K leaves of `tree` on its way through the window.
 
     Returns the S+1 states of the window, latents [G,K,S+1,C,H,W], log_probs [G,K,S] of its transitions, and the finished
-    latents [G,K,C,H,W], all float32. `predict` sees G rows in the prefix and G*K rows after it.
+    latents [G,K,C,H,W], all float32. A state that leaves share is repeated there, but `predict` sees it once: G rows in the
+    prefix, then a row for each edge of the tree.
     """
-    x = denoise(predict, table, x_T, noise, range(window.start)).repeat_interleave(num_branches, dim=0)
-    latents, log_probs = [x], []
-    for i in range(window.start, window.stop):
-        mu, sigma = transition(table, i, x, predict(x, i))
-        x = mu + sigma * noise(x.shape)
+    assert tree.starts[-1] < window.num_steps, "the last parting would train nothing"
+    x = denoise(predict, table, x_T, noise, range(window.start))
+    latents, log_probs = [], []
+    for step in range(window.num_steps):
+        if step in tree.starts:
+            x = x.repeat_interleave(tree.children[tree.depth(step)], dim=0)
         latents.append(x)
+        mu, sigma = transition(table, window.start + step, x, predict(x, window.start + step))
+        x = mu + sigma * noise(x.shape)
         # Of the state as it is stored, so that training on it finds an importance ratio of 1.
         log_probs.append(log_prob(x, mu, sigma))
     finished = denoise(predict, table, x, noise, range(window.stop, table.num_steps))
-    grouped = (len(x_T), num_branches)
-    return *(torch.stack(each, 1).unflatten(0, grouped) for each in (latents, log_probs)), finished.unflatten(0, grouped)
+    grouped = (len(x_T), tree.num_leaves)
+    of_leaves = (to_leaves([*latents, x], len(x)), to_leaves(log_probs, len(x)), finished)
+    return (*(each.unflatten(0, grouped) for each in of_leaves),)

@@ -1,13 +1,17 @@
 """Which trajectories of a stage are trained on (arXiv 2503.11240, section 4.2).
 
 G groups, K branches, N = G*K images in group-major order
+D depths of the tree in which a group's trajectories part
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from b2diffurl.algorithm.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -47,3 +51,18 @@ def contrast_pairs(selected: Sequence[Selected]) -> list[tuple[int, int]]:
         positions[trajectory.group].append(position)
     # `select_pairs` puts a group's best sibling first.
     return [(group[0], group[1]) for group in positions.values() if len(group) == 2]
+
+
+def owned_edges(selected: Sequence[Selected], tree: Tree) -> Tensor:
+    """Which edges each selected trajectory is trained on, bool [selected,D].
+
+    An edge that several of them share belongs to the first, so that its transitions are trained once.
+    """
+    taken: set[tuple[int, int, int]] = set()
+    owned = torch.zeros(len(selected), tree.num_depths, dtype=torch.bool)
+    for row, one in enumerate(selected):
+        for depth in range(tree.num_depths):
+            edge = (one.group, depth, one.branch // tree.leaves_below(depth))
+            owned[row, depth] = edge not in taken
+            taken.add(edge)
+    return owned

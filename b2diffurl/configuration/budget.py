@@ -31,10 +31,11 @@ class Budget:
         return self.num_groups * self.sampling.num_branches
 
     def num_evaluations(self, window: Window) -> int:
-        """Network evaluations to sample a stage; a guided one counts once. Branches share those of their prefix."""
+        """Network evaluations to sample a stage; a guided one counts once. A state that branches share is evaluated once."""
         prefixes = self.num_groups if self.sampling.shared_prefix else self.num_images
         tail = window.tail(self.sampling.num_steps, self.sampling.outside.num_suffix_steps)
-        return prefixes * window.start + self.num_images * (window.num_steps + len(tail))
+        in_window = self.num_groups * self.sampling.tree.num_evaluations(window.num_steps)
+        return prefixes * window.start + in_window + self.num_images * len(tail)
 
     @property
     def most_selected(self) -> int:
@@ -58,6 +59,14 @@ class Budget:
         if self.training.objective.on_noised_images:
             return self.training.steps.num_noise_levels
         return max(1, round(self.training.steps.fraction * num_trained_steps))
+
+    def most_transitions(self, num_selected: float, num_trained_steps: int) -> float:
+        """Transitions or noised images that an epoch trains at most, if so many trajectories are selected. Leaves of a tree
+        share some transitions."""
+        if self.training.objective.on_noised_images:
+            return num_selected * self.training.steps.num_noise_levels
+        distinct = self.num_groups * self.sampling.tree.num_evaluations(num_trained_steps)
+        return min(num_selected * self.num_chosen_steps(num_trained_steps), distinct)
 
     def window(self, stage: Stage) -> Window:
         """The trained window of a stage: as it was sampled, or as the schedule has it if it is not sampled yet."""

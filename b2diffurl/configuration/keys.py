@@ -9,6 +9,7 @@ from typing import Any
 from b2diffurl.algorithm.transition import STEP_WEIGHTS
 from b2diffurl.configuration.limits import (
     Choice,
+    Counts,
     Entries,
     File,
     Folder,
@@ -79,6 +80,8 @@ KEYS = {
     "split_stop": Key(STEPS, before=0),
     "resume_from": Key(File(may_be_empty=True), may_change=True),
     "split_time": Key(Number("[1, 1e4]")),
+    "split_times": Key(Counts("[2, 1e4]"), before=[]),
+    "split_after": Key(Counts("[1, 1000]"), before=[]),
     "sampling": Key(Choice(("branch", "independent")), before="branch"),
     # ---- prompts ----
     "prompt_file": Key(File(), may_change=True),

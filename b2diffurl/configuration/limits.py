@@ -40,6 +40,19 @@ class Number:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """A list of whole numbers, each in an interval such as `[2, 9]`."""
+
+    interval: str
+
+    def check(self, key: str, value: Any) -> None:
+        for one in value:
+            if type(one) is not int:
+                raise ValueError(f"{key} is {shown(value)}; it must be whole numbers, like (2, 3)")
+            Number(self.interval).check(f"a number of {key}", one)
+
+
+@dataclass(frozen=True)
 class Choice:
     """One of these names."""
 

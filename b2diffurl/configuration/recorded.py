@@ -170,7 +170,8 @@ def take_recorded(config: ConfigDict, given: Collection[str]) -> None:
     begun = read_record(root)
     if not begun:
         return
-    before, now, path = recorded_settings(begun["config"]), flatten(config.to_dict()), root / "config.json"
+    recorded, now, path = recorded_settings(begun["config"]), flatten(config.to_dict()), root / "config.json"
+    before = {key: tuple(value) if isinstance(value, list) else value for key, value in recorded.items()}  # JSON has lists
     kept = {key for key, row in KEYS.items() if row.may_change or not set(given).isdisjoint((key, *row.not_beside))}
     taken = {key: before[key] for key in now if key not in kept and before.get(key, now[key]) != now[key]}
     refuse_code(path, [taken.get("reward.name", ""), *(taken.get("reward.weights") or {})])

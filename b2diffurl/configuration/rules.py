@@ -31,6 +31,7 @@ def check(config: ConfigDict) -> None:
     check_schedule(settings)
     check_stop(settings)
     check_tail(settings)
+    check_tree(settings)
     check_rewards(settings)
     check_selection(settings)
     check_objective(settings)
@@ -130,6 +131,37 @@ def check_tail(settings: Mapping[str, Any]) -> None:
         )
 
 
+def check_tree(settings: Mapping[str, Any]) -> None:
+    """Refuse a tree of branches that does not fit into the trained steps, and what cannot be had with one."""
+    times, after, objective = settings["split_times"], settings["split_after"], settings["train.objective"]
+    if len(after) != max(0, len(times) - 1):
+        raise ValueError(
+            f"split_after has {len(after)} numbers and split_times {len(times)}; it must have one fewer: the steps from "
+            "each parting to the next"
+        )
+    if not after:  # one parting, as with split_time
+        return
+    num_steps = settings["sample.num_steps"]
+    fewest = smallest_window(settings) - (num_steps - (settings["split_stop"] or num_steps))
+    if sum(after) >= fewest:
+        raise ValueError(
+            f"split_after is {shown(tuple(after))}, so the last parting comes after {sum(after)} trained steps; it must "
+            f"come before the end of the shortest window, which has {fewest}"
+        )
+    if settings["sampling"] != "branch":
+        raise ValueError("split_after makes a tree of branches, and independent images share none: sampling must be branch")
+    if OBJECTIVES[objective].paired:
+        raise ValueError(
+            f"train.objective {objective} compares two ways step by step, and leaves of a tree share some of their steps: "
+            "split_times must have one number, or none"
+        )
+    if settings["train.timestep_fraction"] < 1:
+        raise ValueError(
+            f"train.timestep_fraction is {settings['train.timestep_fraction']}; it must be 1 in a tree, where a shared step "
+            "is trained with one of its leaves: an update could be left without any step"
+        )
+
+
 def smallest_window(settings: Mapping[str, Any]) -> int:
     """The smallest S of the schedule and of this call."""
     return min(settings["split_step_left"], settings["split_step"] or settings["split_step_left"])
@@ -161,7 +193,7 @@ def check_selection(settings: Mapping[str, Any]) -> None:
             f"eval.pos_threshold is below eval.neg_threshold, {above} < {below}; it must not be, or one image is both "
             "good and bad"
         )
-    if settings["split_time"] > 1:
+    if settings["split_times"] or settings["split_time"] > 1:  # a tree has at least 2 leaves
         return
     if settings["eval.selection"] == "pairs":
         raise ValueError("split_time is 1; a contrast needs at least 2 siblings. Or take eval.selection=all.")
@@ -174,7 +206,10 @@ def check_selection(settings: Mapping[str, Any]) -> None:
 def check_objective(settings: Mapping[str, Any]) -> None:
     """Refuse a selection, sampling or number of epochs that the objective cannot train with."""
     name, num_epochs = settings["train.objective"], settings["train.num_epochs"]
-    objective, branches = OBJECTIVES[name], settings["sampling"] == "branch" and settings["split_time"] > 1
+    objective, branches = (
+        OBJECTIVES[name],
+        settings["sampling"] == "branch" and (settings["split_times"] or settings["split_time"] > 1),
+    )
     if objective.paired and settings["eval.selection"] != "pairs":
         raise ValueError(f"train.objective {name} compares best and worst: eval.selection must be pairs")
     if objective.paired and settings["sampling"] != "branch":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from b2diffurl.algorithm.seeding import stable_seed
+from b2diffurl.algorithm.tree import Tree
 from b2diffurl.algorithm.window import Window
 from b2diffurl.objectives import OBJECTIVES, Objective
 from b2diffurl.runtime.device import Compute
@@ -127,12 +128,17 @@ class Sampling:
 
     num_groups: int  # G, groups in a batch; a group has one prompt
     num_batches: int  # batches in a stage, over all processes
-    num_branches: int  # K, images in a group (siblings)
+    tree: Tree  # in which the images of a group part
     shared_prefix: bool  # siblings are branches of one prefix; otherwise each starts from noise of its own
     sampler: SamplerSettings  # with eta as in the trained window
     outside: Outside  # the steps before and after the window
     micro_batch_size: int  # images the network sees at once; 0: the whole batch
     decode_batch_size: int  # latents decoded at once
+
+    @property
+    def num_branches(self) -> int:
+        """K, images in a group (siblings)."""
+        return self.tree.num_leaves
 
     @property
     def num_steps(self) -> int:
@@ -343,13 +349,18 @@ def read_sampling(config: Mapping[str, Any]) -> Sampling:
     return Sampling(
         num_groups=sample["batch_size"],
         num_batches=sample["num_batches_per_epoch"],
-        num_branches=config["split_time"],
+        tree=read_tree(config),
         shared_prefix=config["sampling"] == "branch",
         sampler=SamplerSettings(sample["num_steps"], sample["eta"], sample["guidance_scale"], sample["scheduler"]),
         outside=Outside(sample["prefix_eta"], sample["suffix_eta"], sample["suffix_steps"]),
         micro_batch_size=sample["micro_batch_size"],
         decode_batch_size=sample["decode_batch_size"],
     )
+
+
+def read_tree(config: Mapping[str, Any]) -> Tree:
+    """The tree in which the images of a group part."""
+    return Tree(tuple(config["split_times"]) or (config["split_time"],), tuple(config["split_after"]))
 
 
 def read_selection(evaluation: Mapping[str, Any], train: Mapping[str, Any]) -> Selection:

@@ -1,7 +1,9 @@
 """The branch picture of a stage: its first group decoded at several sampler steps, the shared prefix and then each branch.
 
-tree.png    a grid of tiles: a row for each branch, a column for each sampler step; shared states stand in the first row only
-tree.json   the prompt, and how many sampler steps each column's state is from noise
+tree.png    a grid of tiles: a row for each branch, a column for each sampler step; what branches share stands in the first
+            row of them only
+tree.json   the prompt, and how many sampler steps each column's state is from noise; if branches part in a tree, also
+            `together`, how many of them share a state in the columns after the prefix
 
 K branches, T sampler steps, S of them trained from where the branches part, latents [C,h,w], images uint8 [H,W,3]
 """
@@ -16,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from b2diffurl.algorithm.tree import Tree
 from b2diffurl.algorithm.types import Predict
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.runtime import files
@@ -25,13 +28,14 @@ NUM_SHARED, NUM_APART = 4, 4  # states shown of the prefix and of each branch, a
 
 
 @dataclass(frozen=True)
-class Tree:
+class GroupPicture:
     """One group as images [h,w,3], each under the number of sampler steps done by then."""
 
     prompt: str
     num_steps: int  # T
     shared: dict[int, np.ndarray]
     branches: list[dict[int, np.ndarray]]  # [K]; each branch's last key is T, its finished image
+    together: dict[int, int]  # how many neighbouring branches share the image of that step
 
 
 def recording_prefix(predict: Predict, num_prefix_steps: int, seen: list[Tensor]) -> Predict:
@@ -47,7 +51,7 @@ def recording_prefix(predict: Predict, num_prefix_steps: int, seen: list[Tensor]
 
 @dataclass(frozen=True)
 class Sheet:
-    """A tree in the form of its files."""
+    """A group's picture in the form of its files."""
 
     tiles: Tensor  # uint8 [K*h, columns*w, 3]: tree.png
     facts: dict[str, Any]  # tree.json
@@ -59,6 +63,7 @@ def decode_tree(
     latents: Tensor,  # [K,S+1,C,h,w] after them: the trained window
     finished: Tensor,  # [K,C,h,w]
     num_steps: int,  # T
+    tree: Tree,  # in which the K branches part
     decode: Callable[[Tensor], Tensor],
 ) -> Sheet:
     """Decode states of a group."""
@@ -67,16 +72,20 @@ def decode_tree(
     states |= {len(states) + n: latents[:, n + 1] for n in range(latents.shape[1] - 1)} | {num_steps: finished}
     split, steps = len(prefix), list(states)
     shared, apart = spread(0, split, NUM_SHARED), [steps[n] for n in spread(split + 1, len(steps) - 1, NUM_APART)]
-    chosen = [states[step] for step in (*shared, *apart)]
+    # A state of the window belongs to the edges of the transition that led to it.
+    together = [tree.leaves_below(tree.depth(step - split - 1)) for step in apart]
+    chosen = [states[step] for step in shared]
+    chosen += [states[step][::count] for step, count in zip(apart, together, strict=True)]
     # One call for all states: the decoder sees full batches.
     images = iter(shrink(decode(torch.cat(chosen))))
     tiles = [next(images) for _ in shared]
     sheet = torch.full((len(latents), len(shared) + len(apart), *tiles[0].shape), 255, dtype=torch.uint8)
     sheet[0, : len(shared)] = torch.stack(tiles)
-    for column in range(len(apart)):
-        for branch in range(len(latents)):
+    for column, count in enumerate(together):
+        for branch in range(0, len(latents), count):
             sheet[branch, len(shared) + column] = next(images)
     facts = {"prompt": prompt, "num_steps": num_steps, "shared": shared, "branches": apart, "num_branches": len(latents)}
+    facts |= {"together": together} if tree.after else {}
     return Sheet(sheet.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1).contiguous(), facts)
 
 
@@ -88,7 +97,7 @@ def save_tree(stage: Stage, sheet: Sheet) -> list[Path]:
     return [picture, facts]
 
 
-def load_tree(stage: Stage) -> Tree | None:
+def load_tree(stage: Stage) -> GroupPicture | None:
     """Read tree.png and tree.json; None if the stage has none, a ValueError if they are damaged."""
     if not (stage.folder / "tree.json").is_file():
         return None
@@ -96,14 +105,16 @@ def load_tree(stage: Stage) -> Tree | None:
         stage.verify("sample", "tree.json", "tree.png")
     facts = files.read_json(stage.folder / "tree.json")
     sheet = files.read_image(stage.folder / "tree.png").numpy()
-    columns = [*facts["shared"], *facts["branches"]]
+    columns, apart = [*facts["shared"], *facts["branches"]], facts["branches"]
+    together = dict(zip(apart, facts.get("together", [1] * len(apart)), strict=True))
     rows = [np.split(row, len(columns), axis=1) for row in np.split(sheet, facts["num_branches"], axis=0)]
-    branches = [dict(zip(columns, row, strict=True)) for row in rows]
-    return Tree(
+    tiles = [dict(zip(columns, row, strict=True)) for row in rows]
+    return GroupPicture(
         facts["prompt"],
         facts["num_steps"],
-        {step: branches[0][step] for step in facts["shared"]},
-        [{step: branch[step] for step in facts["branches"]} for branch in branches],
+        {step: tiles[0][step] for step in facts["shared"]},
+        [{step: tiles[k - k % together[step]][step] for step in apart} for k in range(len(tiles))],
+        together,
     )
 
 

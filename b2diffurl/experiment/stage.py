@@ -19,7 +19,7 @@ scores_wanted.csv              select  reward `file` only: a table of images and
 scores_given.csv               people  the same with scores; people or another program write it
 scores.jsonl                   select  a line an image: reward, its parts, watched rewards
 selection.json                 select  the images to train on: id, group, branch, score,
-                                       advantage
+                                       advantage (in a tree a list, one for each edge)
 selected/batch_<n>.safetensors select  copies of the selected trajectories (trajectories.py)     when train is finished,
                                                                                                  unless keep.samples
 metrics/select.jsonl           select  one event: means and deviations of rewards, counts

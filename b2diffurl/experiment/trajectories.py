@@ -6,12 +6,19 @@
                                      An objective on noised images needs the images alone, as latents: S = 0
     selected/batch_<n>.safetensors   ids [N], latents [N,S+1,C,h,w], log_probs [N,S], prompt_ids [N], conditions as above
 
+In a tree the two tensors above begin with the last parting. What siblings share before it is stored once, by depth d:
+
+    samples/batch_<n>.safetensors    shared.<d>.latents [G,E,s,C,h,w], the state before each of the s steps of the depth's E
+                                     edges; shared.<d>.log_probs [G,E,s]
+    selected/batch_<n>.safetensors   shared.<d>.latents [M,s,C,h,w], shared.<d>.log_probs [M,s] of the M edges that any of
+                                     the selected is on; shared.<d>.rows [N], each one's edge
+
 G groups a batch, K branches, S trained steps, P distinct prompts, N selected trajectories
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Self
 
@@ -20,6 +27,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from b2diffurl.algorithm.selection import Selected
+from b2diffurl.algorithm.tree import Tree
 from b2diffurl.algorithm.types import Conditions
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.runtime import files
@@ -60,15 +68,15 @@ def save_batch(
     unconditional: Conditions,  # each [1, ...]
     metadata: dict,
     beside: Sequence[Path] = (),  # files that belong to the batch and are already written: images, the branch picture
+    *,
+    tree: Tree,  # in which the K branches part
 ) -> None:
     """Write one sampling batch with checksums of itself and of the files `beside` it.
 
     `metadata` says what it was sampled with: batches of one stage must agree on it.
     """
     distinct = list(dict.fromkeys(prompts))  # a batch may ask for a prompt several times; it is stored once
-    tensors = {
-        "latents": latents,
-        "log_probs": log_probs,
+    tensors = shared_steps({"latents": latents, "log_probs": log_probs}, tree) | {
         "timesteps": timesteps,
         "prompt_ids": torch.tensor([distinct.index(prompt) for prompt in prompts]),
     }
@@ -78,6 +86,15 @@ def save_batch(
     # Relative to the stage's folder, so that an experiment can be moved.
     metadata["files"] = {str(other.relative_to(path.parents[1])): files.sha256(other) for other in beside}
     files.write_tensors(path, tensors, metadata | {"sha256": files.tensors_sha256(tensors, metadata)})
+
+
+def shared_steps(whole: dict[str, Tensor], tree: Tree) -> dict[str, Tensor]:
+    """Tensors [G,K,S or S+1, ...] of whole trajectories as a batch's file has them: what branches share is there once."""
+    tensors = {name: values[:, :, tree.starts[-1] :] for name, values in whole.items()}
+    for depth, (start, stop) in enumerate(pairwise(tree.starts)):
+        of_edges = slice(None, None, tree.leaves_below(depth))  # the first leaf below each edge
+        tensors |= {f"shared.{depth}.{name}": values[:, of_edges, start:stop] for name, values in whole.items()}
+    return tensors
 
 
 def batch_damage(path: Path) -> str:
@@ -110,18 +127,22 @@ def save_selected(stage: Stage, selected: Sequence[Selected], batch_size: int) -
         source, chosen = stage.batch(batch), list(members)
         prompts = files.read_metadata(source)["prompts"]
         with safe_open(source, framework="pt") as file:
-            latents, log_probs = file.get_slice("latents"), file.get_slice("log_probs")
             places = [(one.group % batch_size, one.branch) for one in chosen]
             # The conditions of the remaining prompts only; prompt_ids are numbered anew to fit.
             prompt_ids = file.get_tensor("prompt_ids")[[g for g, _ in places]]
             used, prompt_ids = prompt_ids.unique(return_inverse=True)
-            num_branches = latents.get_shape()[1]
+            num_branches = file.get_slice("latents").get_shape()[1]
             tensors = {
                 "ids": torch.tensor([one.group * num_branches + one.branch for one in chosen]),
-                "latents": torch.stack([latents[g, k] for g, k in places]),
-                "log_probs": torch.stack([log_probs[g, k] for g, k in places]),
+                **rows_at(file, "", places),
                 "prompt_ids": prompt_ids,
             }
+            for depth in shared_depths(file):
+                num_leaves = num_branches // file.get_slice(f"shared.{depth}.latents").get_shape()[1]  # below an edge
+                edges = [(g, k // num_leaves) for g, k in places]
+                distinct = list(dict.fromkeys(edges))
+                tensors |= rows_at(file, f"shared.{depth}.", distinct)
+                tensors[f"shared.{depth}.rows"] = torch.tensor([distinct.index(edge) for edge in edges])
             for name in names_under("condition.", file):
                 tensors[f"condition.{name}"] = file.get_tensor(f"condition.{name}")[used]
             for name in names_under("unconditional.", file):
@@ -129,6 +150,27 @@ def save_selected(stage: Stage, selected: Sequence[Selected], batch_size: int) -
         written.append(stage.selected_batch(batch))
         files.write_tensors(written[-1], tensors, {"prompts": [prompts[n] for n in used]})
     return written
+
+
+def rows_at(file: safe_open, prefix: str, places: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+    """The states and log-probabilities at these (group, branch or edge) of a batch, under their names in the file."""
+    sources = {name: file.get_slice(name) for name in (f"{prefix}latents", f"{prefix}log_probs")}
+    return {name: torch.stack([source[place] for place in places]) for name, source in sources.items()}
+
+
+def shared_depths(file: safe_open) -> range:
+    """The depths whose edges the file stores apart from the trajectories' own steps."""
+    return range(len({name.split(".")[0] for name in names_under("shared.", file)}))
+
+
+def trajectory_at(file: safe_open, row: int) -> tuple[Tensor, Tensor]:
+    """The states [S+1,C,h,w] and log-probabilities [S] of a selected trajectory: of its shared edges, then its own."""
+    edges = ((f"shared.{depth}.", file.get_tensor(f"shared.{depth}.rows")[row].item()) for depth in shared_depths(file))
+    places = [*edges, ("", row)]
+    latents, log_probs = (
+        torch.cat([file.get_slice(prefix + name)[place] for prefix, place in places]) for name in ("latents", "log_probs")
+    )
+    return latents, log_probs
 
 
 class SelectedTrajectories:
@@ -149,7 +191,6 @@ class SelectedTrajectories:
             prompts = files.read_metadata(path)["prompts"]
             with safe_open(path, framework="pt") as file:
                 ids, prompt_ids = file.get_tensor("ids"), file.get_tensor("prompt_ids")
-                latents, log_probs = file.get_slice("latents"), file.get_slice("log_probs")
                 conditions = {name: file.get_tensor(f"condition.{name}") for name in names_under("condition.", file)}
                 unconditional = {
                     name: file.get_tensor(f"unconditional.{name}") for name in names_under("unconditional.", file)
@@ -157,7 +198,8 @@ class SelectedTrajectories:
                 for n in members:
                     row = self.places[n][1]
                     prompt = prompts[prompt_ids[row]]
-                    loaded[n] = (ids[row], latents[row], log_probs[row], prompt)
+                    latents, log_probs = trajectory_at(file, row)
+                    loaded[n] = (ids[row], latents, log_probs, prompt)
                     # Several files may hold the same prompt.
                     embedded.setdefault(prompt, {name: value[prompt_ids[row]] for name, value in conditions.items()})
         rows = {prompt: row for row, prompt in enumerate(embedded)}

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from b2diffurl.algorithm.branching import branch_sample
 from b2diffurl.algorithm.seeding import generator, noise_source
 from b2diffurl.algorithm.transition import Transitions, put_together, require_stochastic
+from b2diffurl.algorithm.tree import Tree
 from b2diffurl.algorithm.types import Conditions, Predict
 from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.budget import Budget
@@ -168,7 +169,8 @@ def batch_sizes(plan: Plan, accelerator: Accelerator) -> BatchSizes:
 def warm_up(plan: Plan, model: Model, sampler: Transitions, sizes: BatchSizes) -> None:
     """If the network is to be compiled, compile it before the first batch, for each number of rows it will see.
 
-    torch.compile makes a program for each. Prefixes have G rows and branches G*K, both cut into micro-batches.
+    torch.compile makes a program for each. Prefixes have G rows and branches G*K, or fewer before a tree's last parting, all
+    cut into micro-batches.
     """
     sampling = plan.settings.sampling
     with compiling(plan.settings.compute.compile, f"stage{plan.stage.index} sample") as wanted:
@@ -180,7 +182,8 @@ def warm_up(plan: Plan, model: Model, sampler: Transitions, sizes: BatchSizes) -
                 for part in {min(size, len(x_t)), len(x_t) % size} - {0}:  # a whole micro-batch, and the last one
                     predict(x_t[:part], 0).cpu()  # to the CPU, to wait until the network has really run
 
-            for rows in (sampling.num_groups, images_per_batch(plan)):
+            edges = [sampling.tree.num_edges(depth) for depth in range(sampling.tree.num_depths)]
+            for rows in (sampling.num_groups * number for number in (1, *edges)):
                 x_t = torch.zeros(rows, *model.latent_shape, device=sampler.sigma.device)
                 sizes.fit("sample.micro_batch_size", lambda size, x_t=x_t: warm(x_t, size))
 
@@ -208,7 +211,7 @@ class BatchSampler:
         The batch's own file is written after its images, so where it exists they do. With `record` the experiment's
         config.json is written first.
         """
-        prompts = self.prompts(batch)
+        prompts, sampling = self.prompts(batch), self.plan.settings.sampling
         # Groups may share a prompt: each distinct one is encoded, and stored, once.
         distinct = list(dict.fromkeys(prompts))
         conditions = self.model.encode(distinct)
@@ -227,8 +230,8 @@ class BatchSampler:
         with timed(self.seconds, "decode"):
             images = self.decode_batch(batch, finished.flatten(0, 1))
             # The report shows a stage's first group as a tree of branches.
-            draws_tree = batch == 0 and self.plan.settings.sampling.shared_prefix
-            path = prefix, states[0], finished[0], self.plan.settings.sampling.num_steps
+            draws_tree = batch == 0 and sampling.shared_prefix
+            path = prefix, states[0], finished[0], sampling.num_steps, sampling.tree
             tree = decode_tree(prompts[0], *path, self.decode) if draws_tree else None
         self.bar.set_postfix_str("")
         if record:
@@ -242,7 +245,10 @@ class BatchSampler:
                 files.write_image(path, image)
             written += save_tree(stage, tree) if tree else []
             trajectories = latents, log_probs, timesteps
-            save_batch(stage.batch(batch), *trajectories, prompts, conditions, self.unconditional, self.policy, written)
+            of_batch = prompts, conditions, self.unconditional, self.policy, written
+            # Images alone share nothing.
+            shares = sampling.tree if len(timesteps) else Tree((sampling.num_branches,))
+            save_batch(stage.batch(batch), *trajectories, *of_batch, tree=shares)
 
         # Waits until the batch before is written, so that at most two batches are in memory.
         with timed(self.seconds, "write"):
@@ -278,14 +284,14 @@ class BatchSampler:
             return finished.unsqueeze(2), torch.empty(*grouped, 0), finished, []
         predict = self.predictor(self.sampler.timesteps, conditions, micro_batch_size)
         # Siblings that share no prefix are sampled as G*K groups of one branch, and put into G groups below.
-        branches = sampling.num_branches if sampling.shared_prefix else 1
+        tree = sampling.tree if sampling.shared_prefix else Tree((1,))
         prefix: list[Tensor] = []
         sampled = branch_sample(
             recording_prefix(predict, window.start, prefix),
             self.sampler,
-            noise((math.prod(grouped) // branches, *self.model.latent_shape)),
+            noise((math.prod(grouped) // tree.num_leaves, *self.model.latent_shape)),
             noise,
-            num_branches=branches,
+            tree=tree,
             window=window,
         )
         return *(states.flatten(0, 1).unflatten(0, grouped) for states in sampled), prefix

@@ -1,6 +1,7 @@
 """The select phase: score one stage's images and select the trajectories to train on, contrast pairs or all.
 
 G groups, K branches (siblings) in a group, N = G*K images
+D depths of the tree in which the branches of a group part, 1 if they part at once
 """
 
 from collections.abc import Sequence
@@ -11,8 +12,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from b2diffurl.algorithm.advantages import advantages, normalise
+from b2diffurl.algorithm.advantages import advantages, edge_scores, normalise
 from b2diffurl.algorithm.selection import Selected, select_all, select_pairs
+from b2diffurl.algorithm.tree import Tree
 from b2diffurl.configuration.plan import Plan
 from b2diffurl.configuration.settings import Selection
 from b2diffurl.experiment.metrics import Metrics, timed
@@ -82,8 +84,8 @@ def finish(
 ) -> None:
     """Select, copy the selected trajectories, log and write metrics, and write the manifest after all other files."""
     stage, num_branches = plan.stage, plan.settings.sampling.num_branches
-    selected = select_trajectories(plan.settings.selection, num_branches, scores.rewards, prompts, history)
-    written = write_selection(plan, selected)
+    chosen = select_trajectories(plan.settings.selection, plan.settings.sampling.tree, scores.rewards, prompts, history)
+    selected, written = chosen[0], write_selection(plan, *chosen)
     with timed(scores.seconds, "write"):
         written += save_selected(stage, selected, plan.settings.sampling.num_groups)
     summary = summarise(scores, selected, num_branches, plan.settings.selection)
@@ -113,29 +115,33 @@ def finish(
 
 
 def select_trajectories(
-    selection: Selection, num_branches: int, rewards: Tensor, prompts: list[str], history: list[tuple[str, float]]
-) -> list[Selected]:
-    """The trajectories to train on: of each group the best and the worst if they pass the thresholds, or all.
+    selection: Selection, tree: Tree, rewards: Tensor, prompts: list[str], history: list[tuple[str, float]]
+) -> tuple[list[Selected], Tensor]:
+    """The trajectories to train on: of each group the best and the worst if they pass the thresholds, or all; and the scores
+    of their edges [selected,D].
 
     Scores are normalised rewards, relative to the prompt's mean or to that of the siblings.
     """
-    num_siblings = {"prompt": 0, "group": num_branches}[selection.baseline]
-    scores = normalise(rewards, prompts, history, num_siblings=num_siblings).unflatten(0, (-1, num_branches))
-    return select_all(scores) if selection.which == "all" else select_pairs(scores, **selection.thresholds)
+    num_siblings = {"prompt": 0, "group": tree.num_leaves}[selection.baseline]
+    scores = normalise(rewards, prompts, history, num_siblings=num_siblings).unflatten(0, (-1, tree.num_leaves))
+    selected = select_all(scores) if selection.which == "all" else select_pairs(scores, **selection.thresholds)
+    edges = edge_scores(rewards, prompts, history, num_siblings=num_siblings, tree=tree)
+    return selected, edges[[one.group * tree.num_leaves + one.branch for one in selected]]
 
 
-def write_selection(plan: Plan, selected: list[Selected]) -> list[Path]:
-    """Write selection.json, each selected image with its score and its advantage. Returns the file in a list.
+def write_selection(plan: Plan, selected: list[Selected], edges: Tensor) -> list[Path]:
+    """Write selection.json, each selected image with its score and its advantage: in a tree a list, one for each edge.
 
-    Deletes the trajectories that an interrupted selection has copied.
+    `edges` [selected,D] are the scores of the edges. Returns the file in a list. Deletes the trajectories that an
+    interrupted selection has copied.
     """
     stage, selection = plan.stage, plan.settings.selection
     weighted = advantages(
-        torch.tensor([one.score for one in selected]),
+        edges,
         clip=selection.max_advantage,
         positive_weight=selection.positive_weight,
         negative_weight=selection.negative_weight,
-    )
+    ).squeeze(1)  # of one depth: [selected]
     ids = [one.group * plan.settings.sampling.num_branches + one.branch for one in selected]
     require_finite_advantages(stage, weighted, ids)
     rows = [
@@ -177,7 +183,7 @@ def require_finite_advantages(stage: Stage, weighted: Tensor, ids: list[int]) ->
 
     Scores are clamped, but the weights train.beta1 and train.beta2 may overflow.
     """
-    bad = [image for image, advantage in zip(ids, weighted, strict=True) if not advantage.isfinite()]
+    bad = [image for image, advantage in zip(ids, weighted, strict=True) if not advantage.isfinite().all()]
     if bad:
         message = f"{stage.folder}: the advantages of images {listed(bad)}, with train.beta1 and train.beta2, are not finite"
         raise not_finite(stage, "advantages", message, {"advantages": weighted}, {"images": bad, "selected": ids})

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from b2diffurl.algorithm.seeding import generator
-from b2diffurl.algorithm.selection import Selected, contrast_pairs
+from b2diffurl.algorithm.selection import Selected, contrast_pairs, owned_edges
 from b2diffurl.configuration.budget import Budget
 from b2diffurl.configuration.plan import Plan
 from b2diffurl.experiment.checkpoints import read_state, save_checkpoint, whole_checkpoints
@@ -43,12 +43,17 @@ class TrainingData:
 
     stored: SelectedTrajectories  # on disk
     advantages: Tensor  # [N,S]
+    owned: Tensor | None  # [N,S] whether a transition is trained with this trajectory; None: every one is
     units: Tensor  # [U] or [U,2]: each unit's trajectory, or each pair's (best, worst), by position among the selected
 
     @property
     def num_trajectories(self) -> int:
         """Trajectories in one epoch: all N, or with a paired objective those of groups that kept both siblings."""
         return self.units.numel()
+
+    def num_transitions(self, num_steps: int) -> int:
+        """Transitions in one epoch, if an update uses `num_steps` of a trajectory's steps."""
+        return self.num_trajectories * num_steps if self.owned is None else int(self.owned.sum())
 
 
 def train_stage(plan: Plan) -> None:
@@ -103,7 +108,7 @@ def train_stage(plan: Plan) -> None:
         seconds = {"load": loaded - started, "train": time.perf_counter() - loaded}
         # The share of the epochs that these seconds were spent on, for forecasts.
         seconds["share"] = 1 - epochs_done / plan.settings.training.num_epochs
-        finish(plan, trainer, log, sampled, seconds)
+        finish(plan, trainer, log, data, sampled, seconds)
     accelerator.wait_for_everyone()  # no process goes on to the next phase before the manifest is written
     accelerator.end_training()
 
@@ -196,12 +201,16 @@ def read_data(plan: Plan) -> TrainingData:
     """The stage's selected trajectories, the advantages of their transitions, and the units of the loss."""
     rows = files.read_json(plan.stage.selection)
     selected = [Selected(row["group"], row["branch"], row["score"]) for row in rows]
-    of_trajectory = torch.tensor([row["advantage"] for row in rows])
+    tree, objective = plan.settings.sampling.tree, plan.settings.training.objective
+    depths = tree.depths(plan.window.num_steps)
+    of_edges = torch.tensor([row["advantage"] for row in rows]).view(len(rows), tree.num_depths)
     return TrainingData(
         stored=SelectedTrajectories(plan.stage, selected, plan.settings.sampling.num_groups),
-        # There is one reward for a trajectory, so all its transitions have the same advantage.
-        advantages=of_trajectory.unsqueeze(1).expand(-1, plan.window.num_steps),
-        units=make_units(selected, paired=plan.settings.training.objective.paired),
+        # A transition has the advantage of its edge. Branches that part once have one edge each.
+        advantages=of_edges[:, depths],
+        # Images are trained on whole, transitions that leaves of a tree share with one of them.
+        owned=owned_edges(selected, tree)[:, depths] if tree.num_depths > 1 and not objective.on_noised_images else None,
+        units=make_units(selected, paired=objective.paired),
     )
 
 
@@ -232,7 +241,7 @@ def train_epochs(plan: Plan, trainer: Trainer, log: UpdateLog, data: TrainingDat
         stored = data.stored.read(chosen.flatten().tolist())
         return trainer.loss.prepare(stored, generator(seed, index, "noise", epoch, number))
 
-    num_transitions = (training.num_epochs - epochs_done) * data.num_trajectories * num_steps
+    num_transitions = (training.num_epochs - epochs_done) * data.num_transitions(num_steps)
     with progress_bar(num_transitions, f"stage{index} train", "transitions") as trainer.bar:
         for (epoch, number, chosen), trajectories in ahead(read, planned):
             # Drawn for each update by a key of its own, so that a resumed training draws the same steps.
@@ -241,7 +250,8 @@ def train_epochs(plan: Plan, trainer: Trainer, log: UpdateLog, data: TrainingDat
             # The trainer sees only this update's trajectories, which are numbered from 0.
             local = torch.arange(chosen.numel()).view(chosen.shape)
             advantages = data.advantages[chosen.flatten()]
-            report = trainer.update(trajectories.to(trainer.accelerator.device), advantages, local, steps)
+            owned = None if data.owned is None else data.owned[chosen]
+            report = trainer.update(trajectories.to(trainer.accelerator.device), advantages, local, steps, owned)
             log.add({"epoch": epoch, "num_trajectories": chosen.numel(), "first": first} | report)
             ends_epoch = (number + 1) * size >= len(units)
             if ends_epoch and (epoch % plan.settings.output.save_interval == 0 or epoch == training.num_epochs):
@@ -280,19 +290,19 @@ def save(plan: Plan, trainer: Trainer, epoch: int) -> None:
     accelerator.wait_for_everyone()
 
 
-def finish(plan: Plan, trainer: Trainer, log: UpdateLog, sampled: dict, seconds: dict) -> None:
+def finish(plan: Plan, trainer: Trainer, log: UpdateLog, data: TrainingData, sampled: dict, seconds: dict) -> None:
     """Write the manifest, delete what the user does not keep, and log how the training went."""
     stage, accelerator = plan.stage, trainer.accelerator
     updates = read_events(stage.metrics("train"), "update")
     last = stage.checkpoints()[-1]
-    num_trajectories = sum(update["num_trajectories"] for update in updates)
+    num_transitions = data.num_transitions(Budget.of(plan.settings).num_chosen_steps(plan.window.num_steps))
     facts = {
         "seed": plan.settings.schedule.seed,
         "num_trained_steps": plan.window.num_steps,
         "window": plan.window.ends,
         "num_updates": len(updates),
         "learning_rate": trainer.optimizer.param_groups[0]["lr"],
-        "num_transitions": num_trajectories * Budget.of(plan.settings).num_chosen_steps(plan.window.num_steps),
+        "num_transitions": plan.settings.training.num_epochs * num_transitions,
         "max_abs_log_ratio_first_update": updates[0]["max_abs_log_ratio"] if updates else None,
         "policy": sampled["policy"],
         "made_from": {"selection": selection_sha256(stage)},

@@ -29,7 +29,7 @@ from b2diffurl.experiment.stage import Stage
 from b2diffurl.experiment.trajectories import SelectedTrajectories, Trajectories
 from b2diffurl.models import Model
 from b2diffurl.phases.losses import Loss, make_loss
-from b2diffurl.phases.update_report import StepValues, UpdateReport, join, of_all_processes, refusal
+from b2diffurl.phases.update_report import StepValues, UpdateReport, join, of_all_processes, refusal, update_metrics
 from b2diffurl.runtime.batch_sizes import BatchSizes
 from b2diffurl.runtime.logs import logger
 
@@ -53,24 +53,32 @@ class Trainer:
     def model(self) -> Model:
         return self.loss.policy.model
 
-    def update(self, trajectories: Trajectories, advantages: Tensor, units: Tensor, steps: Sequence[int]) -> dict:
+    def update(
+        self,
+        trajectories: Trajectories,
+        advantages: Tensor,
+        units: Tensor,
+        steps: Sequence[int],
+        owned: Tensor | None = None,
+    ) -> dict:
         """Make one optimizer step on `units` [U] or [U,2], rows of `trajectories`, at `steps`, some of 0..S-1.
 
-        `advantages` [N,S] are those of all transitions of `trajectories`. Every process is given the whole update, computes
-        its share, and returns the metrics over all processes. Raises a FloatingPointError if a number is not finite.
+        `advantages` [N,S] are those of all transitions of `trajectories`. With `owned` [N,S] a trajectory is trained only
+        where that is True (None: everywhere). Every process is given the whole update, computes its share, and returns the
+        metrics over all processes. Raises a FloatingPointError if a number is not finite.
         """
         # A stage's first update never mixes steps in a micro-batch, so that its metrics have each step's gradient norm.
         apart = self.num_updates == 0
 
-        def accumulate(size: int) -> UpdateReport:
+        def accumulate(size: int) -> list[UpdateReport]:
             self.optimizer.zero_grad()  # of an attempt that ran out of memory
-            return self.accumulate(trajectories, advantages, units, steps, size=size, apart=apart)
+            return self.accumulate(trajectories, advantages, units, steps, owned, size=size, apart=apart)
 
-        report = self.sizes.fit("train.micro_batch_size", accumulate)
+        reports = self.sizes.fit("train.micro_batch_size", accumulate)
         # A copy from before clipping, for the evidence: clipping by a norm that is not finite spoils all of the gradient.
         gradient = self.gradient()
         norm = self.accelerator.clip_grad_norm_(list(self.model.trainable().values()), self.max_grad_norm)
-        self.require_finite(report, norm, gradient, trajectories)
+        self.require_finite(reports, norm, gradient, trajectories)
         self.optimizer.step()
         if self.accelerator.optimizer_step_was_skipped:
             logger.warning("stage%d train: fp16 overflow, update %d is skipped", self.stage.index, self.num_updates)
@@ -78,12 +86,42 @@ class Trainer:
             self.average.add(self.model.adapter_state())
         self.optimizer.zero_grad()
         self.num_updates += 1
-        return report.metrics(norm)
+        return update_metrics(reports, norm)
 
     def accumulate(
-        self, trajectories: Trajectories, advantages: Tensor, units: Tensor, steps: Sequence[int], *, size: int, apart: bool
-    ) -> UpdateReport:
+        self,
+        trajectories: Trajectories,
+        advantages: Tensor,
+        units: Tensor,
+        steps: Sequence[int],
+        owned: Tensor | None = None,
+        *,
+        size: int,
+        apart: bool,
+    ) -> list[UpdateReport]:
         """Accumulate the gradient of the mean loss over all units and `steps`, at most `size` transitions at once.
+
+        With `owned`, as in `update`, the mean is over what is owned. There is a report for each run of steps that train the
+        same units: a single one without `owned`.
+        """
+        runs = runs_of_steps(units, steps, owned)
+        # The sum of losses becomes their mean. Times W, because processes average their gradients instead of adding them up.
+        scale = self.accelerator.num_processes / sum(len(some) * len(those) for some, those in runs)
+        loss = partial(self.loss, trajectories, advantages.to(self.accelerator.device))
+        return [self.accumulate_run(loss, *run, scale, size=size, apart=apart, last=run is runs[-1]) for run in runs]
+
+    def accumulate_run(
+        self,
+        loss: Callable[[Tensor, Tensor], StepValues],
+        units: Tensor,
+        steps: Sequence[int],
+        scale: float,
+        *,
+        size: int,
+        apart: bool,
+        last: bool,
+    ) -> UpdateReport:
+        """Accumulate `scale` times the gradient of the summed loss of all units at each of `steps`.
 
         A micro-batch holds units at one step. If all units of this process fit into one, it may hold several steps, unless
         steps are to be kept `apart`. The report has each step's own gradient norm only if no two steps shared a micro-batch.
@@ -94,19 +132,16 @@ class Trainer:
         num_real = counts.sum(1).int().tolist()  # units of each micro-batch, padding left out
         at_once = 1 if apart or len(cut) > 1 else max(1, room // cut.shape[1])  # steps in a micro-batch
         # Move everything to the device now: a copy inside the loop would make the CPU wait for the GPU each time.
-        device = trajectories.latents.device
+        device = self.accelerator.device
         cut, counts = cut.to(device), counts.to(device)
-        loss = partial(self.loss, trajectories, advantages.to(device))
         chunks = torch.tensor(list(steps), device=device).split(at_once)
-        # The sum of losses becomes their mean. Times W, because processes average their gradients instead of adding them up.
-        scale = num_processes / (len(units) * len(steps))
         step_values, norms, after = [], [], self.gradient()
         for chunk in chunks:
             parts = []
             for number in range(len(cut)):
                 # Processes exchange gradients as rarely as possible: once an update, or once a step if steps are kept apart.
-                last = number == len(cut) - 1 and (apart or chunk is chunks[-1])
-                parts.append(self.add_gradient(loss, cut[number], counts[number], chunk, scale, last=last))
+                exchanges = number == len(cut) - 1 and (apart or (last and chunk is chunks[-1]))
+                parts.append(self.add_gradient(loss, cut[number], counts[number], chunk, scale, last=exchanges))
                 self.bar.update(len(chunk) * num_real[number] * siblings * num_processes)
             step_values.append(join(parts, -1))
             # The norm of what this step has added, if the gradient is that of all processes by now.
@@ -150,19 +185,24 @@ class Trainer:
         """The factor by which fp16's loss scaling multiplies gradients; 1 in other precisions."""
         return self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
 
-    def require_finite(self, report: UpdateReport, norm: Tensor, gradient: Tensor, trajectories: Trajectories) -> None:
+    def require_finite(
+        self, reports: Sequence[UpdateReport], norm: Tensor, gradient: Tensor, trajectories: Trajectories
+    ) -> None:
         """Stop if a loss, log-probability or gradient is not finite: write evidence to debug/, raise a FloatingPointError.
 
         `norm` and `gradient` are from before clipping. A gradient may overflow under fp16: the loss scaler skips the update.
         """
         # Losses are gathered and gradients averaged over all processes, so every process comes to the same verdict.
-        if report.values.finite.all() and (norm.isfinite() or self.accelerator.scaler):
+        bad = [report for report in reports if not report.values.finite.all()]
+        if not bad and (norm.isfinite() or self.accelerator.scaler):
             return
         parameters = self.model.trainable()
         # The copy is from before accelerate took fp16's loss scale out of the gradient.
         parts = (gradient / self.gradient_scale()).split([parameter.numel() for parameter in parameters.values()])
         gradients = {name: part.view_as(parameters[name]) for name, part in zip(parameters, parts, strict=True)}
         rank = self.accelerator.process_index
+        # If only the gradient is not finite, the last report will do: it has all units, as each owns its last step.
+        report = (bad or reports)[-1]
         raise refusal(report, norm, gradients, trajectories, self.stage, number=self.num_updates, rank=rank)
 
 
@@ -238,6 +278,23 @@ def make_optimizer(optimizer: Optimizer, parameters: list[Tensor], rate: float, 
         weight_decay=optimizer.weight_decay,
         eps=optimizer.epsilon,
     )
+
+
+def runs_of_steps(units: Tensor, steps: Sequence[int], owned: Tensor | None) -> list[tuple[Tensor, list[int]]]:
+    """Cut an update into runs of consecutive steps that train the same units, (units, steps) each.
+
+    `owned` [N,S] says which transitions of the N trajectories are trained; None: all. A step that trains none is left out.
+    """
+    if owned is None:
+        return [(units, list(steps))]
+    runs: list[tuple[Tensor, list[int]]] = []
+    for step in steps:
+        some = units[owned[units, step]]
+        if runs and torch.equal(runs[-1][0], some):
+            runs[-1][1].append(step)
+        elif len(some):
+            runs.append((some, [step]))
+    return runs
 
 
 def micro_batches(

@@ -64,40 +64,50 @@ def of_all_processes(
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """What an update was computed from, over all processes."""
+    """What an update, or some steps of it, was computed from, over all processes."""
 
     units: Tensor  # [U] or [U,2], rows of the update's trajectories
     timesteps: list[int]  # [s]
     values: StepValues
     step_norms: Tensor | None  # [s] norm of each step's own gradient; None if steps have shared a micro-batch
 
-    def metrics(self, norm: Tensor) -> dict[str, Any]:
-        """The update's metrics for metrics/train.jsonl: means over all units, and for each timestep.
-
-        `norm` is the norm of the whole gradient. It becomes None if it is not finite, which JSON cannot hold.
-        """
-        values, names = self.values, list(self.values.others)
+    def table(self) -> Tensor:
+        """Each step's largest |log-ratio|, and its means over all units, [4+,s]: loss, clipped, |log-ratio|, the others."""
+        values = self.values
         figures = [values.loss, values.clipped, values.log_ratio.abs(), *values.others.values()]
         rows = [torch.stack([step.flatten().mean() for step in figure]) for figure in figures]
         largest = torch.stack([step.abs().max() for step in values.log_ratio])
-        norms = [] if self.step_norms is None else [self.step_norms]
-        # One table [rows,s] of all figures, because each transfer from the device makes the CPU wait.
-        table = [norm.expand(len(largest)), largest, *rows, *norms]
-        (total, *_), largest, loss, clipped, log_ratio, *more = torch.stack([row.float() for row in table]).tolist()
-        others = dict(zip(names, more, strict=False))  # `more` may end with the steps' gradient norms
-        metrics = {name: mean(row) for name, row in others.items()} | {
-            **{f"{name}_per_step": row for name, row in others.items()},
-            "loss": mean(loss),
-            "grad_norm": files.finite(total),
-            "clip_fraction": mean(clipped),
-            "max_abs_log_ratio": max(largest),
-            "timesteps": self.timesteps,
-            "log_ratio_per_step": log_ratio,
-            "clip_fraction_per_step": clipped,
-        }
-        if self.step_norms is not None:
-            metrics["grad_norm_per_step"] = [files.finite(value) for value in more[-1]]
-        return metrics
+        return torch.stack([row.float() for row in (largest, *rows)])
+
+
+def update_metrics(reports: Sequence[UpdateReport], norm: Tensor) -> dict[str, Any]:
+    """An update's metrics for metrics/train.jsonl: means over all transitions, and for each timestep.
+
+    `norm` is the norm of the whole gradient. It becomes None if it is not finite, which JSON cannot hold.
+    """
+    table = torch.cat([report.table() for report in reports], 1)
+    norms = [report.step_norms for report in reports if report.step_norms is not None]
+    with_norms = len(norms) == len(reports)
+    rows = [norm.float().expand(1, table.shape[1]), table, *([torch.cat(norms).float()[None]] if with_norms else [])]
+    # One table of all figures, because each transfer from the device makes the CPU wait.
+    (total, *_), largest, loss, clipped, log_ratio, *more = torch.cat(rows).tolist()
+    # A step weighs as much as it has transitions.
+    counts = [len(report.units) for report in reports for _ in report.timesteps]
+    weights = [count / max(counts) for count in counts]
+    others = dict(zip(reports[0].values.others, more, strict=False))  # `more` may end with the steps' gradient norms
+    metrics = {name: mean(row, weights) for name, row in others.items()} | {
+        **{f"{name}_per_step": row for name, row in others.items()},
+        "loss": mean(loss, weights),
+        "grad_norm": files.finite(total),
+        "clip_fraction": mean(clipped, weights),
+        "max_abs_log_ratio": max(largest),
+        "timesteps": [t for report in reports for t in report.timesteps],
+        "log_ratio_per_step": log_ratio,
+        "clip_fraction_per_step": clipped,
+    }
+    if with_norms:
+        metrics["grad_norm_per_step"] = [files.finite(value) for value in more[-1]]
+    return metrics
 
 
 def refusal(
@@ -140,5 +150,5 @@ def spoiled(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: gradient for name, gradient in named.items() if not gradient.isfinite().all()} or named
 
 
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)

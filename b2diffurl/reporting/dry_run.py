@@ -52,7 +52,8 @@ def plan_facts(plan: Plan, budget: Budget) -> dict[str, str]:
         "prompts": f"{len(plan.prompts)} of {trained}; held-out: {held_out} of {prompts.held_out_file}",
         "device": "",  # `describe` fills it in; it has its place here
         "seeds": f"{settings.schedule.seed} of the experiment, {settings.judging.seed} of the evaluations",
-        "a stage": f"{budget.num_groups} groups of {settings.sampling.num_branches} images; trained on {budget.at_most}"
+        "a stage": f"{budget.num_groups} groups of {settings.sampling.num_branches} images{settings.sampling.tree.text}; "
+        f"trained on {budget.at_most}"
         f"{budget.most_selected}, {settings.training.num_trajectories} an update, epochs: {settings.training.num_epochs}",
     }
 
@@ -140,7 +141,8 @@ def disk_text(settings: Settings, base: Sizes, volumes: Sequence[int]) -> str:
     checkpoints = math.ceil(settings.training.num_epochs / settings.output.save_interval)
     written = checkpoints * checkpoint_bytes(settings, base)
     volume = sum(volumes) if output.keep_samples else max(volumes)  # all stages', or one's until it is trained
-    trajectories = volume + volume * budget.most_selected // images  # batches, and the copies of the selected ones
+    # Batches, and the copies of the selected ones. In a tree few leaves may already be on all shared edges.
+    trajectories = volume + (volume if settings.sampling.tree.after else volume * budget.most_selected // images)
     judged = evaluations_left(settings, finished=set()).images  # evaluations keep all their images
     # The stage at work has all its images, finished ones have `kept`.
     total = trajectories + num_stages * (written + kept * per_image) + (images - kept + judged) * per_image
@@ -154,15 +156,16 @@ def disk_text(settings: Settings, base: Sizes, volumes: Sequence[int]) -> str:
 def trajectory_bytes(settings: Settings, base: Sizes, num_trained_steps: int, num_prompts: int, embedding_bytes: int) -> int:
     """Bytes of a stage's samples/, without the files' headers.
 
-    Each trajectory has S + 1 states and S log-probabilities in float32; of an image alone S is 0. Each batch has timesteps
-    and prompt ids (8 bytes each), and the embeddings of its prompts and of the empty prompt (`embedding_bytes` a number).
+    Each trajectory has S + 1 states and S log-probabilities in float32; S of an image alone is 0, and what branches of a
+    tree share is there once. Each batch has timesteps and prompt ids (8 bytes each), and the embeddings of its prompts
+    and of the empty prompt (`embedding_bytes` a number).
     """
-    sampling = settings.sampling
+    sampling, state = settings.sampling, math.prod(base.latent_shape)
     num_trained_steps = 0 if settings.training.objective.on_noised_images else num_trained_steps
-    numbers = (num_trained_steps + 1) * math.prod(base.latent_shape) + num_trained_steps
+    numbers = sampling.tree.num_evaluations(num_trained_steps) * (state + 1) + sampling.num_branches * state  # of a group
     prompts = min(sampling.num_groups, num_prompts) + 1  # a batch stores each distinct prompt once
     batch = 8 * (num_trained_steps + sampling.num_groups) + prompts * base.embedding * embedding_bytes
-    return 4 * numbers * Budget.of(settings).num_images + batch * sampling.num_batches
+    return 4 * numbers * Budget.of(settings).num_groups + batch * sampling.num_batches
 
 
 def checkpoint_bytes(settings: Settings, base: Sizes) -> int:

@@ -16,7 +16,7 @@ from yaml import YAMLError
 
 from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.recorded import recorded_settings, setting_changes
-from b2diffurl.configuration.settings import ModelSettings, reward_weights
+from b2diffurl.configuration.settings import ModelSettings, read_tree, reward_weights
 from b2diffurl.experiment.checkpoints import read_state
 from b2diffurl.experiment.evaluation_table import (
     SETS,
@@ -350,7 +350,7 @@ def training(exported: Exported) -> dict[str, str]:
     earlier = sum(row.get("num_updates", 0) for row in rows if row["stage"] < stage.index)
     # The checkpoint's own stage may have gone on after it, so its updates are counted by its state.json.
     queries, updates = rows[-1]["queries"], earlier + read_state(exported.lora)["num_updates"]
-    num_steps, objective = settings["sample.num_steps"], settings["train.objective"]
+    num_steps, objective, tree = settings["sample.num_steps"], settings["train.objective"], read_tree(settings)
     windows = [Stage(exported.root, row["stage"]).sampled_window(num_steps) for row in rows]
     entries = {
         "checkpoint": f"{exported.checkpoint}, of stage0 to stage{settings['stage_cnt'] - 1}",
@@ -358,8 +358,8 @@ def training(exported: Exported) -> dict[str, str]:
         "reward": reward_with_models(config["reward"]),
         "prompts": f"{len(drawn_prompts(exported)):,} drawn from `{prompt_file(exported, 'train')}`",
         "schedule": f"{settings['curriculum']}: {trained_text(windows, num_steps)} are trained",
-        "sampling": f"{settings['sampling']}, {settings['split_time']} images a group; DDIM, η {settings['sample.eta']:g}, "
-        f"guidance {settings['sample.guidance_scale']:g}",
+        "sampling": f"{settings['sampling']}, {tree.num_leaves} images a group{tree.text}; "
+        f"DDIM, η {settings['sample.eta']:g}, guidance {settings['sample.guidance_scale']:g}",
         "selection": f"{settings['eval.selection']}, advantage by {settings['eval.advantage']}",
         "objective": f"{objective}, clip range {settings['train.eps']:g}" if objective in ("ddpo", "dpok") else objective,
         "optimizer": f"AdamW, learning rate {settings['train.learning_rate']:g}",

@@ -370,7 +370,9 @@ def is_telling(stage: Stage) -> bool | None:
 def draw_tree(stage: Stage) -> Figure:
     """The branch picture of one stage."""
     tree, scores = load_tree(stage), files.read_json_lines(stage.scores)
-    what = f"{len(tree.branches)} branches, the last {tree.num_steps - max(tree.shared)} steps apart"
+    last, is_tree = tree.num_steps - max(tree.shared), max(tree.together.values()) > 1
+    how = f"in a tree of the last {last} steps" if is_tree else f"the last {last} steps apart"
+    what = f"{len(tree.branches)} branches, {how}"
     title = f"Stage {stage.index}: “{visible(tree.prompt, 60)}”, {what}"
     # scores.jsonl is in order of id, so the first K rows are the first group's.
     notes = [f"reward {short(row['reward'])}" for row in scores[: len(tree.branches)]]

@@ -17,7 +17,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from b2diffurl.experiment.branch_picture import Tree
+from b2diffurl.experiment.branch_picture import GroupPicture
 from b2diffurl.experiment.evaluation_table import SETS, set_title
 from b2diffurl.experiment.stage_table import Row
 from b2diffurl.runtime import files
@@ -295,7 +295,7 @@ def thin(values: Sequence[int]) -> list[int]:
 # ---- the branch picture ----
 
 
-def tree_figure(tree: Tree, title: str, notes: Sequence[str], marks: Mapping[int, str]) -> Figure:
+def tree_figure(tree: GroupPicture, title: str, notes: Sequence[str], marks: Mapping[int, str]) -> Figure:
     """A group as a tree, from left to right: the shared prefix, then its K branches to their images.
 
     `notes` [K] stand beside the images. `marks` says which branches are a "winner" (green) or a "loser" (red).
@@ -312,23 +312,42 @@ def tree_figure(tree: Tree, title: str, notes: Sequence[str], marks: Mapping[int
     draw_links(axes, [left[step] for step in shared], middle, FAINT)
     for branch, states in enumerate(tree.branches):
         colour = {"winner": GREEN, "loser": RED}.get(marks.get(branch, ""), FAINT)
-        top = branch * TREE_ROW
-        draw_bend(axes, (left[shared[-1]] + 1, middle), (left[apart[0]], top), colour)
-        draw_links(axes, [left[step] for step in apart], top, colour)
+        tops = draw_way(axes, tree, branch, left, middle, colour)
         for step in apart:
             frame, linewidth = (colour, 2.6) if step == apart[-1] else (GRID, 0.8)
-            place(axes, states[step], left[step], top, frame, linewidth)
+            if branch % tree.together[step] == 0:  # the first of those that share it
+                place(axes, states[step], left[step], tops[step], frame, linewidth)
         note = notes[branch] + (f"\n{marks[branch]}" if branch in marks else "")
         ink = colour if branch in marks else INK
-        axes.text(left[apart[-1]] + 1.15, top + 0.5, note, va="center", color=ink, linespacing=1.5)
+        axes.text(left[apart[-1]] + 1.15, tops[apart[-1]] + 0.5, note, va="center", color=ink, linespacing=1.5)
     for step in shared:
         place(axes, tree.shared[step], left[step], middle, GRID, 0.8)
     for step in (*shared, *apart):
         name = {0: "noise", tree.num_steps: "image"}.get(step, f"{step} of {tree.num_steps} steps")
-        above = -0.08 if step in apart else middle - 0.08
+        above = middle - 0.08 if step in shared else (tree.together[step] - 1) / 2 * TREE_ROW - 0.08
         axes.text(left[step] + 0.5, above, name, ha="center", va="bottom", color=FAINT, fontsize=8)
     axes.text(-0.1, -0.72, title, fontsize=11, fontweight="bold", va="center", parse_math=False)
     return figure
+
+
+def draw_way(
+    axes: Axes, tree: GroupPicture, branch: int, left: Mapping[int, float], middle: float, colour: str
+) -> dict[int, float]:
+    """Draw the lines of a branch from the prefix to its image; returns the top of its tile at each step.
+
+    A tile that several branches share stands halfway between the first and the last of them, and so do their lines.
+    """
+    apart = sorted(tree.branches[branch])
+    first = {step: branch - branch % tree.together[step] for step in apart}
+    tops = {step: (first[step] + (tree.together[step] - 1) / 2) * TREE_ROW for step in apart}
+    colours = {step: colour if tree.together[step] == 1 else FAINT for step in apart}
+    draw_bend(axes, (left[max(tree.shared)] + 1, middle), (left[apart[0]], tops[apart[0]]), colours[apart[0]])
+    for before, after in pairwise(apart):
+        if tops[before] == tops[after]:
+            draw_links(axes, [left[before], left[after]], tops[after], colours[after])
+        else:
+            draw_bend(axes, (left[before] + 1, tops[before]), (left[after], tops[after]), colours[after])
+    return tops
 
 
 def draw_links(axes: Axes, lefts: Sequence[float], top: float, colour: str) -> None:
@@ -338,7 +357,7 @@ def draw_links(axes: Axes, lefts: Sequence[float], top: float, colour: str) -> N
 
 
 def draw_bend(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str) -> None:
-    """A line from the prefix to a branch, level at both ends; (x, top of the row) of each."""
+    """A line from where branches part to one of them, level at both ends; (x, top of the row) of each."""
     t = np.linspace(0, 1, 40)
     bend = (3 - 2 * t) * t**2
     x, y = start[0] + (end[0] - start[0]) * t, start[1] + 0.5 + (end[1] - start[1]) * bend

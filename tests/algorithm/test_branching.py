@@ -7,6 +7,7 @@ from torch import Tensor
 from b2diffurl.algorithm.branching import branch_sample, denoise
 from b2diffurl.algorithm.ddim import make_transitions
 from b2diffurl.algorithm.transition import Transitions, log_prob, transition
+from b2diffurl.algorithm.tree import Tree
 from b2diffurl.algorithm.window import Window
 
 T, G, K, SHAPE = 6, 3, 4, (2, 3, 3)
@@ -38,7 +39,7 @@ def run(num_trained_steps: int, num_branches: int = K) -> tuple[Tensor, Tensor, 
     noise = Noise()
     x_T = noise((G, *SHAPE))
     window = Window.last(num_trained_steps, T)
-    latents, log_probs, finished = branch_sample(elementwise, ddim(), x_T, noise, num_branches=num_branches, window=window)
+    latents, log_probs, finished = branch_sample(elementwise, ddim(), x_T, noise, tree=Tree((num_branches,)), window=window)
     assert torch.equal(finished, latents[:, :, -1])
     return latents, log_probs, x_T, noise.drawn[1:]
 
@@ -118,7 +119,7 @@ def test_the_network_sees_the_prefix_once_a_group():
         return elementwise(x, i)
 
     noise = Noise()
-    branch_sample(counting, ddim(), noise((G, *SHAPE)), noise, num_branches=K, window=Window(4, 6))
+    branch_sample(counting, ddim(), noise((G, *SHAPE)), noise, tree=Tree((K,)), window=Window(4, 6))
     assert calls == [(0, G), (1, G), (2, G), (3, G), (4, G * K), (5, G * K)]
 
 
@@ -145,6 +146,34 @@ def test_one_branch_is_plain_sampling():
         assert torch.equal(latents[:, 0, -1], denoise(elementwise, ddim(), x_T, noise, range(T)))
 
 
+def test_a_tree_equals_a_loop_over_its_edges():
+    """Three groups of 2 x 3 leaves, parting after steps 1 and 3 of 6, with a tail after step 5: each leaf is the plain DDIM
+    recursion with the noise of the edges that it is on, to the bit; shared steps have one log-probability."""
+    tree, window, noise, calls = Tree((2, 3), (2,)), Window(1, 5), Noise(), []
+
+    def counting(x: Tensor, i: int) -> Tensor:
+        calls.append(len(x))
+        return elementwise(x, i)
+
+    x_T = noise((G, *SHAPE))
+    latents, log_probs, finished = branch_sample(counting, ddim(), x_T, noise, tree=tree, window=window)
+    assert latents.shape == (G, 6, 5, *SHAPE)
+    assert calls == [G, 2 * G, 2 * G, 6 * G, 6 * G, 6 * G]
+    for g in range(G):
+        for leaf in range(6):
+            edge, x, states, scores = leaf // 3, x_T[g : g + 1], [], []
+            for i, row in enumerate((g, *[2 * g + edge] * 2, *[6 * g + leaf] * 3)):
+                states.append(x)
+                mu, sigma = transition(ddim(), i, x, elementwise(x, i))
+                x = mu + sigma * noise.drawn[i + 1][row : row + 1]
+                scores.append(log_prob(x, mu, sigma))
+            assert torch.equal(latents[g, leaf], torch.cat(states[1:6]))
+            assert torch.equal(log_probs[g, leaf], torch.cat(scores[1:5]))
+            assert torch.equal(finished[g, leaf], x[0])
+    for step, distinct in enumerate((1, 2, 2, 6, 6)):
+        assert len(latents[0, :, step].flatten(1).unique(dim=0)) == distinct
+
+
 def test_variance_and_covariance_of_siblings_follow_the_exact_recursion():
     """With a linear network the state is Gaussian: its variance obeys v' = c^2 v + sigma^2, and two siblings covary by
     what their prefix gave them, carried on by the c^2 alone."""
@@ -156,7 +185,7 @@ def test_variance_and_covariance_of_siblings_follow_the_exact_recursion():
         return torch.randn(shape, generator=generator)
 
     latents, _, _ = branch_sample(
-        lambda x, i: 0.5 * x, table, noise((num_groups, 1, 1, 1)), noise, num_branches=2, window=Window(split, T)
+        lambda x, i: 0.5 * x, table, noise((num_groups, 1, 1, 1)), noise, tree=Tree((2,)), window=Window(split, T)
     )
     variance, covariance = 1.0, 1.0
     for i in range(T):

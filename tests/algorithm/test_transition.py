@@ -20,6 +20,7 @@ from b2diffurl.algorithm.transition import (
     transition,
     transition_kl,
 )
+from b2diffurl.algorithm.tree import Tree
 from b2diffurl.algorithm.window import Window
 
 
@@ -175,7 +176,7 @@ def test_a_flow_is_rows_of_the_same_table():
         return x
 
     x_T = torch.zeros(2, 1, 2, 2)
-    latents, log_probs, _ = branch_sample(predict, table, x_T, torch.ones, num_branches=3, window=Window(1, 3))
+    latents, log_probs, _ = branch_sample(predict, table, x_T, torch.ones, tree=Tree((3,)), window=Window(1, 3))
     x = [(3 / 4) ** 0.5]  # noise of one each time: x <- (a + b) x + sigma
     x.append((3 / 4 - 3 / 8) * x[0] + 1 / 2)
     x.append((5 / 6 - 3 / 8) * x[1] + (1 / 12) ** 0.5)

@@ -65,6 +65,17 @@ def planned_steps(config: ConfigDict, root: Path) -> list[int]:
     return [window.num_steps for window in Budget.of(read_settings(config)).planned_windows(root)]
 
 
+def test_a_shared_state_counts_once(overrides):
+    """6 groups of 2 x 3 leaves that part again after 2 of 3 steps, T = 4: 1 step of the prefix, 2 of two edges, 1 of leaves.
+    Trained on all leaves, an epoch has as many transitions as the window has distinct ones; two leaves have 3 each."""
+    config = make_config(overrides | {"split_times": (2, 3), "split_after": (2,), "split_step_left": 3})
+    budget = Budget.of(read_settings(config))
+    assert (budget.num_images, budget.num_evaluations(Window(1, 4))) == (36, 6 * (1 + 2 + 2 + 6))
+    assert budget.num_evaluations(Window(0, 3)) == 6 * (2 + 2 + 6 + 6)
+    assert budget.most_transitions(36, 3) == 6 * (2 + 2 + 6)
+    assert budget.most_transitions(12, 3) == 12 * 3
+
+
 def test_planned_steps(tmp_path):
     """The schedule's, which is the reference's; a stage that is sampled keeps its own, and split_step is for the others."""
     config = get_config("sd14")

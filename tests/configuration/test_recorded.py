@@ -109,6 +109,7 @@ def test_identity_leaves_room_for_what_changes_from_call_to_call(finished, overr
         ("split_step_right", 4),
         ("split_stop", 4),
         ("split_time", 4),
+        ("split_times", (3,)),
         ("prompt", "another prompt"),
         ("prompt_random_choose", 0),
         ("mixed_precision", "no"),
@@ -146,6 +147,7 @@ def test_identity_refuses_every_other_key(finished, overrides, key, value):
     assert value != was
     with pytest.raises(ValueError) as error:
         plan(finished, overrides | {key: value})
+    value, was = (list(one) if isinstance(one, tuple) else one for one in (value, was))  # as config.json has them
     assert f"{key} is {value!r}, was {was!r}" in str(error.value) or key == "prompt"
     assert "another configuration" in str(error.value)
 
@@ -257,6 +259,25 @@ def test_a_reward_that_is_given_stands_alone(workplace, overrides):
     for found in (alone, recorded):
         assert (found["reward.clip.model"], found["reward.dtype"]) == ("another/clip", "auto")
         assert (found["sample.num_steps"], found["sample.eta"], found["eval.seed"]) == (4, 0.5, 7)
+
+
+def test_a_recorded_tree_is_taken_as_it_was(workplace, caplog):
+    """Lists of a file are tuples again; what does not differ is not taken, also where the record is older than the key."""
+    path = experiment(workplace) / "config.json"
+    record, config = read_json(path), make_config({"exp_name": "tiny"})
+    for recorded, expected in ({"split_times": [2, 3], "split_after": [1]}, ((2, 3), (1,))), ({}, ((), ())):
+        for key in ("split_times", "split_after"):
+            record["config"].pop(key, None)
+        record["config"] |= recorded
+        write_record(path, record)
+        with contextlib.chdir(workplace):
+            take_recorded(config, ())
+        assert (config.split_times, config.split_after) == expected
+        check(config)
+    caplog.clear()
+    with contextlib.chdir(workplace):
+        take_recorded(config, ())
+    assert not caplog.text
 
 
 def exchange(base: Path, part: str) -> None:

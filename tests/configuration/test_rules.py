@@ -22,6 +22,10 @@ from b2diffurl.configuration.rules import check_secrets
         ("split_step_left", 4, r"4\.\.3"),
         ("split_time", 0, "split_time is 0"),
         ("split_time", 1, "at least 2 siblings"),
+        ("split_times", (3, 1), r"a number of split_times is 1; it must lie in \[2, 1e4\]"),
+        ("split_times", ("3",), r"split_times is \('3',\); it must be whole numbers"),
+        ("split_times", (2, 3), "split_after has 0 numbers and split_times 2; it must have one fewer"),
+        ("split_after", (1,), "split_after has 1 numbers and split_times 0"),
         ("curriculum", "forward", "'progressive', 'fixed', 'reversed', 'random'"),
         ("sampling", "prefix", "'branch', 'independent'"),
         ("sample.num_steps", 0, "sample.num_steps is 0"),
@@ -86,6 +90,36 @@ def test_switches_combine_freely_but_for_what_an_objective_needs(
         with pytest.raises(ValueError, match=f"{objective}.*(one pass|must be (branch|pairs))"):
             plan(tmp_path, overrides | settings)
     plan(tmp_path, overrides | settings | needs)
+
+
+TREE = {"split_times": (2, 3), "split_after": (1,)}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"split_after": (2,)}, r"split_after is \(2,\).*after 2 trained steps.*the shortest window, which has 2"),
+        ({"split_times": (2, 2, 2), "split_after": (1, 1)}, "after 2 trained steps"),
+        ({"split_step": 1}, "the shortest window, which has 1"),
+        ({"sampling": "independent"}, "split_after makes a tree.*sampling must be branch"),
+        ({"train.objective": "d3po"}, "d3po compares two ways.*split_times must have one number, or none"),
+        ({"train.timestep_fraction": 0.5}, "timestep_fraction is 0.5; it must be 1 in a tree"),
+    ],
+)
+def test_a_tree_needs_room_and_shared_steps(tmp_path, overrides, more, message):
+    """It parts for the last time before the shortest window ends; what compares ways step by step, or draws steps, has none.
+    With one parting all of that is as with split_time."""
+    for selection in ("pairs", "all"):
+        plan(tmp_path, overrides | TREE | {"eval.selection": selection})
+    with pytest.raises(ValueError, match=message):
+        plan(tmp_path, overrides | TREE | more)
+    plan(tmp_path, overrides | more | {"split_times": (3,), "split_after": ()})
+
+
+def test_a_tree_has_siblings_whatever_split_time_is(tmp_path, overrides):
+    sampling = plan(tmp_path, overrides | TREE | {"split_time": 1}).settings.sampling
+    assert sampling.num_branches == 6
+    assert plan(tmp_path, overrides).settings.sampling.num_branches == 3
 
 
 @pytest.mark.parametrize("sampling", ["branch", "independent"])

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from b2diffurl.experiment.branch_picture import Tree, decode_tree, load_tree, recording_prefix, save_tree, spread
+from b2diffurl.algorithm.tree import Tree
+from b2diffurl.experiment.branch_picture import GroupPicture, decode_tree, load_tree, recording_prefix, save_tree, spread
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.runtime.files import read_image, read_json
 
@@ -40,9 +41,10 @@ def test_a_tree_decodes_each_state_at_its_place(tmp_path):
     latents = torch.stack([torch.arange(6, 21.0) + 20 * (k > 0) * k for k in range(2)])
     latents[:, 0] = 6
     latents = latents[:, :, None, None, None].expand(-1, -1, 3, 2, 2)
-    save_tree(stage, decode_tree("a prompt", prefix, latents, latents[:, -1], 20, as_images))
+    save_tree(stage, decode_tree("a prompt", prefix, latents, latents[:, -1], 20, Tree((2,)), as_images))
+    assert "together" not in read_json(stage.folder / "tree.json")
     tree = load_tree(stage)
-    assert tree == Tree("a prompt", 20, tree.shared, tree.branches)
+    assert tree == GroupPicture("a prompt", 20, tree.shared, tree.branches, dict.fromkeys((7, 11, 16, 20), 1))
     assert {step: int(tile.max()) for step, tile in tree.shared.items()} == {0: 0, 2: 2, 4: 4, 6: 6}
     for k, states in enumerate(tree.branches):
         assert {step: (int(tile.min()), int(tile.max())) for step, tile in states.items()} == {
@@ -55,11 +57,33 @@ def test_the_tree_of_a_window_in_the_middle_ends_with_the_image(tmp_path):
     stage, prefix = Stage(tmp_path, 0), [torch.full((1, 3, 2, 2), float(step)) for step in range(2)]
     latents = torch.tensor([[2.0, 3, 4], [2, 13, 14]])[:, :, None, None, None].expand(-1, -1, 3, 2, 2)
     finished = torch.tensor([9.0, 19])[:, None, None, None].expand(-1, 3, 2, 2)
-    save_tree(stage, decode_tree("a prompt", prefix, latents, finished, 8, as_images))
+    save_tree(stage, decode_tree("a prompt", prefix, latents, finished, 8, Tree((2,)), as_images))
     tree = load_tree(stage)
     assert {step: int(tile.max()) for step, tile in tree.shared.items()} == {0: 0, 1: 1, 2: 2}
     found = [{step: int(tile.max()) for step, tile in states.items()} for states in tree.branches]
     assert (tree.num_steps, found) == (8, [{3: 3, 4: 4, 8: 9}, {3: 13, 4: 14, 8: 19}])
+
+
+def test_what_branches_of_a_tree_share_is_decoded_once(tmp_path):
+    """2 x 3 leaves that part again 2 steps after step 1, T = 5: a tile of steps 2 and 3 is that of 3 branches, by number of
+    step and edge, one of steps 4 and 5 that of a leaf."""
+    stage, tree = Stage(tmp_path, 0), Tree((2, 3), (2,))
+    decoded = []
+
+    def decode(states: torch.Tensor) -> torch.Tensor:
+        decoded.extend(states[:, 0, 0, 0].int().tolist())
+        return as_images(states)
+
+    numbers = torch.tensor([[1, 20 + k // 3, 30 + k // 3, 40 + k, 50 + k] for k in range(6)]).float()
+    latents = numbers[:, :, None, None, None].expand(-1, -1, 3, 2, 2)
+    save_tree(stage, decode_tree("a prompt", [torch.zeros(1, 3, 2, 2)], latents, latents[:, -1], 5, tree, decode))
+    picture = load_tree(stage)
+    assert decoded == [0, 1, 20, 21, 30, 31, *range(40, 46), *range(50, 56)]
+    assert picture.together == {2: 3, 3: 3, 4: 1, 5: 1}
+    for k, states in enumerate(picture.branches):
+        assert {step: int(tile.max()) for step, tile in states.items()} == dict(
+            zip((2, 3, 4, 5), numbers[k, 1:], strict=True)
+        )
 
 
 def as_images(states: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 from b2diffurl.algorithm.branching import branch_sample
 from b2diffurl.algorithm.selection import Selected
+from b2diffurl.algorithm.tree import Tree
 from b2diffurl.algorithm.window import Window
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.experiment.trajectories import SelectedTrajectories, batch_damage, save_batch, save_selected
@@ -95,11 +96,12 @@ def grow(folder: str) -> None:
                     sampler,
                     torch.randn((4, *shape), generator=rng),
                     lambda size: torch.randn(size, generator=rng),
-                    num_branches=2,
+                    tree=Tree((2,)),
                     window=Window(1, 4),
                 )
                 writer.do(lambda batch=batch, latents=latents, log_probs=log_probs: save_batch(
-                    one.batch(batch), latents, log_probs, sampler.timesteps[1:], ["0"] * 4, conditions, unconditional, {}
+                    one.batch(batch), latents, log_probs, sampler.timesteps[1:], ["0"] * 4, conditions, unconditional, {},
+                    tree=Tree((2,)),
                 ))  # fmt: skip
             writer.wait()
         selected = [Selected(group, 0, 1.0) for group in range(4 * num_batches)]
@@ -136,6 +138,37 @@ def test_selected_files_hold_the_selected_and_nothing_else(workplace, tmp_path):
     asked = {prompts[found.ids[row]] for row in range(len(order))}
     assert len(found.conditions["prompt_embeds"]) == len(asked)
     assert torch.equal(found.unconditional["prompt_embeds"], load_file(source.batch(0))["unconditional.prompt_embeds"])
+
+
+def test_a_tree_s_shared_states_are_stored_once(tmp_path):
+    """Two groups of 2 x 3 leaves that part again after 2 of 4 steps: the files hold two edges' steps and six leaves' ways,
+    the copies those of the selected alone; what is read is the whole trajectory."""
+    tree, stage = Tree((2, 3), (2,)), Stage(tmp_path, 0)
+    rng = torch.Generator().manual_seed(0)
+    edges, own = (torch.randn(2, n, steps, 1, 2, 2, generator=rng) for n, steps in ((2, 2), (6, 3)))
+    latents = torch.cat([edges.repeat_interleave(3, dim=1), own], 2)
+    log_probs = latents[:, :, 1:].flatten(3).sum(3)
+    log_probs[:, :, 1] = log_probs[:, ::3, 1].repeat_interleave(3, dim=1)
+    conditions = {"prompt_embeds": torch.tensor([[1.0], [2.0]])}
+    unconditional = {"prompt_embeds": torch.zeros(1, 1)}
+    given = latents, log_probs, torch.arange(4), ["a", "b"], conditions, unconditional, {}
+    save_batch(stage.batch(0), *given, tree=tree)
+    assert batch_damage(stage.batch(0)) == ""
+    stored = load_file(stage.batch(0))
+    shapes = {name: tuple(value.shape[:3]) for name, value in stored.items() if name.endswith(("latents", "log_probs"))}
+    assert shapes == {
+        "shared.0.latents": (2, 2, 2), "shared.0.log_probs": (2, 2, 2), "latents": (2, 6, 3), "log_probs": (2, 6, 2)
+    }  # fmt: skip
+    selected = [Selected(0, 1, 0.0), Selected(0, 5, 0.0), Selected(0, 2, 0.0), Selected(1, 3, 0.0)]
+    save_selected(stage, selected, 2)
+    assert len(load_file(stage.selected_batch(0))["shared.0.latents"]) == 3  # 1 and 2 share theirs
+    order = [3, 0, 2, 1, 0]
+    found = SelectedTrajectories(stage, selected, 2).read(order)
+    for row, n in enumerate(order):
+        one = selected[n]
+        assert torch.equal(found.latents[row], latents[one.group, one.branch])
+        assert torch.equal(found.log_probs[row], log_probs[one.group, one.branch])
+        assert found.ids[row] == one.group * 6 + one.branch
 
 
 def test_unselected_trajectories_go_after_selection(overrides, finished, tmp_path):

@@ -28,7 +28,7 @@ from b2diffurl.models.policy import load_policy
 from b2diffurl.objectives import Objective
 from b2diffurl.objectives.options import NoOptions
 from b2diffurl.phases.trainer import Trainer, make_trainer, micro_batches
-from b2diffurl.phases.update_report import UpdateReport
+from b2diffurl.phases.update_report import UpdateReport, update_metrics
 from b2diffurl.runtime.device import make_accelerator
 
 CLIP_RANGE = 1e-3  # of the gradient tests: small enough for the off-policy ratios below to be clipped in part
@@ -73,7 +73,7 @@ def gradient(
 ) -> tuple[Tensor, UpdateReport]:
     trainer.optimizer.zero_grad()
     size = trainer.sizes.sizes["train.micro_batch_size"]
-    report = trainer.accumulate(trajectories, advantages, units, every_step(trainer), size=size, apart=apart)
+    (report,) = trainer.accumulate(trajectories, advantages, units, every_step(trainer), size=size, apart=apart)
     return trainer.gradient().clone(), report
 
 
@@ -187,6 +187,41 @@ def test_an_advantage_acts_on_its_own_transition(bench, batch):
     assert difference(found, gradients[n, step] / (num_rows * num_steps)) < 1e-4
     assert report.values.loss.nonzero().tolist() == [[step, n]]
     assert report.step_norms.nonzero().flatten().tolist() == [step]
+
+
+def test_a_transition_that_is_not_owned_is_not_trained(bench, batch):
+    """The gradient is the mean over the transitions that are owned, computed one by one, the network sees no other, and so
+    do several processes and micro-batches; a step's report is of its own units, and the loss the mean over all of them."""
+    trainer, (trajectories, advantages) = bench(), batch
+    num_rows, num_steps = advantages.shape
+    owned = torch.ones(num_rows, num_steps, dtype=torch.bool)
+    owned[[1, 2, 5], 0] = owned[[2, 5], 1] = False
+    seen = []
+    predict = trainer.model.predict
+    trainer.model.predict = lambda x_t, *more, **options: (seen.append(len(x_t)), predict(x_t, *more, **options))[1]
+    gradients = one_by_one(trainer, surrogate(trainer, trajectories, advantages)[0], num_rows, num_steps)
+    expected = gradients[owned].sum(0) / 16
+
+    def found(**how) -> tuple[Tensor, list[UpdateReport]]:
+        trainer.optimizer.zero_grad()
+        reports = trainer.accumulate(*batch, torch.arange(num_rows), every_step(trainer), owned, **how)
+        return trainer.gradient().clone(), reports
+
+    whole, reports = found(size=100, apart=True)
+    assert difference(whole, expected) < 1e-4
+    assert (seen, [report.units.tolist() for report in reports]) == ([4, 5, 7], [[0, 3, 4, 6], [0, 1, 3, 4, 6], [*range(7)]])
+    for size, apart in ((3, True), (5, False), (100, False)):
+        assert difference(found(size=size, apart=apart)[0], whole) < 1e-5
+    shares = [gradients[owned[:, step], step].sum(0) / 16 for step in range(num_steps)]
+    metrics = update_metrics(reports, torch.tensor(1.0))
+    assert metrics["grad_norm_per_step"] == pytest.approx([share.norm().item() for share in shares], rel=1e-3)
+    assert metrics["loss"] == pytest.approx(sum(report.values.loss.sum().item() for report in reports) / 16, rel=1e-5)
+    total = torch.zeros_like(whole)
+    for process in range(2):
+        trainer.accelerator = Elsewhere(trainer.accelerator, process, 2)
+        total += found(size=3, apart=True)[0] / 2
+        trainer.accelerator = trainer.accelerator.real
+    assert difference(total, whole) < 1e-5
 
 
 def test_the_penalty_is_the_divergence_from_the_base_on_disk(bench, batch, base_unet):
