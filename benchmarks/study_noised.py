@@ -238,7 +238,7 @@ def reach_target(runs: Runs, cost: str) -> Target:
     words = f"{percent(level)} right, as plain DDPO in the end, for at most {share} of its {COSTS[cost]}"
     if BEST not in runs:
         return words, "", None
-    spent, whole = reached(runs, BEST, level, cost), reached(runs, "ddpo", level, cost)
+    spent, whole = reached(runs, BEST, level, cost), whole_cost(runs, cost)
     if spent is None:
         return words, "never came to it", False
     return words, f"{percent(spent / whole)}: {amount(spent, cost)}", spent <= limit * whole
@@ -258,7 +258,7 @@ def reach_table(runs: Runs, level: float) -> str:
     for name in listed(runs):
         cells = []
         for cost in COSTS:
-            spent, whole = reached(runs, name, level, cost), reached(runs, "ddpo", level, cost)
+            spent, whole = reached(runs, name, level, cost), whole_cost(runs, cost)
             share = f" ({100 * spent / whole:.0f} %)" if spent is not None and whole else ""
             cells.append("–" if spent is None else amount(spent, cost) + share)
         some = runs[name].values()
@@ -315,6 +315,11 @@ def reached(runs: Runs, name: str, level: float, cost: str) -> float | None:
     """What the arm's mean curve costs until it comes to `level`; None if it never does, or the cost is not known."""
     curve = mean_curve(list(runs[name].values()))
     return cost_to_reach(curve, "test", level, cost) if cost in curve["curve"][-1] else None
+
+
+def whole_cost(runs: Runs, cost: str) -> float | None:
+    """What plain DDPO has spent in the end, mean of the seeds; None if it is not known."""
+    return mean_curve(list(runs["ddpo"].values()))["curve"][-1].get(cost)
 
 
 def cost_words(run: Run, level: float, cost: str) -> str:

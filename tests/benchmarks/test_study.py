@@ -343,6 +343,8 @@ def test_targets_that_are_missed():
     assert [row[2] for row in poor[:2]] == ["**no**", "**yes**"]
     assert poor[2][1:] == ["", "not measured"]
     assert [row[1:] for row in poor[3:5]] == [["never came to it", "**no**"]] * 2
+    unlearned = target_rows(noised_runs(ddpo=[0.4, 0.45, 0.42, 0.4]))  # the base has what DDPO has in the end: at no cost
+    assert [row[1] for row in unlearned[3:5]] == ["0.0 %: 0", "0.0 %: 0 thousand"]
     malformed = noised_runs()
     for found in malformed:
         found["curve"][-1]["test"]["shapes/well_formed"] = 0.87
