@@ -9,7 +9,8 @@ from b2diffurl.configuration.command_line import given_keys, run_script
 flags.DEFINE_list(
     "checkpoint",
     ["base", "last"],
-    "What to judge: base, last, stage<i>, stage<i>/checkpoint_<n>, or the path of a LoRA; several with commas.",
+    "What to judge: base, last, stage<i>, stage<i>/checkpoint_<n>, one of these with /ema for the average of its LoRA, or "
+    "the path of a LoRA; several with commas.",
 )
 flags.DEFINE_list("prompts", ["test"], "Prompts: train, test, or a prompt file; several with commas.")
 flags.DEFINE_list(

@@ -42,7 +42,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m b2diffurl.export", description="Export a checkpoint, and a model card.")
     parser.add_argument("experiment", help="its folder, or its name")
     parser.add_argument(
-        "--checkpoint", default="last", help="last, stage<i>, stage<i>/checkpoint_<n>, or the path of a LoRA (default: last)"
+        "--checkpoint",
+        default="last",
+        help="last, stage<i>, stage<i>/checkpoint_<n>, one of these with /ema for the average of its LoRA, or the path of a "
+        "LoRA (default: last)",
     )
     parser.add_argument(
         "--format",

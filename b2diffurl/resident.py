@@ -33,13 +33,12 @@ def run_stages(config: ConfigDict) -> None:
     policy.keep_models()
     first = make_plan(config)
     root, results = first.stage.root, []
-    loop = calls(first.settings.schedule.num_stages, waits=first.settings.rewards.made_elsewhere)
     with lock.holding(root):
-        for call in loop:
+        for call in calls(first.settings):
             if not call.is_possible(root):
                 return
             if call.stage is None:  # the evaluations at the end of the run
-                results = evaluate_and_show(first.settings, ["base", "last"], call.prompts, [call.sampler])
+                results = evaluate_and_show(first.settings, call.checkpoints, call.prompts, [call.sampler])
             elif call.script == "eval":
                 evaluate_due(first.settings, call.stage)
             else:

@@ -39,7 +39,7 @@ def start(config: ConfigDict) -> None:
         return
     if owner := lock.owner():  # 0 on the other machines of a cluster, which leave the lock to the first one
         lock.take(plan.stage.root, owner)
-    loop = calls(plan.settings.schedule.num_stages, waits=plan.settings.rewards.made_elsewhere)
+    loop = calls(plan.settings)
     logger.info(forecast.plan_line(plan.settings))
     lines = [["call", call.needs, f"run_{call.script}.py", *call.flags] for call in loop]
     write_calls([["folder", str(plan.stage.root)], *lines])

@@ -87,11 +87,14 @@ class Job:
         no_shortcut = no_shortcut and train.get("unconditional_gradient", True)
         # Trajectories are trained to their end. Job files of earlier versions lack the second key.
         to_the_end = self.config["curriculum"] not in ("early", "sliding") and not self.config.get("split_stop")
-        plain = to_the_end and self.config["sampling"] == "branch" and not OBJECTIVES[train["objective"]].needs_base
+        objective = OBJECTIVES[train["objective"]]
+        known = not (objective.needs_base or objective.on_noised_images)
+        plain = to_the_end and self.config["sampling"] == "branch" and known
         if not no_shortcut or not plain or self.mixed_precision not in DTYPES:
             raise ValueError(
-                "the peers' shape is of sampling=branch, windows that end with the image, objective ddpo or reinforce, mixed_precision no or bf16, and no "
-                "opt-in acceleration (prefix_eta, timestep_fraction, unconditional_gradient); see --no-peers"
+                "the peers' shape is of sampling=branch, windows that end with the image, objective ddpo or reinforce, "
+                "mixed_precision no or bf16, and no opt-in acceleration (prefix_eta, timestep_fraction, "
+                "unconditional_gradient); see --no-peers"
             )
 
     @property

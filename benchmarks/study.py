@@ -3,8 +3,10 @@
     python -m benchmarks.study             # all runs; finished ones are not repeated, so a killed study goes on
     python -m benchmarks.study --quick     # a small version in three minutes, to see that it works
     python -m benchmarks.study --draw      # make no runs, only write the page from the finished ones
+    python -m benchmarks.study --calibrate # measure CPU seconds, on a machine that does nothing else, and write the page
 
-Runs are made side by side, one thread each: first the four arms seed by seed, then other objectives, then controls.
+Runs are made side by side, one thread each: block after block, each seed by seed. A run in docs/results/study.json with the
+settings of today is not made again.
 """
 
 import argparse
@@ -14,17 +16,19 @@ import multiprocessing
 import os
 import platform
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from b2diffurl.configuration.keys import flatten
 from b2diffurl.configuration.plan import checked_settings, make_plan
 from b2diffurl.configuration.settings import read_settings
 from b2diffurl.evaluation.generate import training_sampler
@@ -42,6 +46,10 @@ from config.stage_process import get_config
 SETS = ("train", "test")
 EVAL_SEED = 1
 JUDGED_EVERY = 3  # stages
+IN_EVERY_RUN = {"preset", "exp_name", "run_name", "seed", "num_threads", "eval.seed"}  # keys that `configure` sets
+RESULTS = Path("docs/results")
+PHASES = {"sample": sample_stage, "select": select_stage, "train": train_stage}
+CPU_FILE = "cpu_seconds.json"  # in an experiment's folder: CPU seconds by <stage>/<phase>
 
 log = logging.getLogger("b2diffurl")
 
@@ -65,6 +73,7 @@ class Scale:
     seeds: int  # at most so many of each variant
     settings: dict[str, Any]  # changes to every run, by key
     blocks: tuple[list[Variant], ...]  # the runs, one block after the other
+    committed: Path | None = None  # an earlier study.json; its runs need not be made again
 
 
 ARMS = [Variant(arm, arm, 5, against="ddpo") for arm in ("ddpo", "bpt", "bs", "b2")]
@@ -95,25 +104,48 @@ CONTROLS = [  # the most telling first
     Variant("b2, rate doubled", "b2", 2, {"train.learning_rate": 4e-3}),
     Variant("ddpo, rate doubled", "ddpo", 2, {"train.learning_rate": 4e-3}, against="ddpo"),
 ]
-VARIANTS = {variant.name: variant for variant in [*ARMS, *OBJECTIVE_RUNS, *CONTROLS]}
-FULL = Scale("study", 5, {}, (ARMS, OBJECTIVE_RUNS, CONTROLS))
+# Objectives on noised images, and a tree. Settings were fixed on seed 11 and a development split (docs/shapes.md).
+NFT = {"train.objective": "nft"}
+AWM = {"train.objective": "awm"}
+# 2 * 2 * 2 images a group, which part at x_T and after one and two steps: a relation is decided there.
+TREE = {"sampling": "branch", "split_times": (2, 2, 2), "split_after": (1, 1), "sample.batch_size": 20}
+BEST = Variant("b2, best", "b2_nft", 5, against="ddpo")
+MAIN = [BEST, Variant("ddpo arm, nft", "ddpo", 5, NFT, against="ddpo")]
+NOISED = [
+    *MAIN,
+    Variant("b2, nft", "b2", 5, NFT, against="ddpo"),
+    Variant("b2, nft, all images", "b2", 5, NFT | {"eval.selection": "all"}, against="ddpo"),
+    Variant("b2, nft, independent images", "b2", 5, NFT | {"sampling": "independent"}, against="ddpo"),
+    Variant("b2, nft, early window", "b2", 5, NFT | {"curriculum": "early"}, against="ddpo"),
+    Variant("b2, awm", "b2", 5, AWM, against="ddpo"),
+    Variant("ddpo, tree", "ddpo", 5, TREE, against="ddpo"),
+]
+VARIANTS = {variant.name: variant for variant in [*ARMS, *OBJECTIVE_RUNS, *CONTROLS, *NOISED]}
+FULL = Scale("study", 5, {}, (ARMS, OBJECTIVE_RUNS, CONTROLS, NOISED), RESULTS / "study.json")
 SHORT = {"stage_cnt": 2, "sample.num_batches_per_epoch": 1, "eval.num_images": 96}
-QUICK = Scale("study_quick", 2, SHORT, (ARMS,))
+QUICK = Scale("study_quick", 2, SHORT, (ARMS, [replace(one, seeds=2 if one in MAIN else 1) for one in NOISED]))
+CALIBRATED = [VARIANTS["ddpo"], VARIANTS["b2"], BEST]
+CALIBRATION = Scale("study_calibration", 1, {"stage_cnt": 2}, (CALIBRATED,))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--quick", action="store_true", help="four arms, two seeds, short runs; the page goes to log/study_quick"
+        "--quick", action="store_true", help="the arms alone, one or two seeds, short runs; the page goes to log/study_quick"
     )
-    parser.add_argument("--draw", action="store_true", help="make no runs, only write the page")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--draw", action="store_true", help="make no runs, only write the page")
+    instead.add_argument("--calibrate", action="store_true", help="measure CPU seconds instead, alone, and write the page")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="how many runs are made side by side")
     parser.add_argument("--out", type=Path, help="folder of the page; default: docs/results, or log/study_quick")
     given = parser.parse_args()
     scale = QUICK if given.quick else FULL
+    out = given.out or (Path("log/study_quick") if given.quick else RESULTS)
     set_up_logging(Path(f"log/{scale.prefix}.log"))
+    if given.calibrate:
+        return draw(scale, out, {}, calibrate())
     failed = {} if given.draw else perform_all(scale, given.jobs)
-    draw(scale, given.out or Path("log/study_quick" if given.quick else "docs/results"), failed)
+    draw(scale, out, failed, committed(scale).get("calibration"))
     if failed:
         raise SystemExit(f"{len(failed)} runs failed: {'; '.join(failed)}. Their logs are in log/; run again to go on.")
 
@@ -143,7 +175,8 @@ def configure(scale: Scale, variant: Variant | None, seed: int = 1) -> ConfigDic
 def perform_all(scale: Scale, jobs: int) -> dict[str, str]:
     """Make all unfinished runs, `jobs` at once. A failure does not stop the others. Returns {run: error} of the failed."""
     todo = [(variant, seed) for variant, seed in runs(scale) if not finished_run(scale, variant, seed)]
-    judge_base(scale)
+    if todo:
+        judge_base(scale)  # once, before the workers would all do it
     started, failed = time.perf_counter(), {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=end_with, initargs=(os.getpid(),)) as pool:
@@ -193,30 +226,113 @@ def judge_base(scale: Scale) -> list[dict[str, Any]]:
 def perform(scale: Scale, variant: Variant, seed: int) -> None:
     """Make one run: all stages, their evaluation, and study.json. Finished parts are skipped."""
     config = configure(scale, variant, seed)
-    set_up_logging(Path(config.log_path) / f"{config.exp_name}.log", console_too=False)
     begun = root_of(config) / "config.json"
     if begun.is_file() and files.read_json(begun)["config"]["stage_cnt"] != config.stage_cnt:
         raise ValueError(f"{root_of(config)} was begun with another number of stages; delete it")
-    for index in range(config.stage_cnt):
-        config.run_name = f"stage{index}"
-        for phase in (sample_stage, select_stage, train_stage):
-            phase(make_plan(config))
+    warm_up()
+    set_up_logging(Path(config.log_path) / f"{config.exp_name}.log", console_too=False)
+    make_stages(config)
     files.write_json(root_of(config) / "study.json", describe_run(scale, variant, seed))
 
 
 def finished_run(scale: Scale, variant: Variant, seed: int) -> dict[str, Any] | None:
-    """study.json of a finished run; None if the run is unfinished or was made with other settings than today's."""
-    path = root_of(configure(scale, variant, seed)) / "study.json"
-    found = files.read_json(path) if path.is_file() else None
-    return found if found and found["config"] == described_config(scale, variant, seed) else None
+    """A finished run, made here or committed; None if there is none, or only one with other settings than today's."""
+    config = configure(scale, variant, seed)
+    here, wanted = root_of(config) / "study.json", changes(config)
+    elsewhere = [run for run in committed(scale).get("runs", []) if (run["name"], run["seed"]) == (variant.name, seed)]
+    found = [files.read_json(here), *elsewhere] if here.is_file() else elsewhere
+    return next((run for run in found if run["settings"] == wanted), None)
+
+
+def committed(scale: Scale) -> dict[str, Any]:
+    """The content of the scale's committed study.json; {} if there is none."""
+    return read_once(scale.committed) if scale.committed and scale.committed.is_file() else {}
+
+
+@cache
+def read_once(path: Path) -> dict[str, Any]:
+    return files.read_json(path)
 
 
 def title(variant: Variant, seed: int) -> str:
     return f"{variant.name}, seed {seed}"
 
 
-def described_config(scale: Scale, variant: Variant, seed: int) -> dict[str, Any]:
-    return json.loads(json.dumps(configure(scale, variant, seed).to_dict()))
+def changes(config: ConfigDict) -> dict[str, Any]:
+    """The settings that differ from the preset b2, as JSON has them.
+
+    Two runs of a seed with the same changes are the same run: b2 keeps its values, and a new key is neutral in it.
+    """
+    run, b2 = (flatten(json.loads(json.dumps(one.to_dict()))) for one in (config, get_config("b2")))
+    return {key: run[key] for key in run if run[key] != b2[key] and key not in IN_EVERY_RUN}
+
+
+# --- CPU time -------------------------------------------------------------------------------------
+
+
+def make_stages(config: ConfigDict) -> None:
+    """Make all stages of a run, and record the CPU time of their phases. Finished phases are skipped."""
+    for index in range(config.stage_cnt):
+        config.run_name = f"stage{index}"
+        for name, phase in PHASES.items():
+            plan = make_plan(config)
+            finished_before, started = plan.stage.finished(name), time.process_time()
+            phase(plan)
+            if not finished_before:
+                record_cpu_seconds(plan.stage, name, time.process_time() - started)
+
+
+@cache
+def warm_up() -> None:
+    """Make a tiny stage, once a process, so that importing libraries is in no run's CPU time."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = get_config("ddpo")
+        config.save_path = folder
+        config.stage_cnt = config.sample.num_batches_per_epoch = config.num_threads = 1
+        config.sample.batch_size = 2
+        make_stages(config)
+
+
+def record_cpu_seconds(stage: Stage, phase: str, seconds: float) -> None:
+    """Record the CPU seconds of a phase that is finished now.
+
+    An interrupted phase counts as if it had been made in one go: `share` is the part that this process made. If that is
+    nothing, the other process's time is unknown, and nothing is recorded.
+    """
+    if share := stage.manifest(phase)["seconds"].get("share", 1.0):
+        path = stage.root / CPU_FILE
+        recorded = files.read_json(path) if path.is_file() else {}
+        files.write_json(path, recorded | {f"{stage.folder.name}/{phase}": seconds / share})
+
+
+def cpu_seconds(config: ConfigDict, num_stages: int) -> float | None:
+    """The CPU seconds of the first `num_stages` stages, loading included; None if those of some phase are not known."""
+    path = root_of(config) / CPU_FILE
+    recorded = files.read_json(path) if path.is_file() else {}
+    spent = [recorded.get(f"stage{index}/{phase}") for index in range(num_stages) for phase in PHASES]
+    return None if None in spent else sum(spent)
+
+
+def calibrate() -> dict[str, Any]:
+    """CPU seconds of two stages of each calibrated arm, made alone, in turn, three times."""
+    warm_up()
+    arms: dict[str, dict[str, Any]] = {}
+    for repeat in range(3):
+        for variant in CALIBRATED:
+            with tempfile.TemporaryDirectory() as folder:
+                config = configure(CALIBRATION, variant)
+                config.save_path = folder
+                make_stages(config)
+                spent = cost(config, config.stage_cnt)
+            log.info("calibration %d of 3: %s: %.1f CPU seconds", repeat + 1, variant.name, spent["cpu_seconds"])
+            arm = arms.setdefault(
+                variant.name, {key: spent[key] for key in ("queries", "evaluations")} | {"cpu_seconds": []}
+            )
+            arm["cpu_seconds"].append(spent["cpu_seconds"])
+    return where_and_when() | {"arms": arms}
+
+
+# --- a finished run -------------------------------------------------------------------------------
 
 
 def describe_run(scale: Scale, variant: Variant, seed: int) -> dict[str, Any]:
@@ -234,7 +350,7 @@ def describe_run(scale: Scale, variant: Variant, seed: int) -> dict[str, Any]:
     together = [dict(result) for result in [*bases, *results]]
     add_differences(together)
     points = [together[n : n + len(SETS)] for n in range(0, len(together), len(SETS))]
-    costs = [dict.fromkeys(COSTS, 0), *(cost(config, index + 1) for index in judged)]
+    costs = [dict.fromkeys((*COSTS, "cpu_seconds"), 0), *(cost(config, index + 1) for index in judged)]
     curve = [spent | {one["prompts"]: plain(one) for one in point} for spent, point in zip(costs, points, strict=True)]
     control = variant.settings.keys() - {"train.objective"}
     return {
@@ -243,14 +359,17 @@ def describe_run(scale: Scale, variant: Variant, seed: int) -> dict[str, Any]:
         "preset": variant.arm,
         "objective": config.train.objective,
         "seed": seed,
-        "settings": variant.settings,
+        "settings": changes(configure(scale, variant, seed)),
         "device": Stage(root_of(config), 0).manifest("sample")["device"],
         "curve": curve,
         "stages": [stage_facts(Stage(root_of(config), index)) for index in range(config.stage_cnt)],
-        "versions": versions(),
-        "date": str(date.today()),
-        "config": described_config(scale, variant, seed),
-    }
+    } | where_and_when()
+
+
+def where_and_when() -> dict[str, Any]:
+    """Machine, versions of the software and date, for what is measured now."""
+    hardware = f"{os.cpu_count()} cores, {platform.machine()}"
+    return {"hardware": hardware, "versions": versions(), "date": str(date.today())}
 
 
 def plain(result: dict[str, Any]) -> dict[str, float]:
@@ -262,21 +381,24 @@ COSTS = ("queries", "evaluations", "updates", "seconds")
 
 
 def cost(config: ConfigDict, num_stages: int) -> dict[str, float]:
-    """The costs (see COSTS) of the first `num_stages` stages.
+    """The costs (see COSTS) of the first `num_stages` stages, and `cpu_seconds` if they are known.
 
-    `evaluations` counts the network's work in forward passes of one image. A sampled step is one. A trained step is two:
-    forward, and backward through frozen weights; it is three if the objective also evaluates the base policy. `seconds` is
-    wall time of sampling, scoring and training, without loading, and without the lost work of a killed stage.
+    `evaluations` counts the network's work in forward passes of one image. A sampled step is one. A trained step, or noised
+    image, is two: forward, and backward through frozen weights. It is one more if the objective also evaluates the base
+    policy, and one more for the policy that sampled. `seconds` is wall time of sampling, scoring and training, without
+    loading, and without the lost work of a killed stage.
     """
     total = dict.fromkeys(COSTS, 0.0)
-    passes = 2 + OBJECTIVES[config.train.objective].needs_base
+    objective = OBJECTIVES[config.train.objective]
+    passes = 2 + objective.needs_base + getattr(objective, "needs_old", False)
     for stage in (Stage(root_of(config), index) for index in range(num_stages)):
         sampled, selected, trained = (stage.manifest(phase) for phase in ("sample", "select", "train"))
         total["queries"] += sampled["num_images"]
         total["evaluations"] += sampled["num_evaluations"] + passes * trained["num_transitions"]
         total["updates"] += trained["num_updates"]
         total["seconds"] += sampled["seconds"]["sample"] + selected["seconds"]["score"] + trained["seconds"]["train"]
-    return total
+    on_cpu = cpu_seconds(config, num_stages)
+    return total if on_cpu is None else total | {"cpu_seconds": on_cpu}
 
 
 def stage_facts(stage: Stage) -> dict[str, float]:
@@ -291,18 +413,11 @@ def stage_facts(stage: Stage) -> dict[str, float]:
 # --- the page -------------------------------------------------------------------------------------
 
 
-def finished(scale: Scale) -> Iterator[dict[str, Any]]:
-    """study.json of each finished run, without its configuration."""
-    for variant, seed in runs(scale):
-        if run := finished_run(scale, variant, seed):
-            yield {key: value for key, value in run.items() if key != "config"}
-
-
-def draw(scale: Scale, out: Path, failed: dict[str, str]) -> None:
+def draw(scale: Scale, out: Path, failed: dict[str, str], calibration: dict[str, Any] | None) -> None:
     """Write study.md, study.json and the pictures from the finished runs."""
     from benchmarks.study_report import write_report
 
-    found, config = list(finished(scale)), configure(scale, None)
+    found, config = [run for one in runs(scale) if (run := finished_run(scale, *one))], configure(scale, None)
     if not found:
         raise SystemExit("no run is finished; without --draw they are made")
     done = {(run["name"], run["seed"]) for run in found}
@@ -310,14 +425,11 @@ def draw(scale: Scale, out: Path, failed: dict[str, str]) -> None:
     facts = {
         "quick": scale is QUICK,
         "command": "python -m benchmarks.study" + (" --quick" if scale is QUICK else ""),
-        "date": str(date.today()),
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
-        "devices": sorted({run["device"] for run in found}),
-        "versions": versions(),
         "num_images": config.eval.num_images,
         "setting": {key: config.train[key] for key in ("learning_rate", "batch_size", "num_epochs", "eps", "step_weight")},
         "missing": [(variant.name, seed) for variant, seed in missing],
         "failed": failed,
+        "calibration": calibration,
         "runs": found,
     }
     write_report(facts, {one.name: one.against for one in VARIANTS.values()}, out)

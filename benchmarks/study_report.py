@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.page import STYLE, percent, table
+from benchmarks.study_format import SETS, draw_band, present, shown, spread
+from benchmarks.study_noised import ARMS as NOISED
+from benchmarks.study_noised import draw_noised, noised_section, seconds_per_evaluation
 from benchmarks.study_statistics import (
     Interval,
     Run,
@@ -22,11 +25,11 @@ from benchmarks.study_statistics import (
     interval,
     matched_accuracy,
     pooled_deviation,
+    with_cpu_seconds,
 )
 
 ARMS = {"ddpo": "plain DDPO", "bpt": "progressive training alone", "bs": "branch sampling alone", "b2": "B²-DiffuRL: both"}
 COLOURS = {"ddpo": "#6b6b6b", "bpt": "#1f6feb", "bs": "#2da44e", "b2": "#c2410c"}
-SETS = {"train": "training", "test": "held-out"}
 FEW = 5  # a comparison of fewer seeds uses a pooled deviation
 TOO_FEW = 3  # a comparison of fewer seeds gets no verdict
 # (claim, variant, the variant it is compared with, kind of comparison, figure)
@@ -52,10 +55,12 @@ CLAIMS = [
     ("… B² with D3PO", "b2, d3po", "base", "gain", "accuracy"),
     ("… plain DDPO", "ddpo", "base", "gain", "accuracy"),
 ]  # fmt: skip
+POINTER = """ Arms that train on noised images or on a tree have
+[a section of their own](#noised-images-and-a-tree)."""
 PAGE = """# Do the claims of B²-DiffuRL hold?
 
-By `{command}`, {date}, {hardware} ({devices}), torch {torch}: {num_runs} runs of {queries:,} scored images each, one thread
-a run, several side by side.{quick}
+By `{command}`: {num_runs} runs of {queries:,} scored images each, one thread a run, several side by side.{quick}
+They were made {made}.{pointer}
 
 All runs are in the shapes world ([shapes.md](../shapes.md)), with 8 sampler steps and without guidance, so that a run takes
 minutes. K = 5 siblings, CLIP as reward, learning rate {learning_rate:g}, updates of {batch_size} trajectories, {num_epochs}
@@ -117,7 +122,7 @@ interpolated along the curves: on average {matched_at}.
 
 {objectives}
 
-## Controls
+{noised}## Controls
 
 Each control is the b2 arm or the ddpo arm, with the change that its name says. {pooling}
 
@@ -132,38 +137,55 @@ Each control is the b2 arm or the ddpo arm, with the change that its name says. 
 
 
 def write_report(facts: dict[str, Any], against: dict[str, str], out: Path) -> None:
-    """Write study.md and its three pictures into folder `out`.
+    """Write study.md and its pictures into folder `out`.
 
     `facts` is the content of study.json; `against` maps each variant to the one that it is compared with.
     """
-    runs = by_variant(facts["runs"])
+    runs, out_of = known_runs(facts), comparisons(facts, against)
     out.mkdir(parents=True, exist_ok=True)
-    against = {name: other for name, other in against.items() if name in runs and other in runs and name != other}
     plt.rcParams |= STYLE
-    pictures = {"arms": draw_arms(runs), "diversity": draw_diversity(runs), "controls": draw_controls(runs, against)}
+    pictures = {"arms": draw_arms(runs), "diversity": draw_diversity(runs), "controls": draw_controls(runs, out_of)}
+    if noised_section(facts, runs):
+        pictures["noised"] = draw_noised(runs)
     for name, figure in pictures.items():
         figure.savefig(out / f"study_{name}.png", dpi=110)
         plt.close(figure)
-    base = facts["runs"][0]["curve"][0]
+    (out / "study.md").write_text(page(facts, against))
+
+
+def known_runs(facts: dict[str, Any]) -> Runs:
+    """The runs, with the CPU seconds that the calibration gives them."""
+    return by_variant(with_cpu_seconds(facts["runs"], seconds_per_evaluation(facts.get("calibration"))))
+
+
+def comparisons(facts: dict[str, Any], against: dict[str, str]) -> dict[str, str]:
+    """`against` without what is not finished, and without the arms that have a section of their own."""
+    done = by_variant(facts["runs"]).keys() - NOISED.keys()
+    return {name: other for name, other in against.items() if name in done and other in done and name != other}
+
+
+def page(facts: dict[str, Any], against: dict[str, str]) -> str:
+    """The content of study.md; the arguments are those of `write_report`."""
+    runs, against = known_runs(facts), comparisons(facts, against)
+    bases = [run["curve"][0] for run in facts["runs"]]
     pairs = {prompts: differences(runs, "b2", "ddpo", matched_accuracy(prompts)) for prompts in SETS}
-    objectives = [name for name in runs if "dpok" in name or "d3po" in name]
-    text = PAGE.format(
+    objectives, noised = [name for name in runs if "dpok" in name or "d3po" in name], noised_section(facts, runs)
+    return PAGE.format(
         **facts["setting"],
         command=facts["command"],
         quick=" **This is a quick run to see that the study works. It is far shorter than the text below says.**"
         if facts["quick"]
         else "",
-        date=facts["date"],
-        hardware=facts["hardware"],
-        devices=", ".join(facts["devices"]),
-        torch=facts["versions"]["torch"],
+        made=made(facts["runs"]),
         num_runs=len(facts["runs"]),
         queries=round(max(run["curve"][-1]["queries"] for run in facts["runs"])),
         num_images=facts["num_images"],
         per_prompt=facts["num_images"] // 48,
-        base_train=percent(base["train"]["accuracy"]),
-        base_test=percent(base["test"]["accuracy"]),
+        base_train=span([base["train"]["accuracy"] for base in bases]),
+        base_test=span([base["test"]["accuracy"] for base in bases]),
         arms=arms_table(runs),
+        pointer=POINTER if noised else "",
+        noised=noised + "\n" if noised else "",
         claims=claims_table(runs, against),
         equal_cost=against_ddpo(runs, list(COSTS.items()), lambda prompts, cost: at_equal_cost(prompts, "accuracy", cost)),
         matched_at=", ".join(
@@ -178,25 +200,27 @@ def write_report(facts: dict[str, Any], against: dict[str, str], out: Path) -> N
         hacking=hacking_table(runs),
         missing=missing(facts),
     )
-    (out / "study.md").write_text(text)
+
+
+def made(runs: Sequence[Run]) -> str:
+    """Where the runs were made, when and by which versions: `2026-11-23 to 2026-11-24 on 2 cores, x86_64 (cpu), torch …`."""
+    dates: dict[str, list[str]] = {}
+    for run in runs:
+        where = f"{run['hardware']} ({run['device']}), torch {run['versions']['torch']}"
+        dates.setdefault(where, []).append(run["date"])
+    groups = sorted((min(some), max(some), len(some), where) for where, some in dates.items())
+    words = [f"{first if first == last else f'{first} to {last}'} on {where}" for first, last, _, where in groups]
+    counted = [f"{words[n]} ({groups[n][2]} runs)" for n in range(len(groups))]
+    return "; ".join(counted if len(groups) > 1 else words)
+
+
+def span(shares: Sequence[float]) -> str:
+    """The share that all runs have, or the range of their shares: another processor rounds the base model differently."""
+    low, high = percent(min(shares)), percent(max(shares))
+    return low if low == high else f"{low} to {high}"
 
 
 # --- tables ---------------------------------------------------------------------------------------
-
-
-def spread(values: Sequence[float], form: str = "{:.1f}", scale: float = 1.0) -> str:
-    """`mean ± standard deviation` in words; the mean alone if there is one value."""
-    mean = form.format(scale * fmean(values))
-    return f"{mean} ± {form.replace('+', '').format(scale * stdev(values))}" if len(values) > 1 else mean
-
-
-def shown(found: Interval | None, key: str) -> str:
-    """`**difference** [low, high]` in words, accuracies in points; "" for None."""
-    if found is None:
-        return ""
-    scale, form = {"accuracy": (100, "{:+.1f}"), "diversity/layout_right": (1, "{:+.2f}")}.get(key, (1, "{:+.4f}"))
-    mean, low, high = (form.format(scale * value) for value in (found.mean, found.low, found.high))
-    return f"**{mean}** [{low}, {high}]"
 
 
 def finals(runs: Runs, name: str, prompts: str, key: str) -> list[float]:
@@ -325,11 +349,6 @@ def missing(facts: dict[str, Any]) -> str:
 # --- what is compared -----------------------------------------------------------------------------
 
 
-def present(runs: Runs, names: Sequence[str]) -> list[str]:
-    """The variants of `names` that have a finished run."""
-    return [name for name in names if name in runs]
-
-
 def pooled(runs: Runs, against: dict[str, str], one: str, prompts: str, key: str) -> tuple[float, int] | None:
     """The pooled deviation of a figure's paired differences, over all variants compared with the same arm as `one`."""
     alike = [name for name, other in against.items() if other == against.get(one, "ddpo")]
@@ -372,14 +391,6 @@ def draw_arms(runs: Runs) -> plt.Figure:
         panel.set(title=heading, xlabel=f"{costs[cost]}, thousands" if cost in costs else cost)
     panels[0, 0].legend(frameon=False, fontsize=9)
     return figure
-
-
-def draw_band(panel: plt.Axes, x: Sequence[float], curves: np.ndarray, colour: str, label: str) -> None:
-    """Draw the mean of curves [seeds,points] with a band, its 95 % interval."""
-    panel.plot(x, curves.mean(0), color=colour, lw=2.2, label=label, marker="o", ms=3.5)
-    if len(curves) > 1:
-        bands = [interval(values) for values in curves.T.tolist()]
-        panel.fill_between(x, [one.low for one in bands], [one.high for one in bands], color=colour, alpha=0.13, lw=0)
 
 
 def draw_diversity(runs: Runs) -> plt.Figure:

@@ -87,10 +87,11 @@ def sampling() -> ConfigDict:
     """Sampling a stage's images."""
     sample = ConfigDict()
     sample.num_steps = 20  # T, sampler steps
-    sample.eta = 1.0  # DDIM's eta: 1 is fully stochastic; 0 is refused, because deterministic steps have no log-prob
+    sample.eta = 1.0  # DDIM's eta: 1 is fully stochastic; 0 is deterministic, which only nft and awm can train
     sample.prefix_eta = -1.0  # eta of the steps before the trained ones; -1: as sample.eta; 0: deterministic
     sample.suffix_eta = -1.0  # eta of the steps after the trained ones; -1: as sample.eta; 0: deterministic
     sample.suffix_steps = 0  # with suffix_eta 0: take at most so many steps after the trained ones, evenly spaced; 0: all
+    sample.scheduler = ""  # nft, awm: a scheduler class of diffusers to sample with, if images are independent; "": DDIM
     sample.guidance_scale = 5.0  # classifier-free guidance, in sampling and in training; 1: none
     sample.batch_size = 8  # groups (one prompt each) in a batch, so batch_size * split_time images
     sample.num_batches_per_epoch = 32  # batches in a stage, over all processes
@@ -165,7 +166,8 @@ def selection_and_judging() -> ConfigDict:
 def training() -> ConfigDict:
     """Training the LoRA on what was selected."""
     train = ConfigDict()
-    train.objective = "ddpo"  # ddpo | reinforce (unclipped, one epoch) | dpok (ddpo + KL to the base) | d3po (DPO on pairs)
+    # reinforce is unclipped, dpok is ddpo with a KL to the base, d3po is DPO on pairs. nft and awm noise images again.
+    train.objective = "ddpo"  # ddpo | reinforce | dpok | d3po | nft | awm
     train.num_epochs = 2  # passes over the selected trajectories of a stage
     train.batch_size = 2  # an update takes batch_size * gradient_accumulation_steps trajectories with all their steps
     train.gradient_accumulation_steps = 64  # only its product with batch_size counts
@@ -173,16 +175,27 @@ def training() -> ConfigDict:
     train.gradient_checkpointing = False  # True: recompute activations, not keep them. Slower, less memory, same result
     train.timestep_fraction = 1.0  # fraction of a trajectory's S trained steps that an update uses, drawn at random
     train.unconditional_gradient = True  # False: no gradient through guidance's unconditional half; faster, another gradient
-    train.learning_rate = 1e-4  # of AdamW, constant
+    train.learning_rate = 1e-4  # of AdamW, in the first stage
+    train.final_rate = 1.0  # factor of the learning rate in the last stage, to which it falls evenly; 1: constant
     train.adam_beta1 = 0.9  # decay of AdamW's mean gradient
     train.adam_beta2 = 0.999  # decay of AdamW's mean squared gradient
     train.adam_weight_decay = 1e-4  # weight decay of AdamW
     train.adam_epsilon = 1e-8  # added to AdamW's denominator
     train.use_8bit_adam = False  # True: the 8-bit AdamW of bitsandbytes, which must be installed
     train.max_grad_norm = 1.0  # gradients are clipped to this norm
+    train.ema = 0.0  # decay per update of an exponential average of the LoRA, kept beside it; 0: none (docs/method.md)
     train.eps = 0.1  # PPO's clip range; log-ratios are means over the latent dimensions (docs/method.md)
     train.kl_weight = 0.1  # dpok: weight of the KL to the base model, a mean over the latent dimensions
     train.dpo_beta = 0.1  # d3po: beta of log-ratios that are means over the D latent dimensions (docs/method.md)
+    train.noise_levels = 1  # nft, awm: noised copies of an image in an update, each with noise of another level
+    train.guidance_scale = (
+        0.0  # nft, awm: guidance of the outputs that are trained; 0: as in sampling; 1: none, half the cost
+    )
+    train.nft_beta = 1.0  # nft: how far the policy is mixed with the one that sampled; 1: not at all
+    train.nft_scale = 1.0  # nft: advantage from which on an image counts as wholly good, or below minus that as wholly bad
+    train.awm_clip = 0.2  # awm: clip range of the ratio of matching losses, which are means over the latent dimensions
+    train.old_weight = 0.3  # nft, awm: weight of the squared distance of outputs to those of the policy that sampled
+    train.base_weight = 0.0  # nft, awm: the same to the base model's; above 0 it costs another forward pass
     train.beta1 = 1.0  # factor of positive advantages
     train.beta2 = 1.0  # factor of negative advantages
     train.adv_clip_max = 5.0  # advantages are clamped to +- this

@@ -11,6 +11,8 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
+from b2diffurl.algorithm.ddim import make_noise_levels
+from b2diffurl.algorithm.noising import NoiseLevels
 from b2diffurl.algorithm.transition import Transitions
 from b2diffurl.algorithm.types import Conditions
 from b2diffurl.models.noise_schedule import make_table
@@ -45,6 +47,9 @@ class GaussianWorld:
     def sampler(self, num_steps: int, eta: float = 1.0, steps: Sequence[int] | None = None) -> Transitions:
         return make_table(self.scheduler, num_steps, eta, steps)
 
+    def noise_levels(self) -> NoiseLevels:
+        return make_noise_levels(self.scheduler.alphas_cumprod, prediction_type="epsilon")
+
     def encode(self, prompts: list[str]) -> Conditions:
         return {"mean": torch.tensor([float(prompt) for prompt in prompts]).view(-1, 1, 1, 1)}
 
@@ -66,6 +71,12 @@ class GaussianWorld:
         self.network.adapted = False
         yield
         self.network.adapted = True
+
+    @contextmanager
+    def with_lora(self, parameters: dict[str, Tensor]) -> Iterator[None]:
+        own, self.network.theta.data = self.network.theta.data, parameters["theta"]
+        yield
+        self.network.theta.data = own
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {"theta": self.network.theta}

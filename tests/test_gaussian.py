@@ -13,20 +13,23 @@ from b2diffurl.algorithm.advantages import advantages, edge_scores, normalise
 from b2diffurl.algorithm.branching import branch_sample, denoise
 from b2diffurl.algorithm.seeding import generator
 from b2diffurl.algorithm.selection import owned_edges, select_all, select_pairs
-from b2diffurl.algorithm.transition import step_weights, transition
+from b2diffurl.algorithm.transition import transition
 from b2diffurl.algorithm.tree import Tree
 from b2diffurl.algorithm.window import Window
+from b2diffurl.configuration.settings import read_settings
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.experiment.trajectories import Trajectories
 from b2diffurl.models.policy import predictor
 from b2diffurl.objectives import OBJECTIVES, Objective
+from b2diffurl.phases.losses import NoisedLoss, make_loss
 from b2diffurl.phases.train import make_units
-from b2diffurl.phases.trainer import PolicyLoss, Trainer
+from b2diffurl.phases.trainer import Trainer
 from b2diffurl.runtime.batch_sizes import BatchSizes
+from config.stage_process import get_config
 
 PROMPTS = ["-2", "0", "1"]  # the means of their data
 TARGET = 1.0  # how far above its prompt's mean an image is best
-OPTIONS = {"clip_range": 0.1, "kl_weight": 0.02, "beta": 1.0}
+OPTIONS = {"clip_range": 0.1, "kl_weight": 0.02, "beta": 1.0, "scale": 1.0, "old_weight": 0.1, "base_weight": 0.01}
 NUM_STEPS, NUM_STAGES, NUM_GROUPS, NUM_BRANCHES = 6, 12, 12, 4
 ALL_STEPS = Window(0, NUM_STEPS)
 
@@ -56,25 +59,26 @@ def with_options(name: str, values: dict[str, float]) -> Objective:
 
 
 def make_trainer(world: GaussianWorld, objective: str, window: Window, **options: float) -> Trainer:
-    accelerator, sampler = Accelerator(cpu=True), world.sampler(NUM_STEPS)
+    accelerator = Accelerator(cpu=True)
+    config = get_config("b2")
+    config.sample.num_steps, config.train.step_weight = NUM_STEPS, "none"
+    settings = read_settings(config)
+    training = replace(settings.training, objective=with_options(objective, OPTIONS | options))
     optimizer = torch.optim.AdamW(world.trainable().values(), lr=0.05)
     world.network, optimizer = accelerator.prepare(world.network, optimizer)
     return Trainer(
         stage=Stage(Path("nowhere"), 0),
         accelerator=accelerator,
-        loss=PolicyLoss(
-            model=world,
-            table=sampler,
-            window=window,
-            step_weight=step_weights(sampler, window, "none"),
-            objective=with_options(objective, OPTIONS | options),
-            guidance_scale=1.0,
-            unconditional_gradient=True,
-        ),
+        loss=make_loss(world, settings.sampling, training, window, old_lora(world)),
         optimizer=optimizer,
         max_grad_norm=1.0,
         sizes=BatchSizes(Path("nowhere"), torch.device("cpu"), {"train.micro_batch_size": 100_000}),
     )
+
+
+def old_lora(world: GaussianWorld) -> dict[str, Tensor]:
+    """The policy as it is now, which will have sampled what comes next."""
+    return {name: parameter.detach().clone() for name, parameter in world.trainable().items()}
 
 
 def sample(world: GaussianWorld, prompts: list[str], num_branches: int | Tree, window: Window, *key) -> Trajectories:
@@ -122,8 +126,11 @@ def learn(objective: str, seed: int, *, sign: float = 1.0, **options: float) -> 
         )
         credit = weights[:, None].expand(-1, window.num_steps)
         units = make_units(selected, paired=trainer.loss.objective.paired)
-        for _ in range(1 if plain else 2):
-            trainer.update(kept, credit, units, range(window.num_steps))
+        if isinstance(trainer.loss, NoisedLoss):
+            trainer.loss = replace(trainer.loss, old_lora=old_lora(world))
+        for epoch in range(1 if plain else 2):
+            samples = trainer.loss.prepare(kept, generator(seed, index, "noise", epoch))
+            trainer.update(samples, credit, units, range(len(trainer.loss.step_weight)))
     return world
 
 
@@ -223,7 +230,7 @@ def test_any_window_is_trained_at_its_own_steps(start, stop):
     trainer = make_trainer(world, "ddpo", window)
     images = sample(world, PROMPTS, 4, window, 0)
     credit = torch.randn(12, window.num_steps, generator=torch.Generator().manual_seed(1))
-    report = trainer.accumulate(images, credit, torch.arange(12), range(window.num_steps), size=100_000, apart=True)
+    (report,) = trainer.accumulate(images, credit, torch.arange(12), range(window.num_steps), size=100_000, apart=True)
     assert torch.equal(report.values.log_ratio, torch.zeros(window.num_steps, 12))
     assert report.timesteps == world.sampler(NUM_STEPS).timesteps[start:stop].tolist()
     table, conditions = world.sampler(NUM_STEPS), world.encode([prompt for prompt in PROMPTS for _ in range(4)])

@@ -505,12 +505,16 @@ update, norms = Trainer.update, []
 def spying(self, *args):
     report = update(self, *args)
     norms.append(report["grad_norm"])
+    averages[:] = [value.double().sum().item() for value in self.average.tensors.values()]
     return report
+
+averages = []
 
 Trainer.update = spying
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 open("norms" + os.environ["RANK"] + ".json", "w").write(json.dumps(norms))
+open("averages" + os.environ["RANK"] + ".json", "w").write(json.dumps(averages))
 """
 
 
@@ -518,8 +522,9 @@ open("norms" + os.environ["RANK"] + ".json", "w").write(json.dumps(norms))
 def test_several_processes_do_the_work_of_one(overrides, stage_with, tmp_path, count):
     """CPU processes that share 3 sampling batches and 5 of scoring: the same samples, images, scores and selection byte for
     byte; gradient norms equal across ranks in every update, though the adapter is switched off and on for the base policy;
-    and the update is that of one process within rounding (AdamW's mean after one update is linear in the gradient)."""
-    more = {"train.num_epochs": 1, "train.gradient_accumulation_steps": 64, "train.objective": "dpok"}
+    and the update is that of one process within rounding (AdamW's mean after one update is linear in the gradient). Every
+    rank has the average that is on disk."""
+    more = {"train.num_epochs": 1, "train.gradient_accumulation_steps": 64, "train.objective": "dpok", "train.ema": 0.9}
     settings, one = overrides | more, stage_with(**more)
     spy = tmp_path / "spy.py"
     spy.write_text(RANK_WRITES_ITS_NORMS)
@@ -535,6 +540,9 @@ def test_several_processes_do_the_work_of_one(overrides, stage_with, tmp_path, c
     run_ranks(tmp_path, [str(spy), str(ROOT / verb), *words], count)
     norms = [json.loads((tmp_path / f"norms{rank}.json").read_text()) for rank in range(count)]
     assert norms == [norms[0]] * count
+    averages = [json.loads((tmp_path / f"averages{rank}.json").read_text()) for rank in range(count)]
+    saved = load_file(found.checkpoints()[-1] / "ema" / LORA_FILE)
+    assert [sorted(sums) for sums in averages] == [sorted(value.double().sum().item() for value in saved.values())] * count
     first, second = (load_file(stage.checkpoints()[-1] / "optimizer.safetensors") for stage in (expected, found))
     means = [name for name in first if name.endswith("::exp_avg")]
     assert means

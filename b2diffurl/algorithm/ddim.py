@@ -1,8 +1,9 @@
-"""The transitions of DDIM (Song et al. 2021, arXiv 2010.02502, equations 12 and 16), for every prediction type."""
+"""DDIM (Song et al. 2021, arXiv 2010.02502), for every prediction type: transitions (equations 12, 16), and noise levels."""
 
 import torch
 from torch import Tensor
 
+from b2diffurl.algorithm.noising import NoiseLevels
 from b2diffurl.algorithm.transition import Transitions
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -34,5 +35,34 @@ def make_transitions(
         case "sample":  # eps = (x_t - signal x_0) / noise
             a, b = direction / noise, signal_prev - direction * signal / noise
         case _:
-            raise ValueError(f"unknown prediction type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
+            raise unknown_type(prediction_type)
     return Transitions(timesteps, a.float(), b.float(), sigma.float())
+
+
+def make_noise_levels(alphas_cumprod: Tensor, *, prediction_type: str) -> NoiseLevels:
+    """The noise levels of the training schedule alpha_bar [num_train_timesteps], one for each timestep.
+
+    An unknown `prediction_type` raises a ValueError.
+    """
+    alpha_bar = alphas_cumprod.cpu().double()
+    signal, noise, zero, one = (
+        alpha_bar.sqrt(),
+        (1 - alpha_bar).sqrt(),
+        torch.zeros_like(alpha_bar),
+        torch.ones_like(alpha_bar),
+    )
+    match prediction_type:
+        case "epsilon":
+            clean, noisy = zero, one
+        case "v_prediction":  # v = signal eps - noise x_0
+            clean, noisy = -noise, signal
+        case "sample":
+            clean, noisy = one, zero
+        case _:
+            raise unknown_type(prediction_type)
+    coefficients = (values.float() for values in (signal, noise, clean, noisy))
+    return NoiseLevels(torch.arange(len(alpha_bar)), *coefficients)
+
+
+def unknown_type(prediction_type: str) -> ValueError:
+    return ValueError(f"unknown prediction type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")

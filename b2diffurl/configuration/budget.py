@@ -55,13 +55,19 @@ class Budget:
         return "" if self.selects_all else "at most "
 
     def num_chosen_steps(self, num_trained_steps: int) -> int:
-        """How many of a trajectory's S trained steps an update uses."""
-        return max(1, round(self.training.timestep_fraction * num_trained_steps))
+        """How many of a trajectory's S trained steps an update uses, or to how many levels of noise it noises an image."""
+        if self.training.objective.on_noised_images:
+            return self.training.steps.num_noise_levels
+        return max(1, round(self.training.steps.fraction * num_trained_steps))
 
     def most_transitions(self, num_selected: float, num_trained_steps: int) -> float:
-        """Transitions that an epoch trains at most, if so many trajectories are selected. Leaves of a tree share some."""
+        """Transitions, or noised images, that an epoch trains at most, if so many trajectories are selected.
+
+        Leaves of a tree share transitions, which are trained once.
+        """
+        count = num_selected * self.num_chosen_steps(num_trained_steps)
         distinct = self.num_groups * self.sampling.tree.num_evaluations(num_trained_steps)
-        return min(num_selected * self.num_chosen_steps(num_trained_steps), distinct)
+        return count if self.training.objective.on_noised_images else min(count, distinct)
 
     def window(self, stage: Stage) -> Window:
         """The trained window of a stage: as it was sampled, or as the schedule has it if it is not sampled yet."""

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from b2diffurl.configuration.settings import Settings
+
 
 @dataclass(frozen=True)
 class Call:
@@ -15,6 +17,7 @@ class Call:
 
     script: str  # sample | select | train | eval
     stage: int | None = None  # None: the evaluation at the end of the run
+    checkpoints: tuple[str, ...] = ()  # judged by the evaluation at the end
     prompts: tuple[str, ...] = ()  # prompt sets of the evaluation at the end
     sampler: str = ""  # sampler of the evaluation at the end
     needs: str = "."  # a file in the experiment's folder; if it is missing the run stops before this call, and waits for it
@@ -23,7 +26,8 @@ class Call:
     def flags(self) -> list[str]:
         """The flags of this call, in addition to the flags of the run."""
         if self.stage is None:
-            return ["--checkpoint=base,last", f"--prompts={','.join(self.prompts)}", f"--sampler={self.sampler}"]
+            lists = {"checkpoint": self.checkpoints, "prompts": self.prompts, "sampler": (self.sampler,)}
+            return [f"--{name}={','.join(values)}" for name, values in lists.items()]
         return [f"--config.run_name=stage{self.stage}", *(["--due"] if self.script == "eval" else [])]
 
     def is_possible(self, root: Path) -> bool:
@@ -38,21 +42,25 @@ class Call:
         if self.script != "eval":
             return set()
         if self.stage is None:
-            last = f"stage{num_stages - 1}"
-            return {(checkpoint, prompts, self.sampler) for checkpoint in ("base", last) for prompts in self.prompts}
+            judged = [name.replace("last", f"stage{num_stages - 1}") for name in self.checkpoints]
+            return {(checkpoint, prompts, self.sampler) for checkpoint in judged for prompts in self.prompts}
         due = every and (self.stage + 1) % every == 0
         return {("base", "test", "training"), (f"stage{self.stage}", "test", "training")} if due else set()
 
 
-def calls(num_stages: int, *, waits: bool = False) -> Iterator[Call]:
-    """All calls of a run of `num_stages` stages, in order. A call whose work is already done skips it.
+def calls(settings: Settings) -> Iterator[Call]:
+    """All calls of a run, in order. A call whose work is already done skips it.
 
-    `waits`: scores are made elsewhere (reward `file`), so the run stops before training until a stage's scores are there.
+    If scores are made elsewhere (reward `file`) the run stops before training until a stage's scores are there. If training
+    keeps an average of the LoRA it is judged at the end, too.
     """
-    for stage in range(num_stages):
+    waits = settings.rewards.made_elsewhere
+    for stage in range(settings.schedule.num_stages):
         yield Call("sample", stage)
         yield Call("select", stage)
         yield Call("train", stage, needs=f"stage{stage}/select.json" if waits else ".")
         yield Call("eval", stage)
-    yield Call("eval", prompts=("train", "test"), sampler="training")
-    yield Call("eval", prompts=("test",), sampler="deployed")
+    # The LoRA itself comes last: run_eval.py prints the last result.
+    judged = ("base", *(("last/ema",) if settings.training.optimizer.ema else ()), "last")
+    yield Call("eval", checkpoints=judged, prompts=("train", "test"), sampler="training")
+    yield Call("eval", checkpoints=judged, prompts=("test",), sampler="deployed")

@@ -16,7 +16,7 @@ from b2diffurl.configuration.resume import resume_source, trained_window
 from b2diffurl.configuration.rules import check, check_secrets
 from b2diffurl.configuration.settings import Settings, read_settings
 from b2diffurl.experiment.folder import relative_to
-from b2diffurl.experiment.stage import Stage
+from b2diffurl.experiment.stage import AVERAGE, Stage
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Plan:
         """Where the stage starts from, for people: `a fresh LoRA`, `stage2/checkpoint_1`, or the path of a LoRA."""
         if self.resume_from is None:
             return "a fresh LoRA"
-        own = re.fullmatch(r"(stage\d+)/checkpoints/(checkpoint_\d+)/[^/]+", relative_to(self.stage.root, self.resume_from))
+        path = relative_to(self.stage.root, self.resume_from)
+        own = re.fullmatch(rf"(stage\d+)/checkpoints/(checkpoint_\d+(?:/{AVERAGE})?)/[^/]+", path)
         return f"{own[1]}/{own[2]}" if own else str(self.resume_from)
 
 

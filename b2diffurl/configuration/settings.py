@@ -113,6 +113,16 @@ class Outside:
 
 
 @dataclass(frozen=True)
+class SamplerSettings:
+    """A sampler."""
+
+    num_steps: int
+    eta: float | None  # of DDIM: 1 is fully stochastic; None: the scheduler has no eta
+    guidance_scale: float
+    scheduler: str = ""  # name of a diffusers class; "": the DDIM whose steps are trained
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How a stage's images are sampled. A batch has num_groups * num_branches images."""
 
@@ -120,10 +130,8 @@ class Sampling:
     num_batches: int  # batches in a stage, over all processes
     tree: Tree  # in which the images of a group part
     shared_prefix: bool  # siblings are branches of one prefix; otherwise each starts from noise of its own
-    num_steps: int  # T, sampler steps
-    eta: float  # of DDIM, in the trained window: 1 is fully stochastic
+    sampler: SamplerSettings  # with eta as in the trained window
     outside: Outside  # the steps before and after the window
-    guidance_scale: float
     micro_batch_size: int  # images the network sees at once; 0: the whole batch
     decode_batch_size: int  # latents decoded at once
 
@@ -131,6 +139,19 @@ class Sampling:
     def num_branches(self) -> int:
         """K, images in a group (siblings)."""
         return self.tree.num_leaves
+
+    @property
+    def num_steps(self) -> int:
+        """T, sampler steps."""
+        return self.sampler.num_steps
+
+    @property
+    def eta(self) -> float:
+        return self.sampler.eta
+
+    @property
+    def guidance_scale(self) -> float:
+        return self.sampler.guidance_scale
 
 
 @dataclass(frozen=True)
@@ -178,14 +199,38 @@ class Selection:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW's settings."""
+    """AdamW's settings, and the average of the LoRAs that it makes."""
 
-    learning_rate: float
+    learning_rate: float  # in the first stage
+    final_rate: float  # factor of it in the last stage
     betas: tuple[float, float]
     weight_decay: float
     epsilon: float
     use_8bit: bool  # bitsandbytes' AdamW
     max_grad_norm: float  # gradients are clipped to this norm
+    ema: float  # decay per update of the LoRA's exponential average; 0: there is none
+
+    def rate(self, index: int, num_stages: int) -> float:
+        """The learning rate of stage `index`: it falls evenly to `final_rate` of the first stage's in the last one of M."""
+        done = min(index / max(1, num_stages - 1), 1)  # the index may lie beyond num_stages
+        return self.learning_rate * (1 - done * (1 - self.final_rate))
+
+
+@dataclass(frozen=True)
+class TrainedSteps:
+    """Which of a window's steps an update uses, and how much each counts."""
+
+    fraction: float  # of a trajectory's S trained steps
+    weight: str  # of a step in the loss: none | leverage | sigma
+    num_noise_levels: int  # for an objective on noised images: copies of an image in an update, each of another level
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance in training."""
+
+    scale: float
+    unconditional_gradient: bool  # whether the unconditional half is differentiated
 
 
 @dataclass(frozen=True)
@@ -197,21 +242,10 @@ class Training:
     optimizer: Optimizer
     num_epochs: int  # passes over the selected trajectories of a stage
     num_trajectories: int  # in one update
-    timestep_fraction: float  # fraction of a trajectory's S trained steps that an update uses
-    step_weight: str  # weight of a step in the loss: none | leverage | sigma
-    unconditional_gradient: bool  # whether the unconditional half of guidance is differentiated
+    steps: TrainedSteps
+    guidance: Guidance
     micro_batch_size: int  # transitions the network sees at once
     gradient_checkpointing: bool
-
-
-@dataclass(frozen=True)
-class SamplerSettings:
-    """A sampler for images that are judged."""
-
-    num_steps: int
-    eta: float | None  # None: the scheduler has no eta
-    guidance_scale: float
-    scheduler: str = ""  # name of a diffusers class; "": the sampler used in training
 
 
 @dataclass(frozen=True)
@@ -279,7 +313,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
         sampling=read_sampling(config),
         rewards=read_rewards(config["reward"]),
         selection=read_selection(config["eval"], config["train"]),
-        training=read_training(config["train"]),
+        training=read_training(config["train"], config["sample"]["guidance_scale"]),
         judging=read_judging(config["eval"]),
         output=read_output(config),
     )
@@ -317,10 +351,8 @@ def read_sampling(config: Mapping[str, Any]) -> Sampling:
         num_batches=sample["num_batches_per_epoch"],
         tree=read_tree(config),
         shared_prefix=config["sampling"] == "branch",
-        num_steps=sample["num_steps"],
-        eta=sample["eta"],
+        sampler=SamplerSettings(sample["num_steps"], sample["eta"], sample["guidance_scale"], sample["scheduler"]),
         outside=Outside(sample["prefix_eta"], sample["suffix_eta"], sample["suffix_steps"]),
-        guidance_scale=sample["guidance_scale"],
         micro_batch_size=sample["micro_batch_size"],
         decode_batch_size=sample["decode_batch_size"],
     )
@@ -402,25 +434,26 @@ def read_rewards(reward: Mapping[str, Any]) -> Rewards:
     )
 
 
-def read_training(train: Mapping[str, Any]) -> Training:
-    """The section `train` of a configuration."""
+def read_training(train: Mapping[str, Any], guidance_scale: float) -> Training:
+    """The section `train` of a configuration. `guidance_scale` is that of sampling."""
     objective = OBJECTIVES[train["objective"]]
     return Training(
         objective=replace(objective, options=objective.read_options(train)),
         max_first_log_ratio=train["eps"],
         optimizer=Optimizer(
             learning_rate=train["learning_rate"],
+            final_rate=train["final_rate"],
             betas=(train["adam_beta1"], train["adam_beta2"]),
             weight_decay=train["adam_weight_decay"],
             epsilon=train["adam_epsilon"],
             use_8bit=train["use_8bit_adam"],
             max_grad_norm=train["max_grad_norm"],
+            ema=train["ema"],
         ),
         num_epochs=train["num_epochs"],
         num_trajectories=train["batch_size"] * train["gradient_accumulation_steps"],
-        timestep_fraction=train["timestep_fraction"],
-        step_weight=train["step_weight"],
-        unconditional_gradient=train["unconditional_gradient"],
+        steps=TrainedSteps(train["timestep_fraction"], train["step_weight"], train["noise_levels"]),
+        guidance=Guidance(train["guidance_scale"] or guidance_scale, train["unconditional_gradient"]),
         micro_batch_size=train["micro_batch_size"],
         gradient_checkpointing=train["gradient_checkpointing"],
     )

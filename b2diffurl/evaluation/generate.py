@@ -5,6 +5,7 @@ N images
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,46 +22,50 @@ from b2diffurl.runtime.batch_sizes import sampling_sizes
 
 
 def training_sampler(settings: Settings) -> SamplerSettings:
-    """The sampler that the policy is trained with."""
-    sampling = settings.sampling
-    return SamplerSettings(sampling.num_steps, sampling.eta, sampling.guidance_scale)
+    """The sampler that a stage's images are sampled with: DDIM, or the scheduler of `sample.scheduler`."""
+    given = settings.sampling.sampler
+    return of_diffusers(settings, given, "sample.scheduler") if given.scheduler else given
 
 
 def deployed_sampler(settings: Settings) -> SamplerSettings:
-    """The sampler that people will use the tuned model with, from `eval.deployed`.
+    """The sampler that people will use the tuned model with, from `eval.deployed`."""
+    deployed = settings.judging.deployed
+    guidance_scale = deployed.guidance_scale or settings.sampling.guidance_scale
+    return of_diffusers(settings, replace(deployed, guidance_scale=guidance_scale), "eval.deployed.scheduler")
+
+
+def of_diffusers(settings: Settings, given: SamplerSettings, key: str) -> SamplerSettings:
+    """A sampler whose scheduler was given by `key`, with the full name of its class, and without eta where it takes none.
 
     A ValueError if the family knows no such scheduler, or if diffusers lacks a package for it.
     """
-    deployed = settings.judging.deployed
-    kind = scheduler_class(deployed.scheduler, family(settings.model).schedulers())
+    kind = scheduler_class(given.scheduler, family(settings.model).schedulers(), key)
     has_eta = "eta" in inspect.signature(kind.step).parameters
-    return SamplerSettings(
-        deployed.num_steps,
-        deployed.eta if has_eta else None,
-        deployed.guidance_scale or settings.sampling.guidance_scale,
-        kind.__name__,
-    )
+    return replace(given, eta=given.eta if has_eta else None, scheduler=kind.__name__)
 
 
 SAMPLERS = {"training": training_sampler, "deployed": deployed_sampler}
 
 
-def scheduler_class(name: str, known: Sequence[str]) -> Any:
-    """The scheduler class of diffusers with that name, which may lack the ending `Scheduler`. It must be one of `known`."""
+def scheduler_class(name: str, known: Sequence[str], key: str) -> Any:
+    """The scheduler class of diffusers with that name, which may lack the ending `Scheduler`. It must be one of `known`.
+
+    `key` is the setting that gives it.
+    """
     import diffusers
 
     full = name if name.endswith("Scheduler") else f"{name}Scheduler"
     if full not in known:
-        raise ValueError(f"unknown eval.deployed.scheduler {name!r}; known: {', '.join(known)}")
+        raise ValueError(f"unknown {key} {name!r}; known: {', '.join(known)}")
     kind = getattr(diffusers, full)
     # Where a package is missing, diffusers has a dummy class that lists it.
     if lacking := [package for package in getattr(kind, "_backends", ()) if not find_spec(package)]:
-        raise ValueError(f"eval.deployed.scheduler {name!r} needs {lacking[0]}: pip install {lacking[0]}")
+        raise ValueError(f"{key} {name!r} needs {lacking[0]}: pip install {lacking[0]}")
     return kind
 
 
 def make_scheduler(model: Model, settings: SamplerSettings, device: torch.device) -> Any:
-    """The deployed scheduler, set to its number of steps. A ValueError if it cannot make so many."""
+    """A scheduler of diffusers, set to its number of steps. A ValueError if it cannot make so many."""
     scheduler = model.scheduler(settings.scheduler)
     scheduler.set_timesteps(settings.num_steps, device=device)
     return scheduler

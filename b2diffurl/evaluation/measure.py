@@ -26,7 +26,7 @@ from b2diffurl.evaluation.generate import SAMPLERS, sample_images
 from b2diffurl.evaluation.statistics import add_differences, summarise, summarise_diversity
 from b2diffurl.experiment.checkpoints import read_state
 from b2diffurl.experiment.evaluation_table import describe, identity, record
-from b2diffurl.experiment.folder import checkpoint_name, relative_to, resolve_checkpoint, stage_of
+from b2diffurl.experiment.folder import checkpoint_name, in_words, relative_to, resolve_checkpoint, stage_of
 from b2diffurl.experiment.stage import finished_stages, versions
 from b2diffurl.models import Model, base_fingerprint, base_identity
 from b2diffurl.models.policy import check_base, load_policy, warn_of_cut_prompts
@@ -61,9 +61,9 @@ def evaluate(
 ) -> list[Result]:
     """Judge every checkpoint on every prompt set with every sampler. Returns one result for each, those of the base first.
 
-    A checkpoint is `base`, `last` (the experiment's newest), `stage<i>`, `stage<i>/checkpoint_<n>`, or the path of a LoRA. A
-    prompt set is `train`, `test`, or a prompt file. Results that exist are read back. If `base` is among the checkpoints,
-    the results of the others have their paired differences to it. Each result becomes a row of the experiment's eval.jsonl.
+    A checkpoint is named as in experiment/folder.py. A prompt set is `train`, `test`, or a prompt file. Results that exist
+    are read back. If `base` is among the checkpoints, the results of the others have their paired differences to it. Each
+    result becomes a row of the experiment's eval.jsonl.
     """
     root = settings.output.root
     # The base first, because the others are compared with it.
@@ -167,7 +167,7 @@ class Evaluation:
                     self.warn_of_cut_prompts(model, set_name)
                     num_images = self.settings.judging.num_images
                     message = "eval %s on %s prompts, %s sampler: %d images"
-                    logger.info(message, checkpoint, set_name, sampler_name, num_images)
+                    logger.info(message, in_words(checkpoint), set_name, sampler_name, num_images)
                     self.measure(model, prompts, sampler, folder)
                 facts = {"checkpoint": checkpoint, "stage": stage_of(checkpoint)}
                 facts |= {"prompts": set_name, "sampler": sampler_name}

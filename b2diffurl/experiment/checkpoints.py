@@ -3,18 +3,23 @@
     checkpoint_<n>/pytorch_lora_weights.safetensors   the LoRA, float32
     checkpoint_<n>/optimizer.safetensors              the optimizer's tensors, by parameter name
     checkpoint_<n>/state.json                         epoch, SHA-256 of the base model, the optimizer's plain numbers, the
-                                                      gradient scaler's state; size and SHA-256 of the other two files
+                                                      gradient scaler's state; size and SHA-256 of all other files
+    checkpoint_<n>/ema/                               with train.ema: the LoRA's exponential average, a checkpoint of its own
+                                                      without an optimizer; its state.json counts the updates averaged
 
 The folder appears by one rename, so it is whole or absent. Nothing in it is a pickle.
 """
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from b2diffurl.experiment.stage import LORA_FILE
+from b2diffurl.algorithm.average import Average
+from b2diffurl.experiment.stage import AVERAGE, LORA_FILE
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import logger
 
@@ -22,7 +27,12 @@ OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
 
 
 def save_checkpoint(
-    folder: Path, adapter: dict[str, Tensor], optimizer: torch.optim.Optimizer, names: list[str], state: dict[str, Any]
+    folder: Path,
+    adapter: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    names: list[str],
+    state: dict[str, Any],
+    average: Average | None = None,
 ) -> None:
     """Write one checkpoint. `names` are the parameters' names in the optimizer's order; `state` is what state.json adds."""
     temporary = folder.with_name(folder.name + files.TEMPORARY)
@@ -35,14 +45,24 @@ def save_checkpoint(
             kind[f"{names[index]}::{key}"] = value
     files.write_tensors(temporary / LORA_FILE, adapter)
     files.write_tensors(temporary / OPTIMIZER_FILE, tensors)
-    described = {path.name: files.describe(path) for path in sorted(temporary.iterdir())}
-    files.write_record(temporary / STATE_FILE, state | {"optimizer": numbers, "files": described})
+    if average:
+        files.write_tensors(temporary / AVERAGE / LORA_FILE, average.tensors)
+        write_state(temporary / AVERAGE, state | {"num_averaged": average.num_updates})
+    write_state(temporary, state | {"optimizer": numbers})
     if folder.is_dir():  # a damaged one, which is made again; what is not ours in it moves over
-        for path in folder.iterdir():
-            if path.name not in (LORA_FILE, OPTIMIZER_FILE, STATE_FILE):
-                path.rename(temporary / path.name)
+        for path in sorted(folder.rglob("*")):  # a folder before what is in it, which moves along
+            target = temporary / path.relative_to(folder)
+            if os.path.lexists(path) and not target.exists():
+                path.rename(target)
         files.remove(folder)
     temporary.replace(folder)
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write state.json into a checkpoint's folder, with size and SHA-256 of each file that is there."""
+    written = sorted(path for path in folder.rglob("*") if path.is_file())
+    described = {path.relative_to(folder).as_posix(): files.describe(path) for path in written}
+    files.write_record(folder / STATE_FILE, state | {"files": described})
 
 
 def read_state(lora: Path) -> dict[str, Any] | None:
@@ -51,16 +71,17 @@ def read_state(lora: Path) -> dict[str, Any] | None:
     return files.read_json(path) if path.is_file() else None
 
 
-def require_whole(path: Path) -> None:
-    """Refuse a LoRA or optimizer file that differs from its size and checksum in the state.json beside it.
+def require_whole(path: Path, checkpoint: Path | None = None) -> None:
+    """Refuse a file that differs from its size and checksum in the state.json of `checkpoint`, by default the one beside it.
 
     A file that no state.json describes passes.
     """
-    state = read_state(path)
-    expected = (state or {}).get("files", {}).get(path.name)
+    checkpoint = checkpoint or path.parent
+    state = read_state(checkpoint / LORA_FILE)
+    expected = (state or {}).get("files", {}).get(path.relative_to(checkpoint).as_posix())
     if expected and (not path.is_file() or files.describe(path) != expected):
         raise ValueError(
-            f"{path} is damaged (checksum). Delete {path.parent} and train the stage again, or take another LoRA."
+            f"{path} is damaged (checksum). Delete {checkpoint} and train the stage again, or take another LoRA."
         )
 
 
@@ -73,8 +94,8 @@ def whole_checkpoints(folders: list[Path]) -> list[Path]:
         try:
             if not (folder / STATE_FILE).is_file():
                 raise ValueError(f"{folder / STATE_FILE} is missing")
-            require_whole(folder / LORA_FILE)
-            require_whole(folder / OPTIMIZER_FILE)
+            for name in read_state(folder / LORA_FILE).get("files", {}):
+                require_whole(folder / name, folder)
         except ValueError as error:
             # The advice to delete something is cut off: here training mends the damage by itself.
             logger.warning("%s; it is made again", str(error).split(" Delete ")[0].rstrip("."))
@@ -99,6 +120,20 @@ def load_optimizer(lora: Path, optimizer: torch.optim.Optimizer, names: list[str
         entry[key] = value
     # Learning rate, betas and weight decay stay those of the configuration, which may have changed since.
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def load_average(lora: Path | None, decay: float, adapter: Mapping[str, Tensor]) -> Average:
+    """The average saved in the checkpoint of the file `lora`, or a new one that starts as the LoRA itself.
+
+    `adapter` is that LoRA, or a fresh one for None, under the keys of its file.
+    """
+    saved = lora.parent / AVERAGE / LORA_FILE if lora else None
+    state = read_state(saved) if saved else None
+    if state is None:
+        return Average(decay, {name: value.detach().clone() for name, value in adapter.items()})
+    require_whole(saved)
+    tensors = files.read_tensors(saved)
+    return Average(decay, {name: tensors[name].to(value.device) for name, value in adapter.items()}, state["num_averaged"])
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

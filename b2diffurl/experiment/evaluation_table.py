@@ -13,6 +13,7 @@ from typing import Any
 from b2diffurl.experiment import lock
 from b2diffurl.experiment.checkpoints import read_state
 from b2diffurl.experiment.damage import skipping
+from b2diffurl.experiment.folder import in_words
 from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.experiment.stage_table import Row, stage_rows
 from b2diffurl.runtime import files
@@ -146,9 +147,8 @@ def describe_sampler(row: Mapping[str, Any]) -> str:
 
 def describe(result: Mapping[str, Any]) -> str:
     """A result as one line of the log: checkpoint, prompts, sampler, and each reward's mean, error and gain."""
-    words = [
-        f"{result['checkpoint']} on {result['prompts']} prompts, {result['sampler']} sampler, {result['n_images']} images:"
-    ]
+    where = f"{result['prompts']} prompts, {result['sampler']} sampler, {result['n_images']} images"
+    words = [f"{in_words(result['checkpoint'])} on {where}:"]
     # The parts of a reward, such as clip/part, are too many for one line.
     others = [key for key in result["values"] if key not in ("reward", "accuracy") and "/" not in key]
     for key in ("reward", "accuracy", *others):

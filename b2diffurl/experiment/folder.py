@@ -8,6 +8,7 @@ A checkpoint of an experiment (`resolve_checkpoint`) is named so:
     last                      the last checkpoint of the newest trained stage
     stage<i>                  the last checkpoint of stage i
     stage<i>/checkpoint_<n>   stage<i>/checkpoints/checkpoint_<n> of the experiment
+    <one of these three>/ema  the exponential average of that checkpoint's LoRA, if training kept one (train.ema)
     any other text            a path: a .safetensors file, a checkpoint_<n> folder, a folder of those (its last one), or a
                               folder with such a folder `checkpoints` (`find_lora`)
 
@@ -18,10 +19,11 @@ import os
 import re
 from pathlib import Path
 
-from b2diffurl.experiment.stage import LORA_FILE, find_checkpoints, finished_stages
+from b2diffurl.experiment.stage import AVERAGE, LORA_FILE, find_checkpoints, finished_stages
 from b2diffurl.runtime.paths import user_path
 
 EXPERIMENTS = Path("model/lora")  # where an experiment is looked for by its name
+NAME_OF_AVERAGE = re.compile(rf"(last|stage\d+(/checkpoint_\d+)?)/{AVERAGE}")
 
 
 def find_experiment(name: str) -> Path:
@@ -49,6 +51,8 @@ def resolve_checkpoint(root: Path, name: str) -> Path | None:
     if name == "base":
         return None
     trained = {f"stage{stage.index}": stage for stage in finished_stages(root, "train")}
+    average = is_average(name)
+    name = name.removesuffix(f"/{AVERAGE}") if average else name
     name = list(trained)[-1] if name == "last" and trained else name
     match = re.fullmatch(r"(stage\d+)(?:/(checkpoint_\d+))?", name)
     path = root / match[1] / "checkpoints" / (match[2] or "") if match else Path(user_path(name))
@@ -61,20 +65,34 @@ def resolve_checkpoint(root: Path, name: str) -> Path | None:
         siblings = [f"{match[1]}/{folder.name}" for folder in find_checkpoints(path.parent)] if match else []
         choices = f"there are {', '.join(siblings)}" if siblings else choices
         raise FileNotFoundError(f"{root} has no checkpoint {name!r}: {choices}. {known_experiments(root.parent)}")
-    return find_lora(path)
+    return find_average(find_lora(path)) if average else find_lora(path)
+
+
+def find_average(lora: Path) -> Path:
+    """The file of the average in the checkpoint of the LoRA file `lora`; a FileNotFoundError says that it has none."""
+    path = lora.parent / AVERAGE / LORA_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{lora.parent} has no average of its LoRA. A run keeps one if it is begun with train.ema, such as "
+            "--config.train.ema=0.95."
+        )
+    return path
 
 
 def checkpoint_name(root: Path, lora: Path | None) -> str:
     """What results call a LoRA file (None: the base model).
 
-    `base`; `stage<i>` for a stage's last checkpoint; `stage<i>/checkpoint_<n>` for its others; the path for other files.
+    `base`; `stage<i>` for a stage's last checkpoint; `stage<i>/checkpoint_<n>` for its others; either with `/ema` for the
+    average there; the path for other files.
     """
     if lora is None:
         return "base"
-    match = re.fullmatch(r"(stage\d+)/checkpoints/(checkpoint_\d+)/[^/]+", relative_to(root, lora))
+    match = re.fullmatch(rf"(stage\d+)/checkpoints/(checkpoint_\d+)(/{AVERAGE})?/[^/]+", relative_to(root, lora))
     if not match:
         return str(lora)
-    return match[1] if find_lora(root / match[1]) == lora else f"{match[1]}/{match[2]}"
+    last, average = find_lora(root / match[1]), match[3] or ""
+    is_last = lora == (last.parent / AVERAGE / LORA_FILE if average else last)
+    return (match[1] if is_last else f"{match[1]}/{match[2]}") + average
 
 
 def find_lora(path: Path) -> Path:
@@ -104,5 +122,15 @@ def relative_to(root: Path, path: Path) -> str:
 
 def stage_of(checkpoint: str) -> int | None:
     """The stage number in a checkpoint's name in results; None for `base` and for a path."""
-    match = re.fullmatch(r"stage(\d+)(/checkpoint_\d+)?", checkpoint)
+    match = re.fullmatch(rf"stage(\d+)(/checkpoint_\d+)?(/{AVERAGE})?", checkpoint)
     return int(match[1]) if match else None
+
+
+def is_average(checkpoint: str) -> bool:
+    """Whether a checkpoint's name is that of an average."""
+    return NAME_OF_AVERAGE.fullmatch(checkpoint) is not None
+
+
+def in_words(checkpoint: str) -> str:
+    """A checkpoint's name for people, who are told which one is an average: `stage7/ema (averaged LoRA)`."""
+    return f"{checkpoint} (averaged LoRA)" if is_average(checkpoint) else checkpoint

@@ -25,8 +25,9 @@ selected/batch_<n>.safetensors select  copies of the selected trajectories (traj
 metrics/select.jsonl           select  one event: means and deviations of rewards, counts
 select.json                    select  its manifest
 
-checkpoints/checkpoint_<n>/    train   LoRA, optimizer, state (checkpoints.py); n = epoch /
-                                       train.save_interval, rounded up
+checkpoints/checkpoint_<n>/    train   LoRA, its average, optimizer, state
+                                       (checkpoints.py); n = epoch / train.save_interval,
+                                       rounded up
 metrics/train.jsonl            train   an event an update: loss, gradient norm, log-ratios, …
 train.json                     train   its manifest
 
@@ -60,6 +61,7 @@ from b2diffurl.runtime.logs import logger
 PHASES = ("sample", "select", "train")
 STAGE = re.compile(r"stage(0|[1-9]\d*)")  # the name of a stage's folder
 LORA_FILE = "pytorch_lora_weights.safetensors"
+AVERAGE = "ema"  # the folder in a checkpoint that holds the exponential average of its LoRA
 # The names in a stage's folder that the package writes: those of the table above.
 OURS = re.compile(
     r"((samples|selected)/batch_\d+|debug/\w+)\.safetensors|images/\d+\.png|tree\.(png|json)|checkpoints/checkpoint_\d+"

@@ -2,7 +2,8 @@
 
     samples/batch_<n>.safetensors    latents [G,K,S+1,C,h,w]: each state once, and not x_t and x_{t-1} of every transition
                                      log_probs [G,K,S], timesteps [S], prompt_ids [G], condition.<name> [P, ...],
-                                     unconditional.<name> [1, ...]; metadata: the P prompts, what sampled them, checksums
+                                     unconditional.<name> [1, ...]; metadata: the P prompts, what sampled them, checksums.
+                                     An objective on noised images needs the images alone, as latents: S = 0
     selected/batch_<n>.safetensors   ids [N], latents [N,S+1,C,h,w], log_probs [N,S], prompt_ids [N], conditions as above
 
 In a tree the two tensors above begin with the last parting. What siblings share before it is stored once, by depth d:
@@ -16,9 +17,10 @@ G groups a batch, K branches, S trained steps, P distinct prompts, N selected tr
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors import safe_open
@@ -33,7 +35,7 @@ from b2diffurl.runtime import files
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Trajectories with the text conditions they were sampled under."""
+    """Trajectories with the text conditions they were sampled under. With S = 0 they are images alone."""
 
     ids: Tensor  # [N] of the images: group * K + branch
     latents: Tensor  # [N,S+1,C,h,w] float32: x_t from the first trained step to the image
@@ -45,17 +47,15 @@ class Trajectories:
     def __len__(self) -> int:
         return len(self.latents)
 
-    def to(self, device: torch.device) -> "Trajectories":
+    def to(self, device: torch.device) -> Self:
         """A copy on `device`. From pinned memory, so that the copying goes on beside the GPU's work."""
 
-        def moved(value: Tensor) -> Tensor:
+        def moved(value: Tensor | Conditions) -> Tensor | Conditions:
+            if isinstance(value, dict):
+                return {name: moved(one) for name, one in value.items()}
             return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
 
-        conditions, unconditional = (
-            {name: moved(value) for name, value in group.items()} for group in (self.conditions, self.unconditional)
-        )
-        states = (moved(value) for value in (self.latents, self.log_probs, self.prompt_ids))
-        return Trajectories(self.ids, *states, conditions, unconditional)
+        return replace(self, **{name: moved(value) for name, value in vars(self).items() if name != "ids"})
 
 
 def save_batch(

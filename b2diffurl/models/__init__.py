@@ -17,6 +17,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from b2diffurl.algorithm.noising import NoiseLevels
 from b2diffurl.algorithm.transition import Transitions
 from b2diffurl.algorithm.types import Conditions
 from b2diffurl.algorithm.window import Window
@@ -39,6 +40,9 @@ class Model(Protocol):
 
         If `steps` are given, only these of them are taken. Each leads to the next one, the last to the image.
         """
+
+    def noise_levels(self) -> NoiseLevels:
+        """The noise levels that the network was trained on, and what it outputs there."""
 
     def scheduler(self, name: str) -> Any:
         """A scheduler of diffusers by its class name, with this model's scheduler settings."""
@@ -76,6 +80,9 @@ class Model(Protocol):
 
     def base_policy(self) -> AbstractContextManager[None]:
         """A context in which `predict` uses the frozen base model: the same network with its LoRA disabled."""
+
+    def with_lora(self, parameters: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """A context in which `predict` uses these values of the LoRA's parameters, which have the names of `trainable`."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode final latents to images uint8 [N,H,W,3]; a FloatingPointError if the decoder overflows."""
@@ -128,8 +135,11 @@ class Family(Protocol):
         Every part counts that decides an image: the network, encoders, tokenizers, the decoder, the scheduler.
         """
 
-    def check_sampler(self, model: ModelSettings, sampling: Sampling, window: Window) -> None:
-        """Raise a ValueError if a step of training's sampler in `window` has no log-probability. It names what works."""
+    def check_sampler(self, model: ModelSettings, sampling: Sampling, window: Window | None) -> None:
+        """Raise a ValueError if training's sampler cannot be used, or if a step in `window` has no log-probability.
+
+        It names what works. `window` is None if no step needs one.
+        """
 
     def check(self, model: ModelSettings) -> None:
         """Refuse, by a ValueError or FileNotFoundError, a model that is not whole or that this family cannot run.

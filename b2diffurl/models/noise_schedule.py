@@ -10,7 +10,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from b2diffurl.algorithm.ddim import make_transitions
+from b2diffurl.algorithm.ddim import make_noise_levels, make_transitions
+from b2diffurl.algorithm.noising import NoiseLevels
 from b2diffurl.algorithm.transition import Transitions
 from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.settings import ModelSettings, Sampling
@@ -96,10 +97,15 @@ def make_table(scheduler: "DDIMScheduler", num_steps: int, eta: float, steps: Se
     )
 
 
+def make_levels(scheduler: "DDIMScheduler") -> NoiseLevels:
+    """The table of noise levels, one for each training timestep."""
+    return make_noise_levels(scheduler.alphas_cumprod, prediction_type=scheduler.config.prediction_type)
+
+
 # ---- whether its steps can be trained ----
 
 
-def require_trainable(schedule: Mapping[str, Any], model: ModelSettings, sampling: Sampling, window: Window) -> None:
+def require_trainable(schedule: Mapping[str, Any], model: ModelSettings, sampling: Sampling, window: Window | None) -> None:
     """Raise a ValueError if DDIM with the model's `schedule` cannot be trained.
 
     It names entries of pretrained.scheduler that mend it, which are found by trying them on this very schedule.
@@ -122,8 +128,11 @@ def remedies(schedule: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             yield {key: news[key] for key in keys}
 
 
-def why_untrainable(schedule: Mapping[str, Any], sampling: Sampling, window: Window) -> str:
-    """Why DDIM's steps in `window` have no log-probability with this schedule, in words; "" if all have one."""
+def why_untrainable(schedule: Mapping[str, Any], sampling: Sampling, window: Window | None) -> str:
+    """Why DDIM's steps in `window` have no log-probability with this schedule, in words; "" if all have one.
+
+    Without a window none of them needs one. Every step needs a finite prediction of the image in any case.
+    """
     for key in ("clip_sample", "thresholding"):
         if schedule.get(key, key == "clip_sample"):  # diffusers' default is on for clip_sample, off for thresholding
             state = "on" if key in schedule else "not given, and on by DDIM's default"
@@ -136,6 +145,6 @@ def why_untrainable(schedule: Mapping[str, Any], sampling: Sampling, window: Win
     if not finite.all():
         kind, steps = schedule.get("prediction_type", "epsilon"), table.timesteps[~finite].tolist()
         return f"at t = {steps} there is no signal (alpha_bar is 0), and a prediction of {kind} gives no image there"
-    trained = table.rows(window.start, window.stop)
+    trained = table.rows(window.start, window.stop) if window else table.rows(0, 0)
     silent = trained.timesteps[trained.sigma <= 0].tolist()
     return f"the steps from t = {silent} add no noise (sigma = 0), so they have no log-probability" if silent else ""

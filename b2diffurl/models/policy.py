@@ -55,10 +55,15 @@ def load_policy(
             _kept[key] = policy
     # The LoRA is no part of the key: it is loaded into the same model anew in each phase.
     if lora is not None:
-        require_whole(lora)
-        check_base(lora, model, policy.fingerprint)
-        policy.load_adapter(lora)
+        load_lora(policy, model, lora)
     return policy
+
+
+def load_lora(policy: Model, model: ModelSettings, lora: Path) -> None:
+    """Put the LoRA of a file into a loaded model; a ValueError if it is damaged, or of another base than `model`."""
+    require_whole(lora)
+    check_base(lora, model, policy.fingerprint)
+    policy.load_adapter(lora)
 
 
 def load_base(model: ModelSettings, accelerator: Accelerator, *, seed: int, compile: bool, decoder: bool) -> Model:

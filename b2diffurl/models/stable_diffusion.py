@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from b2diffurl.algorithm.noising import NoiseLevels
 from b2diffurl.algorithm.transition import Transitions
 from b2diffurl.algorithm.types import Conditions
 from b2diffurl.algorithm.window import Window
@@ -143,7 +144,7 @@ def identity(model: ModelSettings) -> dict[str, str]:
     return diffusers_files.identity(model, PIPELINE)
 
 
-def check_sampler(model: ModelSettings, sampling: Sampling, window: Window) -> None:
+def check_sampler(model: ModelSettings, sampling: Sampling, window: Window | None) -> None:
     config = diffusers_files.scheduler_config(model, PIPELINE)
     noise_schedule.require_trainable(config, model, sampling, window)
 
@@ -263,6 +264,9 @@ class StableDiffusion:
     def sampler(self, num_steps: int, eta: float, steps: Sequence[int] | None = None) -> Transitions:
         return noise_schedule.make_table(self._scheduler, num_steps, eta, steps).to(self.unet.device)
 
+    def noise_levels(self) -> NoiseLevels:
+        return noise_schedule.make_levels(self._scheduler).to(self.unet.device)
+
     def scheduler(self, name: str) -> Any:
         import diffusers
 
@@ -352,6 +356,17 @@ class StableDiffusion:
             yield
         finally:
             self.unet.enable_adapters()
+
+    @contextmanager
+    def with_lora(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+        own = {name: parameter.data for name, parameter in self.trainable().items()}
+        for name, parameter in self.trainable().items():
+            parameter.data = parameters[name]
+        try:
+            yield
+        finally:
+            for name, parameter in self.trainable().items():
+                parameter.data = own[name]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

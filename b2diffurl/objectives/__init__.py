@@ -1,9 +1,10 @@
 """Objectives: the losses that an update can minimise. Each is a pure function of tensors, in a module with its options.
 
-The positional parameters of a loss are the terms that it asks for; terms.py lists and computes them. The keyword parameters
-are the fields of its options. A loss returns (loss, metrics). `loss` [N] has a number for each transition, or for each pair
-of transitions. `metrics` is a dict of detached tensors whose last dimension is N. The trainer weighs the steps and takes the
-mean. Log-probabilities are means over the D latent dimensions.
+The positional parameters of a loss are the terms that it asks for; terms.py lists and computes them. They decide what it is
+trained on: transitions of a sampler, or images that are noised again. The keyword parameters are the fields of its options.
+A loss returns (loss, metrics). `loss` [N] has a number for each transition or noised image, or each pair of transitions.
+`metrics` is a dict of detached tensors whose last dimension is N. The trainer weighs the steps and takes the mean.
+Log-probabilities and distances are means over the D latent dimensions.
 """
 
 import inspect
@@ -14,11 +15,13 @@ from typing import Any
 from torch import Tensor
 
 from b2diffurl.objectives import options
+from b2diffurl.objectives.awm import AwmOptions, awm
 from b2diffurl.objectives.d3po import D3poOptions, d3po
 from b2diffurl.objectives.ddpo import DdpoOptions, ddpo
 from b2diffurl.objectives.dpok import DpokOptions, dpok
+from b2diffurl.objectives.nft import NftOptions, nft
 from b2diffurl.objectives.reinforce import reinforce
-from b2diffurl.objectives.terms import BASE_TERMS, require_known
+from b2diffurl.objectives.terms import BASE_TERMS, NOISED_TERMS, OLD_TERMS, require_known
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,29 @@ class Objective:
         return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
 
     @property
+    def on_noised_images(self) -> bool:
+        """Whether it is trained on images that are noised again, and not on a sampler's transitions."""
+        return set(self.terms) <= {*NOISED_TERMS}
+
+    @property
+    def samples(self) -> str:
+        """What it is trained on, in a word for people."""
+        return "images" if self.on_noised_images else "trajectories"
+
+    @property
+    def unused(self) -> set[str]:
+        """The terms that are not computed, because the options give them no weight."""
+        return set() if isinstance(self.options, type) else options.weightless(self.options)
+
+    @property
     def needs_base(self) -> bool:
-        """Whether the loss needs the frozen base policy, a second evaluation of the network."""
-        return any(name in BASE_TERMS for name in self.terms)
+        """Whether the loss needs the frozen base policy, another evaluation of the network."""
+        return any(name in BASE_TERMS for name in {*self.terms} - self.unused)
+
+    @property
+    def needs_old(self) -> bool:
+        """Whether the loss needs the policy that sampled evaluated again, on what that has not seen."""
+        return any(name in OLD_TERMS for name in {*self.terms} - self.unused)
 
     def read_options(self, train: Mapping[str, Any]) -> Any:
         """The options of this objective, read from the section `train` of a configuration."""
@@ -58,4 +81,6 @@ OBJECTIVES = {
     "reinforce": Objective(reinforce, single_pass=True),
     "dpok": Objective(dpok, DpokOptions),
     "d3po": Objective(d3po, D3poOptions, paired=True),
+    "nft": Objective(nft, NftOptions),
+    "awm": Objective(awm, AwmOptions),
 }

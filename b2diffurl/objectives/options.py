@@ -12,14 +12,23 @@ class NoOptions:
     """For an objective without options."""
 
 
-def option(key: str, allowed: str) -> Any:
-    """A dataclass field that `train.<key>` sets, a number in the interval `allowed`, such as `[0, 1]` or `(0, 1e6]`."""
-    return field(metadata={"key": key, "allowed": allowed})
+def option(key: str, allowed: str, *, term: str = "") -> Any:
+    """A dataclass field that `train.<key>` sets, a number in the interval `allowed`, such as `[0, 1]` or `(0, 1e6]`.
+
+    `term` is the term that it weighs, if it weighs one. With a weight of 0 the term is not computed, and the loss gets None.
+    """
+    return field(metadata={"key": key, "allowed": allowed, "term": term})
 
 
 def read(kind: type[T], train: Mapping[str, Any]) -> T:
     """An instance of the dataclass `kind` with the values from the section `train` of a configuration."""
     return kind(**{option_field.name: train[option_field.metadata["key"]] for option_field in fields(kind)})
+
+
+def weightless(options: Any) -> set[str]:
+    """The terms whose weight is 0 in these options."""
+    weighed = {one.metadata["term"]: getattr(options, one.name) for one in fields(options) if one.metadata["term"]}
+    return {term for term, weight in weighed.items() if weight == 0}
 
 
 def limits(kinds: list[type]) -> Iterator[tuple[str, str]]:

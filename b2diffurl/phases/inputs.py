@@ -29,7 +29,8 @@ def check_base_model(plan: Plan) -> None:
 def check_sampler(plan: Plan, window: Window) -> None:
     """Raise a ValueError if a step of training's sampler in `window` cannot be trained with the base model's scheduler."""
     settings = plan.settings
-    family(settings.model).check_sampler(settings.model, settings.sampling, window)
+    needed = None if settings.training.objective.on_noised_images else window
+    family(settings.model).check_sampler(settings.model, settings.sampling, needed)
 
 
 def identified(plan: Plan) -> Plan:

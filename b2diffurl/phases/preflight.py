@@ -6,7 +6,7 @@ from b2diffurl.configuration.plan import Plan
 from b2diffurl.configuration.prompts import load_prompts
 from b2diffurl.configuration.settings import Settings
 from b2diffurl.evaluation.features import check_features
-from b2diffurl.evaluation.generate import deployed_sampler
+from b2diffurl.evaluation.generate import SAMPLERS
 from b2diffurl.models import family
 from b2diffurl.phases.inputs import check_sampler
 from b2diffurl.rewards import check_rewards
@@ -27,7 +27,8 @@ def check_later_phases(plan: Plan) -> None:
     for name in settings.judging.diversity:
         check_features(name, settings.judging, settings.rewards, plan.prompts)
     check_sampler(plan, plan.window)
-    deployed_sampler(settings)  # for the error that it raises if diffusers has no such scheduler
+    for sampler in SAMPLERS.values():
+        sampler(settings)  # for the error that it raises if diffusers has no such scheduler
 
 
 def check_optimizer(settings: Settings) -> None:

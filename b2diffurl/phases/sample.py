@@ -5,6 +5,7 @@ T sampler steps, S of them trained: the window
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -22,14 +23,14 @@ from b2diffurl.algorithm.branching import branch_sample
 from b2diffurl.algorithm.seeding import generator, noise_source
 from b2diffurl.algorithm.transition import Transitions, put_together, require_stochastic
 from b2diffurl.algorithm.tree import Tree
-from b2diffurl.algorithm.types import Conditions
+from b2diffurl.algorithm.types import Conditions, Predict
 from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.budget import Budget
 from b2diffurl.configuration.plan import Plan
 from b2diffurl.configuration.prompts import batch_prompts, named_prompts
 from b2diffurl.configuration.recorded import lasting_settings, record_experiment
 from b2diffurl.configuration.settings import Sampling
-from b2diffurl.evaluation.generate import deployed_sampler, make_scheduler
+from b2diffurl.evaluation.generate import denoise_by, deployed_sampler, make_scheduler, training_sampler
 from b2diffurl.experiment.branch_picture import decode_tree, recording_prefix, save_tree
 from b2diffurl.experiment.metrics import Metrics, timed
 from b2diffurl.experiment.not_finite import listed, not_finite
@@ -122,19 +123,17 @@ def load_sampled_policy(plan: Plan, accelerator: Accelerator) -> tuple[Model, Tr
     # evaluation_mode: nothing is wrapped around the network to average gradients, because there are none.
     model.network = accelerator.prepare_model(model.network, evaluation_mode=True)
     sampler = make_sampler(model, plan.settings.sampling, plan.window)
+    if not plan.settings.training.objective.on_noised_images:
+        require_stochastic(sampler, plan.window)
     # Not needed here. But a deployed sampler that cannot be made is refused now, rather than at the first evaluation.
     make_scheduler(model, deployed_sampler(plan.settings), accelerator.device)
     return model, sampler
 
 
 def make_sampler(model: Model, sampling: Sampling, window: Window) -> Transitions:
-    """The table of a stage's transitions. Those in the window must be stochastic (else a ValueError).
-
-    Outside they may have an eta of their own, and the tail may take fewer steps.
-    """
+    """The table of a stage's transitions. Outside the window they may have an eta of their own, and the tail fewer steps."""
     num_steps, outside = sampling.num_steps, sampling.outside
     trained = model.sampler(num_steps, sampling.eta)
-    require_stochastic(trained, window)
     prefix_eta, suffix_eta = (sampling.eta if eta < 0 else eta for eta in (outside.prefix_eta, outside.suffix_eta))
     tail = model.sampler(num_steps, suffix_eta, window.tail(num_steps, outside.num_suffix_steps))
     return put_together(model.sampler(num_steps, prefix_eta), trained, tail, window)
@@ -221,6 +220,9 @@ class BatchSampler:
         latents, log_probs, finished, prefix = self.sizes.fit(
             "sample.micro_batch_size", lambda size: self.trajectories(batch, group_conditions, size)
         )
+        states, stored_tree = latents, self.plan.settings.sampling.tree
+        if self.plan.settings.training.objective.on_noised_images:  # the images alone are stored
+            latents, log_probs, stored_tree = finished.unsqueeze(2), log_probs[:, :, :0], Tree((finished.shape[1],))
         # Before decoding, which would refuse the same latents with less to say about where they went wrong.
         require_finite(latents, log_probs, prompts, self.plan.stage, batch)
         self.bar.set_postfix_str("decoding")
@@ -229,13 +231,13 @@ class BatchSampler:
             # The report shows a stage's first group as a tree of branches.
             draws_tree = batch == 0 and self.plan.settings.sampling.shared_prefix
             sampling = self.plan.settings.sampling
-            states = prefix, latents[0], finished[0], sampling.num_steps, sampling.tree
-            tree = decode_tree(prompts[0], *states, self.decode) if draws_tree else None
+            path = prefix, states[0], finished[0], sampling.num_steps, sampling.tree
+            tree = decode_tree(prompts[0], *path, self.decode) if draws_tree else None
         self.bar.set_postfix_str("")
         if record:
             record_experiment(self.plan.record, torch.get_num_threads())
         stage, window = self.plan.stage, self.plan.window
-        timesteps = self.sampler.timesteps[window.start : window.stop]
+        timesteps = self.sampler.timesteps[window.start : window.start + log_probs.shape[2]]
 
         def write() -> None:
             written = [stage.image(batch * len(images) + n) for n in range(len(images))]
@@ -244,7 +246,7 @@ class BatchSampler:
             written += save_tree(stage, tree) if tree else []
             trajectories = latents, log_probs, timesteps
             of_batch = prompts, conditions, self.unconditional, self.policy, written
-            save_batch(stage.batch(batch), *trajectories, *of_batch, tree=self.plan.settings.sampling.tree)
+            save_batch(stage.batch(batch), *trajectories, *of_batch, tree=stored_tree)
 
         # Waits until the batch before is written, so that at most two batches are in memory.
         with timed(self.seconds, "write"):
@@ -267,38 +269,50 @@ class BatchSampler:
         The prefix is a list of states [1,C,h,w], one before each of its steps, for the picture of the branches.
         """
         sampling, window = self.plan.settings.sampling, self.plan.window
-        seed = self.plan.settings.schedule.seed
         # Made here and not once a stage: a batch that is repeated in smaller micro-batches starts from the same noise.
-        noise = noise_source(generator(seed, self.plan.stage.index, "sample", batch), self.sampler.sigma.device)
+        rng = generator(self.plan.settings.schedule.seed, self.plan.stage.index, "sample", batch)
+        noise = noise_source(rng, self.sampler.sigma.device)
+        grouped = (sampling.num_groups, sampling.num_branches)
+        if sampling.sampler.scheduler:
+            settings = training_sampler(self.plan.settings)
+            scheduler = make_scheduler(self.model, settings, self.sampler.sigma.device)
+            predict = self.predictor(scheduler.timesteps, conditions, micro_batch_size)
+            x_T = noise((math.prod(grouped), *self.model.latent_shape))
+            finished = denoise_by(scheduler, predict, x_T, rng, settings.eta).unflatten(0, grouped)
+            return finished.unsqueeze(2), torch.empty(*grouped, 0), finished, []
+        predict = self.predictor(self.sampler.timesteps, conditions, micro_batch_size)
+        # Siblings that share no prefix are sampled as G*K groups of one branch, and put into G groups below.
+        tree = sampling.tree if sampling.shared_prefix else Tree((1,))
+        prefix: list[Tensor] = []
+        sampled = branch_sample(
+            recording_prefix(predict, window.start, prefix),
+            self.sampler,
+            noise((math.prod(grouped) // tree.num_leaves, *self.model.latent_shape)),
+            noise,
+            tree=tree,
+            window=window,
+        )
+        return *(states.flatten(0, 1).unflatten(0, grouped) for states in sampled), prefix
+
+    def predictor(self, timesteps: Tensor, conditions: Conditions, micro_batch_size: int) -> Predict:
+        """The policy's output at these timesteps. Each call moves the bar on."""
         predict = predictor(
             self.model,
-            self.sampler.timesteps,
+            timesteps,
             conditions,
             self.unconditional,
-            guidance_scale=sampling.guidance_scale,
+            guidance_scale=self.plan.settings.sampling.guidance_scale,
             micro_batch_size=micro_batch_size,
         )
         budget = Budget.of(self.plan.settings)
-        images_per_evaluation = budget.num_images / budget.num_evaluations(window)
+        images_per_evaluation = budget.num_images / budget.num_evaluations(self.plan.window)
 
         def predict_with_bar(x_t: Tensor, i: int) -> Tensor:
             output = predict(x_t, i)
             self.bar.update(len(x_t) * images_per_evaluation)
             return output
 
-        # Siblings that share no prefix are sampled as G*K groups of one branch, and put into G groups below.
-        tree = sampling.tree if sampling.shared_prefix else Tree((1,))
-        prefix: list[Tensor] = []
-        sampled = branch_sample(
-            recording_prefix(predict_with_bar, window.start, prefix),
-            self.sampler,
-            noise((sampling.num_groups * sampling.num_branches // tree.num_leaves, *self.model.latent_shape)),
-            noise,
-            tree=tree,
-            window=window,
-        )
-        grouped = (sampling.num_groups, sampling.num_branches)
-        return *(states.flatten(0, 1).unflatten(0, grouped) for states in sampled), prefix
+        return predict_with_bar
 
     def decode_batch(self, batch: int, latents: Tensor) -> Tensor:
         """Images uint8 [N,H,W,3] of latents [N,C,h,w].
@@ -336,14 +350,16 @@ def sample_batches(batch_sampler: BatchSampler, batches: Sequence[int], accelera
 
 
 def require_finite(latents: Tensor, log_probs: Tensor, prompts: list[str], stage: Stage, batch: int) -> None:
-    """Stop if a log-probability is not finite: write the states of its group to debug/, raise a FloatingPointError."""
-    bad = (~log_probs.isfinite()).any(2)  # [G,K]
+    """Stop if a log-probability or an image is not finite: write the states of its group to debug/, raise a
+    FloatingPointError."""
+    bad = ~(log_probs.isfinite().all(2) & latents[:, :, -1].flatten(2).isfinite().all(2))  # [G,K]
     if bad.any():
         groups = bad.any(1).nonzero().flatten().tolist()
         ids = (batch * bad.numel() + bad.flatten().nonzero().flatten()).tolist()
         tensors = {"latents": latents[groups], "log_probs": log_probs[groups]}
         facts = {"images": ids, "groups": groups, "prompts": [prompts[g] for g in groups]}
-        message = f"{stage.batch(batch)}: log-probabilities of images {listed(ids)}, groups {listed(groups)}, are not finite"
+        whose = f"of images {listed(ids)}, groups {listed(groups)}"
+        message = f"{stage.batch(batch)}: log-probabilities or latents {whose}, are not finite"
         raise not_finite(stage, stage.batch(batch).stem, message, tensors, facts)
 
 

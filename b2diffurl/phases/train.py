@@ -1,6 +1,6 @@
 """The train phase: epochs of updates (trainer.py) on one stage's selected trajectories, with metrics and checkpoints.
 
-N trajectories, S trained steps
+N trajectories, S trained steps. For an objective on noised images a trajectory is an image alone
 U units: the loss has one term for each unit and step. A unit is a trajectory, or a contrast pair if the objective is paired
 """
 
@@ -25,7 +25,7 @@ from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.experiment.stage_table import updates_before
 from b2diffurl.experiment.trajectories import SelectedTrajectories, Trajectories
 from b2diffurl.models import Model
-from b2diffurl.models.policy import compiling, load_policy
+from b2diffurl.models.policy import compiling, load_lora, load_policy
 from b2diffurl.phases.health import WINDOW, UpdateHealth, in_words
 from b2diffurl.phases.inputs import identified
 from b2diffurl.phases.trainer import Trainer, make_trainer, warm_up
@@ -80,10 +80,13 @@ def train_stage(plan: Plan) -> None:
     interrupted = whole_checkpoints(stage.checkpoints())
     source = interrupted[-1] / LORA_FILE if interrupted else plan.resume_from
     seed, compiled = plan.settings.schedule.seed, plan.settings.compute.compile
-    model = load_policy(plan.settings.model, accelerator, source, seed=seed, compile=compiled, decoder=False)
+    model = load_policy(plan.settings.model, accelerator, plan.resume_from, seed=seed, compile=compiled, decoder=False)
     check_policy(plan, sampled["policy"], model)
+    old_lora = {name: parameter.detach().clone() for name, parameter in model.trainable().items()}
+    if interrupted:
+        load_lora(model, plan.settings.model, source)
     check_scheduler(plan, sampled.get("scheduler", {}), model)
-    trainer = make_trainer(plan, accelerator, model, source)
+    trainer = make_trainer(plan, accelerator, model, source, old_lora)
     epochs_done = resumed_epochs(stage, source) if interrupted else 0
     if accelerator.is_main_process:
         stage.remove_temporaries()
@@ -94,7 +97,7 @@ def train_stage(plan: Plan) -> None:
     data = read_data(plan)
     with compiling(compiled, f"stage{stage.index} train") as wanted:
         if wanted and len(data.units):
-            warm_up(trainer, data.stored, data.units[:1])
+            warm_up(trainer, data.stored, data.units[:1], plan.window.num_steps)
     loaded = time.perf_counter()
     if len(data.units):
         train_epochs(plan, trainer, log, data, epochs_done)
@@ -198,15 +201,16 @@ def read_data(plan: Plan) -> TrainingData:
     """The stage's selected trajectories, the advantages of their transitions, and the units of the loss."""
     rows = files.read_json(plan.stage.selection)
     selected = [Selected(row["group"], row["branch"], row["score"]) for row in rows]
-    tree = plan.settings.sampling.tree
+    tree, objective = plan.settings.sampling.tree, plan.settings.training.objective
     depths = tree.depths(plan.window.num_steps)
     of_edges = torch.tensor([row["advantage"] for row in rows]).view(len(rows), tree.num_depths)
     return TrainingData(
         stored=SelectedTrajectories(plan.stage, selected, plan.settings.sampling.num_groups),
         # A transition has the advantage of its edge. Branches that part once have one edge each.
         advantages=of_edges[:, depths],
-        owned=owned_edges(selected, tree)[:, depths] if tree.num_depths > 1 else None,
-        units=make_units(selected, paired=plan.settings.training.objective.paired),
+        # Leaves of a tree share transitions, but no images.
+        owned=owned_edges(selected, tree)[:, depths] if tree.after and not objective.on_noised_images else None,
+        units=make_units(selected, paired=objective.paired),
     )
 
 
@@ -218,9 +222,12 @@ def train_epochs(plan: Plan, trainer: Trainer, log: UpdateLog, data: TrainingDat
     """
     training, seed, index = plan.settings.training, plan.settings.schedule.seed, plan.stage.index
     units, num_steps = data.units, Budget.of(plan.settings).num_chosen_steps(plan.window.num_steps)
+    what = f"{num_steps} of their {plan.window.num_steps} steps"
+    if training.objective.on_noised_images:
+        what = f"noised to {num_steps} levels each"
     logger.info(
-        "stage%d train: training on %d trajectories, %d of their %d steps, from %s",
-        index, data.num_trajectories, num_steps, plan.window.num_steps, plan.start,
+        "stage%d train: training on %d %s, %s, from %s",
+        index, data.num_trajectories, training.objective.samples, what, plan.start,
     )  # fmt: skip
     size = max(1, training.num_trajectories // units[0].numel())  # units in an update
     planned = [
@@ -230,13 +237,15 @@ def train_epochs(plan: Plan, trainer: Trainer, log: UpdateLog, data: TrainingDat
     ]
 
     def read(update: tuple[int, int, Tensor]) -> Trajectories:
-        return data.stored.read(update[2].flatten().tolist())
+        epoch, number, chosen = update
+        stored = data.stored.read(chosen.flatten().tolist())
+        return trainer.loss.prepare(stored, generator(seed, index, "noise", epoch, number))
 
     num_transitions = (training.num_epochs - epochs_done) * data.num_transitions(num_steps)
     with progress_bar(num_transitions, f"stage{index} train", "transitions") as trainer.bar:
         for (epoch, number, chosen), trajectories in ahead(read, planned):
             # Drawn for each update by a key of its own, so that a resumed training draws the same steps.
-            steps = choose_steps(plan.window.num_steps, num_steps, generator(seed, index, "steps", epoch, number))
+            steps = choose_steps(len(trainer.loss.step_weight), num_steps, generator(seed, index, "steps", epoch, number))
             first = trainer.num_updates == 0
             # The trainer sees only this update's trajectories, which are numbered from 0.
             local = torch.arange(chosen.numel()).view(chosen.shape)
@@ -277,7 +286,7 @@ def save(plan: Plan, trainer: Trainer, epoch: int) -> None:
         state |= {"selection_sha256": selection_sha256(plan.stage)}
         state |= {"base_model_sha256": model.fingerprint, "scaler": scaler}
         folder = plan.stage.checkpoint(math.ceil(epoch / plan.settings.output.save_interval))
-        save_checkpoint(folder, model.adapter_state(), trainer.optimizer, list(model.trainable()), state)
+        save_checkpoint(folder, model.adapter_state(), trainer.optimizer, list(model.trainable()), state, trainer.average)
     accelerator.wait_for_everyone()
 
 
@@ -292,6 +301,7 @@ def finish(plan: Plan, trainer: Trainer, log: UpdateLog, data: TrainingData, sam
         "num_trained_steps": plan.window.num_steps,
         "window": plan.window.ends,
         "num_updates": len(updates),
+        "learning_rate": trainer.optimizer.param_groups[0]["lr"],
         "num_transitions": plan.settings.training.num_epochs * num_transitions,
         "max_abs_log_ratio_first_update": updates[0]["max_abs_log_ratio"] if updates else None,
         "policy": sampled["policy"],
@@ -304,7 +314,7 @@ def finish(plan: Plan, trainer: Trainer, log: UpdateLog, data: TrainingData, sam
         "warnings": log.health.warnings(),
         "seconds": seconds,
     } | peak_memory(accelerator.device)
-    written = [path for folder in stage.checkpoints() for path in folder.iterdir()]
+    written = [path for folder in stage.checkpoints() for path in folder.rglob("*") if path.is_file()]
     stage.write_manifest("train", facts, [*written, stage.metrics("train")])
     clean_up(plan)  # only now: until the manifest is written a killed run has to read the trajectories again
     # Means over the stage's updates. A gradient norm is None where fp16's scaler skipped the update.

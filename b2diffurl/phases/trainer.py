@@ -3,13 +3,14 @@
 The gradient is that of the mean loss over units and steps. How memory and processes cut the update up changes it by rounding
 alone.
 
-N trajectories, S trained steps, s of them in an update, W processes
+N trajectories, S trained steps, s of them in an update, W processes. For an objective on noised images a trajectory is an
+image alone, and a step is a band of noise levels
 U units: the loss has one term for each unit and step. A unit is a trajectory, or a contrast pair if the objective is paired
 B micro-batches of M units
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,82 +21,17 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from b2diffurl.algorithm.transition import Transitions, require_stochastic, step_weights
-from b2diffurl.algorithm.window import Window
+from b2diffurl.algorithm.average import Average
 from b2diffurl.configuration.plan import Plan
 from b2diffurl.configuration.settings import Optimizer
-from b2diffurl.experiment.checkpoints import load_optimizer, read_state
+from b2diffurl.experiment.checkpoints import load_average, load_optimizer, read_state
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.experiment.trajectories import SelectedTrajectories, Trajectories
 from b2diffurl.models import Model
-from b2diffurl.objectives import Objective
-from b2diffurl.objectives.terms import transition_terms
+from b2diffurl.phases.losses import Loss, make_loss
 from b2diffurl.phases.update_report import StepValues, UpdateReport, join, of_all_processes, refusal, update_metrics
 from b2diffurl.runtime.batch_sizes import BatchSizes
 from b2diffurl.runtime.logs import logger
-
-
-@dataclass(frozen=True)
-class PolicyLoss:
-    """The objective's loss of stored transitions under the current policy."""
-
-    model: Model
-    table: Transitions
-    window: Window
-    step_weight: Tensor  # [S], mean 1
-    objective: Objective
-    guidance_scale: float
-    unconditional_gradient: bool
-
-    def __call__(self, trajectories: Trajectories, advantages: Tensor, units: Tensor, steps: Tensor) -> StepValues:
-        """The loss of `units` [M] or [M,2] at `steps` [s], some of 0..S-1, in one pass through the network.
-
-        `units` are rows of `trajectories`, as are those of `advantages` [N,S]. All tensors are on one device.
-        """
-        shape = units.movedim(0, -1).shape  # [M], or [2,M] for pairs: all the best, then the worst
-        rows = units.movedim(0, -1).flatten()
-        # One transition for each row and step: [s*M] or [s*2M], step by step.
-        step = steps.repeat_interleave(len(rows))
-        rows = rows.repeat(len(steps))
-        i = self.window.start + step  # trajectories store the window; the table counts all T steps
-        x_t, x_prev = trajectories.latents[rows, step], trajectories.latents[rows, step + 1]
-        predict = partial(self.predict, trajectories, rows, x_t, self.table.timesteps[i])
-
-        def predict_base() -> Tensor:
-            with self.model.base_policy():
-                return predict()
-
-        terms = transition_terms(
-            self.objective.terms,
-            self.table,
-            i,
-            x_t,
-            x_prev,
-            old_log_prob=trajectories.log_probs[rows, step],
-            advantage=advantages[rows, step],
-            predict=predict,
-            predict_base=predict_base,
-        )
-        # The objective takes terms [M] or [2,M] of one step, so it is called for each.
-        terms_by_step = zip(*(term.view(len(steps), *shape) for term in terms), strict=True)
-        losses, metrics = zip(*(self.objective(*step_terms) for step_terms in terms_by_step), strict=True)
-        stacked = {name: torch.stack([each[name] for each in metrics]) for name in metrics[0]}
-        return StepValues(torch.stack(losses), stacked.pop("log_ratio"), stacked.pop("clipped"), stacked)
-
-    def predict(self, trajectories: Trajectories, rows: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
-        """The network's guided output at x_t, with the prompts of the trajectories `rows`."""
-        return self.model.predict(
-            x_t,
-            timesteps,
-            {name: value[trajectories.prompt_ids[rows]] for name, value in trajectories.conditions.items()},
-            trajectories.unconditional,
-            self.guidance_scale,
-            unconditional_gradient=self.unconditional_gradient,
-        )
-
-    def timesteps(self, steps: Sequence[int]) -> list[int]:
-        """The timesteps of the sampler at `steps`, some of 0..S-1."""
-        return [self.table.timesteps[self.window.start + step].item() for step in steps]
 
 
 @dataclass
@@ -104,17 +40,18 @@ class Trainer:
 
     stage: Stage
     accelerator: Accelerator
-    loss: PolicyLoss
+    loss: Loss
     optimizer: torch.optim.Optimizer
     max_grad_norm: float
     sizes: BatchSizes  # train.micro_batch_size: transitions the network sees at once
+    average: Average | None = None  # of the LoRA over all updates
     constant_shape: bool = False  # pad micro-batches to the same shape in all updates, for a compiled network
     num_updates: int = 0  # of this stage
     bar: tqdm = field(default_factory=partial(tqdm, disable=True))  # counts the transitions of all processes
 
     @property
     def model(self) -> Model:
-        return self.loss.model
+        return self.loss.policy.model
 
     def update(
         self,
@@ -145,6 +82,8 @@ class Trainer:
         self.optimizer.step()
         if self.accelerator.optimizer_step_was_skipped:
             logger.warning("stage%d train: fp16 overflow, update %d is skipped", self.stage.index, self.num_updates)
+        elif self.average:
+            self.average.add(self.model.adapter_state())
         self.optimizer.zero_grad()
         self.num_updates += 1
         return update_metrics(reports, norm)
@@ -267,12 +206,12 @@ class Trainer:
         raise refusal(report, norm, gradients, trajectories, self.stage, number=self.num_updates, rank=rank)
 
 
-def warm_up(trainer: Trainer, stored: SelectedTrajectories, units: Tensor) -> None:
+def warm_up(trainer: Trainer, stored: SelectedTrajectories, units: Tensor, num_steps: int) -> None:
     """Compile a network that is to be compiled before the first update, by one full micro-batch at one step."""
     device = trainer.accelerator.device
-    trajectories = stored.read(units.flatten().tolist()).to(device)
+    trajectories = trainer.loss.prepare(stored.read(units.flatten().tolist()), torch.Generator()).to(device)
     local = torch.arange(units.numel()).view(units.shape)
-    advantages = torch.ones(trajectories.log_probs.shape, device=device)
+    advantages = torch.ones(len(trajectories), num_steps, device=device)
 
     def one_step(size: int) -> None:
         cut, _ = micro_batches(local, 0, 1, max(1, size // units[0].numel()), constant=True)
@@ -284,31 +223,28 @@ def warm_up(trainer: Trainer, stored: SelectedTrajectories, units: Tensor) -> No
     trainer.optimizer.zero_grad()  # compiling needed a backward pass, whose gradient means nothing
 
 
-def make_trainer(plan: Plan, accelerator: Accelerator, model: Model, source: Path | None) -> Trainer:
-    """The trainer of a stage, with the optimizer state that was saved beside the LoRA `source`, if there is one."""
-    sampling, training = plan.settings.sampling, plan.settings.training
-    table = model.sampler(sampling.num_steps, sampling.eta)
-    require_stochastic(table, plan.window)
+def make_trainer(
+    plan: Plan, accelerator: Accelerator, model: Model, source: Path | None, old_lora: Mapping[str, Tensor]
+) -> Trainer:
+    """The trainer of a stage, with the optimizer state and the average that were saved beside the LoRA `source`, if any.
+
+    `old_lora` has the LoRA's parameters of the policy that sampled the stage.
+    """
+    training = plan.settings.training
+    loss = make_loss(model, plan.settings.sampling, training, plan.window, old_lora)
     if training.gradient_checkpointing:
         model.checkpoint_gradients()
     parameters = model.trainable()
-    optimizer = make_optimizer(training.optimizer, list(parameters.values()), scaled=accelerator.scaler is not None)
-    # A LoRA from elsewhere, to which resume_from may point, has no state beside it: AdamW then starts afresh.
+    rate = training.optimizer.rate(plan.stage.index, plan.settings.schedule.num_stages)
+    optimizer = make_optimizer(training.optimizer, list(parameters.values()), rate, scaled=accelerator.scaler is not None)
+    # A LoRA from elsewhere, to which resume_from may point, has no state beside it, and an average has no optimizer: AdamW
+    # then starts afresh.
     state = read_state(source) if source else None
-    if state:
+    if state and "optimizer" in state:
         load_optimizer(source, optimizer, list(parameters))
     model.network, optimizer = accelerator.prepare(model.network, optimizer)
     if state and state["scaler"] and accelerator.scaler:
         accelerator.scaler.load_state_dict(state["scaler"])
-    loss = PolicyLoss(
-        model=model,
-        table=table,
-        window=plan.window,
-        step_weight=step_weights(table, plan.window, training.step_weight),
-        objective=training.objective,
-        guidance_scale=sampling.guidance_scale,
-        unconditional_gradient=training.unconditional_gradient,
-    )
     compiled = plan.settings.compute.compile
     sizes = BatchSizes(
         plan.stage.root,
@@ -317,12 +253,13 @@ def make_trainer(plan: Plan, accelerator: Accelerator, model: Model, source: Pat
         alone=accelerator.num_processes == 1,
         given=[plan.settings.model.resolution, compiled, training.gradient_checkpointing],
     )
-    max_grad_norm = training.optimizer.max_grad_norm
-    return Trainer(plan.stage, accelerator, loss, optimizer, max_grad_norm, sizes, constant_shape=compiled)
+    max_grad_norm, ema = training.optimizer.max_grad_norm, training.optimizer.ema
+    average = load_average(source, ema, model.adapter_state()) if ema else None
+    return Trainer(plan.stage, accelerator, loss, optimizer, max_grad_norm, sizes, average, constant_shape=compiled)
 
 
-def make_optimizer(optimizer: Optimizer, parameters: list[Tensor], *, scaled: bool) -> torch.optim.Optimizer:
-    """AdamW, or bitsandbytes' 8-bit AdamW. `scaled` says that fp16's loss scaling is on.
+def make_optimizer(optimizer: Optimizer, parameters: list[Tensor], rate: float, *, scaled: bool) -> torch.optim.Optimizer:
+    """AdamW, or bitsandbytes' 8-bit AdamW, with this learning rate. `scaled` says that fp16's loss scaling is on.
 
     On CUDA AdamW is fused, one kernel for all of a LoRA's small matrices. Not with loss scaling: the fused optimizer skips
     updates by itself, and accelerate would not notice.
@@ -336,7 +273,7 @@ def make_optimizer(optimizer: Optimizer, parameters: list[Tensor], *, scaled: bo
         AdamW = partial(torch.optim.AdamW, fused=parameters[0].is_cuda and not scaled)
     return AdamW(
         parameters,
-        lr=optimizer.learning_rate,
+        lr=rate,
         betas=optimizer.betas,
         weight_decay=optimizer.weight_decay,
         eps=optimizer.epsilon,

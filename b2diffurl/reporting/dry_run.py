@@ -156,11 +156,12 @@ def disk_text(settings: Settings, base: Sizes, volumes: Sequence[int]) -> str:
 def trajectory_bytes(settings: Settings, base: Sizes, num_trained_steps: int, num_prompts: int, embedding_bytes: int) -> int:
     """Bytes of a stage's samples/, without the files' headers.
 
-    Each trajectory has S + 1 states and S log-probabilities in float32; what branches of a tree share is there once. Each
-    batch has timesteps and prompt ids (8 bytes each), and the embeddings of its prompts and of the empty prompt
-    (`embedding_bytes` a number).
+    Each trajectory has S + 1 states and S log-probabilities in float32, those that branches of a tree share once; S is 0 of
+    an image alone. Each batch has timesteps and prompt ids (8 bytes each), and the embeddings of its prompts and of the
+    empty prompt (`embedding_bytes` a number).
     """
     sampling, state = settings.sampling, math.prod(base.latent_shape)
+    num_trained_steps = 0 if settings.training.objective.on_noised_images else num_trained_steps
     numbers = sampling.tree.num_evaluations(num_trained_steps) * (state + 1) + sampling.num_branches * state  # of a group
     prompts = min(sampling.num_groups, num_prompts) + 1  # a batch stores each distinct prompt once
     batch = 8 * (num_trained_steps + sampling.num_groups) + prompts * base.embedding * embedding_bytes
@@ -168,9 +169,10 @@ def trajectory_bytes(settings: Settings, base: Sizes, num_trained_steps: int, nu
 
 
 def checkpoint_bytes(settings: Settings, base: Sizes) -> int:
-    """Bytes of one checkpoint, without the files' headers: the LoRA in float32, and AdamW's two moments of each number."""
-    moment = 1 if settings.training.optimizer.use_8bit else 4
-    return settings.model.lora_rank * base.lora * (4 + 2 * moment)
+    """Bytes of one checkpoint, without the files' headers: LoRA and average in float32, AdamW's two moments a number."""
+    optimizer = settings.training.optimizer
+    moment, average = 1 if optimizer.use_8bit else 4, 4 if optimizer.ema else 0
+    return settings.model.lora_rank * base.lora * (4 + average + 2 * moment)
 
 
 def image_bytes(root: Path, base: Sizes) -> float:

@@ -98,12 +98,13 @@ def finished_at(manifest: dict[str, Any]) -> float:
 
 
 def passes(objective: Objective) -> int:
-    """The cost of training on one transition, in evaluations of the network.
+    """The cost of training on one transition or noised image, in evaluations of the network.
 
     One forward, one backward. The backward pass costs as much as the forward one and not twice as much, because gradients of
-    the frozen weights are not computed. An objective that asks for the base policy needs one more forward.
+    the frozen weights are not computed. An objective that asks for the base policy needs one more forward, and so does one
+    that asks for the policy that sampled.
     """
-    return 2 + objective.needs_base
+    return 2 + objective.needs_base + objective.needs_old
 
 
 def first_pace(settings: Settings, window: Window, batch_sec: float, load_sec: float) -> Pace:
@@ -127,7 +128,7 @@ def work_left(settings: Settings) -> Work:
     shares = [manifest["num_selected"] / manifest["num_images"] for manifest in latest]
     expected = median(shares) * budget.num_images if shares else budget.most_selected
     left = evaluations_left(settings, finished={stage.index for stage in finished_stages(root, "train")})
-    for call in calls(settings.schedule.num_stages):
+    for call in calls(settings):
         if call.script == "eval":
             continue  # `evaluations_left` has them
         stage = Stage(root, call.stage)
@@ -153,7 +154,7 @@ def evaluations_left(settings: Settings, *, finished: set[int]) -> Work:
     """The work of the run's evaluations that are not done. Those due after the stages `finished` count as done."""
     num_stages, judging = settings.schedule.num_stages, settings.judging
     done, left, processes = set(), set(), 0
-    for call in calls(num_stages):
+    for call in calls(settings):
         evaluations = call.evaluations(num_stages, judging.every)
         if call.stage in finished:
             done |= evaluations

@@ -26,7 +26,7 @@ from b2diffurl.experiment.evaluation_table import (
     set_title,
     with_error,
 )
-from b2diffurl.experiment.folder import checkpoint_name, relative_to
+from b2diffurl.experiment.folder import checkpoint_name, is_average, relative_to
 from b2diffurl.experiment.stage import LORA_FILE, Stage, finished_stages
 from b2diffurl.experiment.stage_table import Row, stage_rows
 from b2diffurl.models import Description, family
@@ -363,6 +363,7 @@ def training(exported: Exported) -> dict[str, str]:
         "selection": f"{settings['eval.selection']}, advantage by {settings['eval.advantage']}",
         "objective": f"{objective}, clip range {settings['train.eps']:g}" if objective in ("ddpo", "dpok") else objective,
         "optimizer": f"AdamW, learning rate {settings['train.learning_rate']:g}",
+        **({"weights": average_text(settings["train.ema"])} if is_average(exported.checkpoint) else {}),
         "LoRA": f"rank {settings['train.lora_rank']} = alpha, on the attention of the {exported.family.network}, float32",
         "seed": str(settings["seed"]),
     }
@@ -384,6 +385,11 @@ def trained_text(windows: list[Window], num_steps: int) -> str:
         return f"the last {span([window.num_steps for window in windows])} of {num_steps} steps"
     ends = dict.fromkeys(f"{window.start + 1}-{window.stop}" for window in (windows[0], windows[-1]))
     return f"steps {' to '.join(ends)} of {num_steps}"
+
+
+def average_text(decay: float) -> str:
+    """What an averaged LoRA is."""
+    return f"the exponential average of the LoRA over its updates, decay {decay:g}; not the LoRA after the last one"
 
 
 def span(numbers: list[int]) -> str:

@@ -28,7 +28,15 @@ from b2diffurl.configuration.recorded import preset_differences, setting_changes
 from b2diffurl.configuration.settings import describe_reward
 from b2diffurl.experiment.branch_picture import load_tree
 from b2diffurl.experiment.damage import skipping
-from b2diffurl.experiment.evaluation_table import describe_sampler, evaluation_rows, set_name, set_title, with_error
+from b2diffurl.experiment.evaluation_table import (
+    describe_sampler,
+    evaluation_rows,
+    every_evaluation,
+    set_name,
+    set_title,
+    with_error,
+)
+from b2diffurl.experiment.folder import in_words, is_average
 from b2diffurl.experiment.stage import PHASES, Stage, finished_stages
 from b2diffurl.experiment.stage_table import Row, stage_list, stage_row, stage_warnings, step_means, with_queries
 from b2diffurl.reporting.plots import (
@@ -99,7 +107,7 @@ def write_report(root: Path) -> Path:
             "config": config,
             "reward": describe_reward(config["reward"]),
             "warned": warned_kinds([row for one in readable for row in one["warned"]]),
-            "figures": figure_table(evaluations),
+            "figures": figure_table(evaluations, every_evaluation(root)),
             "galleries": galleries(root, evaluations, kept, damaged),
             "curves": draw_curves(stages, evaluations, kept),
             "heat_maps": draw_heat_maps(readable, kept),
@@ -245,15 +253,17 @@ def warned_kinds(rows: Sequence[Row]) -> list[dict[str, Any]]:
 # ---- figures ----
 
 
-def figure_table(evaluations: Sequence[Row]) -> list[dict[str, Any]]:
+def figure_table(evaluations: Sequence[Row], everything: Sequence[Row]) -> list[dict[str, Any]]:
     """The page's section Figures: base, newest checkpoint and difference, for each prompt set, sampler and figure.
 
-    `place` numbers the tables, one for each prompt set and sampler.
+    If an average of the LoRA was judged under the same conditions the newest one stands beside them. `everything` are the
+    rows of eval.jsonl. `place` numbers the tables, one for each prompt set and sampler.
     """
     lines = []
     for place, (prompts, sampler) in enumerate(judged_sets(evaluations)):
         rows = [row for row in evaluations if (row["prompts"], row["sampler"]) == (prompts, sampler)]
         base, tuned = base_and_tuned(rows)  # either may be missing: a figure of one alone is shown, too
+        average = newest_average(everything, rows[0]) or {}
         for key in figures_of([row for row in (base, tuned) if row]):
             lines.append(
                 {
@@ -265,6 +275,9 @@ def figure_table(evaluations: Sequence[Row]) -> list[dict[str, Any]]:
                     "tuned": with_error(tuned or {}, key),
                     "checkpoint": tuned["checkpoint"] if tuned else "",
                     "gain": with_error(tuned or {}, f"{key}_gain", signed=True),
+                    "average": with_error(average, key),
+                    "average_checkpoint": in_words(average["checkpoint"]) if average else "",
+                    "average_gain": with_error(average, f"{key}_gain", signed=True),
                 }
             )
     return lines
@@ -282,6 +295,13 @@ def base_and_tuned(rows: Sequence[Row]) -> tuple[Row | None, Row | None]:
     base = next((row for row in rows if row["checkpoint"] == "base"), None)
     tuned = [row for row in rows if row["stage"] is not None]
     return base, tuned[-1] if tuned else None
+
+
+def newest_average(everything: Sequence[Row], like: Row) -> Row | None:
+    """The newest stage's average that was judged on the prompts of the row `like`, by its sampler and conditions."""
+    same = [row for row in everything if all(row[key] == like[key] for key in ("prompts", "sampler", "conditions"))]
+    averages = [row for row in same if is_average(row["checkpoint"]) and "checkpoint_" not in row["checkpoint"]]
+    return max(averages, key=lambda row: row["stage"], default=None)
 
 
 # ---- pictures ----

@@ -7,40 +7,81 @@ import os
 import subprocess
 import sys
 import time
-from itertools import combinations
+from dataclasses import replace
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, experiment, make_config
+from conftest import ROOT, experiment, get_config, make_config
 from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 from scipy.stats import ttest_rel
 
+from b2diffurl.configuration.budget import Budget
 from b2diffurl.configuration.keys import flatten
 from b2diffurl.configuration.rules import check
-from benchmarks.study import FULL, QUICK, VARIANTS, configure, cost, root_of, runs
-from benchmarks.study_report import SETS, write_report
+from b2diffurl.configuration.settings import read_settings
+from b2diffurl.experiment.stage import Stage
+from b2diffurl.objectives import OBJECTIVES, Objective
+from b2diffurl.objectives.ddpo import DdpoOptions
+from b2diffurl.runtime import files
+from benchmarks.study import (
+    CPU_FILE,
+    FULL,
+    PHASES,
+    QUICK,
+    VARIANTS,
+    Scale,
+    Variant,
+    changes,
+    configure,
+    cost,
+    draw,
+    finished_run,
+    make_stages,
+    record_cpu_seconds,
+    root_of,
+    runs,
+)
+from benchmarks.study_format import SETS
+from benchmarks.study_noised import ARMS as NOISED
+from benchmarks.study_noised import BEST, seconds_per_evaluation, targets_table
+from benchmarks.study_report import page, write_report
 from benchmarks.study_statistics import (
     at_equal_cost,
     at_matched_accuracy,
     by_variant,
+    cost_to_reach,
     differences,
     final,
     interval,
+    mean_curve,
     pooled_deviation,
     value_at,
+    with_cost,
+    with_cpu_seconds,
 )
 
-MEASURED = ("accuracy", "reward", "diversity/clip", "diversity/clip_right", "diversity/clip_vendi", "diversity/layout_right")
+MEASURED = (
+    "accuracy", "reward", "shapes/well_formed", "diversity/clip", "diversity/clip_right", "diversity/clip_vendi",
+    "diversity/layout_right",
+)  # fmt: skip
+COMMITTED = ROOT / "docs" / "results" / "study.json"
+AGAINST = {variant.name: variant.against for variant in VARIANTS.values()}
 
 
-def run(name: str, seed: int, accuracies: list[float], *, cost: float = 100.0) -> dict:
-    """A run whose curve has these accuracies at 0, 1, 2, … times `cost` of everything; diversity is 1 - accuracy."""
+def run(name: str, seed: int, accuracies: list[float], *, cost: float = 100.0, images: float = 100.0) -> dict:
+    """A run whose curve has these accuracies at 0, 1, 2, … times `cost` of everything; diversity is 1 - accuracy.
+
+    All runs score equally many `images` a point, unless told otherwise.
+    """
     curve = []
     for n, accuracy in enumerate(accuracies):
         figures = {key: 1 - accuracy if key.startswith("diversity") else accuracy for key in MEASURED}
-        spent = dict.fromkeys(("queries", "evaluations", "updates", "seconds"), n * cost)
+        spent = dict.fromkeys(("evaluations", "updates", "seconds"), n * cost) | {"queries": n * images}
         curve.append(spent | {prompts: dict(figures) for prompts in SETS})
-    return {"name": name, "arm": name, "objective": "ddpo", "seed": seed, "curve": curve}
+    made = {"hardware": "here", "device": "cpu", "versions": {"torch": "2"}, "date": "today"}
+    return {"name": name, "arm": name, "objective": "ddpo", "seed": seed, "settings": {}, "curve": curve} | made
 
 
 def test_the_paired_interval_is_students():
@@ -76,6 +117,51 @@ def test_equal_cost_is_where_the_cheaper_one_ends():
     assert final("train", "accuracy")(cheap, dear) == pytest.approx(-0.3)
 
 
+def test_ends_are_compared_after_equally_many_images():
+    """A run that scored a tenth more images is not compared at its end; one that scored 1 in 200 more is."""
+    one, more = run("b2", 1, [0.4, 0.5]), run("ddpo", 1, [0.4, 0.5], images=110)
+    with pytest.raises(ValueError, match="b2 scored 100 images and ddpo scored 110 images"):
+        final("test", "accuracy")(one, more)
+    assert final("test", "accuracy")(one, run("ddpo", 1, [0.4, 0.5], images=100.5)) == 0
+
+
+def test_the_cost_of_an_accuracy_by_hand():
+    """0.4, 0.6, 0.5, 0.9 at 0, 100, 200, 300: interpolated, first time round, nothing if never, 0 if the base has it."""
+    found = run("ddpo", 1, [0.4, 0.6, 0.5, 0.9])
+    for accuracy, spent in ((0.3, 0), (0.4, 0), (0.45, 25), (0.6, 100), (0.7, 250), (0.9, 300)):
+        assert cost_to_reach(found, "test", accuracy, "queries") == pytest.approx(spent)
+    assert cost_to_reach(found, "test", 0.91, "queries") is None
+
+
+def test_a_mean_curve_by_hand():
+    """Means of accuracies and costs, point by point; a cost that one run lacks is left out."""
+    cheap, dear = run("b2", 1, [0.4, 0.5]), run("b2", 2, [0.4, 0.9], cost=300)
+    cheap["curve"][-1]["cpu_seconds"] = 7.0
+    mean = mean_curve([cheap, dear])
+    assert mean["curve"][-1]["test"]["accuracy"] == pytest.approx(0.7)
+    assert (mean["curve"][-1]["queries"], mean["curve"][-1]["evaluations"]) == (100, 200)
+    assert "cpu_seconds" not in mean["curve"][-1]
+    assert cost_to_reach(mean, "test", 0.55, "evaluations") == pytest.approx(100)
+
+
+def test_cpu_seconds_of_a_calibrated_arm_are_its_evaluations_times_the_median():
+    """Three runs of 50 evaluations in 4, 9 and 5 s: 0.1 s each. Another arm keeps what it has, or stays without."""
+    calibration = {"arms": {"ddpo": {"queries": 10, "evaluations": 50, "cpu_seconds": [4.0, 9.0, 5.0]}}}
+    each = seconds_per_evaluation(calibration)
+    assert each == {"ddpo": pytest.approx(0.1)}
+    timed, untimed = run("b2", 1, [0.4, 0.5]), run("b2", 2, [0.4, 0.5])
+    for n, point in enumerate(timed["curve"]):
+        point["cpu_seconds"] = 3.0 * n
+    found = by_variant(with_cpu_seconds([run("ddpo", 1, [0.4, 0.5, 0.6]), timed, untimed], each))
+    assert [point["cpu_seconds"] for point in found["ddpo"][1]["curve"]] == pytest.approx([0, 10, 20])
+    assert found["b2"] == {1: timed, 2: untimed}
+    known = with_cost(found, "cpu_seconds")
+    assert {name: [*some] for name, some in known.items()} == {"ddpo": [1], "b2": [1]}
+    # 3 s of b2 are 30 % of the first 10 s of ddpo, where it has come from 0.4 to 0.43.
+    assert differences(known, "b2", "ddpo", at_equal_cost("test", "accuracy", "cpu_seconds")) == [pytest.approx(0.07)]
+    assert seconds_per_evaluation(None) == {}
+
+
 def test_matched_accuracy_is_read_off_both_curves():
     """At the accuracy that the poorer run reached, first time round; equal curves differ by nothing, however long."""
     short, long = run("b2", 1, [0.4, 0.5]), run("ddpo", 1, [0.4, 0.6, 0.5, 0.9])
@@ -107,16 +193,73 @@ def test_variants_cost_equally_many_queries():
     """Images scored a run differ by less than 1 % between any two variants."""
     counts = []
     for variant in VARIANTS.values():
-        config = configure(FULL, variant)
-        counts.append(config.stage_cnt * config.sample.num_batches_per_epoch * config.sample.batch_size * config.split_time)
+        settings = read_settings(configure(FULL, variant))
+        counts.append(settings.schedule.num_stages * Budget.of(settings).num_images)
     assert all(max(pair) / min(pair) < 1.01 for pair in combinations(counts, 2))
 
 
 def test_every_variant_changes_what_it_says():
     """Settings are other values than the arm's own, so that no control is an arm by another name."""
     for variant in VARIANTS.values():
-        changed, arm = (flatten(configure(FULL, one).to_dict()) for one in (variant, VARIANTS[variant.arm]))
+        plain = Variant(variant.arm, variant.arm, 1)
+        changed, arm = (flatten(configure(FULL, one).to_dict()) for one in (variant, plain))
         assert {key for key in arm if changed[key] != arm[key]} - {"exp_name"} == set(variant.settings)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch) -> Scale:
+    """A study of plain DDPO and b2 with two seeds, of which a committed file has seed 1 of both; in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    arms = [VARIANTS["ddpo"], VARIANTS["b2"]]
+    scale = Scale("small", 2, {}, (arms,), Path("committed.json"))
+    kept = [run(arm.name, 1, [0.4, 0.5]) | {"settings": changes(configure(scale, arm))} for arm in arms]
+    files.write_json(scale.committed, facts_of(kept, calibration={"arms": {}}))
+    return scale
+
+
+def test_committed_runs_are_not_made_again(small):
+    """A committed run counts if its settings are today's. A run made here goes before it, if it has them, too."""
+    ddpo, b2 = small.blocks[0]
+    assert finished_run(small, ddpo, 1)["date"] == "today"
+    assert finished_run(small, ddpo, 2) is None
+    assert finished_run(small, Variant("b2", "b2", 2, {"train.eps": 0.5}), 1) is None
+    assert finished_run(replace(small, committed=None), ddpo, 1) is None
+    here = root_of(configure(small, b2)) / "study.json"
+    here.parent.mkdir(parents=True)
+    files.write_json(here, run("b2", 1, [0.4, 0.7]) | {"date": "later"})
+    assert finished_run(small, b2, 1)["date"] == "later"
+    files.write_json(here, run("b2", 1, [0.4, 0.7]) | {"date": "later", "settings": {"train.eps": 0.5}})
+    assert finished_run(small, b2, 1)["date"] == "today"
+
+
+def test_a_new_key_makes_no_other_run_of_a_committed_one(small, monkeypatch):
+    """A key that is neutral in b2 is no change of any arm; set in an arm, it is one."""
+    ddpo, wanted = small.blocks[0][0], changes(configure(small, small.blocks[0][0]))
+
+    def get_newer(preset: str) -> ConfigDict:
+        config = get_config(preset).unlock()
+        config.newer_key = 0
+        return config.lock()
+
+    monkeypatch.setattr("benchmarks.study.get_config", get_newer)
+    assert changes(configure(small, ddpo)) == wanted
+    assert finished_run(small, ddpo, 1)
+    changed = Variant("ddpo", "ddpo", 2, {"newer_key": 1})
+    assert changes(configure(small, changed)) == wanted | {"newer_key": 1}
+    assert finished_run(small, changed, 1) is None
+
+
+def test_the_page_is_drawn_from_both(small, tmp_path):
+    """Committed runs and one made here are on one page, which says when and where; the rest is named as not run."""
+    here = root_of(configure(small, small.blocks[0][1], 2)) / "study.json"
+    here.parent.mkdir(parents=True)
+    files.write_json(here, run("b2", 2, [0.4, 0.7]) | {"date": "later", "hardware": "there"})
+    draw(small, tmp_path / "out", {}, None)
+    written = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert [(found["name"], found["seed"]) for found in written["runs"]] == [("ddpo", 1), ("b2", 1), ("b2", 2)]
+    text = (tmp_path / "out" / "study.md").read_text()
+    assert "They were made later on there (cpu), torch 2 (1 runs); today on here (cpu), torch 2 (2 runs)." in text
+    assert "Not run yet: ddpo (seed 2)." in text
 
 
 def test_the_page_says_what_the_runs_say(tmp_path):
@@ -138,25 +281,100 @@ def test_the_page_says_what_the_runs_say(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"study.md", *pictures}
 
 
-def draw_page(made_up: list[dict], folder: Path) -> str:
-    setting = {"learning_rate": 1e-3, "batch_size": 1, "num_epochs": 1, "eps": 0.1, "step_weight": "none"}
-    facts = {
+def facts_of(made_up: list[dict], **more) -> dict:
+    """The content of a study.json with these runs."""
+    return {
         "quick": False,
         "command": "study",
-        "date": "today",
-        "hardware": "here",
-        "devices": ["cpu"],
-        "versions": {"torch": "2"},
-    }
-    facts |= {
         "num_images": 48,
-        "setting": setting,
+        "setting": {"learning_rate": 1e-3, "batch_size": 1, "num_epochs": 1, "eps": 0.1, "step_weight": "none"},
         "failed": {},
         "missing": [("b2, dpok", 1), ("b2, dpok", 3)],
         "runs": made_up,
-    }
-    write_report(facts, {one.name: one.against for one in VARIANTS.values()}, folder)
+    } | more
+
+
+def draw_page(made_up: list[dict], folder: Path, **more) -> str:
+    write_report(facts_of(made_up, **more), AGAINST, folder)
     return (folder / "study.md").read_text()
+
+
+def noised_runs(**changed: list[float]) -> list[dict]:
+    """Five seeds of plain DDPO and of the best arm, whose evaluations are a quarter as many; both score 300 images."""
+    curves = {"ddpo": [0.4, 0.5, 0.6, 0.7], BEST: [0.4, 0.7, 0.8, 0.9]} | changed
+    made_up = [run("ddpo", seed, curves["ddpo"], cost=40_000) for seed in range(1, 6)]
+    made_up += [run(BEST, seed, curves[BEST], cost=10_000) for seed in range(1, 6)]
+    for one in made_up:
+        for point, prompts in product(one["curve"], SETS):
+            point[prompts]["shapes/well_formed"] = 0.9
+    return made_up
+
+
+CALIBRATION = {
+    "arms": {
+        "ddpo": {"queries": 100, "evaluations": 40_000, "cpu_seconds": [41.0, 40.0, 39.0]},
+        BEST: {"queries": 100, "evaluations": 10_000, "cpu_seconds": [19.0, 20.0, 30.0]},
+    },
+    "date": "yesterday",
+    "hardware": "here",
+    "versions": {"torch": "2"},
+}
+
+
+def target_rows(made_up: list[dict], calibration: dict | None = None) -> list[list[str]]:
+    found = by_variant(with_cpu_seconds(made_up, seconds_per_evaluation(calibration)))
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in targets_table(found).splitlines()[2:]]
+
+
+def test_targets_by_hand():
+    """At equal images 0.9 against 0.7, at 30,000 evaluations against 0.475, at 60 CPU seconds against 0.55; 0.7 is reached
+    at a third of the images and a twelfth of the evaluations. Diversity is 1 - accuracy here, so it is DDPO's."""
+    rows = target_rows(noised_runs(), CALIBRATION)
+    assert [row[2] for row in rows] == ["**yes**"] * 8
+    assert [row[1].split()[0] for row in rows[:3]] == ["**+20.0**", "**+42.5**", "**+35.0**"]
+    assert [row[1] for row in rows[3:5]] == ["33.3 %: 100", "8.3 %: 10 thousand"]
+    assert rows[5][1].split()[0] == "**+0.0**"
+
+
+def test_targets_that_are_missed():
+    """An arm that never comes to DDPO's accuracy, or is not measured, does not meet a target."""
+    poor = target_rows(noised_runs(**{BEST: [0.4, 0.45, 0.5, 0.55]}))
+    assert [row[2] for row in poor[:2]] == ["**no**", "**yes**"]
+    assert poor[2][1:] == ["", "not measured"]
+    assert [row[1:] for row in poor[3:5]] == [["never came to it", "**no**"]] * 2
+    malformed = noised_runs()
+    for found in malformed:
+        found["curve"][-1]["test"]["shapes/well_formed"] = 0.87
+    assert target_rows(malformed)[5][2] == "**no**"
+    assert {row[2] for row in target_rows(noised_runs()[:5])} == {"not measured"}
+
+
+def test_the_page_has_a_section_on_noised_images(tmp_path):
+    """Its tables say what the runs say, and its picture is there; without such arms there is neither."""
+    text = draw_page(noised_runs(), tmp_path, calibration=CALIBRATION)
+    section = text[text.index("## Noised images and a tree") : text.index("## Controls")]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
+    assert [f"{BEST} − ddpo", "held-out", "**+20.0** [+20.0, +20.0]", "**+42.5** [+42.5, +42.5]",
+            "**+35.0** [+35.0, +35.0]"] in lines  # fmt: skip
+    assert [BEST, "100 (33 %)", "10 thousand (8 %)", "20 s (17 %)", "5 of 5"] in lines
+    assert [BEST, *["100 / 10 / 20"] * 5] in lines
+    assert [BEST, "19.0 20.0 30.0", "200.0", "2.00", ""] in lines
+    assert "(yesterday, here, torch 2)" in section
+    assert (tmp_path / "study_noised.png").is_file()
+    only = draw_page([one for one in noised_runs() if one["name"] == "ddpo"], tmp_path / "only")
+    assert "noised" not in only
+    assert not (tmp_path / "only" / "study_noised.png").exists()
+
+
+def test_arms_on_noised_images_leave_other_figures_alone():
+    """Tables of the other arms and controls, and the deviations pooled for them, are the same without the new arms."""
+    old = json.loads(COMMITTED.read_text())
+    old["runs"] = [one for one in old["runs"] if one["name"] not in NOISED]
+    added = [one | {"name": BEST} for one in old["runs"] if one["name"] == "b2"]
+    before, after = page(old, AGAINST), page(old | {"runs": old["runs"] + added}, AGAINST)
+    start = after.index("## Noised images and a tree")
+    assert after[after.index("## The arms") : start] == before[before.index("## The arms") : before.index("## Controls")]
+    assert after[after.index("## Controls") :] == before[before.index("## Controls") :]
 
 
 @pytest.mark.filterwarnings("error::UserWarning")  # such as that of a legend without marks
@@ -204,6 +422,62 @@ def test_costs_by_hand(finished, overrides):
                 assert spent["seconds"] > 0
 
 
+def test_a_trained_noised_image_costs_a_pass_for_every_network_it_needs(finished, overrides, monkeypatch):
+    """Two for forward and backward, one for the policy that sampled, one for the base."""
+    spent = {}
+    with contextlib.chdir(finished):
+        config = make_config(overrides)
+        trained = sum(Stage(root_of(config), index).manifest("train")["num_transitions"] for index in range(2))
+        for old, base in ((False, False), (True, False), (True, True)):
+            needing = type("Needing", (Objective,), {"needs_old": old, "needs_base": base})
+            monkeypatch.setitem(OBJECTIVES, "ddpo", needing(OBJECTIVES["ddpo"].loss, DdpoOptions))
+            spent[old, base] = cost(config, 2)["evaluations"]
+    assert spent[True, False] - spent[False, False] == trained
+    assert spent[True, True] - spent[False, False] == 2 * trained
+
+
+def test_cpu_seconds_of_interrupted_phases(workplace, overrides):
+    """Where half of a phase was made before, its seconds count twice. Where all of it was, they are not known, and the run
+    has none from that stage on."""
+    with contextlib.chdir(workplace):
+        config = make_config(overrides)
+        stages = [Stage(root_of(config), index) for index in range(2)]
+        assert "cpu_seconds" not in cost(config, 1)
+        for stage in stages:
+            for phase, seconds in (("sample", 100.0), ("select", 10.0), ("train", 1.0)):
+                record_cpu_seconds(stage, phase, seconds)
+        assert cost(config, 2)["cpu_seconds"] == pytest.approx(222)
+        set_share(stages[0], 0.5)
+        record_cpu_seconds(stages[0], "sample", 70.0)
+        assert cost(config, 1)["cpu_seconds"] == pytest.approx(151)
+        (root_of(config) / CPU_FILE).unlink()
+        set_share(stages[1], 0.0)
+        for stage in stages:
+            for phase in PHASES:
+                record_cpu_seconds(stage, phase, 1.0)
+        assert cost(config, 1)["cpu_seconds"] == pytest.approx(4)
+        assert "cpu_seconds" not in cost(config, 2)
+
+
+def test_only_phases_made_now_are_timed(begin):
+    """A stage that was sampled before gets CPU seconds for the phases that follow; made again, nothing is timed."""
+    folder, settings = begin({})
+    with contextlib.chdir(folder):
+        config = make_config(settings | {"stage_cnt": 1})
+        make_stages(config)
+        recorded = files.read_json(root_of(config) / CPU_FILE)
+        assert recorded.keys() == {"stage0/select", "stage0/train"}
+        make_stages(config)
+        assert files.read_json(root_of(config) / CPU_FILE) == recorded
+
+
+def set_share(stage: Stage, share: float) -> None:
+    """Write into the sample phase's manifest that the last process made this share of it."""
+    manifest = stage.manifest("sample")
+    manifest["seconds"]["share"] = share
+    files.write_record(stage.manifest_path("sample"), {key: value for key, value in manifest.items() if key != files.SEAL})
+
+
 @pytest.mark.long
 def test_workers_end_with_their_parent(tmp_path):
     """A study that is killed leaves no worker behind that would go on in its folders."""
@@ -235,11 +509,17 @@ def test_workers_end_with_their_parent(tmp_path):
 def test_the_committed_study_is_whole():
     """docs/results/study.json has five seeds or more of each arm and three of the other objectives, all of equally many
     queries; the page beside it was drawn from it."""
-    facts = json.loads((ROOT / "docs" / "results" / "study.json").read_text())
+    facts = json.loads(COMMITTED.read_text())
     seeds = {name: {run["seed"] for run in facts["runs"] if run["name"] == name} for name in VARIANTS}
     assert all(len(seeds[arm]) >= 5 for arm in ("ddpo", "bpt", "bs", "b2"))
     assert all(len(seeds[name]) >= 3 for name in ("b2, dpok", "b2, d3po", "ddpo arm, dpok"))
     for found in facts["runs"]:
         assert {"arm", "objective", "seed", "curve"} <= found.keys()
         assert found["curve"][-1]["queries"] == pytest.approx(5760, rel=0.01)
-    assert f"{len(facts['runs'])} runs" in (ROOT / "docs" / "results" / "study.md").read_text()
+    assert COMMITTED.with_suffix(".md").read_text() == page(facts, AGAINST)
+
+
+def test_committed_runs_are_todays():
+    """Each has the settings that its variant has now, so that the study would not make it again."""
+    for found in json.loads(COMMITTED.read_text())["runs"]:
+        assert found["settings"] == changes(configure(FULL, VARIANTS[found["name"]], found["seed"])), found["name"]

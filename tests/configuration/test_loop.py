@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, get_config, parse_command, process_variables
+from conftest import ROOT, get_config, make_config, parse_command, process_variables
 
 from b2diffurl.configuration.keys import flatten
 from b2diffurl.configuration.loop import calls
+from b2diffurl.configuration.settings import read_settings
 
 VARIABLES = {
     "ExpName": ("exp_name", "other"),
@@ -49,7 +50,8 @@ VARIABLES = {
 }
 OTHERS = ("Preset", "Resident", "NumProcesses", "NumMachines", "MachineRank", "MainProcessIp", "MainProcessPort", "Launcher")
 # What a stub for `python -m b2diffurl.start` writes into the file --calls: a run of two stages.
-CALLS = "".join("\t".join(("call", one.needs, f"run_{one.script}.py", *one.flags)) + "\n" for one in calls(2))
+TWO_STAGES = list(calls(read_settings(make_config({"stage_cnt": 2}))))
+CALLS = "".join("\t".join(("call", one.needs, f"run_{one.script}.py", *one.flags)) + "\n" for one in TWO_STAGES)
 PLAN = f"folder\tfolder\n{CALLS}end\n".replace("\t", r"\t").replace("\n", r"\n")
 # Every call of the stub prints, and what it prints looks like a call.
 STUB = """#!/bin/bash
@@ -241,10 +243,23 @@ def test_every_variable_of_run_process_sets_its_key(tmp_path):
 
 def test_a_call_that_needs_nothing_is_possible_before_the_folder_is_there(tmp_path):
     """As on a machine that has not the lock, and so has not made the experiment's folder; scores are waited for."""
-    sample, _, train, _ = list(calls(1, waits=True))[:4]
+    sample, _, train, _ = list(calls(read_settings(make_config({"stage_cnt": 1, "reward.name": "file"}))))[:4]
     assert sample.is_possible(tmp_path / "new")
     assert not train.is_possible(tmp_path / "new")
     (tmp_path / "stage0").mkdir()
     (tmp_path / "stage0" / "select.json").touch()
     assert train.is_possible(tmp_path)
-    assert all(call.is_possible(tmp_path / "new") for call in calls(2))
+    assert all(call.is_possible(tmp_path / "new") for call in TWO_STAGES)
+
+
+def test_an_average_is_judged_beside_the_lora_at_the_end(config):
+    """Between the base and the LoRA, so that the last line that run_eval.py prints is still the LoRA's; without an average
+    nothing else is judged."""
+    for decay, judged in ((0.0, "base,last"), (0.9, "base,last/ema,last")):
+        config.train.ema = decay
+        found = [call for call in calls(read_settings(config)) if call.stage is None]
+        assert [call.flags for call in found] == [
+            [f"--checkpoint={judged}", "--prompts=train,test", "--sampler=training"],
+            [f"--checkpoint={judged}", "--prompts=test", "--sampler=deployed"],
+        ]
+    assert found[1].evaluations(2, 0) == {(name, "test", "deployed") for name in ("base", "stage1/ema", "stage1")}

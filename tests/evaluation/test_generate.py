@@ -40,13 +40,15 @@ def test_any_scheduler_draws_what_the_stock_pipeline_draws(config, models, name)
     """Stable Diffusion's own pipeline with that scheduler, from the same latents and later noise: the same image."""
     from diffusers import StableDiffusionPipeline
 
-    settings = SamplerSettings(num_steps=6, eta=0.0, guidance_scale=5.0, scheduler=scheduler_class(name, KNOWN).__name__)
+    settings = SamplerSettings(
+        num_steps=6, eta=0.0, guidance_scale=5.0, scheduler=scheduler_class(name, KNOWN, "eval.deployed.scheduler").__name__
+    )
     values = read_settings(config)
     model = load_policy(values.model, make_accelerator(values.compute), None, seed=0, compile=False)
     ours = sample_images(values, model, PROMPTS, settings, 0)
     pipeline = StableDiffusionPipeline.from_pretrained(models / "sd", safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = scheduler_class(name, KNOWN).from_config(pipeline.scheduler.config)
+    pipeline.scheduler = scheduler_class(name, KNOWN, "eval.deployed.scheduler").from_config(pipeline.scheduler.config)
     rng = generator(0, "eval", 0)
     latents = torch.randn(len(PROMPTS), *model.latent_shape, generator=rng)
     stock = pipeline(
@@ -60,4 +62,4 @@ def test_any_scheduler_draws_what_the_stock_pipeline_draws(config, models, name)
 def test_samplers_are_checked_by_name():
     for name in ("Magic", "EDMEuler", "DPMSolverSDE"):
         with pytest.raises(ValueError, match=rf"unknown eval.deployed.scheduler '{name}'; known: .*DDIMScheduler, .*UniPC"):
-            scheduler_class(name, KNOWN)
+            scheduler_class(name, KNOWN, "eval.deployed.scheduler")

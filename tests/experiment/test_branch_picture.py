@@ -74,6 +74,18 @@ def test_what_branches_of_a_tree_share_is_decoded_once(tmp_path):
         )
 
 
+def test_the_tree_of_a_window_in_the_middle_ends_with_the_image(tmp_path):
+    """Two shared steps, two trained ones, then what the tail leads to, wherever that is."""
+    stage, prefix = Stage(tmp_path, 0), [torch.full((1, 3, 2, 2), float(step)) for step in range(2)]
+    latents = torch.tensor([[2.0, 3, 4], [2, 13, 14]])[:, :, None, None, None].expand(-1, -1, 3, 2, 2)
+    finished = torch.tensor([9.0, 19])[:, None, None, None].expand(-1, 3, 2, 2)
+    save_tree(stage, decode_tree("a prompt", prefix, latents, finished, 8, Tree((2,)), as_images))
+    tree = load_tree(stage)
+    assert {step: int(tile.max()) for step, tile in tree.shared.items()} == {0: 0, 1: 1, 2: 2}
+    found = [{step: int(tile.max()) for step, tile in states.items()} for states in tree.branches]
+    assert (tree.num_steps, found) == (8, [{3: 3, 4: 4, 8: 9}, {3: 13, 4: 14, 8: 19}])
+
+
 def as_images(states: torch.Tensor) -> torch.Tensor:
     return states.permute(0, 2, 3, 1).to(torch.uint8)
 

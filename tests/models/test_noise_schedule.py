@@ -92,6 +92,13 @@ def test_the_advice_keeps_entries_that_were_given(asked):
         require_trainable(schedule, replace(model, scheduler=given), sampling, Window(0, 20))
 
 
+def test_only_the_window_needs_noise(asked):
+    """A last step at sigma 0 can follow the window, or the window can hold it and is refused."""
+    schedule = tiny.V1_4_SCHEDULER | {"set_alpha_to_one": True}
+    assert why_untrainable(schedule, asked[1], Window(0, 19)) == ""
+    assert "t = [1] add no noise" in why_untrainable(schedule, asked[1], Window(18, 20))
+
+
 def test_zero_terminal_snr_needs_another_prediction_than_epsilon(asked):
     """At alpha_bar 0 epsilon gives no image; v does. Before, sampling ended in values that are not finite."""
     schedule = tiny.V1_4_SCHEDULER | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}

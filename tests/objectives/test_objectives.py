@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from b2diffurl.objectives import OBJECTIVES
+from b2diffurl.objectives import OBJECTIVES, Objective
 
 CLIP = 0.1
 OPTIONS = {  # of the tests that want some
@@ -15,7 +15,10 @@ OPTIONS = {  # of the tests that want some
     "reinforce": {},
     "dpok": {"clip_range": CLIP, "kl_weight": 0.5},
     "d3po": {"beta": 2.0},
+    "nft": {"old_weight": 0.5, "base_weight": 0.25, "beta": 0.5, "scale": 2.0},
+    "awm": {"old_weight": 0.5, "base_weight": 0.25, "clip_range": 0.2},
 }
+NOISED = [name for name, objective in OBJECTIVES.items() if objective.on_noised_images]
 
 
 def at(name: str, options: dict[str, float], **tensors: float | list) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
@@ -36,7 +39,11 @@ def random_tensors(name: str, num: int = 6) -> list[Tensor]:
     """An objective's tensors for `num` units, small enough that some are clipped and some are not."""
     generator = torch.Generator().manual_seed(0)
     shape = (2, num) if OBJECTIVES[name].paired else (num,)
-    return [0.1 * torch.randn(shape, generator=generator) for _ in OBJECTIVES[name].terms]
+    images = ("output", "old_output", "base_output", "target")
+    return [
+        0.1 * torch.randn((*shape, 1, 2, 2) if term in images else shape, generator=generator)
+        for term in OBJECTIVES[name].terms
+    ]
 
 
 # ---- by hand ----
@@ -165,6 +172,106 @@ def test_a_large_margin_pushes_no_more_and_a_wrong_one_no_harder():
     assert gradients["log_prob"].flatten().tolist() == [-2.0, 2.0]
 
 
+# ---- on noised images; a latent has two dimensions here ----
+
+
+def noised(name: str, *, output, old, base, target, advantage: float, gain: float = 1.0, **options: float):
+    """The loss of one noised image, its gradient by the output [2], and the metrics."""
+    images = {"output": output, "old_output": old, "base_output": base, "target": target}
+    tensors = {key: [[[value]]] for key, value in images.items()}  # [N,C,h,w] = [1,1,1,2]
+    numbers = {"gain": [gain], "advantage": [advantage]}
+    asked = {key: value for key, value in (tensors | numbers).items() if key in OBJECTIVES[name].terms}
+    loss, gradients, metrics = at(name, OPTIONS[name] | options, **asked)
+    return loss.item(), gradients["output"].flatten().tolist(), metrics
+
+
+FREE = {"old_weight": 0.0, "base_weight": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("advantage", "loss", "gradient"),
+    [
+        # out+ = (1.5, 0) and out- = (0.5, 0) are the errors, too: 2 (9/8) / (3/4) = 3 and 2 (1/8) / (1/4) = 1.
+        (2.0, 3.0, [2.0, 0.0]),  # wholly good: 2 (error+ beta) / (3/4), as the mean of two dimensions
+        (-2.0, 1.0, [-2.0, 0.0]),  # wholly bad: away, by the mirror image
+        (9.0, 3.0, [2.0, 0.0]),  # no better than wholly good
+        (0.0, 2.0, [0.0, 0.0]),  # neither: both pulls are of equal strength
+        (1.0, 2.5, [1.0, 0.0]),  # r = 3/4
+    ],
+)
+def test_drawn_and_pushed_by_hand(advantage, loss, gradient):
+    """nft: both pulls, their weights r and 1 - r, and the derivative through the output alone, at gain 2 and beta 1/2."""
+    given = {"output": [2.0, 0.0], "old": [1.0, 0.0], "base": [9.0, 9.0], "target": [0.0, 0.0]}
+    found, by_output, metrics = noised("nft", **given, advantage=advantage, gain=2.0, **FREE)
+    assert found == pytest.approx(loss)
+    assert by_output == pytest.approx(gradient)
+    assert metrics["log_ratio"].item() == pytest.approx(0.5 - 2.0)  # the old policy's error was 1/2, this one's is 2
+    assert not metrics["clipped"].any()
+
+
+def test_a_matching_loss_as_likelihood_by_hand():
+    """awm: the ratio is exp of the difference of the two errors, clipped as in ddpo."""
+    given = {"old": [1.0, 0.0], "base": [9.0, 9.0], "target": [0.0, 0.0]}
+    found, by_output, metrics = noised("awm", **given, output=[0.9, 0.0], advantage=2.0, **FREE)
+    log_ratio = 0.5 - 0.405
+    assert found == pytest.approx(-2 * math.exp(log_ratio))
+    assert by_output == pytest.approx([2 * math.exp(log_ratio) * 0.9, 0.0])
+    assert metrics["log_ratio"].item() == pytest.approx(log_ratio)
+    found, by_output, metrics = noised("awm", **given, output=[0.0, 0.0], advantage=2.0, **FREE)
+    assert (found, by_output, metrics["clipped"].item()) == (pytest.approx(-2.4), [0.0, 0.0], 1.0)
+
+
+@pytest.mark.parametrize("name", NOISED)
+def test_the_leash_by_hand(name):
+    """Each distance adds its weight times the mean square of the difference, whatever the advantage."""
+    given = {"output": [2.0, 0.0], "old": [1.0, 0.0], "base": [2.0, 4.0], "target": [0.0, 0.0], "advantage": 0.7}
+    free, free_gradient, _ = noised(name, **given, **FREE)
+    held, held_gradient, metrics = noised(name, **given)
+    assert held - free == pytest.approx(0.5 * 0.5 + 0.25 * 8.0)
+    assert [b - a for a, b in zip(free_gradient, held_gradient, strict=True)] == pytest.approx([0.5 * 1.0, -0.25 * 4.0])
+    assert (metrics["old_distance"].item(), metrics["base_distance"].item()) == (0.5, 8.0)
+
+
+@pytest.mark.parametrize("gain", [0.5, 3.0])
+@pytest.mark.parametrize("beta", [0.3, 1.0])
+def test_at_the_old_policy_the_gradient_is_the_policy_gradient(beta, gain):
+    """nft at output = old_output: the gradient is beta gain (2r - 1) 2 (old - target) / (D mean |old - target|), and awm's
+    is -A times that of the squared error: both go along A (target - output)."""
+    generator = torch.Generator().manual_seed(1)
+    old, target, advantage = (
+        torch.randn(shape, generator=generator).double() for shape in ((5, 1, 2, 3), (5, 1, 2, 3), (5,))
+    )
+    rows = {"base": old, "target": target, "gain": torch.full((5,), gain).double(), "advantage": advantage}
+
+    def gradient(name: str, **options: float) -> Tensor:
+        output = old.clone().requires_grad_()
+        tensors = rows | {"output": output, "old_output": old, "base_output": None}
+        loss, _ = OBJECTIVES[name].loss(*(tensors[term] for term in OBJECTIVES[name].terms), **FREE, **options)
+        return torch.autograd.grad(loss.sum(), output)[0]
+
+    error, each = old - target, (-1, 1, 1, 1)
+    strength = beta * gain * (advantage / 2).clamp(-1, 1) / error.abs().flatten(1).mean(1)
+    expected = strength.view(each) * 2 * error / 6
+    assert torch.allclose(gradient("nft", beta=beta, scale=2.0), expected, rtol=1e-12)
+    assert torch.allclose(gradient("awm", clip_range=0.2), advantage.view(each) * 2 * error / 6, rtol=1e-12)
+
+
+def test_an_undecided_image_has_no_gradient():
+    """nft with r = 1/2 everywhere: exactly 0 at the old policy, in float32, and no pull of one kind elsewhere."""
+    output = torch.randn(4, 1, 2, 2, requires_grad=True)
+    old, target = output.detach().clone(), torch.randn(4, 1, 2, 2)
+    loss, _ = OBJECTIVES["nft"].loss(output, old, None, target, torch.ones(4), torch.zeros(4), **FREE, beta=1.0, scale=1.0)
+    assert not torch.autograd.grad(loss.sum(), output)[0].any()
+
+
+def test_a_perfect_output_has_a_finite_gradient():
+    """nft where the error is exactly 0, so that its division would be 0 / 0."""
+    output = torch.zeros(1, 1, 2, 2, requires_grad=True)
+    zero = torch.zeros(1, 1, 2, 2)
+    loss, _ = OBJECTIVES["nft"].loss(output, zero, None, zero, torch.ones(1), torch.ones(1), **FREE, beta=1.0, scale=1.0)
+    assert torch.autograd.grad(loss.sum(), output)[0].isfinite().all()
+
+
 # ---- what they share ----
 
 
@@ -173,20 +280,21 @@ def test_the_objectives_named_here_are_all():
     assert OBJECTIVES.keys() == OPTIONS.keys()
     for name, objective in OBJECTIVES.items():
         assert [one.name for one in fields(objective.options)] == list(OPTIONS[name])
-        assert objective.needs_base == (name in ("dpok", "d3po"))
+        assert objective.needs_base == (name in ("dpok", "d3po", "nft", "awm"))
+        assert (objective.needs_old, objective.on_noised_images) == (name in ("nft", "awm"),) * 2
         assert (objective.paired, objective.single_pass) == (name == "d3po", name == "reinforce")
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives_share_one_signature(name):
-    """Tensors [N], or [2,N] of pairs, and options -> loss [N] and detached metrics whose last dimension is N; the gradient
-    goes through the log-prob."""
+    """Tensors [N], or [2,N] of pairs, or images [N,C,h,w], and options -> loss [N] and detached metrics whose last dimension
+    is N; the gradient goes through the log-prob or the output."""
     tensors = random_tensors(name)
     tensors[0].requires_grad_()
     loss, metrics = OBJECTIVES[name].loss(*tensors, **OPTIONS[name])
     assert loss.shape == (6,)
     assert {"log_ratio", "clipped"} <= metrics.keys()
-    assert metrics["log_ratio"].shape == tensors[0].shape
+    assert metrics["log_ratio"].shape == tensors[0].shape[: tensors[-1].dim()]
     assert all(value.shape[-1] == 6 and not value.requires_grad for value in metrics.values())
     (gradient,) = torch.autograd.grad(loss.sum(), tensors[0])
     assert gradient.shape == tensors[0].shape
@@ -196,9 +304,23 @@ def test_objectives_share_one_signature(name):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_units_are_independent_of_each_other(name):
     """Each unit's loss and metrics are to the bit what they are without the others."""
+
+    def unit(tensor: Tensor, n: int) -> Tensor:
+        return tensor[n : n + 1] if tensor.dim() == 4 else tensor[..., n : n + 1]
+
     tensors = random_tensors(name)
     loss, metrics = OBJECTIVES[name].loss(*tensors, **OPTIONS[name])
     for n in range(6):
-        one_loss, one_metrics = OBJECTIVES[name].loss(*(tensor[..., n : n + 1] for tensor in tensors), **OPTIONS[name])
+        one_loss, one_metrics = OBJECTIVES[name].loss(*(unit(tensor, n) for tensor in tensors), **OPTIONS[name])
         assert torch.equal(loss[n : n + 1], one_loss)
         assert all(torch.equal(metrics[key][..., n : n + 1], value) for key, value in one_metrics.items())
+
+
+@pytest.mark.parametrize("name", NOISED)
+def test_a_term_without_weight_is_not_asked_for(name):
+    """With base_weight 0 the base policy is not evaluated; the policy that sampled always is."""
+    options = OBJECTIVES[name].options
+    held = Objective(OBJECTIVES[name].loss, options(**OPTIONS[name]))
+    free = Objective(OBJECTIVES[name].loss, options(**OPTIONS[name] | FREE))
+    assert (held.needs_base, held.unused) == (True, set())
+    assert (free.needs_base, free.unused, free.needs_old) == (False, {"base_output"}, True)

@@ -19,6 +19,7 @@ from torch.distributions import Normal, kl_divergence
 
 from b2diffurl.algorithm.selection import Selected
 from b2diffurl.algorithm.transition import step_weights
+from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.plan import make_plan
 from b2diffurl.configuration.settings import read_settings
 from b2diffurl.experiment.stage import LORA_FILE, Stage
@@ -50,7 +51,8 @@ def bench(finished, overrides):
             accelerator = make_accelerator(plan.settings.compute)
             source = None if fresh else plan.stage.checkpoints()[-1] / LORA_FILE
             model = load_policy(plan.settings.model, accelerator, source, seed=config.seed, compile=False, decoder=False)
-            return make_trainer(plan, accelerator, model, source)
+            old_lora = {name: parameter.detach().clone() for name, parameter in model.trainable().items()}
+            return make_trainer(plan, accelerator, model, source, old_lora)
 
     return make
 
@@ -376,6 +378,23 @@ def test_an_update_is_clipped_adamw(bench, batch):
     assert trainer.gradient().abs().max() == 0
 
 
+def test_an_update_that_fp16_skipped_is_not_averaged(bench, batch, monkeypatch):
+    """After a step that was made a tenth of the average is what it was, and nine tenths are the LoRA; a step that the loss
+    scaler has skipped leaves it alone."""
+    trainer = bench(**{"train.ema": 0.9})
+    before = {name: value.clone() for name, value in trainer.average.tensors.items()}
+    trainer.update(*batch, UNITS["ddpo"], every_step(trainer))
+    averaged = {name: value.clone() for name, value in trainer.average.tensors.items()}
+    for name, value in trainer.model.adapter_state().items():
+        torch.testing.assert_close(averaged[name], 0.1 * before[name] + 0.9 * value, rtol=1e-6, atol=1e-9)
+    assert any(not torch.equal(averaged[name], before[name]) for name in before)
+    monkeypatch.setattr(type(trainer.accelerator), "optimizer_step_was_skipped", True)
+    trainer.update(*batch, UNITS["ddpo"], every_step(trainer))
+    assert all(torch.equal(averaged[name], value) for name, value in trainer.average.tensors.items())
+    assert (trainer.average.num_updates, trainer.num_updates) == (1, 2)
+    assert bench().average is None
+
+
 # ---- the base policy ----
 
 
@@ -390,7 +409,8 @@ def test_a_fresh_lora_is_the_base_policy(bench, finished):
     siblings = [Selected(group, branch, 0.0) for group in range(2) for branch in range(3)]
     trajectories = read_selected(Stage(experiment(finished), 0), siblings, 2)
     for fresh in (True, False):
-        loss = replace(bench(fresh=fresh).loss, step_weight=torch.ones(2), objective=Objective(everything, NoOptions()))
+        weights = {"window": Window(2, 4), "step_weight": torch.ones(2)}
+        loss = replace(bench(fresh=fresh).loss, **weights, objective=Objective(everything, NoOptions()))
         for step in range(2):
             values = loss(trajectories, torch.ones(6, 2), torch.arange(6), torch.tensor([step]))
             found = {key: value[0] for key, value in values.others.items()}

@@ -18,6 +18,7 @@ from conftest import (
     start,
 )
 
+from b2diffurl.configuration.budget import Budget
 from b2diffurl.configuration.settings import read_settings
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.models import Sizes, stable_diffusion
@@ -79,6 +80,19 @@ def test_the_dry_run_of_a_new_experiment(overrides, tmp_path):
     assert lines["stage1"].split()[:4] == ["3", "18", "60", "6"]
     assert lines["in all"].split()[:3] == ["36", "108", "12"]
     assert lines["time"] == "minutes known after the first batch"
+
+
+def test_stages_of_one_window_share_a_row(overrides):
+    """Windows of one S differ in cost by where they lie; those that do not end with the image say where they begin."""
+    sliding = {"curriculum": "sliding", "stage_cnt": 6, "sample.suffix_eta": 0.0, "sample.suffix_steps": 1}
+    budget = Budget.of(read_settings(make_config(overrides | sliding)))
+    lines = dry_run.stage_table(budget, [budget.schedule.window(index) for index in range(6)], [])
+    assert [re.split(r"  +", line.strip())[:4] for line in lines[1:]] == [
+        ["stages 0-1", "2 from step 1", "18", str(18 * 3)],
+        ["stages 2-3", "2 from step 2", "18", str(6 + 18 * 3)],
+        ["stages 4-5", "2", "18", str(12 + 18 * 2)],
+        ["in all", "108", str(2 * (54 + 60 + 48)), "36"],
+    ]
 
 
 def test_the_dry_run_of_the_reference(tmp_path):

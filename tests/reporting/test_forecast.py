@@ -16,6 +16,7 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
+from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.settings import read_settings
 from b2diffurl.experiment.stage import LORA_FILE, Stage, finished_stages
 from b2diffurl.experiment.stage_table import stage_rows
@@ -95,7 +96,18 @@ def test_seconds_of_an_interrupted_phase_are_of_a_share(overrides, workplace):
 
 def test_first_pace(overrides):
     """3 s for a batch, of three with 48 evaluations in all; scoring is unknown; training is twice sampling."""
-    assert forecast.first_pace(read_settings(make_config(overrides)), 2, 3.0, 7.0) == Pace(3 / 16, 0, 2 * 3 / 16, 7)
+    assert forecast.first_pace(read_settings(make_config(overrides)), Window(2, 4), 3.0, 7.0) == Pace(
+        3 / 16, 0, 2 * 3 / 16, 7
+    )
+
+
+def test_work_left_of_moving_windows(overrides, tmp_path):
+    """A window that slides, by hand: [0, 2) with one step after it, then [2, 4) after a shared prefix of two."""
+    sliding = {"curriculum": "sliding", "sample.suffix_eta": 0.0, "sample.suffix_steps": 1}
+    settings = settings_at(make_config(overrides | sliding), tmp_path)
+    judged = forecast.evaluations_left(settings, finished=set())
+    sampled = 18 * (2 + 1) + 6 * 2 + 18 * 2
+    assert forecast.work_left(settings).evaluations - judged.evaluations == sampled
 
 
 def test_work_left(overrides, tmp_path):

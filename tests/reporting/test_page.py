@@ -49,7 +49,7 @@ def test_the_page_is_self_contained_and_the_same_each_time(root):
 def test_the_table_has_base_newest_stage_and_paired_difference(root):
     """Held-out prompts first; of the stages the newest; the numbers are eval.jsonl's."""
     rows = read_json_lines(root / "eval.jsonl")
-    table = figure_table(page.evaluation_rows(root))
+    table = figure_table(page.evaluation_rows(root), [])
     assert table[0]["prompts"] == "Held-out prompts"
     assert {row["checkpoint"] for row in table} == {"stage1"}
     reward = next(row for row in table if row["figure"] == "reward" and row["prompts"] == "Training prompts")
@@ -218,7 +218,7 @@ def test_what_was_watched_when_judged_is_on_the_page(reported, overrides, tmp_pa
     watching = overrides | {"reward.watch": ("jpeg_compressibility",)}
     ended = run_script(work, "eval", watching, "--all", "--prompts=train", "--sampler=training")
     assert ended.code == 0, ended.stderr
-    table = figure_table(page.evaluation_rows(experiment(work)))
+    table = figure_table(page.evaluation_rows(experiment(work)), [])
     assert "jpeg_compressibility" in {row["figure"] for row in table}
     assert "Judged: jpeg_compressibility" in (experiment(work) / "report.html").read_text()
 
