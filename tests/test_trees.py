@@ -1,5 +1,6 @@
 """Whole stages whose branches part in a tree: what they store, what each edge is worth, and what is trained, once."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +20,9 @@ from conftest import (
 from safetensors.torch import load_file
 
 from b2diffurl.configuration.budget import Budget
+from b2diffurl.configuration.plan import make_plan
 from b2diffurl.configuration.settings import read_settings
+from b2diffurl.phases.train import read_data
 from b2diffurl.reporting.page import draw_tree
 
 # 6 groups of 2 x 2 leaves that part again after the first of two trained steps, one row at a time in network and decoder.
@@ -79,6 +82,25 @@ def test_a_stage_evaluates_stores_and_trains_what_is_shared_once(grown, override
     assert first["max_abs_log_ratio"] == 0.0
     assert len(first["grad_norm_per_step"]) == len(first["timesteps"]) == 2
     assert first["grad_norm"] > 0
+
+
+def test_images_of_a_tree_are_noised_again_one_by_one(grown, overrides, tmp_path):
+    """An objective on noised images samples and selects the same leaves, stores each image, and trains every one of them: an
+    image at a level of the first step has the advantage of its first edge, at one of the second step that of its second."""
+    settings = overrides | TREE | {"train.objective": "nft", "train.noise_levels": 2, "train.num_epochs": 1}
+    run_stage(tmp_path, settings)
+    stage, other = stage_of(tmp_path), stage_of(grown)
+    stored = load_file(stage.batch(0))
+    whole = load_file(other.batch(0))["latents"][:, :, -1:]
+    assert torch.equal(stored["latents"], whole)
+    assert not [name for name in stored if name.startswith("shared")]
+    assert stage.selection.read_bytes() == other.selection.read_bytes()
+    assert stage.manifest("train")["num_transitions"] == 24 * 2
+    with contextlib.chdir(tmp_path):
+        data = read_data(make_plan(make_config(settings)))
+    edges = torch.tensor([row["advantage"] for row in json.loads(stage.selection.read_text())])
+    assert torch.equal(data.advantages, edges)  # the loss takes the column of the step that a level belongs to
+    assert data.owned is None
 
 
 def test_a_training_of_a_tree_that_was_stopped_ends_the_same(grown, overrides, tmp_path):

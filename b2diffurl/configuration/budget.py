@@ -61,12 +61,13 @@ class Budget:
         return max(1, round(self.training.steps.fraction * num_trained_steps))
 
     def most_transitions(self, num_selected: float, num_trained_steps: int) -> float:
-        """Transitions or noised images that an epoch trains at most, if so many trajectories are selected. Leaves of a tree
-        share some transitions."""
-        if self.training.objective.on_noised_images:
-            return num_selected * self.training.steps.num_noise_levels
+        """Transitions, or noised images, that an epoch trains at most, if so many trajectories are selected.
+
+        Leaves of a tree share transitions, which are trained once.
+        """
+        count = num_selected * self.num_chosen_steps(num_trained_steps)
         distinct = self.num_groups * self.sampling.tree.num_evaluations(num_trained_steps)
-        return min(num_selected * self.num_chosen_steps(num_trained_steps), distinct)
+        return count if self.training.objective.on_noised_images else min(count, distinct)
 
     def window(self, stage: Stage) -> Window:
         """The trained window of a stage: as it was sampled, or as the schedule has it if it is not sampled yet."""

@@ -155,7 +155,7 @@ def check_tree(settings: Mapping[str, Any]) -> None:
             f"train.objective {objective} compares two ways step by step, and leaves of a tree share some of their steps: "
             "split_times must have one number, or none"
         )
-    if settings["train.timestep_fraction"] < 1:
+    if settings["train.timestep_fraction"] < 1 and not OBJECTIVES[objective].on_noised_images:
         raise ValueError(
             f"train.timestep_fraction is {settings['train.timestep_fraction']}; it must be 1 in a tree, where a shared step "
             "is trained with one of its leaves: an update could be left without any step"
@@ -193,7 +193,7 @@ def check_selection(settings: Mapping[str, Any]) -> None:
             f"eval.pos_threshold is below eval.neg_threshold, {above} < {below}; it must not be, or one image is both "
             "good and bad"
         )
-    if settings["split_times"] or settings["split_time"] > 1:  # a tree has at least 2 leaves
+    if has_siblings(settings):
         return
     if settings["eval.selection"] == "pairs":
         raise ValueError("split_time is 1; a contrast needs at least 2 siblings. Or take eval.selection=all.")
@@ -203,13 +203,15 @@ def check_selection(settings: Mapping[str, Any]) -> None:
         )
 
 
+def has_siblings(settings: Mapping[str, Any]) -> bool:
+    """Whether a group has more than one image. A tree has at least 2 leaves."""
+    return bool(settings["split_times"]) or settings["split_time"] > 1
+
+
 def check_objective(settings: Mapping[str, Any]) -> None:
     """Refuse a selection, sampling or number of epochs that the objective cannot train with."""
     name, num_epochs = settings["train.objective"], settings["train.num_epochs"]
-    objective, branches = (
-        OBJECTIVES[name],
-        settings["sampling"] == "branch" and (settings["split_times"] or settings["split_time"] > 1),
-    )
+    objective, branches = OBJECTIVES[name], settings["sampling"] == "branch" and has_siblings(settings)
     if objective.paired and settings["eval.selection"] != "pairs":
         raise ValueError(f"train.objective {name} compares best and worst: eval.selection must be pairs")
     if objective.paired and settings["sampling"] != "branch":

@@ -31,9 +31,9 @@ def awm(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped surrogate (`ddpo`) with -|output - target|^2 in place of the log-likelihood, plus the `leash`.
 
-    The matching loss |output - target|^2, a mean over the D dimensions, bounds an image's negative log-likelihood up to
-    a weight for each level of noise. Its difference to that of the old policy is the logarithm of the ratio. The
-    surrogate counts where `inside` is 1: at levels of noise in the trained window.
+    The matching loss |output - target|^2, a mean over the D dimensions, bounds an image's negative log-likelihood up to a
+    weight for each level of noise. Its difference to that of the old policy is the logarithm of the ratio. The surrogate
+    counts where `inside` is 1: at levels of noise in the trained window.
 
     Outputs and `target` are [N,C,h,w], `inside` and `advantage` [N]. Returns the loss [N] and the metrics of `ddpo` and of the
     leash.

@@ -36,15 +36,15 @@ def nft(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """r |x+ - x_0|^2 / sg(mean |x+ - x_0|) + (1 - r) |x- - x_0|^2 / sg(mean |x- - x_0|), plus the `leash`.
 
-    x+ and x- are the clean images that follow from out+- = (1 -+ beta) old_output +- beta output: the policy, and its mirror
-    image on the other side of the old policy. r = 1/2 + clip(advantage / scale, -1, 1) / 2 is how good an image is. The
-    first term draws the policy towards a good image. The second draws its mirror image to a bad one, which pushes the policy
-    away. sg stops the gradient: the divisions even out levels of noise. All this counts where `inside` is 1: at levels of
-    noise in the trained window.
+    x+ and x- are the clean images that follow from out+- = (1 -+ beta) old_output +- beta output: the policy, and its
+    mirror image on the other side of the old policy. r = 1/2 + clip(advantage / scale, -1, 1) / 2 is how good an image is.
+    The first term draws the policy towards a good image. The second draws its mirror image to a bad one, which pushes the
+    policy away. sg stops the gradient: the divisions even out levels of noise. All this counts where `inside` is 1: at
+    levels of noise in the trained window.
 
-    Outputs and `target` are [N,C,h,w]; `inside`, `gain` and `advantage` [N]. Returns the loss [N] and the metrics of the leash
-    and, each [N], `log_ratio`, by how much the policy fits the image better than the old one, as a mean over the D dimensions
-    of the output, and `clipped`, always 0.
+    Outputs and `target` are [N,C,h,w]; `inside`, `gain` and `advantage` [N]. Returns the loss [N] and the metrics of the
+    leash and, each [N], `log_ratio`, by how much the policy fits the image better than the old one, as a mean over the D
+    dimensions of the output, and `clipped`, always 0.
     """
     r = 0.5 + 0.5 * (advantage / scale).clamp(-1, 1)
     moved = beta * (output - old_output)

@@ -220,17 +220,17 @@ class BatchSampler:
         latents, log_probs, finished, prefix = self.sizes.fit(
             "sample.micro_batch_size", lambda size: self.trajectories(batch, group_conditions, size)
         )
-        if self.plan.settings.training.objective.on_noised_images:
-            states, latents, log_probs = latents, finished.unsqueeze(2), log_probs[:, :, :0]  # the images alone are stored
-        else:
-            states = latents
+        states, stored_tree = latents, self.plan.settings.sampling.tree
+        if self.plan.settings.training.objective.on_noised_images:  # the images alone are stored
+            latents, log_probs, stored_tree = finished.unsqueeze(2), log_probs[:, :, :0], Tree((finished.shape[1],))
         # Before decoding, which would refuse the same latents with less to say about where they went wrong.
         require_finite(latents, log_probs, prompts, self.plan.stage, batch)
         self.bar.set_postfix_str("decoding")
         with timed(self.seconds, "decode"):
             images = self.decode_batch(batch, finished.flatten(0, 1))
             # The report shows a stage's first group as a tree of branches.
-            draws_tree = batch == 0 and sampling.shared_prefix
+            draws_tree = batch == 0 and self.plan.settings.sampling.shared_prefix
+            sampling = self.plan.settings.sampling
             path = prefix, states[0], finished[0], sampling.num_steps, sampling.tree
             tree = decode_tree(prompts[0], *path, self.decode) if draws_tree else None
         self.bar.set_postfix_str("")
@@ -246,9 +246,7 @@ class BatchSampler:
             written += save_tree(stage, tree) if tree else []
             trajectories = latents, log_probs, timesteps
             of_batch = prompts, conditions, self.unconditional, self.policy, written
-            # Images alone share nothing.
-            shares = sampling.tree if len(timesteps) else Tree((sampling.num_branches,))
-            save_batch(stage.batch(batch), *trajectories, *of_batch, tree=shares)
+            save_batch(stage.batch(batch), *trajectories, *of_batch, tree=stored_tree)
 
         # Waits until the batch before is written, so that at most two batches are in memory.
         with timed(self.seconds, "write"):

@@ -208,8 +208,8 @@ def read_data(plan: Plan) -> TrainingData:
         stored=SelectedTrajectories(plan.stage, selected, plan.settings.sampling.num_groups),
         # A transition has the advantage of its edge. Branches that part once have one edge each.
         advantages=of_edges[:, depths],
-        # Images are trained on whole, transitions that leaves of a tree share with one of them.
-        owned=owned_edges(selected, tree)[:, depths] if tree.num_depths > 1 and not objective.on_noised_images else None,
+        # Leaves of a tree share transitions, but no images.
+        owned=owned_edges(selected, tree)[:, depths] if tree.after and not objective.on_noised_images else None,
         units=make_units(selected, paired=objective.paired),
     )
 

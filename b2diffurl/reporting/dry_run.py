@@ -156,9 +156,9 @@ def disk_text(settings: Settings, base: Sizes, volumes: Sequence[int]) -> str:
 def trajectory_bytes(settings: Settings, base: Sizes, num_trained_steps: int, num_prompts: int, embedding_bytes: int) -> int:
     """Bytes of a stage's samples/, without the files' headers.
 
-    Each trajectory has S + 1 states and S log-probabilities in float32; S of an image alone is 0, and what branches of a
-    tree share is there once. Each batch has timesteps and prompt ids (8 bytes each), and the embeddings of its prompts
-    and of the empty prompt (`embedding_bytes` a number).
+    Each trajectory has S + 1 states and S log-probabilities in float32, those that branches of a tree share once; S is 0 of
+    an image alone. Each batch has timesteps and prompt ids (8 bytes each), and the embeddings of its prompts and of the
+    empty prompt (`embedding_bytes` a number).
     """
     sampling, state = settings.sampling, math.prod(base.latent_shape)
     num_trained_steps = 0 if settings.training.objective.on_noised_images else num_trained_steps

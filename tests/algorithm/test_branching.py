@@ -82,7 +82,7 @@ def run_in(window: Window) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(latents, log_probs, finished, noise as it was drawn, x_T first)."""
     noise = Noise()
     x_T = noise((G, *SHAPE))
-    return *branch_sample(elementwise, ddim(), x_T, noise, num_branches=K, window=window), noise.drawn
+    return *branch_sample(elementwise, ddim(), x_T, noise, tree=Tree((K,)), window=window), noise.drawn
 
 
 @pytest.mark.parametrize(("start", "stop"), WINDOWS)

@@ -52,18 +52,6 @@ def test_a_tree_decodes_each_state_at_its_place(tmp_path):
         }
 
 
-def test_the_tree_of_a_window_in_the_middle_ends_with_the_image(tmp_path):
-    """Two shared steps, two trained ones, then what the tail leads to, wherever that is."""
-    stage, prefix = Stage(tmp_path, 0), [torch.full((1, 3, 2, 2), float(step)) for step in range(2)]
-    latents = torch.tensor([[2.0, 3, 4], [2, 13, 14]])[:, :, None, None, None].expand(-1, -1, 3, 2, 2)
-    finished = torch.tensor([9.0, 19])[:, None, None, None].expand(-1, 3, 2, 2)
-    save_tree(stage, decode_tree("a prompt", prefix, latents, finished, 8, Tree((2,)), as_images))
-    tree = load_tree(stage)
-    assert {step: int(tile.max()) for step, tile in tree.shared.items()} == {0: 0, 1: 1, 2: 2}
-    found = [{step: int(tile.max()) for step, tile in states.items()} for states in tree.branches]
-    assert (tree.num_steps, found) == (8, [{3: 3, 4: 4, 8: 9}, {3: 13, 4: 14, 8: 19}])
-
-
 def test_what_branches_of_a_tree_share_is_decoded_once(tmp_path):
     """2 x 3 leaves that part again 2 steps after step 1, T = 5: a tile of steps 2 and 3 is that of 3 branches, by number of
     step and edge, one of steps 4 and 5 that of a leaf."""
@@ -84,6 +72,18 @@ def test_what_branches_of_a_tree_share_is_decoded_once(tmp_path):
         assert {step: int(tile.max()) for step, tile in states.items()} == dict(
             zip((2, 3, 4, 5), numbers[k, 1:], strict=True)
         )
+
+
+def test_the_tree_of_a_window_in_the_middle_ends_with_the_image(tmp_path):
+    """Two shared steps, two trained ones, then what the tail leads to, wherever that is."""
+    stage, prefix = Stage(tmp_path, 0), [torch.full((1, 3, 2, 2), float(step)) for step in range(2)]
+    latents = torch.tensor([[2.0, 3, 4], [2, 13, 14]])[:, :, None, None, None].expand(-1, -1, 3, 2, 2)
+    finished = torch.tensor([9.0, 19])[:, None, None, None].expand(-1, 3, 2, 2)
+    save_tree(stage, decode_tree("a prompt", prefix, latents, finished, 8, Tree((2,)), as_images))
+    tree = load_tree(stage)
+    assert {step: int(tile.max()) for step, tile in tree.shared.items()} == {0: 0, 1: 1, 2: 2}
+    found = [{step: int(tile.max()) for step, tile in states.items()} for states in tree.branches]
+    assert (tree.num_steps, found) == (8, [{3: 3, 4: 4, 8: 9}, {3: 13, 4: 14, 8: 19}])
 
 
 def as_images(states: torch.Tensor) -> torch.Tensor:
