@@ -35,8 +35,8 @@ def awm(
     weight for each level of noise. Its difference to that of the old policy is the logarithm of the ratio. The surrogate
     counts where `inside` is 1: at levels of noise in the trained window.
 
-    Outputs and `target` are [N,C,h,w], `inside` and `advantage` [N]. Returns the loss [N] and the metrics of `ddpo` and of the
-    leash.
+    Outputs and `target` are [N,C,h,w], `inside` and `advantage` [N]. Returns the loss [N] and the metrics of `ddpo` and
+    of the leash.
     """
     log_prob, old_log_prob = -mean_square(output - target), -mean_square(old_output - target)
     loss, metrics = ddpo(log_prob, old_log_prob, advantage, clip_range=clip_range)
