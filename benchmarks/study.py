@@ -117,7 +117,6 @@ NFT = {
 }
 # Nearly three times as many images as pairs have, so fewer passes; and each counts by its advantage.
 ALL = {"eval.selection": "all", "train.num_epochs": 2, "train.save_interval": 2, "train.nft_scale": 1.0}
-EARLY = {"curriculum": "early", "split_stop": 0, "split_step_left": 4, "split_step_right": 6}
 AWM = NFT | {"train.objective": "awm"}
 # 2 * 2 * 2 images a group, which part at x_T and after one and two steps: a relation is decided there.
 TREE = {"sampling": "branch", "split_times": (2, 2, 2), "split_after": (1, 1), "sample.batch_size": 20}
@@ -128,7 +127,6 @@ NOISED = [
     Variant("b2, nft", "b2", 5, NFT, against="ddpo"),
     Variant("b2, nft, all images", "b2", 5, NFT | ALL, against="ddpo"),
     Variant("b2, nft, independent images", "b2", 5, NFT | {"sampling": "independent"}, against="ddpo"),
-    Variant("b2, nft, early window", "b2", 5, NFT | EARLY, against="ddpo"),
     Variant("b2, awm", "b2", 5, AWM, against="ddpo"),
     Variant("ddpo, tree", "ddpo", 5, TREE, against="ddpo"),
 ]

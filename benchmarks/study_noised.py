@@ -27,11 +27,10 @@ from benchmarks.study_statistics import (
 
 BEST = "b2, best"
 ARMS = {
-    BEST: "B² with nft, and the settings that were best on the development split",
-    "b2, nft": "B² with nft: branches, growing windows, contrast pairs",
-    "b2, nft, all images": "the same, trained on all images",
-    "b2, nft, independent images": "the same, with siblings that share a prompt but no prefix",
-    "b2, nft, early window": "the same, trained on the first S noise levels, not the last",
+    BEST: "B² with nft: branches, contrast pairs, windows that begin at the noise: the first 4, 5 and 6 steps",
+    "b2, nft": "the same with windows that begin later and later to the noise: steps 3 to 5, 2 to 5 and 1 to 5",
+    "b2, nft, all images": "… trained on all images",
+    "b2, nft, independent images": "… with siblings that share a prompt but no prefix",
     "ddpo arm, nft": "independent images, all noise levels, trained on all images",
     "b2, awm": "B² with awm",
     "ddpo, tree": "DDPO's objective on branches that part three times, trained on all images",
@@ -45,7 +44,7 @@ SHARES = {"queries": (1 / 2, "half"), "evaluations": (1 / 3, "a third")}  # of D
 QUESTIONS = [
     ("Do branches help? Against independent siblings", "b2, nft", "b2, nft, independent images"),
     ("Do contrast pairs help? Against all images", "b2, nft", "b2, nft, all images"),
-    ("Which noise levels? The last, growing, against the first", "b2, nft", "b2, nft, early window"),
+    ("Which windows? Those that begin at the noise, against growing towards it", BEST, "b2, nft"),
     ("Which objective? nft against awm", "b2, nft", "b2, awm"),
     ("Does B² help with nft? Against the ddpo arm", "b2, nft", "ddpo arm, nft"),
     ("… with the settings found in tuning", BEST, "ddpo arm, nft"),
