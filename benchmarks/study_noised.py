@@ -28,7 +28,7 @@ from benchmarks.study_statistics import (
 BEST = "b2, best"
 ARMS = {
     BEST: "B² with nft: branches, contrast pairs, windows that begin at the noise: the first 4, 5 and 6 steps",
-    "b2, nft": "the same with windows that begin later and later to the noise: steps 3 to 5, 2 to 5 and 1 to 5",
+    "b2, nft": "the same with windows that grow towards the noise: steps 3 to 5, 2 to 5, 1 to 5",
     "b2, nft, all images": "… trained on all images",
     "b2, nft, independent images": "… with siblings that share a prompt but no prefix",
     "ddpo arm, nft": "independent images, all noise levels, trained on all images",

@@ -23,7 +23,7 @@ FLOORS = (
 )
 WORLD = "shapes"  # the embedded world: a project of its own, which rewards and tests look into
 NO_ROOMS = {"benchmarks", "recorded", "faults"}  # of tests/: beside the package, data, runs of the whole
-MAX_LINES, USUAL_LINES, MAX_FIELDS, MAX_CONFIG = 60, 20, 10, 25
+MAX_LINES, USUAL_LINES, MAX_FIELDS, MAX_CONFIG = 60, 20, 10, 30
 
 
 def modules() -> dict[str, ast.Module]:

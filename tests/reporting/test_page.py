@@ -49,7 +49,7 @@ def test_the_page_is_self_contained_and_the_same_each_time(root):
 def test_the_table_has_base_newest_stage_and_paired_difference(root):
     """Held-out prompts first; of the stages the newest; the numbers are eval.jsonl's."""
     rows = read_json_lines(root / "eval.jsonl")
-    table = figure_table(page.evaluation_rows(root), [])
+    table = figure_table(page.evaluation_rows(root))
     assert table[0]["prompts"] == "Held-out prompts"
     assert {row["checkpoint"] for row in table} == {"stage1"}
     reward = next(row for row in table if row["figure"] == "reward" and row["prompts"] == "Training prompts")
