@@ -358,9 +358,9 @@ def read_sampling(config: Mapping[str, Any]) -> Sampling:
     )
 
 
-def read_tree(config: Mapping[str, Any]) -> Tree:
+def read_tree(settings: Mapping[str, Any]) -> Tree:
     """The tree in which the images of a group part."""
-    return Tree(tuple(config["split_times"]) or (config["split_time"],), tuple(config["split_after"]))
+    return Tree(tuple(settings["split_times"]) or (settings["split_time"],), tuple(settings["split_after"]))
 
 
 def read_selection(evaluation: Mapping[str, Any], train: Mapping[str, Any]) -> Selection:
