@@ -18,7 +18,7 @@ set -euo pipefail
 export B2DIFFURL_STARTED_IN="$PWD"    # where the user's relative paths lie (b2diffurl/runtime/paths.py)
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-Preset="${Preset:-shapes}"                # shapes, sd14, sd14_10gb, b2, bs, bpt, ddpo: see config/stage_process.py
+Preset="${Preset:-shapes}"                # shapes, shapes_ddpo, sd14_nft, sd14, …: see config/stage_process.py
 ExpName="${ExpName:-}"                    # name of the experiment: of its folder and its log
 SavePath="${SavePath:-}"                  # folder of all experiments
 ModelVersion="${ModelVersion:-}"          # base model: hub id, directory or .safetensors file

@@ -27,11 +27,10 @@ from benchmarks.study_statistics import (
 
 BEST = "b2, best"
 ARMS = {
-    BEST: "B² with nft, and the settings that were best on the development split",
-    "b2, nft": "B² with nft: branches, growing windows, contrast pairs",
-    "b2, nft, all images": "the same, trained on all images",
-    "b2, nft, independent images": "the same, with siblings that share a prompt but no prefix",
-    "b2, nft, early window": "the same, trained on the first S noise levels, not the last",
+    BEST: "B² with nft: branches, contrast pairs, windows that begin at the noise: the first 4, 5 and 6 steps",
+    "b2, nft": "the same with windows that begin later and later to the noise: steps 3 to 5, 2 to 5 and 1 to 5",
+    "b2, nft, all images": "… trained on all images",
+    "b2, nft, independent images": "… with siblings that share a prompt but no prefix",
     "ddpo arm, nft": "independent images, all noise levels, trained on all images",
     "b2, awm": "B² with awm",
     "ddpo, tree": "DDPO's objective on branches that part three times, trained on all images",
@@ -41,11 +40,11 @@ COSTS = {"queries": "images scored", "evaluations": "network evaluations", "cpu_
 UNITS = {"queries": 1, "evaluations": 1000, "cpu_seconds": 1}  # evaluations are shown in thousands
 COLOURS = {"ddpo": "#6b6b6b", "b2": "#c2410c", BEST: "#1f6feb", "ddpo arm, nft": "#2da44e"}
 MARGIN = 0.02  # by which well-formed images may fall below the base's
-SHARES = {"queries": 1 / 2, "evaluations": 1 / 3}  # of DDPO's cost, in which the best arm should come as far
+SHARES = {"queries": (1 / 2, "half"), "evaluations": (1 / 3, "a third")}  # of DDPO's cost, for which BEST should come as far
 QUESTIONS = [
     ("Do branches help? Against independent siblings", "b2, nft", "b2, nft, independent images"),
     ("Do contrast pairs help? Against all images", "b2, nft", "b2, nft, all images"),
-    ("Which noise levels? The last, growing, against the first", "b2, nft", "b2, nft, early window"),
+    ("Which windows? Those that begin at the noise, against growing towards it", BEST, "b2, nft"),
     ("Which objective? nft against awm", "b2, nft", "b2, awm"),
     ("Does B² help with nft? Against the ddpo arm", "b2, nft", "ddpo arm, nft"),
     ("… with the settings found in tuning", BEST, "ddpo arm, nft"),
@@ -114,14 +113,20 @@ to it, or its CPU seconds are not known:
 ### CPU seconds
 
 CPU seconds are the process time of one thread: sampling, scoring and training with loading, without judging. {calibration}
+
+### Settings
+
+What each arm changes of the preset `b2`:
+
+{settings}
 """
 NOT_CALIBRATED = """They were measured in the runs themselves, which were made side by side. Runs that are older than this
 measurement have none."""
 CALIBRATED = """For {arms}
 they are computed: an arm's network evaluations, times the seconds of one. So runs with equal settings and equally many
 evaluations have equal seconds, whichever machine they were made on. The seconds are medians of three runs of two stages,
-which were made alone and in turn ({date}, {hardware}, torch {torch}). The other arms' seconds were measured in their runs,
-which were made side by side and so took somewhat longer.
+which were made alone and in turn ({date}, {hardware}, torch {torch}). The other arms' seconds were measured in their runs.
+These were made side by side, which slows them down, so these seconds may be somewhat high.
 
 {table}"""
 
@@ -147,6 +152,7 @@ def noised_section(facts: dict[str, Any], runs: Runs) -> str:
             runs, lambda run: " / ".join(f"{100 * run['curve'][-1][prompts]['accuracy']:.1f}" for prompts in SETS)
         ),
         costs=by_seed(runs, lambda run: " / ".join(cost_words(run, level, cost) for cost in COSTS)),
+        settings=settings_table(runs),
         calibration=calibration_words(facts.get("calibration"), by_variant(facts["runs"])),
     )
 
@@ -205,14 +211,16 @@ def targets_table(runs: Runs) -> str:
     rows = [equal_cost_target(runs, cost) for cost in COSTS]
     rows += [reach_target(runs, cost) for cost in SHARES]
     falls = interval(differences(runs, BEST, BEST, gain("test", "shapes/well_formed")))
-    words = f"well-formed images at most {100 * MARGIN:.0f} points below the base's, on average"
+    words = f"well-formed images, against the base's, in points: the mean not below -{100 * MARGIN:.0f}"
     rows.append((words, shown(falls, "accuracy"), falls and falls.mean >= -MARGIN))
     for key, what in (("diversity/layout_right", "layouts, px"), ("diversity/clip_right", "embeddings")):
         found = matched(runs, BEST, "test", key)
-        words = f"right images as diverse as plain DDPO's at the same accuracy, in {what}: interval not below 0"
+        words = (
+            f"diversity of right images, against plain DDPO's at the same accuracy, {what}: not the whole interval below 0"
+        )
         rows.append((words, shown(found, key), found and found.high >= 0))
     verdicts = {None: "not measured", True: "**yes**", False: "**no**"}
-    return table(["target", "measured", "met"], [[words, measured, verdicts[met]] for words, measured, met in rows])
+    return table(["target", "measured [95 %]", "met"], [[words, measured, verdicts[met]] for words, measured, met in rows])
 
 
 Target = tuple[str, str, bool | None]  # in words, measured, met
@@ -220,19 +228,16 @@ Target = tuple[str, str, bool | None]  # in words, measured, met
 
 def equal_cost_target(runs: Runs, cost: str) -> Target:
     found = difference(runs, BEST, "ddpo", cost)
-    return (
-        f"above plain DDPO at equal {COSTS[cost]}: whole interval above 0",
-        shown(found, "accuracy"),
-        found and found.low > 0,
-    )
+    words = f"above plain DDPO at equal {COSTS[cost]}, in points: the whole interval above 0"
+    return words, shown(found, "accuracy"), found and found.low > 0
 
 
 def reach_target(runs: Runs, cost: str) -> Target:
-    level, limit = level_of(runs), SHARES[cost]
-    words = f"{percent(level)} right for at most {percent(limit)} of plain DDPO's {COSTS[cost]}"
+    level, (limit, share) = level_of(runs), SHARES[cost]
+    words = f"{percent(level)} right, as plain DDPO in the end, for at most {share} of its {COSTS[cost]}"
     if BEST not in runs:
         return words, "", None
-    spent, whole = reached(runs, BEST, level, cost), reached(runs, "ddpo", level, cost)
+    spent, whole = reached(runs, BEST, level, cost), whole_cost(runs, cost)
     if spent is None:
         return words, "never came to it", False
     return words, f"{percent(spent / whole)}: {amount(spent, cost)}", spent <= limit * whole
@@ -252,7 +257,7 @@ def reach_table(runs: Runs, level: float) -> str:
     for name in listed(runs):
         cells = []
         for cost in COSTS:
-            spent, whole = reached(runs, name, level, cost), reached(runs, "ddpo", level, cost)
+            spent, whole = reached(runs, name, level, cost), whole_cost(runs, cost)
             share = f" ({100 * spent / whole:.0f} %)" if spent is not None and whole else ""
             cells.append("–" if spent is None else amount(spent, cost) + share)
         some = runs[name].values()
@@ -294,6 +299,14 @@ def by_seed(runs: Runs, words: Callable[[Run], str]) -> str:
     return table(["arm", *(f"seed {seed}" for seed in seeds)], rows)
 
 
+def settings_table(runs: Runs) -> str:
+    rows = []
+    for name in listed(runs):
+        settings = next(iter(runs[name].values()))["settings"]
+        rows.append([name, ", ".join(f"`{key}={value}`" for key, value in settings.items())])
+    return table(["arm", "settings"], rows)
+
+
 # --- costs in words -------------------------------------------------------------------------------
 
 
@@ -301,6 +314,11 @@ def reached(runs: Runs, name: str, level: float, cost: str) -> float | None:
     """What the arm's mean curve costs until it comes to `level`; None if it never does, or the cost is not known."""
     curve = mean_curve(list(runs[name].values()))
     return cost_to_reach(curve, "test", level, cost) if cost in curve["curve"][-1] else None
+
+
+def whole_cost(runs: Runs, cost: str) -> float | None:
+    """What plain DDPO has spent in the end, mean of the seeds; None if it is not known."""
+    return mean_curve(list(runs["ddpo"].values()))["curve"][-1].get(cost)
 
 
 def cost_words(run: Run, level: float, cost: str) -> str:

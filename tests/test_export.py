@@ -409,7 +409,7 @@ def test_card_text(workplace):
     assert f"| budget | {images} images scored, {updates} updates (stages: 2) |" in text
     assert "| schedule | progressive: the last 2 to 3 of 4 steps are trained |" in text
     recorded = stages[1].manifest("sample") | {"window": [0, 3]}
-    stages[1].manifest_path("sample").write_text(json.dumps(recorded))
+    files.write_record(stages[1].manifest_path("sample"), recorded)
     assert "| schedule | progressive: steps 3-4 to 1-3 of 4 are trained |" in read_card(export(root))[1]
     assert "| prompts | 3 drawn from `prompts.json` |" in text
     assert all(f"- `{prompt}`" in text for prompt in PROMPTS)

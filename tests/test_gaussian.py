@@ -29,7 +29,9 @@ from config.stage_process import get_config
 
 PROMPTS = ["-2", "0", "1"]  # the means of their data
 TARGET = 1.0  # how far above its prompt's mean an image is best
-OPTIONS = {"clip_range": 0.1, "kl_weight": 0.02, "beta": 1.0, "scale": 1.0, "old_weight": 0.1, "base_weight": 0.01}
+OPTIONS = {"clip_range": 0.1, "kl_weight": 0.02, "beta": 1.0, "scale": 1.0}
+OPTIONS |= {"old_weight": 0.1, "base_weight": 0.01, "outside_weight": 0.01}  # of the objectives on noised images
+
 NUM_STEPS, NUM_STAGES, NUM_GROUPS, NUM_BRANCHES = 6, 12, 12, 4
 ALL_STEPS = Window(0, NUM_STEPS)
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from b2diffurl.algorithm.transition import Transitions
 from b2diffurl.algorithm.window import Window
 
+OUTSIDE_SHARE = 0.2  # of the levels that are drawn for an update, if those outside the trained window count, too
+
 
 @dataclass(frozen=True)
 class NoiseLevels:
@@ -83,3 +85,13 @@ def draw_levels(first: int, end: int, num_images: int, num_bands: int, rng: torc
     within = (order + torch.rand(num_bands, num_images, generator=rng)) / num_images
     place = (torch.arange(num_bands).unsqueeze(1) + within) / num_bands  # [c,N] in 0..1
     return (first + place.double() * (end - first)).long().clamp(max=end - 1).T.contiguous()
+
+
+def draw_outside(level: Tensor, first: int, end: int, num_levels: int, rng: torch.Generator) -> Tensor:
+    """`level` [N,c] with OUTSIDE_SHARE of its rows drawn anew from the rows outside first..end-1, if there are any."""
+    num_outside = first + num_levels - end
+    count = round(OUTSIDE_SHARE * level.numel()) if num_outside else 0
+    chosen = torch.randperm(level.numel(), generator=rng)[:count]
+    outside = draw_levels(0, num_outside, count, 1, rng).flatten() if count else level.new_empty(0)
+    outside += (end - first) * (outside >= first)  # rows above the window come after it
+    return level.flatten().index_copy(0, chosen, outside).view_as(level)

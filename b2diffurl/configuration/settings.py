@@ -358,9 +358,9 @@ def read_sampling(config: Mapping[str, Any]) -> Sampling:
     )
 
 
-def read_tree(settings: Mapping[str, Any]) -> Tree:
-    """The tree in which the images of a group part."""
-    return Tree(tuple(settings["split_times"]) or (settings["split_time"],), tuple(settings["split_after"]))
+def read_tree(keys: Mapping[str, Any]) -> Tree:
+    """The tree in which the images of a group part, from the keys at the top of a configuration."""
+    return Tree(tuple(keys["split_times"]) or (keys["split_time"],), tuple(keys["split_after"]))
 
 
 def read_selection(evaluation: Mapping[str, Any], train: Mapping[str, Any]) -> Selection:

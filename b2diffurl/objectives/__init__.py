@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from b2diffurl.algorithm.noising import OUTSIDE_SHARE
 from b2diffurl.objectives import options
 from b2diffurl.objectives.awm import AwmOptions, awm
 from b2diffurl.objectives.d3po import D3poOptions, d3po
@@ -46,6 +47,18 @@ class Objective:
     def on_noised_images(self) -> bool:
         """Whether it is trained on images that are noised again, and not on a sampler's transitions."""
         return set(self.terms) <= {*NOISED_TERMS}
+
+    @property
+    def num_passes(self) -> float:
+        """The cost of a transition or noised image in evaluations of the network: forward and backward, other policies.
+
+        The backward pass costs as much as the forward one and not twice as much, because gradients of the frozen weights are
+        not computed.
+        """
+        base = float(self.needs_base)
+        if self.needs_base and self.on_noised_images and not self.options.base_weight:
+            base = OUTSIDE_SHARE  # the base policy is evaluated only there
+        return 2 + self.needs_old + base
 
     @property
     def samples(self) -> str:

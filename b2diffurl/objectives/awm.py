@@ -21,20 +21,25 @@ def awm(
     old_output: Tensor,
     base_output: Tensor | None,
     target: Tensor,
+    inside: Tensor,
     advantage: Tensor,
     *,
     clip_range: float,
     old_weight: float,
     base_weight: float,
+    outside_weight: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped surrogate (`ddpo`) with -|output - target|^2 in place of the log-likelihood, plus the `leash`.
 
     The matching loss |output - target|^2, a mean over the D dimensions, bounds an image's negative log-likelihood up to a
-    weight for each level of noise. Its difference to that of the old policy is the logarithm of the ratio.
+    weight for each level of noise. Its difference to that of the old policy is the logarithm of the ratio. The surrogate
+    counts where `inside` is 1: at levels of noise in the trained window.
 
-    Outputs and `target` are [N,C,h,w], `advantage` is [N]. Returns the loss [N] and the metrics of `ddpo` and of the leash.
+    Outputs and `target` are [N,C,h,w], `inside` and `advantage` [N]. Returns the loss [N] and the metrics of `ddpo` and
+    of the leash.
     """
     log_prob, old_log_prob = -mean_square(output - target), -mean_square(old_output - target)
     loss, metrics = ddpo(log_prob, old_log_prob, advantage, clip_range=clip_range)
-    held, distances = leash(output, old_output, base_output, old_weight=old_weight, base_weight=base_weight)
-    return loss + held, metrics | distances
+    weights = {"old_weight": old_weight, "base_weight": base_weight, "outside_weight": outside_weight}
+    held, distances = leash(output, old_output, base_output, inside, **weights)
+    return inside * loss + held, metrics | distances

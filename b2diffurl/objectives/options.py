@@ -15,7 +15,7 @@ class NoOptions:
 def option(key: str, allowed: str, *, term: str = "") -> Any:
     """A dataclass field that `train.<key>` sets, a number in the interval `allowed`, such as `[0, 1]` or `(0, 1e6]`.
 
-    `term` is the term that it weighs, if it weighs one. With a weight of 0 the term is not computed, and the loss gets None.
+    `term` is the term that it weighs, if it weighs one. A term without any weight is not computed, and the loss gets None.
     """
     return field(metadata={"key": key, "allowed": allowed, "term": term})
 
@@ -26,9 +26,9 @@ def read(kind: type[T], train: Mapping[str, Any]) -> T:
 
 
 def weightless(options: Any) -> set[str]:
-    """The terms whose weight is 0 in these options."""
-    weighed = {one.metadata["term"]: getattr(options, one.name) for one in fields(options) if one.metadata["term"]}
-    return {term for term, weight in weighed.items() if weight == 0}
+    """The terms whose weights are all 0 in these options."""
+    weights = [(one.metadata["term"], getattr(options, one.name)) for one in fields(options) if one.metadata["term"]]
+    return {term for term, _ in weights} - {term for term, weight in weights if weight}
 
 
 def limits(kinds: list[type]) -> Iterator[tuple[str, str]]:

@@ -14,6 +14,7 @@ Of an image that was noised again, each [M,C,h,w] or [M] for M of them:
     old_output      the same under the policy that sampled
     base_output     the same under the frozen base policy
     target          what the network should output at x_t, given the image and the noise
+    inside          [M], 1 where the level of noise lies in the trained window, 0 elsewhere
     gain            [M], by how much an error of the output moves the clean image that follows from it
     advantage       [M], how much better the image was than the baseline
 
@@ -29,11 +30,12 @@ from b2diffurl.algorithm.noising import NoiseLevels
 from b2diffurl.algorithm.transition import Transitions, log_prob, transition, transition_kl
 
 TRANSITION_TERMS = ("log_prob", "old_log_prob", "base_log_prob", "kl", "advantage")
-NOISED_TERMS = ("output", "old_output", "base_output", "target", "gain", "advantage")
+NOISED_TERMS = ("output", "old_output", "base_output", "target", "inside", "gain", "advantage")
 BASE_TERMS = ("base_log_prob", "kl", "base_output")  # these need the frozen base policy
 OLD_TERMS = ("old_output",)  # these need the policy that sampled, which has to be evaluated again
 
 PredictOutput = Callable[[], Tensor]  # () -> the guided model output [M,C,h,w] at x_t
+PredictSome = Callable[[Tensor], Tensor]  # (rows [m]) -> the same for some of the M rows, [m,C,h,w]
 
 
 def require_known(names: Collection[str]) -> None:
@@ -84,20 +86,30 @@ def noised_terms(
     x_0: Tensor,  # [M,C,h,w] the images
     eps: Tensor,  # [M,C,h,w] the noise
     *,
+    inside: Tensor,  # [M] bool
     advantage: Tensor,  # [M]
-    predict: PredictOutput,
-    predict_old: PredictOutput,
-    predict_base: PredictOutput,
+    predict: PredictSome,
+    predict_old: PredictSome,
+    predict_base: PredictSome,
+    base_inside: bool,  # whether the base policy is needed inside, too; if not it is evaluated outside alone, else 0
     unused: Collection[str] = (),
 ) -> tuple[Tensor | None, ...]:
     """The terms of noised images that `names` asks for, in that order; None for those in `unused`."""
     require_known(names)
+    every = torch.arange(len(x_0), device=x_0.device)
+
+    def base_output() -> Tensor:
+        rows = every if base_inside else every[~inside]
+        output = torch.zeros_like(x_0)
+        return output.index_copy_(0, rows, predict_base(rows)) if len(rows) else output
+
     compute = {
         # The two policies without gradient first: they keep no activations, so the networks' memory does not add up.
-        "old_output": torch.no_grad()(predict_old),
-        "base_output": torch.no_grad()(predict_base),
-        "output": predict,
+        "old_output": torch.no_grad()(lambda: predict_old(every)),
+        "base_output": torch.no_grad()(base_output),
+        "output": lambda: predict(every),
         "target": lambda: levels.target(level, x_0, eps),
+        "inside": inside.float,
         "gain": lambda: levels.gain[level],
         "advantage": lambda: advantage,
     }

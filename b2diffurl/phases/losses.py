@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from b2diffurl.algorithm.noising import NoiseLevels, draw_levels, step_of_level, window_levels
+from b2diffurl.algorithm.noising import NoiseLevels, draw_levels, draw_outside, step_of_level, window_levels
 from b2diffurl.algorithm.transition import Transitions, require_stochastic, step_weights
 from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.settings import Guidance, Sampling, Training
@@ -119,7 +119,7 @@ class NoisedImages(Trajectories):
 
 @dataclass(frozen=True)
 class NoisedLoss:
-    """The loss of images that are noised again, to levels of the trained window."""
+    """The loss of images that are noised again, to levels of the trained window, and to some outside if these count."""
 
     policy: Policy
     objective: Objective
@@ -132,24 +132,31 @@ class NoisedLoss:
     def prepare(self, samples: Trajectories, rng: torch.Generator) -> NoisedImages:
         num_images, bands = len(samples), len(self.step_weight)
         level = draw_levels(*self.window, num_images, bands, rng)
+        if self.objective.options.outside_weight:
+            level = draw_outside(level, *self.window, len(self.levels.timesteps), rng)
         eps = torch.randn(num_images, bands, *samples.latents.shape[2:], generator=rng)
         return NoisedImages(**vars(samples), level=level, eps=eps)
 
     def __call__(self, samples: NoisedImages, advantages: Tensor, units: Tensor, steps: Tensor) -> StepValues:
         rows, step = rows_and_steps(units, steps)
         x_0, level, eps = samples.latents[rows, -1], samples.level[rows, step], samples.eps[rows, step]
-        x_t = self.levels.x_t(level, x_0, eps)
-        predict = partial(self.policy.predict, samples, rows, x_t, self.levels.timesteps[level])
+        x_t, t, (first, end) = self.levels.x_t(level, x_0, eps), self.levels.timesteps[level], self.window
+
+        def predict(which: Tensor) -> Tensor:
+            return self.policy.predict(samples, rows[which], x_t[which], t[which])
+
         terms = noised_terms(
             self.objective.terms,
             self.levels,
             level,
             x_0,
             eps,
+            inside=(level >= first) & (level < end),
             advantage=advantages[rows, self.step_of[level]],
             predict=predict,
-            predict_old=partial(self.policy.of_lora, self.old_lora, predict),
-            predict_base=partial(self.policy.of_base, predict),
+            predict_old=lambda which: self.policy.of_lora(self.old_lora, partial(predict, which)),
+            predict_base=lambda which: self.policy.of_base(partial(predict, which)),
+            base_inside=self.objective.options.base_weight > 0,
             unused=self.objective.unused,
         )
         return by_step(self.objective, terms, units, steps)

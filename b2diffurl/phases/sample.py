@@ -211,7 +211,7 @@ class BatchSampler:
         The batch's own file is written after its images, so where it exists they do. With `record` the experiment's
         config.json is written first.
         """
-        prompts = self.prompts(batch)
+        prompts, sampling = self.prompts(batch), self.plan.settings.sampling
         # Groups may share a prompt: each distinct one is encoded, and stored, once.
         distinct = list(dict.fromkeys(prompts))
         conditions = self.model.encode(distinct)

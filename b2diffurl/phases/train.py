@@ -224,7 +224,7 @@ def train_epochs(plan: Plan, trainer: Trainer, log: UpdateLog, data: TrainingDat
     units, num_steps = data.units, Budget.of(plan.settings).num_chosen_steps(plan.window.num_steps)
     what = f"{num_steps} of their {plan.window.num_steps} steps"
     if training.objective.on_noised_images:
-        what = f"noised to {num_steps} levels each"
+        what = "each noised once an epoch" if num_steps == 1 else f"each noised to {num_steps} levels an epoch"
     logger.info(
         "stage%d train: training on %d %s, %s, from %s",
         index, data.num_trajectories, training.objective.samples, what, plan.start,

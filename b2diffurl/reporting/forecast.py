@@ -77,7 +77,7 @@ def stage_pace(objective: Objective, stage: Stage) -> Pace | None:
     return Pace(
         evaluation=evaluation,
         image=selected["seconds"]["score"] / selected["num_images"],
-        transition=trained["seconds"]["train"] / transitions if transitions else passes(objective) * evaluation,
+        transition=trained["seconds"]["train"] / transitions if transitions else objective.num_passes * evaluation,
         process=start_up(trained, finished_at(trained) - finished_at(selected) - trained["seconds"]["train"]),
     )
 
@@ -97,16 +97,6 @@ def finished_at(manifest: dict[str, Any]) -> float:
     return datetime.strptime(manifest["finished"], FINISHED_FORMAT).timestamp()
 
 
-def passes(objective: Objective) -> int:
-    """The cost of training on one transition or noised image, in evaluations of the network.
-
-    One forward, one backward. The backward pass costs as much as the forward one and not twice as much, because gradients of
-    the frozen weights are not computed. An objective that asks for the base policy needs one more forward, and so does one
-    that asks for the policy that sampled.
-    """
-    return 2 + objective.needs_base + objective.needs_old
-
-
 def first_pace(settings: Settings, window: Window, batch_sec: float, load_sec: float) -> Pace:
     """The pace before a stage is finished, from the seconds of the first sampling batch and of loading.
 
@@ -115,7 +105,7 @@ def first_pace(settings: Settings, window: Window, batch_sec: float, load_sec: f
     """
     num_evaluations = Budget.of(settings).num_evaluations(window)
     evaluation = batch_sec * settings.sampling.num_batches / num_evaluations
-    return Pace(evaluation, 0.0, passes(settings.training.objective) * evaluation, load_sec)
+    return Pace(evaluation, 0.0, settings.training.objective.num_passes * evaluation, load_sec)
 
 
 def work_left(settings: Settings) -> Work:

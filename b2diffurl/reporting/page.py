@@ -253,7 +253,7 @@ def warned_kinds(rows: Sequence[Row]) -> list[dict[str, Any]]:
 # ---- figures ----
 
 
-def figure_table(evaluations: Sequence[Row], everything: Sequence[Row]) -> list[dict[str, Any]]:
+def figure_table(evaluations: Sequence[Row], everything: Sequence[Row] = ()) -> list[dict[str, Any]]:
     """The page's section Figures: base, newest checkpoint and difference, for each prompt set, sampler and figure.
 
     If an average of the LoRA was judged under the same conditions the newest one stands beside them. `everything` are the

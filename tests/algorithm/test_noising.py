@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from b2diffurl.algorithm.ddim import PREDICTION_TYPES, make_noise_levels, make_transitions
-from b2diffurl.algorithm.noising import NoiseLevels, draw_levels, window_levels
+from b2diffurl.algorithm.noising import NoiseLevels, draw_levels, draw_outside, window_levels
 from b2diffurl.algorithm.window import Window
 
 
@@ -104,3 +104,20 @@ def test_every_level_is_equally_likely_for_every_image():
 
 def test_a_range_of_one_level_has_that_level():
     assert draw_levels(7, 8, 5, 3, torch.Generator().manual_seed(0)).eq(7).all()
+
+
+def test_a_fifth_of_the_levels_is_drawn_outside():
+    """Of 10 x 4 levels of 100..699 exactly 8 become rows of 0..99 or 700..999, which are equally likely; the others stay. A
+    window of all levels leaves nothing outside."""
+    rng, seen = torch.Generator().manual_seed(0), []
+    for _ in range(500):
+        level = draw_levels(100, 700, 10, 4, rng)
+        drawn = draw_outside(level, 100, 700, 1000, rng)
+        outside = (drawn < 100) | (drawn >= 700)
+        assert outside.sum() == 8
+        assert torch.equal(drawn[~outside], level[~outside])
+        seen.append(drawn[outside])
+    below = (torch.cat(seen) < 100).float().mean()
+    assert below.item() == pytest.approx(0.25, abs=0.03)
+    assert torch.cat(seen).max() == 999
+    assert torch.equal(draw_outside(level, 0, 1000, 1000, rng), level)

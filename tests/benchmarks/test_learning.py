@@ -197,7 +197,8 @@ def test_a_shortened_default_run_learns(tmp_path):
     the same noise."""
     overrides = [f"--config.log_path={tmp_path}/log", "--config.eval.num_images=1152"]
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}  # conftest's: one thread
-    settings = {"ExpName": "short", "StageCnt": "4", "SplitStepLeft": "10", "SavePath": str(tmp_path), "Seed": "17"}
+    settings = {"Preset": "shapes_ddpo", "ExpName": "short", "StageCnt": "4", "SplitStepLeft": "10", "Seed": "17"}
+    settings |= {"SavePath": str(tmp_path)}
     subprocess.run(["bash", "run_process.sh", *overrides], env=environment | settings, cwd=ROOT, check=True)
     flags = [
         "--config=config/stage_process.py:shapes",

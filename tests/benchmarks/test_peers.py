@@ -171,7 +171,7 @@ def test_peers_write_everything_again_after_every_batch(finished, overrides, tmp
 
 
 def test_what_the_peers_cannot_do_is_refused(finished, overrides):
-    """Their shape has branches trained to their end, no reference policy, no loss scaling, nothing that makes less work."""
+    """Their shape has branches trained to the image, no reference policy, no loss scaling, nothing that saves work."""
     for change in ({"sampling": "independent"}, {"train.objective": "dpok"}, {"split_stop": 3}):
         with pytest.raises(ValueError, match="peers' shape"):
             make_job(finished, overrides | change)

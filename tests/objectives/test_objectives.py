@@ -15,8 +15,8 @@ OPTIONS = {  # of the tests that want some
     "reinforce": {},
     "dpok": {"clip_range": CLIP, "kl_weight": 0.5},
     "d3po": {"beta": 2.0},
-    "nft": {"old_weight": 0.5, "base_weight": 0.25, "beta": 0.5, "scale": 2.0},
-    "awm": {"old_weight": 0.5, "base_weight": 0.25, "clip_range": 0.2},
+    "nft": {"old_weight": 0.5, "base_weight": 0.25, "outside_weight": 3.0, "beta": 0.5, "scale": 2.0},
+    "awm": {"old_weight": 0.5, "base_weight": 0.25, "outside_weight": 3.0, "clip_range": 0.2},
 }
 NOISED = [name for name, objective in OBJECTIVES.items() if objective.on_noised_images]
 
@@ -40,10 +40,11 @@ def random_tensors(name: str, num: int = 6) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     shape = (2, num) if OBJECTIVES[name].paired else (num,)
     images = ("output", "old_output", "base_output", "target")
-    return [
-        0.1 * torch.randn((*shape, 1, 2, 2) if term in images else shape, generator=generator)
+    tensors = {
+        term: 0.1 * torch.randn((*shape, 1, 2, 2) if term in images else shape, generator=generator)
         for term in OBJECTIVES[name].terms
-    ]
+    }
+    return [*(tensors | {"inside": (torch.arange(num) % 3 > 0).float()} if "inside" in tensors else tensors).values()]
 
 
 # ---- by hand ----
@@ -175,17 +176,19 @@ def test_a_large_margin_pushes_no_more_and_a_wrong_one_no_harder():
 # ---- on noised images; a latent has two dimensions here ----
 
 
-def noised(name: str, *, output, old, base, target, advantage: float, gain: float = 1.0, **options: float):
+def noised(
+    name: str, *, output, old, base, target, advantage: float, gain: float = 1.0, inside: float = 1.0, **options: float
+):
     """The loss of one noised image, its gradient by the output [2], and the metrics."""
     images = {"output": output, "old_output": old, "base_output": base, "target": target}
     tensors = {key: [[[value]]] for key, value in images.items()}  # [N,C,h,w] = [1,1,1,2]
-    numbers = {"gain": [gain], "advantage": [advantage]}
+    numbers = {"gain": [gain], "advantage": [advantage], "inside": [inside]}
     asked = {key: value for key, value in (tensors | numbers).items() if key in OBJECTIVES[name].terms}
     loss, gradients, metrics = at(name, OPTIONS[name] | options, **asked)
     return loss.item(), gradients["output"].flatten().tolist(), metrics
 
 
-FREE = {"old_weight": 0.0, "base_weight": 0.0}
+FREE = {"old_weight": 0.0, "base_weight": 0.0, "outside_weight": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -229,7 +232,10 @@ def test_the_leash_by_hand(name):
     held, held_gradient, metrics = noised(name, **given)
     assert held - free == pytest.approx(0.5 * 0.5 + 0.25 * 8.0)
     assert [b - a for a, b in zip(free_gradient, held_gradient, strict=True)] == pytest.approx([0.5 * 1.0, -0.25 * 4.0])
-    assert (metrics["old_distance"].item(), metrics["base_distance"].item()) == (0.5, 8.0)
+    assert (metrics["old_distance"].item(), metrics["base_penalty"].item()) == (0.5, 2.0)
+    outside, gradient, metrics = noised(name, **given, inside=0.0)
+    assert (outside, metrics["base_penalty"].item()) == (24.0, 24.0)  # 3 times 8, and nothing else
+    assert gradient == pytest.approx([0.0, -3.0 * 4.0])
 
 
 @pytest.mark.parametrize("gain", [0.5, 3.0])
@@ -241,7 +247,8 @@ def test_at_the_old_policy_the_gradient_is_the_policy_gradient(beta, gain):
     old, target, advantage = (
         torch.randn(shape, generator=generator).double() for shape in ((5, 1, 2, 3), (5, 1, 2, 3), (5,))
     )
-    rows = {"base": old, "target": target, "gain": torch.full((5,), gain).double(), "advantage": advantage}
+    rows = {"base": old, "target": target, "gain": torch.full((5,), gain).double()}
+    rows |= {"advantage": advantage, "inside": torch.ones(5).double()}
 
     def gradient(name: str, **options: float) -> Tensor:
         output = old.clone().requires_grad_()
@@ -260,7 +267,9 @@ def test_an_undecided_image_has_no_gradient():
     """nft with r = 1/2 everywhere: exactly 0 at the old policy, in float32, and no pull of one kind elsewhere."""
     output = torch.randn(4, 1, 2, 2, requires_grad=True)
     old, target = output.detach().clone(), torch.randn(4, 1, 2, 2)
-    loss, _ = OBJECTIVES["nft"].loss(output, old, None, target, torch.ones(4), torch.zeros(4), **FREE, beta=1.0, scale=1.0)
+    loss, _ = OBJECTIVES["nft"].loss(
+        output, old, None, target, torch.ones(4), torch.ones(4), torch.zeros(4), **FREE, beta=1.0, scale=1.0
+    )
     assert not torch.autograd.grad(loss.sum(), output)[0].any()
 
 
@@ -268,7 +277,9 @@ def test_a_perfect_output_has_a_finite_gradient():
     """nft where the error is exactly 0, so that its division would be 0 / 0."""
     output = torch.zeros(1, 1, 2, 2, requires_grad=True)
     zero = torch.zeros(1, 1, 2, 2)
-    loss, _ = OBJECTIVES["nft"].loss(output, zero, None, zero, torch.ones(1), torch.ones(1), **FREE, beta=1.0, scale=1.0)
+    loss, _ = OBJECTIVES["nft"].loss(
+        output, zero, None, zero, torch.ones(1), torch.ones(1), torch.ones(1), **FREE, beta=1.0, scale=1.0
+    )
     assert torch.autograd.grad(loss.sum(), output)[0].isfinite().all()
 
 
@@ -318,9 +329,14 @@ def test_units_are_independent_of_each_other(name):
 
 @pytest.mark.parametrize("name", NOISED)
 def test_a_term_without_weight_is_not_asked_for(name):
-    """With base_weight 0 the base policy is not evaluated; the policy that sampled always is."""
-    options = OBJECTIVES[name].options
-    held = Objective(OBJECTIVES[name].loss, options(**OPTIONS[name]))
-    free = Objective(OBJECTIVES[name].loss, options(**OPTIONS[name] | FREE))
+    """Without a weight the base policy is not evaluated; with one outside the window alone it costs a fifth. The policy that
+    sampled is always evaluated."""
+
+    def with_weights(**weights: float) -> Objective:
+        return Objective(OBJECTIVES[name].loss, OBJECTIVES[name].options(**OPTIONS[name] | weights))
+
+    held, free = with_weights(), with_weights(**FREE)
+    costs = [one.num_passes for one in (held, with_weights(base_weight=0.0), free)]
+    assert costs == [4, 3.2, 3]
     assert (held.needs_base, held.unused) == (True, set())
     assert (free.needs_base, free.unused, free.needs_old) == (False, {"base_output"}, True)

@@ -55,7 +55,7 @@ def test_at_the_first_update_the_policy_is_the_one_that_sampled(stage_with, obje
     assert all(update["max_abs_log_ratio"] > 0 for update in updates if not update["first"])
     assert updates[0]["old_distance"] == 0.0
     assert updates[-1]["old_distance"] > 0.0
-    assert updates[0]["base_distance"] == 0.0  # a fresh LoRA is the base
+    assert updates[0]["base_penalty"] == 0.0  # a fresh LoRA is the base
 
 
 def test_the_levels_are_those_of_the_window(stage_with):
