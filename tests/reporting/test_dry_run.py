@@ -12,6 +12,7 @@ from conftest import (
     ROOT,
     experiment,
     flags,
+    get_config,
     make_config,
     settings_at,
     snapshot,
