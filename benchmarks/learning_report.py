@@ -1,4 +1,4 @@
-"""The page of benchmarks.learning: tables and learning curves, from the figures in learning.json."""
+"""The page of benchmarks.learning: tables and learning curves, from the figures in its JSON file."""
 
 from pathlib import Path
 from statistics import fmean
@@ -15,11 +15,12 @@ COLOURS = {"train": "#1f6feb", "test": "#c2410c"}
 # --- tables ---------------------------------------------------------------------------------------
 
 
-PAGE = """# Does the default run learn?
+PAGE = """# Does the preset `{preset}` learn?
 
-By `python -m benchmarks.learning`, {date}, {machine}. Each figure is of {num_images} images, on noise that nothing else
-uses. ± is the standard error over images; that of a gain is paired, because base and tuned model draw the same prompts from
-the same noise.
+By `python -m benchmarks.learning{flag}`, {date}, {machine}.
+{source}
+± is the standard error over images; that of a gain is paired, because base and tuned model draw the same prompts from the
+same noise.
 
 ## By seed
 
@@ -43,15 +44,15 @@ these the share with the right relation. Mean over the seeds.
 
 ## Base model over samplers
 
-Accuracy on training prompts, {sweep_images} images each. The best four were judged again, on {num_images} images of other
-noise. The best of these is *the base's best sampler*.
+Accuracy on training prompts, {sweep_images} images each. The best four were judged again, on {sweep_judged_images} images
+of other noise. The best of these is *the base's best sampler*.
 
 {sweep}
 
 ## As it is deployed
 
-In stock diffusers, with deterministic DDIM and 50 steps. The LoRA is loaded with `load_lora_weights`. Each figure is of
-{deployed_images} images.
+{deployment}
+Each figure is of {deployed_images} images.
 
 {deployed}
 
@@ -62,12 +63,24 @@ for which base and tuned model both have at least two such images.
 
 {diversity}
 """
+JUDGED = "Each figure is of {num_images} images, on noise that nothing else uses."
+NOT_JUDGED = """The figures are those that `run_process.sh` itself has made, each of {num_images} images.
+The runs were not judged again on more images and other noise."""
+IN_STOCK = (
+    "In stock diffusers, with deterministic DDIM and {deployed_steps} steps. The LoRA is loaded with `load_lora_weights`."
+)
+BY_THE_RUN = "By `run_process.sh` itself, with deterministic DDIM and {deployed_steps} steps, on held-out prompts."
 
 
 def write_tables(facts: dict[str, Any], path: Path) -> None:
     """Write the page: one markdown table for each question."""
     makers = (gains, failures, conditional, best, sweep, deployed, diversity)
-    path.write_text(PAGE.format(**facts | {maker.__name__: maker(facts) for maker in makers}))
+    words = {
+        "flag": "" if facts["preset"] == "shapes" else f" --preset {facts['preset']}",
+        "source": (JUDGED if facts["judged"] else NOT_JUDGED).format(**facts),
+        "deployment": (IN_STOCK if facts["deployed_in_stock"] else BY_THE_RUN).format(**facts),
+    }
+    path.write_text(PAGE.format(**facts | words | {maker.__name__: maker(facts) for maker in makers}))
 
 
 def points(value: float, error: float | None = None) -> str:
@@ -131,7 +144,17 @@ def conditional(facts: dict[str, Any]) -> str:
 
 
 def best(facts: dict[str, Any]) -> str:
-    compared, rows = facts["best"], []
+    """The comparison with each tuned model; where they were not judged for it, the base alone."""
+    compared = facts["best"]
+    setting, trained = (
+        "{num_steps} steps, guidance {guidance_scale:g}, eta {eta:g}".format(**one)
+        for one in (compared["sampler"], facts["sampler"])
+    )
+    note = f"The base's best sampler of those below: {setting}. The tuned models were trained at {trained}.\n\n"
+    if not facts["judged"]:
+        rows = [[words, percent(compared["base"][prompts]["accuracy"])] for prompts, words in SETS.items()]
+        return note + table(["prompts", "base at its best"], rows)
+    rows = []
     for prompts, words in SETS.items():
         base = compared["base"][prompts]
         for name in runs(facts):
@@ -140,10 +163,6 @@ def best(facts: dict[str, Any]) -> str:
                 words, title(name), percent(base["accuracy"]), points(one["accuracy_gain"], one["accuracy_gain_se"]),
                 percent(same["accuracy"]), points(same["accuracy_gain"], same["accuracy_gain_se"]),
             ])  # fmt: skip
-    setting, trained = ("{num_steps} steps, guidance {guidance_scale:g}, eta {eta:g}".format(**one) for one in (
-        compared["sampler"], facts["sampler"]
-    ))  # fmt: skip
-    note = f"The base's best sampler of those below: {setting}. The tuned models were trained at {trained}.\n\n"
     header = ["prompts", "run", "base at its best", "gain of the tuned one as trained", "tuned at that sampler", "gain"]
     return note + table(header, rows)
 
@@ -159,12 +178,11 @@ def sweep(facts: dict[str, Any]) -> str:
 def deployed(facts: dict[str, Any]) -> str:
     rows = []
     for guidance, compared in facts["deployed"].items():
-        for prompts in SETS:
-            base = compared["base"][prompts]
+        for prompts in compared[runs(facts)[0]]:
             for name in runs(facts):
                 one = compared[name][prompts]
                 rows.append([
-                    guidance, SETS[prompts], title(name), percent(base["accuracy"]), percent(one["accuracy"]),
+                    guidance, SETS[prompts], title(name), percent(one["accuracy"] - one["gain"]), percent(one["accuracy"]),
                     points(one["gain"], one["gain_se"]),
                 ])  # fmt: skip
     return table(["guidance", "prompts", "run", "base", "tuned", "gain"], rows)
@@ -212,6 +230,12 @@ def series(facts: dict[str, Any], name: str, prompts: str, key: str) -> tuple[li
     return [one["queries"] / 1000 for one in chosen], [one[key] for one in chosen]
 
 
+def before_stages(facts: dict[str, Any], name: str) -> list[float]:
+    """Reward queries before each stage, in thousands."""
+    num_stages = len(facts["training_reward"][name])
+    return [index * last(facts, name, "train")["queries"] / 1000 / num_stages for index in range(num_stages)]
+
+
 def draw_mean(panel: plt.Axes, curves: list[tuple[list[float], list[float]]], **style: Any) -> None:
     for x, y in curves:
         panel.plot(x, y, lw=0.8, alpha=0.45, color=style["color"], ls=style.get("ls", "-"))
@@ -221,7 +245,7 @@ def draw_mean(panel: plt.Axes, curves: list[tuple[list[float], list[float]]], **
 
 def reward_panel(panel: plt.Axes, facts: dict[str, Any]) -> None:
     """The reward of the images that were trained on, sampled before each stage's updates, and of the evaluations' images."""
-    sampled = [(series(facts, name, "train", "reward")[0][:-1], facts["training_reward"][name]) for name in runs(facts)]
+    sampled = [(before_stages(facts, name), facts["training_reward"][name]) for name in runs(facts)]
     draw_mean(panel, sampled, color="#3d3d3d", label="images that were trained on")
     for prompts, words in SETS.items():
         draw_mean(

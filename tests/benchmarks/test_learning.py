@@ -5,6 +5,7 @@ python -m pytest -m slow -rP tests/benchmarks/test_learning.py     a shortened d
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,21 +13,15 @@ import pytest
 import torch
 from conftest import ROOT, get_config
 
+from b2diffurl.configuration.loop import calls
 from b2diffurl.configuration.plan import make_plan
 from b2diffurl.configuration.recorded import record_experiment
 from b2diffurl.configuration.settings import read_settings
-from b2diffurl.evaluation.generate import training_sampler
+from b2diffurl.evaluation.generate import SamplerSettings, training_sampler
+from b2diffurl.runtime import files
 from benchmarks import learning
-from benchmarks.learning import (
-    SETS,
-    configure,
-    failures,
-    judged,
-    mean_gain,
-    meaningless,
-    sweep_settings,
-    with_gains,
-)
+from benchmarks.learning import SETS, Run, as_made, configure, meaningless, sweep_settings
+from benchmarks.learning_figures import against, failures, mean_gain, with_gains
 from benchmarks.learning_report import draw_curves, write_tables
 
 
@@ -52,7 +47,7 @@ TUNED = [
 
 def test_the_gain_is_the_sum_of_what_no_longer_fails():
     """Of five images one is malformed, one has a wrong binding, two a wrong relation; afterwards two a wrong relation."""
-    found = failures(BASE, TUNED[-1])
+    found = failures(BASE + TUNED, "test")
     assert {kind: (one["base"], one["tuned"]) for kind, one in found.items()} == {
         "malformed": (0.2, 0.0),
         "binding": (pytest.approx(0.2), 0.0),
@@ -68,18 +63,21 @@ def test_the_gain_is_the_sum_of_what_no_longer_fails():
 def test_the_mean_gain_has_an_error_over_images_and_one_over_prompts():
     """Two seeds, four images of two prompts in turn: changes 1, 0 and 1, 1 for prompt a, 0, 0 and 0, 1 for b. Their means by
     image 1, 0, 0.5, 0.5; by prompt 0.75 and 0.25."""
-    before = {"prompts": "test", "n_prompts": 2, "values": {"accuracy": [0, 0, 0, 0]}}
-    runs = [[{"prompts": "test", "values": {"accuracy": values}}] for values in ([1, 0, 0, 0], [1, 0, 1, 1])]
-    found = mean_gain(before, runs)
+    before, *after = (
+        {"prompts": "test", "n_prompts": 2, "values": {"accuracy": values}}
+        for values in ([0, 0, 0, 0], [1, 0, 0, 0], [1, 0, 1, 1])
+    )
+    found = mean_gain([[before, one] for one in after], "test")
     assert found["gain"] == 0.5
     assert found["se"] == pytest.approx((0.5 / 3) ** 0.5 / 2)
     assert found["se_by_prompt"] == pytest.approx(0.25)
 
 
 def test_reward_queries_are_counted_by_stage():
-    """The base cost none, stage i the images of i + 1 stages; 8 stages are the 25,600 that the docs promise."""
-    found = with_gains(BASE, TUNED)
-    assert [one["queries"] for one in found] == [0, 0, 3200, 3200, 6400, 6400]
+    """The base cost none, stage i the images of i + 1 stages; 5 stages are the 8,000 that the preset promises."""
+    found = with_gains("shapes", BASE + TUNED)
+    assert [one["queries"] for one in found] == [0, 0, 1600, 1600, 3200, 3200]
+    assert [one["queries"] for one in with_gains("shapes_ddpo", BASE + TUNED)] == [0, 0, 3200, 3200, 6400, 6400]
     assert "accuracy_gain" not in found[0]
     assert found[-1]["accuracy_gain"] == pytest.approx(0.4)
 
@@ -97,32 +95,55 @@ def test_a_meaningless_reward_says_nothing_but_differs_from_image_to_image():
 
 
 def test_the_sweep_covers_guidance_and_steps():
-    """Guidance 1 to 10 and 10 to 50 steps, stochastic and deterministic, the training sampler among them."""
+    """Guidance 1 to 10 and 10 to 50 steps, stochastic and deterministic, the training sampler of its page among them."""
     settings = sweep_settings()
-    assert training_sampler(read_settings(get_config("shapes"))) in settings
+    assert training_sampler(read_settings(get_config(learning.SWEPT))) in settings
     assert {one.eta for one in settings} == {0.0, 1.0}
     assert {1.0, 10.0} <= {one.guidance_scale for one in settings}
     assert {10, 50} <= {one.num_steps for one in settings if one.eta == 1}
     assert len(set(settings)) == len(settings)
 
 
-def test_runs_of_other_settings_or_unfinished_are_refused(tmp_path, monkeypatch):
-    """A folder that was made with another rate, or that is not whole, is not published as the default run."""
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A working directory with configuration and base model in which experiments and pages may be written."""
     (tmp_path / "model").mkdir()
     for name in ("config", "model/shapes"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
-    config = configure("seed7")
+    return tmp_path
+
+
+def test_runs_of_other_settings_or_unfinished_are_refused(elsewhere):
+    """A folder that was made with another rate, or that is not whole, is not published as the preset's run."""
+    run = Run("shapes", 7)
+    config = configure(run)
     assert (config.seed, config.exp_name) == (7, "learning_seed7")
     record_experiment(make_plan(config).record, 1)
-    with pytest.raises(ValueError, match=r"learning_seed7 is not a whole run of 8 stages"):
-        judged("seed7")
-    (read_settings(config).output.root / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"learning_seed7 is not a whole run of 5 stages"):
+        as_made(run)
+    (run.root / "config.json").unlink()
     config.train.learning_rate = 0.5
     record_experiment(make_plan(config).record, 1)
-    with pytest.raises(ValueError, match=r"train.learning_rate is 0.002, was 0.5"):
-        judged("seed7")
-    assert judged("base").seed == get_config("shapes").seed
+    with pytest.raises(ValueError, match=r"train.learning_rate is 0.003, was 0.5"):
+        as_made(run)
+    assert as_made(run.base).seed == get_config("shapes").seed
+
+
+def test_a_preset_s_experiments_are_named_after_it_and_run_with_it(elsewhere, monkeypatch):
+    """The default preset needs no name. Nothing of the environment but the preset, name and seed reaches run_process.sh."""
+    commands = []
+    monkeypatch.setattr(learning.subprocess, "run", lambda command, env, check: commands.append((command, env)))
+    monkeypatch.setenv("StageCnt", "1")
+    runs = [Run("shapes", 2), Run("shapes_ddpo", 3)]
+    learning.run(runs, 0)
+    given = [{key: env.get(key) for key in ("Preset", "ExpName", "Seed", "StageCnt")} for _, env in commands]
+    assert given == [
+        {"Preset": "shapes", "ExpName": "learning_seed2", "Seed": "2", "StageCnt": None},
+        {"Preset": "shapes_ddpo", "ExpName": "learning_shapes_ddpo_seed3", "Seed": "3", "StageCnt": None},
+    ]
+    assert configure(runs[1].base).exp_name == "learning_shapes_ddpo_base"
+    assert all(learning.seconds_of(run) > 0 for run in runs)
 
 
 def test_the_base_s_best_sampler_is_the_best_of_a_second_look(monkeypatch):
@@ -142,31 +163,95 @@ def test_the_base_s_best_sampler_is_the_best_of_a_second_look(monkeypatch):
     monkeypatch.setattr(learning, "evaluate", evaluate)
     for cached in (learning.swept, learning.best_sampler):
         cached.cache_clear()
-    assert learning.best_sampler() == second
+    assert learning.best_sampler("shapes_ddpo") == second
     for cached in (learning.swept, learning.best_sampler):
         cached.cache_clear()
 
 
+def test_other_presets_take_the_sweep_from_its_page(monkeypatch):
+    """The base model is the same, so nothing is judged: its best sampler is that of docs/results."""
+    monkeypatch.setattr(learning, "evaluate", None)
+    assert len(learning.swept("shapes")) == 49
+    assert learning.best_sampler("shapes") == SamplerSettings(50, 1.0, 2.5)
+    assert learning.deployed_guidances("shapes") == [2.0, 2.5]
+
+
+def test_gains_over_the_base_by_another_sampler_are_paired():
+    """Changes of 0, 1, 0, 1 and 0 of five images: 0.4, with a deviation of sqrt(1.2 / 4) over sqrt(5)."""
+    found = against(BASE[0], TUNED[0] | {"conditions": "of another sampler"})
+    assert found["accuracy_gain"] == pytest.approx(0.4)
+    assert found["accuracy_gain_se"] == pytest.approx((1.2 / 4) ** 0.5 / 5**0.5)
+
+
+def test_a_page_needs_no_more_than_the_runs(elsewhere, monkeypatch):
+    """Without `judge` and `deployed`, draw asks only for what run_process.sh has judged, and the page says so."""
+    (elsewhere / "docs/results").mkdir(parents=True)
+    shutil.copy(ROOT / "docs/results/learning_shapes_ddpo.json", elsewhere / "docs/results")
+    settings = read_settings(get_config("shapes"))
+    num_stages, every = settings.schedule.num_stages, settings.judging.every
+    made = {one for call in calls(settings) for one in call.evaluations(num_stages, every)}
+    asked = set()
+
+    def evaluate(settings, checkpoints, prompt_sets, samplers):
+        assert (settings.judging.num_images, settings.judging.seed) == (512, 0)
+        names = [name.replace("last", f"stage{num_stages - 1}") for name in checkpoints]
+        asked.update((name, prompts, sampler) for name in names for prompts in prompt_sets for sampler in samplers)
+        results = [
+            next(one for one in (BASE if name == "base" else TUNED) if one["prompts"] == prompts) | {"checkpoint": name}
+            for name in dict.fromkeys(names)
+            for prompts in prompt_sets
+        ]
+        return with_gains("shapes", results)
+
+    monkeypatch.setattr(learning, "evaluate", evaluate)
+    monkeypatch.setattr(learning, "require_finished", lambda config: None)
+    monkeypatch.setattr(learning, "training_reward", lambda run: [0.1] * num_stages)
+    monkeypatch.setattr(learning, "num_updates", lambda run: 42)
+    monkeypatch.setattr(learning, "seconds_of", lambda run: 300.0)
+    learning.draw([Run("shapes", 1), Run("shapes", 2)], 0)
+    assert asked == made
+    text = (elsewhere / "docs/results/learning.md").read_text()
+    assert "The figures are those that `run_process.sh` itself has made, each of 512 images." in text
+    assert "| training | seed 1 | 20.0 % | 60.0 % | +40.0 ± 24.5 | +0.4000 ± 0.2449 | 42 | 5.0 |" in text
+    assert "| held-out | seed 2 | 20.0 % | 60.0 % | +40.0 ± 24.5 | +0.4000 ± 0.2449 | 42 | 5.0 |" in text
+    assert "By `run_process.sh` itself, with deterministic DDIM and 20 steps, on held-out prompts." in text
+    assert "| 2 | held-out | seed 2 | 20.0 % | 60.0 % | +40.0 ± 24.5 |" in text
+    assert "| training | 56.7 % |" in text
+    assert (elsewhere / "docs/results/learning.png").stat().st_size > 20_000
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/results").glob("learning*.json")), ids=lambda page: page.stem)
+def test_the_committed_pages_are_those_of_their_figures(tmp_path, page):
+    """The tables are written again from the JSON file beside them."""
+    write_tables(files.read_json(page), tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text() == page.with_suffix(".md").read_text()
+
+
 def test_tables_and_curves_are_drawn_from_the_facts(tmp_path):
     """Every table has its figures, by hand where they are simple, and the picture is written."""
-    curve = with_gains(BASE, TUNED)
+    curve = with_gains("shapes_ddpo", BASE + TUNED)
     as_trained, at_best = ({"accuracy": 0.8, "accuracy_gain": gain, "accuracy_gain_se": gain / 10} for gain in (0.3, 0.2))
     best = {prompts: {"as_trained": as_trained, "at_best": at_best} for prompts in SETS}
-    deployed = {prompts: {"accuracy": 0.7, "se": 0.01, "gain": 0.1, "gain_se": 0.02} for prompts in SETS}
+    deployed = {prompts: {"accuracy": 0.7, "gain": 0.1, "gain_se": 0.02} for prompts in SETS}
     facts = {
+        "preset": "shapes_ddpo",
         "date": "today",
         "machine": "here",
         "seeds": [1, 2],
+        "judged": True,
         "num_images": 5,
         "sweep_images": 5,
+        "sweep_judged_images": 5,
+        "deployed_in_stock": True,
         "deployed_images": 5,
+        "deployed_steps": 50,
         "updates": {"seed1": 20, "seed2": 21},
-        "mean_gain": {one["prompts"]: mean_gain(one, [TUNED[-2:], TUNED[-2:]]) for one in BASE},
+        "mean_gain": {prompts: mean_gain([curve, curve], prompts) for prompts in SETS},
         "sampler": {"num_steps": 10, "eta": 1.0, "guidance_scale": 2.0},
         "seconds": {"seed1": 600.0, "seed2": None},
         "training_reward": {"seed1": [0.1, 0.2], "seed2": [0.1, 0.3]},
         "curves": {"seed1": curve, "seed2": curve},
-        "failures": {name: {one["prompts"]: failures(BASE, one) for one in TUNED[-2:]} for name in ("seed1", "seed2")},
+        "failures": {name: {prompts: failures(curve, prompts) for prompts in SETS} for name in ("seed1", "seed2")},
         "sweep": BASE[:1],
         "best": {
             "sampler": {"num_steps": 20, "eta": 0.0, "guidance_scale": 3.0},
@@ -174,7 +259,7 @@ def test_tables_and_curves_are_drawn_from_the_facts(tmp_path):
             "seed1": best,
             "seed2": best,
         },
-        "deployed": {"2": {"base": deployed, "seed1": deployed, "seed2": deployed}},
+        "deployed": {"2": {"seed1": deployed, "seed2": deployed}},
     }
     write_tables(facts, tmp_path / "learning.md")
     draw_curves(facts, tmp_path / "learning.png")
@@ -186,7 +271,7 @@ def test_tables_and_curves_are_drawn_from_the_facts(tmp_path):
     assert "| training | base | 80.0 % | 75.0 % | 33.3 % |" in text
     assert "| held-out | malformed | 20.0 % | 0.0 % | -20.0 |" in text
     assert "| training | seed 1 | 55.0 % | +30.0 ± 3.0 | 80.0 % | +20.0 ± 2.0 |" in text
-    assert "| 2 | held-out | seed 2 | 70.0 % | 70.0 % | +10.0 ± 2.0 |" in text
+    assert "| 2 | held-out | seed 2 | 60.0 % | 70.0 % | +10.0 ± 2.0 |" in text
     assert (tmp_path / "learning.png").stat().st_size > 20_000
 
 
@@ -201,7 +286,7 @@ def test_a_shortened_default_run_learns(tmp_path):
     settings |= {"SavePath": str(tmp_path)}
     subprocess.run(["bash", "run_process.sh", *overrides], env=environment | settings, cwd=ROOT, check=True)
     flags = [
-        "--config=config/stage_process.py:shapes",
+        "--config=config/stage_process.py:shapes_ddpo",
         "--config.exp_name=short",
         f"--config.save_path={tmp_path}",
         *overrides,
