@@ -438,7 +438,7 @@ def step_loss(
     """The loss [2] of two trajectories at step `i` of 0..T-1."""
     x_t, x_prev = batch["latents"][:, i], batch["next_latents"][:, i]
     mu, sigma = transition(table, i, x_t, policy(x_t, batch["timesteps"][0, i], batch["prompt_embeds"], unconditional))
-    objective = read_training(train).objective
+    objective = read_training(train, guidance_scale=1.0).objective
     found = {
         "log_prob": log_prob(x_prev, mu, sigma),
         "old_log_prob": batch["log_probs"][:, i],

@@ -94,7 +94,10 @@ def test_a_lora_that_overflows_is_kept_and_mended(finished, overrides, tmp_path)
     for folder in (broken, healthy):
         folder.mkdir()
     message, facts, tensors = refused(broken, "sample", settings)
-    assert "batch_00000.safetensors: log-probabilities of images [0, 1, 2, 3, 4, 5], groups [0, 1], are not" in message
+    assert (
+        "batch_00000.safetensors: log-probabilities or latents of images [0, 1, 2, 3, 4, 5], groups [0, 1], are not"
+        in message
+    )
     assert (facts["images"], facts["groups"], len(facts["prompts"])) == ([*range(6)], [0, 1], 2)
     assert tensors["log_probs"].shape == (2, 3, 2) and not tensors["log_probs"].isfinite().any()
     assert tensors["latents"].shape == (2, 3, 3, 4, 8, 8)

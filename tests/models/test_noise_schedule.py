@@ -47,7 +47,7 @@ CONFIGS |= {f"{name}, {one}": saved(name) | {"timestep_spacing": one} for name i
 @pytest.fixture
 def asked(config):
     settings = read_settings(config)
-    return settings.model, replace(settings.sampling, num_steps=20)
+    return settings.model, replace(settings.sampling, sampler=replace(settings.sampling.sampler, num_steps=20))
 
 
 @pytest.mark.parametrize("config_name", CONFIGS)
