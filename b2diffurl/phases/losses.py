@@ -128,6 +128,7 @@ class NoisedLoss:
     window: tuple[int, int]  # rows of `levels`: first, end
     step_weight: Tensor  # [c], all 1
     old_lora: Mapping[str, Tensor]  # parameters of the policy that sampled
+    base_inside: bool  # evaluate the base policy inside the window, too: it has weight there, or all shapes are to be equal
 
     def prepare(self, samples: Trajectories, rng: torch.Generator) -> NoisedImages:
         num_images, bands = len(samples), len(self.step_weight)
@@ -156,7 +157,7 @@ class NoisedLoss:
             predict=predict,
             predict_old=lambda which: self.policy.of_lora(self.old_lora, partial(predict, which)),
             predict_base=lambda which: self.policy.of_base(partial(predict, which)),
-            base_inside=self.objective.options.base_weight > 0,
+            base_inside=self.base_inside,
             unused=self.objective.unused,
         )
         return by_step(self.objective, terms, units, steps)
@@ -174,8 +175,13 @@ def make_loss(
     training: Training,
     window: Window,
     old_lora: Mapping[str, Tensor],  # the LoRA's parameters of the policy that sampled
+    *,
+    constant_shape: bool = False,
 ) -> Loss:
-    """The loss of a stage; a ValueError if it is of transitions and one of the window's has no log-probability."""
+    """The loss of a stage; a ValueError if it is of transitions and one of the window's has no log-probability.
+
+    With `constant_shape` every policy is given all rows of a micro-batch: a network is compiled anew for each number.
+    """
     policy = Policy(model, training.guidance)
     objective, table = training.objective, policy.model.sampler(sampling.num_steps, sampling.eta)
     if not objective.on_noised_images:
@@ -190,6 +196,7 @@ def make_loss(
         window=window_levels(levels, table, window),
         step_weight=torch.ones(training.steps.num_noise_levels, device=table.sigma.device),
         old_lora=old_lora,
+        base_inside=constant_shape or objective.options.base_weight > 0,
     )
 
 

@@ -231,7 +231,8 @@ def make_trainer(
     `old_lora` has the LoRA's parameters of the policy that sampled the stage.
     """
     training = plan.settings.training
-    loss = make_loss(model, plan.settings.sampling, training, plan.window, old_lora)
+    compiled = plan.settings.compute.compile
+    loss = make_loss(model, plan.settings.sampling, training, plan.window, old_lora, constant_shape=compiled)
     if training.gradient_checkpointing:
         model.checkpoint_gradients()
     parameters = model.trainable()
@@ -245,7 +246,6 @@ def make_trainer(
     model.network, optimizer = accelerator.prepare(model.network, optimizer)
     if state and state["scaler"] and accelerator.scaler:
         accelerator.scaler.load_state_dict(state["scaler"])
-    compiled = plan.settings.compute.compile
     sizes = BatchSizes(
         plan.stage.root,
         accelerator.device,

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import assert_same, experiment, make_config, read_selected, run_script, run_stage, snapshot, updates_of
+from conftest import assert_same, experiment, make_config, plan, read_selected, run_script, run_stage, snapshot, updates_of
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 from test_pipeline import lose_last_epoch
@@ -17,7 +17,7 @@ from b2diffurl.configuration.plan import make_plan
 from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.models.policy import load_lora, load_policy
 from b2diffurl.objectives import OBJECTIVES
-from b2diffurl.phases.losses import NoisedImages
+from b2diffurl.phases.losses import NoisedImages, make_loss
 from b2diffurl.phases.trainer import Trainer, make_trainer
 from b2diffurl.runtime.device import make_accelerator
 
@@ -165,6 +165,32 @@ def test_a_level_takes_the_advantage_of_its_step(trainer):
     assert not torch.equal(*parts)
     assert made.loss.step_of[[0, 1, 2]].tolist() == [1, 1, 0]
     assert first.any()
+
+
+def test_a_compiled_network_is_given_the_same_number_of_rows_by_every_policy(trainer, overrides, tmp_path, monkeypatch):
+    """Compiling takes minutes for each number of rows. Otherwise the base policy sees the levels outside alone."""
+    made, samples, advantages = trainer
+    one = plan(tmp_path, overrides | NFT | {"train.base_weight": 0.0, "train.outside_weight": 4.0})
+    samples = replace(samples, level=torch.tensor([0, 500, 999]).expand(len(samples), -1))  # the window ends at 251
+    seen, gradients = [], []
+    monkeypatch.setattr(made.model, "predict", watched(made.model.predict, seen))
+    for constant in (False, True):
+        seen.append([])
+        settings = one.settings.sampling, one.settings.training, one.window, made.loss.old_lora
+        made.loss = make_loss(made.model, *settings, constant_shape=constant)
+        gradients.append(gradient(made, samples, advantages, size=3 * len(samples)))
+    assert seen == [[3 * len(samples), 2 * len(samples), 3 * len(samples)], 3 * [3 * len(samples)]]
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
+
+
+def watched(predict, seen: list[list[int]]):
+    """`predict`, which notes the number of its rows in the last list of `seen`."""
+
+    def noting(x_t, *given, **named):
+        seen[-1].append(len(x_t))
+        return predict(x_t, *given, **named)
+
+    return noting
 
 
 # ---- killed ----
