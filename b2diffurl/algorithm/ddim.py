@@ -42,6 +42,7 @@ def make_transitions(
 def make_noise_levels(alphas_cumprod: Tensor, *, prediction_type: str) -> NoiseLevels:
     """The noise levels of the training schedule alpha_bar [num_train_timesteps], one for each timestep.
 
+    A level without any signal is left out if the network's output does not tell the image there: with a prediction of eps.
     An unknown `prediction_type` raises a ValueError.
     """
     alpha_bar = alphas_cumprod.cpu().double()
@@ -60,8 +61,9 @@ def make_noise_levels(alphas_cumprod: Tensor, *, prediction_type: str) -> NoiseL
             clean, noisy = one, zero
         case _:
             raise unknown_type(prediction_type)
-    coefficients = (values.float() for values in (signal, noise, clean, noisy))
-    return NoiseLevels(torch.arange(len(alpha_bar)), *coefficients)
+    told = (signal * noisy - noise * clean) != 0
+    coefficients = (values[told].float() for values in (signal, noise, clean, noisy))
+    return NoiseLevels(torch.arange(len(alpha_bar))[told], *coefficients)
 
 
 def unknown_type(prediction_type: str) -> ValueError:

@@ -243,8 +243,12 @@ def check_objective(settings: Mapping[str, Any]) -> None:
             f"sample.scheduler is {shown(scheduler)}; {name} is trained on the steps of DDIM. Leave it out, or take one of "
             f"the objectives that need no steps: {forward}."
         )
-    if scheduler and branches:
+    if scheduler and settings["sampling"] == "branch":
         raise ValueError(
             f"sample.scheduler is {shown(scheduler)}, which cannot part into branches; leave it out, or take "
             "sampling=independent"
+        )
+    if scheduler and max(settings["sample.prefix_eta"], settings["sample.suffix_eta"]) >= 0:
+        raise ValueError(
+            f"sample.scheduler is {shown(scheduler)}; sample.prefix_eta and sample.suffix_eta must be -1: they are of DDIM"
         )

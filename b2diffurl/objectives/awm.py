@@ -42,4 +42,4 @@ def awm(
     loss, metrics = ddpo(log_prob, old_log_prob, advantage, clip_range=clip_range)
     weights = {"old_weight": old_weight, "base_weight": base_weight, "outside_weight": outside_weight}
     held, distances = leash(output, old_output, base_output, inside, **weights)
-    return inside * loss + held, metrics | distances
+    return inside * loss + held, {name: inside * value for name, value in metrics.items()} | distances

@@ -43,8 +43,8 @@ def nft(
     levels of noise in the trained window.
 
     Outputs and `target` are [N,C,h,w]; `inside`, `gain` and `advantage` [N]. Returns the loss [N] and the metrics of the
-    leash and, each [N], `log_ratio`, by how much the policy fits the image better than the old one, as a mean over the D
-    dimensions of the output, and `clipped`, always 0.
+    leash and, each [N], `log_ratio`, by how much the policy fits the image better than the old one, 0 outside, as a mean
+    over the D dimensions of the output, and `clipped`, always 0.
     """
     r = 0.5 + 0.5 * (advantage / scale).clamp(-1, 1)
     moved = beta * (output - old_output)
@@ -54,5 +54,5 @@ def nft(
     weights = {"old_weight": old_weight, "base_weight": base_weight, "outside_weight": outside_weight}
     held, metrics = leash(output, old_output, base_output, inside, **weights)
     with torch.no_grad():
-        log_ratio = mean_square(old_output - target) - mean_square(output - target)
+        log_ratio = inside * (mean_square(old_output - target) - mean_square(output - target))
     return inside * (r * drawn + (1 - r) * pushed) + held, metrics | {"log_ratio": log_ratio, "clipped": torch.zeros_like(r)}

@@ -31,9 +31,10 @@ ELSEWHERE = "a new experiment with resume_from at the last good stage's checkpoi
 ADVICE = {
     "Gradient norm": f"{ELSEWHERE} and a lower train.learning_rate, or train.max_grad_norm near that median; "
     "train.step_weight=sigma where grad_norm_per_step says that one step makes it",
-    "Log-ratio": f"{ELSEWHERE} and a lower train.learning_rate, a smaller train.eps, or fewer updates a stage (larger "
+    "Log-ratio": f"{ELSEWHERE} and a lower train.learning_rate, a smaller clip range, or fewer updates a stage (larger "
     "train.batch_size, fewer train.num_epochs)",
-    "Mean reward": f"looking at the stage's images, and {ELSEWHERE} and a lower train.learning_rate or a smaller train.eps",
+    "Mean reward": f"looking at the stage's images, and {ELSEWHERE} and a lower train.learning_rate, a smaller clip range, or "
+    "for nft and awm a larger train.base_weight or train.outside_weight",
     "First log-ratio": "sampling and training on the same device, in the same precision, with the same number of threads",
     "Skipped updates": "a new experiment with mixed_precision=bf16, or no: nothing is learnt from these",
     "Rewards of siblings": "looking at the stage's images: if they are as wanted the run is done; if the model has "
@@ -150,7 +151,7 @@ class UpdateHealth:
         known = {warning["kind"] for warning in self.warnings()}
         if update["first"] and update["max_abs_log_ratio"] > self.max_first_log_ratio:
             what = f"max |log-ratio| {update['max_abs_log_ratio']:.1e} at the first update, where it should be about 0"
-            self.first = [warn("First log-ratio", f"{what}, is beyond the clip range {self.max_first_log_ratio:g}")]
+            self.first = [warn("First log-ratio", f"{what}, is beyond {self.max_first_log_ratio:g}")]
         for measure in self.measures:
             measure.see(update)
         self.skipped = self.skipped + 1 if was_skipped(update) else 0

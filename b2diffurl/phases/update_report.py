@@ -132,6 +132,7 @@ def refusal(
     tensors = {
         "latents": trajectories.latents[rows],
         "log_probs": trajectories.log_probs[rows],
+        **{name: getattr(trajectories, name)[rows] for name in ("level", "eps") if hasattr(trajectories, name)},
         "losses": report.values.loss.T.contiguous(),  # [U,s]
         "log_ratios": report.values.log_ratio.flatten(1).T.contiguous(),  # [U,s], or [2U,s] for pairs
     }

@@ -121,3 +121,12 @@ def test_a_fifth_of_the_levels_is_drawn_outside():
     assert below.item() == pytest.approx(0.25, abs=0.03)
     assert torch.cat(seen).max() == 999
     assert torch.equal(draw_outside(level, 0, 1000, 1000, rng), level)
+
+
+@pytest.mark.parametrize(("prediction_type", "count"), [("epsilon", 999), ("v_prediction", 1000), ("sample", 1000)])
+def test_a_level_without_signal_is_left_out_where_nothing_tells_the_image(prediction_type, count):
+    """A schedule of zero terminal SNR: an error of eps at its end would move the image infinitely far."""
+    scheduler = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type=prediction_type)
+    levels = make_noise_levels(scheduler.alphas_cumprod, prediction_type=prediction_type)
+    assert len(levels.timesteps) == count
+    assert levels.gain.isfinite().all()

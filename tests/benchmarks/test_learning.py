@@ -125,7 +125,7 @@ def test_runs_of_other_settings_or_unfinished_are_refused(elsewhere):
     (run.root / "config.json").unlink()
     config.train.learning_rate = 0.5
     record_experiment(make_plan(config).record, 1)
-    with pytest.raises(ValueError, match=r"train.learning_rate is 0.003, was 0.5"):
+    with pytest.raises(ValueError, match=r"train.learning_rate is 0.002, was 0.5"):
         as_made(run)
     assert as_made(run.base).seed == get_config("shapes").seed
 

@@ -230,6 +230,7 @@ def test_images_of_any_sampler_can_be_trained_on(stage_with, overrides, settings
         ({"train.guidance_scale": 1.0}, "ddpo is trained on the steps that were sampled"),
         (NFT | {"sample.eta": 0.0}, "without noise the branches of a prefix are all alike"),
         (NFT | {"sample.scheduler": "Euler"}, "which cannot part into branches"),
+        (NFT | PLAIN | {"sample.scheduler": "Euler", "sample.prefix_eta": 0.0}, "must be -1: they are of DDIM"),
         (NFT | PLAIN | {"sample.scheduler": "Oiler"}, "unknown sample.scheduler 'Oiler'"),
     ],
 )
