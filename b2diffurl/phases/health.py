@@ -33,8 +33,8 @@ ADVICE = {
     "train.step_weight=sigma where grad_norm_per_step says that one step makes it",
     "Log-ratio": f"{ELSEWHERE} and a lower train.learning_rate, a smaller clip range, or fewer updates a stage (larger "
     "train.batch_size, fewer train.num_epochs)",
-    "Mean reward": f"looking at the stage's images, and {ELSEWHERE} and a lower train.learning_rate, a smaller clip range, or "
-    "for nft and awm a larger train.base_weight or train.outside_weight",
+    "Mean reward": f"looking at the stage's images, and {ELSEWHERE} and a lower train.learning_rate, a smaller clip range, "
+    "or for nft and awm a larger train.base_weight or train.outside_weight",
     "First log-ratio": "sampling and training on the same device, in the same precision, with the same number of threads",
     "Skipped updates": "a new experiment with mixed_precision=bf16, or no: nothing is learnt from these",
     "Rewards of siblings": "looking at the stage's images: if they are as wanted the run is done; if the model has "
