@@ -125,7 +125,7 @@ measurement have none."""
 CALIBRATED = """For {arms}
 they are computed: an arm's network evaluations, times the seconds of one. So runs with equal settings and equally many
 evaluations have equal seconds, whichever machine they were made on. The seconds are medians of three runs of two stages,
-which were made alone and in turn ({date}, {hardware}, torch {torch}). The other arms' seconds were measured in their runs.
+made one after the other, in turn ({date}, {hardware}, torch {torch}). The other arms' seconds were measured in their runs.
 These were made side by side, which slows them down, so these seconds may be somewhat high.
 
 {table}"""
