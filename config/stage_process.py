@@ -238,7 +238,7 @@ def sd14_10gb(config: ConfigDict) -> None:
 
 
 def sd14_nft(config: ConfigDict) -> None:
-    """Stable Diffusion v1.4, B2 with the objective nft: 30 stages of 1,280 images, 38,400 in all. The one to begin with.
+    """Stable Diffusion v1.4, B2 with the objective nft: 30 stages of 1,280 images, 38,400 in all.
 
     Preset=sd14_nft ExpName=my_run bash run_process.sh, one CUDA GPU. It was derived from what worked on the small model, as
     docs/method.md says. It has not run on Stable Diffusion, so there is no time and no expected reward.

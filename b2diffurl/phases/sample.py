@@ -220,7 +220,7 @@ class BatchSampler:
         latents, log_probs, finished, prefix = self.sizes.fit(
             "sample.micro_batch_size", lambda size: self.trajectories(batch, group_conditions, size)
         )
-        states, stored_tree = latents, self.plan.settings.sampling.tree
+        states, stored_tree = latents, sampling.tree
         if self.plan.settings.training.objective.on_noised_images:  # the images alone are stored
             latents, log_probs, stored_tree = finished.unsqueeze(2), log_probs[:, :, :0], Tree((finished.shape[1],))
         # Before decoding, which would refuse the same latents with less to say about where they went wrong.
@@ -229,8 +229,7 @@ class BatchSampler:
         with timed(self.seconds, "decode"):
             images = self.decode_batch(batch, finished.flatten(0, 1))
             # The report shows a stage's first group as a tree of branches.
-            draws_tree = batch == 0 and self.plan.settings.sampling.shared_prefix
-            sampling = self.plan.settings.sampling
+            draws_tree = batch == 0 and sampling.shared_prefix
             path = prefix, states[0], finished[0], sampling.num_steps, sampling.tree
             tree = decode_tree(prompts[0], *path, self.decode) if draws_tree else None
         self.bar.set_postfix_str("")
@@ -279,7 +278,7 @@ class BatchSampler:
             predict = self.predictor(scheduler.timesteps, conditions, micro_batch_size)
             x_T = noise((math.prod(grouped), *self.model.latent_shape))
             finished = denoise_by(scheduler, predict, x_T, rng, settings.eta).unflatten(0, grouped)
-            return finished.unsqueeze(2), torch.empty(*grouped, 0), finished, []
+            return finished.unsqueeze(2), finished.new_empty(*grouped, 0), finished, []
         predict = self.predictor(self.sampler.timesteps, conditions, micro_batch_size)
         # Siblings that share no prefix are sampled as G*K groups of one branch, and put into G groups below.
         tree = sampling.tree if sampling.shared_prefix else Tree((1,))
