@@ -235,6 +235,7 @@ def test_the_leash_by_hand(name):
     assert (metrics["old_distance"].item(), metrics["base_penalty"].item()) == (0.5, 2.0)
     outside, gradient, metrics = noised(name, **given, inside=0.0)
     assert (outside, metrics["base_penalty"].item()) == (24.0, 24.0)  # 3 times 8, and nothing else
+    assert metrics["log_ratio"].item() == 0  # what is only held there says nothing of what was learnt
     assert gradient == pytest.approx([0.0, -3.0 * 4.0])
 
 
