@@ -419,6 +419,26 @@ def test_card_text(workplace):
     assert "2503.11240" in text
 
 
+@pytest.mark.parametrize(
+    ("settings", "row"),
+    [
+        ({}, "| optimizer | AdamW, learning rate 0.0003 |"),
+        ({"train.final_rate": 0.1}, "| optimizer | AdamW, learning rate 0.0003, falling to 3e-05 in the last stage |"),
+        ({"train.objective": "awm", "train.awm_clip": 0.3}, "| objective | awm, clip range 0.3 |"),
+        ({"train.objective": "nft", "train.guidance_scale": 1.0}, "| objective | nft, guidance 1 |"),
+        ({"sample.scheduler": "EulerDiscreteScheduler"}, "; EulerDiscreteScheduler, guidance "),
+    ],
+)
+def test_card_names_what_trained(workplace, settings, row):
+    """The stage's own record is read: clip ranges, both rates, and another sampler or guidance than the usual one."""
+    root = experiment(workplace)
+    stage = Stage(root, 1)
+    recorded = stage.manifest("sample")
+    recorded["settings"] |= {"train.learning_rate": 3e-4} | settings
+    files.write_record(stage.manifest_path("sample"), recorded)
+    assert row in read_card(export(root))[1]
+
+
 def test_card_of_an_earlier_checkpoint(workplace):
     """It counts what was spent until then, shows no picture of the newest, and says how to judge it."""
     root = experiment(workplace)

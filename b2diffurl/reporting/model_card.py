@@ -350,7 +350,7 @@ def training(exported: Exported) -> dict[str, str]:
     earlier = sum(row.get("num_updates", 0) for row in rows if row["stage"] < stage.index)
     # The checkpoint's own stage may have gone on after it, so its updates are counted by its state.json.
     queries, updates = rows[-1]["queries"], earlier + read_state(exported.lora)["num_updates"]
-    num_steps, objective, tree = settings["sample.num_steps"], settings["train.objective"], read_tree(settings)
+    num_steps, tree = settings["sample.num_steps"], read_tree(settings)
     windows = [Stage(exported.root, row["stage"]).sampled_window(num_steps) for row in rows]
     entries = {
         "checkpoint": f"{exported.checkpoint}, of stage0 to stage{settings['stage_cnt'] - 1}",
@@ -359,10 +359,10 @@ def training(exported: Exported) -> dict[str, str]:
         "prompts": f"{len(drawn_prompts(exported)):,} drawn from `{prompt_file(exported, 'train')}`",
         "schedule": f"{settings['curriculum']}: {trained_text(windows, num_steps)} are trained",
         "sampling": f"{settings['sampling']}, {tree.num_leaves} images a group{tree.text}; "
-        f"DDIM, η {settings['sample.eta']:g}, guidance {settings['sample.guidance_scale']:g}",
+        f"{sampler_text(settings)}, guidance {settings['sample.guidance_scale']:g}",
         "selection": f"{settings['eval.selection']}, advantage by {settings['eval.advantage']}",
-        "objective": f"{objective}, clip range {settings['train.eps']:g}" if objective in ("ddpo", "dpok") else objective,
-        "optimizer": f"AdamW, learning rate {settings['train.learning_rate']:g}",
+        "objective": objective_text(settings),
+        "optimizer": f"AdamW, learning rate {rate_text(settings)}",
         **({"weights": average_text(settings["train.ema"])} if is_average(exported.checkpoint) else {}),
         "LoRA": f"rank {settings['train.lora_rank']} = alpha, on the attention of the {exported.family.network}, float32",
         "seed": str(settings["seed"]),
@@ -385,6 +385,25 @@ def trained_text(windows: list[Window], num_steps: int) -> str:
         return f"the last {span([window.num_steps for window in windows])} of {num_steps} steps"
     ends = dict.fromkeys(f"{window.start + 1}-{window.stop}" for window in (windows[0], windows[-1]))
     return f"steps {' to '.join(ends)} of {num_steps}"
+
+
+def sampler_text(settings: Mapping[str, Any]) -> str:
+    """What sampled the images that were trained on."""
+    return settings.get("sample.scheduler") or f"DDIM, η {settings['sample.eta']:g}"
+
+
+def objective_text(settings: Mapping[str, Any]) -> str:
+    """The objective with its clip range, and the guidance of the outputs that it trains if that is not sampling's."""
+    name = settings["train.objective"]
+    clip = {"ddpo": "train.eps", "dpok": "train.eps", "awm": "train.awm_clip"}.get(name)
+    trained = settings.get("train.guidance_scale")
+    return name + (f", clip range {settings[clip]:g}" if clip else "") + (f", guidance {trained:g}" if trained else "")
+
+
+def rate_text(settings: Mapping[str, Any]) -> str:
+    """The learning rate, and to what it falls in the last stage of the run."""
+    first, factor = settings["train.learning_rate"], settings.get("train.final_rate", 1.0)
+    return f"{first:g}" if factor == 1 else f"{first:g}, falling to {first * factor:g} in the last stage"
 
 
 def average_text(decay: float) -> str:
