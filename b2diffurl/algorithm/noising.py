@@ -18,7 +18,7 @@ from torch import Tensor
 from b2diffurl.algorithm.transition import Transitions
 from b2diffurl.algorithm.window import Window
 
-OUTSIDE_SHARE = 0.2  # of the levels that are drawn for an update, if those outside the trained window count, too
+HELD_SHARE = 0.2  # of an update's noised copies, if some are not trained but held to the base policy
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,24 @@ def draw_levels(first: int, end: int, num_images: int, num_bands: int, rng: torc
     return (first + place.double() * (end - first)).long().clamp(max=end - 1).T.contiguous()
 
 
-def draw_outside(level: Tensor, first: int, end: int, num_levels: int, rng: torch.Generator) -> Tensor:
-    """`level` [N,c] with OUTSIDE_SHARE of its rows drawn anew from the rows outside first..end-1, if there are any."""
+def draw_held(
+    level: Tensor, first: int, end: int, num_levels: int, rng: torch.Generator, *, without_prompt: bool
+) -> tuple[Tensor, Tensor]:
+    """Choose the copies that are held to the base policy: HELD_SHARE of them, at what the loss leaves out.
+
+    Returns `level` [N,c] with theirs drawn anew, and which of the copies, [N,c] bool, lose their prompt. Held copies have
+    levels outside first..end-1. `without_prompt` says that the unconditional output is left out, too: then half of them, or
+    all if every level is in the window, lose their prompt instead and have any level.
+    """
     num_outside = first + num_levels - end
-    count = round(OUTSIDE_SHARE * level.numel()) if num_outside else 0
+    share = HELD_SHARE * level.numel() if num_outside or without_prompt else 0.0
+    count = round(share) or int(torch.rand((), generator=rng) < share)  # so that one or two copies are held at times
     chosen = torch.randperm(level.numel(), generator=rng)[:count]
-    outside = draw_levels(0, num_outside, count, 1, rng).flatten() if count else level.new_empty(0)
+    lose = chosen[: count // 2 if num_outside else count] if without_prompt else chosen[:0]
+    keep = chosen[len(lose) :]
+    outside = draw_levels(0, num_outside, len(keep), 1, rng).flatten() if len(keep) else level.new_empty(0)
     outside += (end - first) * (outside >= first)  # rows above the window come after it
-    return level.flatten().index_copy(0, chosen, outside).view_as(level)
+    anywhere = draw_levels(0, num_levels, len(lose), 1, rng).flatten() if len(lose) else level.new_empty(0)
+    drawn = level.flatten().index_copy(0, keep, outside).index_copy(0, lose, anywhere)
+    unprompted = torch.zeros(level.numel(), dtype=torch.bool).index_fill(0, lose, True)
+    return drawn.view_as(level), unprompted.view_as(level)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from b2diffurl.algorithm.noising import OUTSIDE_SHARE
+from b2diffurl.algorithm.noising import HELD_SHARE
 from b2diffurl.objectives import options
 from b2diffurl.objectives.awm import AwmOptions, awm
 from b2diffurl.objectives.d3po import D3poOptions, d3po
@@ -57,7 +57,7 @@ class Objective:
         """
         base = float(self.needs_base)
         if self.needs_base and self.on_noised_images and not self.options.base_weight:
-            base = OUTSIDE_SHARE  # the base policy is evaluated only there
+            base = HELD_SHARE  # the base policy is evaluated only there
         return 2 + self.needs_old + base
 
     @property

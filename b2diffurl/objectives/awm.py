@@ -21,7 +21,7 @@ def awm(
     old_output: Tensor,
     base_output: Tensor | None,
     target: Tensor,
-    inside: Tensor,
+    trained: Tensor,
     advantage: Tensor,
     *,
     clip_range: float,
@@ -33,13 +33,13 @@ def awm(
 
     The matching loss |output - target|^2, a mean over the D dimensions, bounds an image's negative log-likelihood up to a
     weight for each level of noise. Its difference to that of the old policy is the logarithm of the ratio. The surrogate
-    counts where `inside` is 1: at levels of noise in the trained window.
+    counts where `trained` is 1.
 
-    Outputs and `target` are [N,C,h,w], `inside` and `advantage` [N]. Returns the loss [N] and the metrics of `ddpo` and
+    Outputs and `target` are [N,C,h,w], `trained` and `advantage` [N]. Returns the loss [N] and the metrics of `ddpo` and
     of the leash.
     """
     log_prob, old_log_prob = -mean_square(output - target), -mean_square(old_output - target)
     loss, metrics = ddpo(log_prob, old_log_prob, advantage, clip_range=clip_range)
     weights = {"old_weight": old_weight, "base_weight": base_weight, "outside_weight": outside_weight}
-    held, distances = leash(output, old_output, base_output, inside, **weights)
-    return inside * loss + held, {name: inside * value for name, value in metrics.items()} | distances
+    held, distances = leash(output, old_output, base_output, trained, **weights)
+    return trained * loss + held, {name: trained * value for name, value in metrics.items()} | distances

@@ -24,7 +24,7 @@ def nft(
     old_output: Tensor,
     base_output: Tensor | None,
     target: Tensor,
-    inside: Tensor,
+    trained: Tensor,
     gain: Tensor,
     advantage: Tensor,
     *,
@@ -39,10 +39,9 @@ def nft(
     x+ and x- are the clean images that follow from out+- = (1 -+ beta) old_output +- beta output: the policy, and its
     mirror image on the other side of the old policy. r = 1/2 + clip(advantage / scale, -1, 1) / 2 is how good an image is.
     The first term draws the policy towards a good image. The second draws its mirror image to a bad one, which pushes the
-    policy away. sg stops the gradient: the divisions even out levels of noise. All this counts where `inside` is 1: at
-    levels of noise in the trained window.
+    policy away. sg stops the gradient: the divisions even out levels of noise. All this counts where `trained` is 1.
 
-    Outputs and `target` are [N,C,h,w]; `inside`, `gain` and `advantage` [N]. Returns the loss [N] and the metrics of the
+    Outputs and `target` are [N,C,h,w]; `trained`, `gain` and `advantage` [N]. Returns the loss [N] and the metrics of the
     leash and, each [N], `log_ratio`, by how much the policy fits the image better than the old one, 0 outside, as a mean
     over the D dimensions of the output, and `clipped`, always 0.
     """
@@ -52,7 +51,8 @@ def nft(
     # A clean image is off by gain times the output's error, so |x - x_0|^2 / mean |x - x_0| has one factor of gain.
     drawn, pushed = (gain * mean_square(error) / error.detach().abs().flatten(1).mean(1).clamp_min(TINY) for error in errors)
     weights = {"old_weight": old_weight, "base_weight": base_weight, "outside_weight": outside_weight}
-    held, metrics = leash(output, old_output, base_output, inside, **weights)
+    held, metrics = leash(output, old_output, base_output, trained, **weights)
     with torch.no_grad():
-        log_ratio = inside * (mean_square(old_output - target) - mean_square(output - target))
-    return inside * (r * drawn + (1 - r) * pushed) + held, metrics | {"log_ratio": log_ratio, "clipped": torch.zeros_like(r)}
+        log_ratio = trained * (mean_square(old_output - target) - mean_square(output - target))
+    loss = trained * (r * drawn + (1 - r) * pushed) + held
+    return loss, metrics | {"log_ratio": log_ratio, "clipped": torch.zeros_like(r)}

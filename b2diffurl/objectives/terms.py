@@ -14,7 +14,7 @@ Of an image that was noised again, each [M,C,h,w] or [M] for M of them:
     old_output      the same under the policy that sampled
     base_output     the same under the frozen base policy
     target          what the network should output at x_t, given the image and the noise
-    inside          [M], 1 where the level of noise lies in the trained window, 0 elsewhere
+    trained         [M], 1 where the policy is trained on the image, 0 where it is only held to the base policy
     gain            [M], by how much an error of the output moves the clean image that follows from it
     advantage       [M], how much better the image was than the baseline
 
@@ -30,7 +30,7 @@ from b2diffurl.algorithm.noising import NoiseLevels
 from b2diffurl.algorithm.transition import Transitions, log_prob, transition, transition_kl
 
 TRANSITION_TERMS = ("log_prob", "old_log_prob", "base_log_prob", "kl", "advantage")
-NOISED_TERMS = ("output", "old_output", "base_output", "target", "inside", "gain", "advantage")
+NOISED_TERMS = ("output", "old_output", "base_output", "target", "trained", "gain", "advantage")
 BASE_TERMS = ("base_log_prob", "kl", "base_output")  # these need the frozen base policy
 OLD_TERMS = ("old_output",)  # these need the policy that sampled, which has to be evaluated again
 
@@ -86,12 +86,12 @@ def noised_terms(
     x_0: Tensor,  # [M,C,h,w] the images
     eps: Tensor,  # [M,C,h,w] the noise
     *,
-    inside: Tensor,  # [M] bool
+    trained: Tensor,  # [M] bool
     advantage: Tensor,  # [M]
     predict: PredictSome,
     predict_old: PredictSome,
     predict_base: PredictSome,
-    base_inside: bool,  # whether the base policy is needed inside, too; if not it is evaluated outside alone, else 0
+    base_everywhere: bool,  # whether base_output is needed for all rows; if not it is 0 where the policy is trained
     unused: Collection[str] = (),
 ) -> tuple[Tensor | None, ...]:
     """The terms of noised images that `names` asks for, in that order; None for those in `unused`."""
@@ -99,7 +99,7 @@ def noised_terms(
     every = torch.arange(len(x_0), device=x_0.device)
 
     def base_output() -> Tensor:
-        rows = every if base_inside else every[~inside]
+        rows = every if base_everywhere else every[~trained]
         output = torch.zeros_like(x_0)
         return output.index_copy_(0, rows, predict_base(rows)) if len(rows) else output
 
@@ -109,7 +109,7 @@ def noised_terms(
         "base_output": torch.no_grad()(base_output),
         "output": lambda: predict(every),
         "target": lambda: levels.target(level, x_0, eps),
-        "inside": inside.float,
+        "trained": trained.float,
         "gain": lambda: levels.gain[level],
         "advantage": lambda: advantage,
     }

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from b2diffurl.algorithm.noising import NoiseLevels, draw_levels, draw_outside, step_of_level, window_levels
+from b2diffurl.algorithm.noising import NoiseLevels, draw_held, draw_levels, per_row, step_of_level, window_levels
 from b2diffurl.algorithm.transition import Transitions, require_stochastic, step_weights
 from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.settings import Guidance, Sampling, Training
@@ -33,12 +33,25 @@ class Policy:
     model: Model
     guidance: Guidance
 
-    def predict(self, samples: Trajectories, rows: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
+    def predict(
+        self,
+        samples: Trajectories,
+        rows: Tensor,
+        x_t: Tensor,
+        timesteps: Tensor,
+        unprompted: Tensor | None = None,  # [M] bool, rows that have no prompt; None: none of them
+    ) -> Tensor:
         """The network's guided output at x_t [M,C,h,w], with the prompts of the samples `rows` [M]."""
+        conditions = {name: value[samples.prompt_ids[rows]] for name, value in samples.conditions.items()}
+        if unprompted is not None:
+            conditions = {
+                name: torch.where(per_row(unprompted, value), samples.unconditional[name], value)
+                for name, value in conditions.items()
+            }
         return self.model.predict(
             x_t,
             timesteps,
-            {name: value[samples.prompt_ids[rows]] for name, value in samples.conditions.items()},
+            conditions,
             samples.unconditional,
             self.guidance.scale,
             unconditional_gradient=self.guidance.unconditional_gradient,
@@ -114,12 +127,16 @@ class NoisedImages(Trajectories):
     """Images and the noise that an update adds to them: to each c levels, one of each band."""
 
     level: Tensor  # [N,c] rows of the table of noise levels
+    unprompted: Tensor  # [N,c] bool, copies that lose their prompt
     eps: Tensor  # [N,c,C,h,w]
 
 
 @dataclass(frozen=True)
 class NoisedLoss:
-    """The loss of images that are noised again, to levels of the trained window, and to some outside if these count."""
+    """The loss of images that are noised again, to levels of the trained window. Some copies may be held to the base.
+
+    These have levels outside the window or no prompt (noising.draw_held).
+    """
 
     policy: Policy
     objective: Objective
@@ -128,23 +145,27 @@ class NoisedLoss:
     window: tuple[int, int]  # rows of `levels`: first, end
     step_weight: Tensor  # [c], all 1
     old_lora: Mapping[str, Tensor]  # parameters of the policy that sampled
-    base_inside: bool  # evaluate the base policy inside the window, too: it has weight there, or all shapes are to be equal
+    base_everywhere: bool  # evaluate the base policy for trained copies, too: it has weight, or all shapes are to be equal
+    without_prompt: bool  # some of the held copies have no prompt
 
     def prepare(self, samples: Trajectories, rng: torch.Generator) -> NoisedImages:
         num_images, bands = len(samples), len(self.step_weight)
         level = draw_levels(*self.window, num_images, bands, rng)
+        unprompted = torch.zeros_like(level, dtype=torch.bool)
         if self.objective.options.outside_weight:
-            level = draw_outside(level, *self.window, len(self.levels.timesteps), rng)
+            num_levels = len(self.levels.timesteps)
+            level, unprompted = draw_held(level, *self.window, num_levels, rng, without_prompt=self.without_prompt)
         eps = torch.randn(num_images, bands, *samples.latents.shape[2:], generator=rng)
-        return NoisedImages(**vars(samples), level=level, eps=eps)
+        return NoisedImages(**vars(samples), level=level, unprompted=unprompted, eps=eps)
 
     def __call__(self, samples: NoisedImages, advantages: Tensor, units: Tensor, steps: Tensor) -> StepValues:
         rows, step = rows_and_steps(units, steps)
         x_0, level, eps = samples.latents[rows, -1], samples.level[rows, step], samples.eps[rows, step]
         x_t, t, (first, end) = self.levels.x_t(level, x_0, eps), self.levels.timesteps[level], self.window
+        unprompted = samples.unprompted[rows, step]
 
         def predict(which: Tensor) -> Tensor:
-            return self.policy.predict(samples, rows[which], x_t[which], t[which])
+            return self.policy.predict(samples, rows[which], x_t[which], t[which], unprompted[which])
 
         terms = noised_terms(
             self.objective.terms,
@@ -152,12 +173,12 @@ class NoisedLoss:
             level,
             x_0,
             eps,
-            inside=(level >= first) & (level < end),
+            trained=(level >= first) & (level < end) & ~unprompted,
             advantage=advantages[rows, self.step_of[level]],
             predict=predict,
             predict_old=lambda which: self.policy.of_lora(self.old_lora, partial(predict, which)),
             predict_base=lambda which: self.policy.of_base(partial(predict, which)),
-            base_inside=self.base_inside,
+            base_everywhere=self.base_everywhere,
             unused=self.objective.unused,
         )
         return by_step(self.objective, terms, units, steps)
@@ -196,7 +217,9 @@ def make_loss(
         window=window_levels(levels, table, window),
         step_weight=torch.ones(training.steps.num_noise_levels, device=table.sigma.device),
         old_lora=old_lora,
-        base_inside=constant_shape or objective.options.base_weight > 0,
+        base_everywhere=constant_shape or objective.options.base_weight > 0,
+        # Guidance that is sampled with, but not trained, needs an unconditional output that stays as it is.
+        without_prompt=sampling.guidance_scale != 1 and training.guidance.scale == 1,
     )
 
 

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from b2diffurl.algorithm.ddim import PREDICTION_TYPES, make_noise_levels, make_transitions
-from b2diffurl.algorithm.noising import NoiseLevels, draw_levels, draw_outside, window_levels
+from b2diffurl.algorithm.noising import NoiseLevels, draw_held, draw_levels, window_levels
 from b2diffurl.algorithm.window import Window
 
 
@@ -106,13 +106,14 @@ def test_a_range_of_one_level_has_that_level():
     assert draw_levels(7, 8, 5, 3, torch.Generator().manual_seed(0)).eq(7).all()
 
 
-def test_a_fifth_of_the_levels_is_drawn_outside():
-    """Of 10 x 4 levels of 100..699 exactly 8 become rows of 0..99 or 700..999, which are equally likely; the others stay. A
-    window of all levels leaves nothing outside."""
+def test_a_fifth_of_the_copies_is_held_outside_the_window():
+    """Of 10 x 4 levels of 100..699 exactly 8 become rows of 0..99 or 700..999, which are equally likely. The others stay.
+    All keep their prompt. A window of all levels leaves nothing outside."""
     rng, seen = torch.Generator().manual_seed(0), []
     for _ in range(500):
         level = draw_levels(100, 700, 10, 4, rng)
-        drawn = draw_outside(level, 100, 700, 1000, rng)
+        drawn, unprompted = draw_held(level, 100, 700, 1000, rng, without_prompt=False)
+        assert not unprompted.any()
         outside = (drawn < 100) | (drawn >= 700)
         assert outside.sum() == 8
         assert torch.equal(drawn[~outside], level[~outside])
@@ -120,7 +121,32 @@ def test_a_fifth_of_the_levels_is_drawn_outside():
     below = (torch.cat(seen) < 100).float().mean()
     assert below.item() == pytest.approx(0.25, abs=0.03)
     assert torch.cat(seen).max() == 999
-    assert torch.equal(draw_outside(level, 0, 1000, 1000, rng), level)
+    assert torch.equal(draw_held(level, 0, 1000, 1000, rng, without_prompt=False)[0], level)
+
+
+def test_half_of_the_held_copies_lose_their_prompt():
+    """Of 8 held copies 4 lose it and have any level, and 4 are outside the window; all 8 lose it if nothing is outside."""
+    rng, seen = torch.Generator().manual_seed(0), []
+    for _ in range(500):
+        level = draw_levels(100, 700, 10, 4, rng)
+        drawn, unprompted = draw_held(level, 100, 700, 1000, rng, without_prompt=True)
+        outside = (drawn < 100) | (drawn >= 700)
+        assert unprompted.sum() == (outside & ~unprompted).sum() == 4
+        assert torch.equal(drawn[~outside & ~unprompted], level[~outside & ~unprompted])
+        seen.append(drawn[unprompted])
+    inside = ((torch.cat(seen) >= 100) & (torch.cat(seen) < 700)).float().mean()
+    assert inside.item() == pytest.approx(0.6, abs=0.04)
+    assert draw_held(level, 0, 1000, 1000, rng, without_prompt=True)[1].sum() == 8
+
+
+@pytest.mark.parametrize("without_prompt", [False, True])
+def test_an_update_of_one_copy_is_held_at_times(without_prompt):
+    """A fifth of one copy is none, so it is held in a fifth of the updates."""
+    rng, held = torch.Generator().manual_seed(0), 0
+    for _ in range(1000):
+        drawn, unprompted = draw_held(torch.tensor([[500]]), 100, 700, 1000, rng, without_prompt=without_prompt)
+        held += bool((drawn < 100) | (drawn >= 700) | unprompted)
+    assert held == pytest.approx(200, abs=50)
 
 
 @pytest.mark.parametrize(("prediction_type", "count"), [("epsilon", 999), ("v_prediction", 1000), ("sample", 1000)])

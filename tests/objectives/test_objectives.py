@@ -44,7 +44,7 @@ def random_tensors(name: str, num: int = 6) -> list[Tensor]:
         term: 0.1 * torch.randn((*shape, 1, 2, 2) if term in images else shape, generator=generator)
         for term in OBJECTIVES[name].terms
     }
-    return [*(tensors | {"inside": (torch.arange(num) % 3 > 0).float()} if "inside" in tensors else tensors).values()]
+    return [*(tensors | {"trained": (torch.arange(num) % 3 > 0).float()} if "trained" in tensors else tensors).values()]
 
 
 # ---- by hand ----
@@ -177,12 +177,12 @@ def test_a_large_margin_pushes_no_more_and_a_wrong_one_no_harder():
 
 
 def noised(
-    name: str, *, output, old, base, target, advantage: float, gain: float = 1.0, inside: float = 1.0, **options: float
+    name: str, *, output, old, base, target, advantage: float, gain: float = 1.0, trained: float = 1.0, **options: float
 ):
     """The loss of one noised image, its gradient by the output [2], and the metrics."""
     images = {"output": output, "old_output": old, "base_output": base, "target": target}
     tensors = {key: [[[value]]] for key, value in images.items()}  # [N,C,h,w] = [1,1,1,2]
-    numbers = {"gain": [gain], "advantage": [advantage], "inside": [inside]}
+    numbers = {"gain": [gain], "advantage": [advantage], "trained": [trained]}
     asked = {key: value for key, value in (tensors | numbers).items() if key in OBJECTIVES[name].terms}
     loss, gradients, metrics = at(name, OPTIONS[name] | options, **asked)
     return loss.item(), gradients["output"].flatten().tolist(), metrics
@@ -233,7 +233,7 @@ def test_the_leash_by_hand(name):
     assert held - free == pytest.approx(0.5 * 0.5 + 0.25 * 8.0)
     assert [b - a for a, b in zip(free_gradient, held_gradient, strict=True)] == pytest.approx([0.5 * 1.0, -0.25 * 4.0])
     assert (metrics["old_distance"].item(), metrics["base_penalty"].item()) == (0.5, 2.0)
-    outside, gradient, metrics = noised(name, **given, inside=0.0)
+    outside, gradient, metrics = noised(name, **given, trained=0.0)
     assert (outside, metrics["base_penalty"].item()) == (24.0, 24.0)  # 3 times 8, and nothing else
     assert metrics["log_ratio"].item() == 0  # what is only held there says nothing of what was learnt
     assert gradient == pytest.approx([0.0, -3.0 * 4.0])
@@ -249,7 +249,7 @@ def test_at_the_old_policy_the_gradient_is_the_policy_gradient(beta, gain):
         torch.randn(shape, generator=generator).double() for shape in ((5, 1, 2, 3), (5, 1, 2, 3), (5,))
     )
     rows = {"base": old, "target": target, "gain": torch.full((5,), gain).double()}
-    rows |= {"advantage": advantage, "inside": torch.ones(5).double()}
+    rows |= {"advantage": advantage, "trained": torch.ones(5).double()}
 
     def gradient(name: str, **options: float) -> Tensor:
         output = old.clone().requires_grad_()

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from test_pipeline import lose_last_epoch
 from b2diffurl.algorithm.selection import Selected
 from b2diffurl.configuration.plan import make_plan
 from b2diffurl.experiment.stage import LORA_FILE, Stage
+from b2diffurl.experiment.trajectories import Trajectories
 from b2diffurl.models.policy import load_lora, load_policy
 from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.phases.losses import NoisedImages, make_loss
@@ -181,6 +182,42 @@ def test_a_compiled_network_is_given_the_same_number_of_rows_by_every_policy(tra
         gradients.append(gradient(made, samples, advantages, size=3 * len(samples)))
     assert seen == [[3 * len(samples), 2 * len(samples), 3 * len(samples)], 3 * [3 * len(samples)]]
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
+
+
+def test_copies_without_a_prompt_are_only_held_to_the_base(trainer, overrides, tmp_path, monkeypatch):
+    """Sampled with guidance and trained without: some copies have the unconditional embedding. They feel no advantage, and
+    at weight 4 the distance to the base alone. Trained with guidance there are none."""
+    made, samples, advantages = trainer
+    for guided, expected in ((0.0, 0), (1.0, round(0.2 * samples.level.numel()) // 2)):
+        one = plan(tmp_path, overrides | NFT | {"train.outside_weight": 4.0, "train.guidance_scale": guided})
+        made.loss = make_loss(made.model, one.settings.sampling, one.settings.training, one.window, made.loss.old_lora)
+        prepared = made.loss.prepare(samples_of(samples), torch.Generator().manual_seed(7))
+        assert prepared.unprompted.sum() == expected
+    prepared = replace(prepared, unprompted=torch.ones_like(prepared.unprompted))
+    texts, predict = [], made.model.predict
+    monkeypatch.setattr(
+        made.model, "predict", lambda x, t, text, *rest, **named: texts.append(text) or predict(x, t, text, *rest, **named)
+    )
+    found = gradient(made, prepared, advantages, size=100)
+    without_text = samples.unconditional["prompt_embeds"]
+    assert len(texts) == 3  # the old policy, the base, the policy
+    assert all(text["prompt_embeds"].eq(without_text).all() for text in texts)
+    assert found.any()
+    assert torch.equal(found, gradient(made, prepared, -advantages, size=100))
+    made.optimizer.zero_grad()
+    rows, band = torch.arange(len(samples)).repeat(3), torch.arange(3).repeat_interleave(len(samples))
+    level, eps = prepared.level[rows, band], prepared.eps[rows, band]
+    x_t = made.loss.levels.x_t(level, samples.latents[rows, -1], eps)
+    call = x_t, made.loss.levels.timesteps[level], without_text.expand(len(rows), -1, -1)
+    with torch.no_grad(), made.model.base_policy():
+        base = made.model.unet(*call).sample
+    (4.0 * (made.model.unet(*call).sample - base).square().mean()).backward()
+    assert (found - made.gradient()).norm() < 1e-5 * found.norm()
+
+
+def samples_of(noised: NoisedImages) -> Trajectories:
+    """The images without the noise of an update."""
+    return Trajectories(**{field.name: getattr(noised, field.name) for field in fields(Trajectories)})
 
 
 def watched(predict, seen: list[list[int]]):
