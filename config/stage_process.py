@@ -198,9 +198,7 @@ def training() -> ConfigDict:
     train.awm_clip = 0.2  # awm: clip range of the ratio of matching losses, which are means over the latent dimensions
     train.old_weight = 0.3  # nft, awm: weight of the squared distance of outputs to those of the policy that sampled
     train.base_weight = 0.0  # nft, awm: the same to the base model's; above 0 it costs another forward pass
-    train.outside_weight = (
-        0.0  # nft, awm: the same at a fifth of the copies, noised outside what is trained (docs/method.md)
-    )
+    train.outside_weight = 0.0  # nft, awm: the same at a fifth of the copies, noised outside what is trained (method.md)
     train.beta1 = 1.0  # factor of positive advantages
     train.beta2 = 1.0  # factor of negative advantages
     train.adv_clip_max = 5.0  # advantages are clamped to +- this

@@ -220,6 +220,15 @@ def test_schedulers_without_a_policy(empty, overrides, base, change, said):
     refuse(empty, "sample", overrides | {"pretrained.model": str(base)}, said)
 
 
+def test_a_window_without_noise_has_no_branches(empty, overrides, base):
+    """nft needs no log-probabilities, but a window whose only step draws no noise would copy the prefix K times."""
+    tiny.write_scheduler(base, tiny.V1_4_SCHEDULER | {"set_alpha_to_one": True})
+    model = {"pretrained.model": str(base), "train.objective": "nft", "curriculum": "fixed"}
+    refuse(
+        empty, "sample", overrides | model | {"split_step_left": 1}, "draws noise", "branches of a prefix would be all alike"
+    )
+
+
 # ---- experiments that do not fit ----
 
 

@@ -35,6 +35,7 @@ def check(config: ConfigDict) -> None:
     check_rewards(settings)
     check_selection(settings)
     check_objective(settings)
+    check_sampler(settings)
 
 
 def check_secrets(settings: Mapping[str, Any]) -> None:
@@ -209,9 +210,9 @@ def has_siblings(settings: Mapping[str, Any]) -> bool:
 
 
 def check_objective(settings: Mapping[str, Any]) -> None:
-    """Refuse a selection, sampling or number of epochs that the objective cannot train with."""
+    """Refuse a selection or number of epochs that the objective cannot train with."""
     name, num_epochs = settings["train.objective"], settings["train.num_epochs"]
-    objective, branches = OBJECTIVES[name], settings["sampling"] == "branch" and has_siblings(settings)
+    objective = OBJECTIVES[name]
     if objective.paired and settings["eval.selection"] != "pairs":
         raise ValueError(f"train.objective {name} compares best and worst: eval.selection must be pairs")
     if objective.paired and settings["sampling"] != "branch":
@@ -221,6 +222,12 @@ def check_objective(settings: Mapping[str, Any]) -> None:
             f"train.num_epochs is {num_epochs}; {name} does not correct for samples of an older policy, so it makes one "
             "pass. Take ddpo for more."
         )
+
+
+def check_sampler(settings: Mapping[str, Any]) -> None:
+    """Refuse an eta, a guidance or a scheduler with which the objective cannot train, or of which no branches come."""
+    name = settings["train.objective"]
+    objective, branches = OBJECTIVES[name], settings["sampling"] == "branch" and has_siblings(settings)
     forward = " and ".join(other for other, one in OBJECTIVES.items() if one.on_noised_images)
     if settings["sample.eta"] == 0 and not objective.on_noised_images:
         raise ValueError(

@@ -123,11 +123,23 @@ def load_sampled_policy(plan: Plan, accelerator: Accelerator) -> tuple[Model, Tr
     # evaluation_mode: nothing is wrapped around the network to average gradients, because there are none.
     model.network = accelerator.prepare_model(model.network, evaluation_mode=True)
     sampler = make_sampler(model, plan.settings.sampling, plan.window)
-    if not plan.settings.training.objective.on_noised_images:
-        require_stochastic(sampler, plan.window)
+    require_noise(sampler, plan)
     # Not needed here. But a deployed sampler that cannot be made is refused now, rather than at the first evaluation.
     make_scheduler(model, deployed_sampler(plan.settings), accelerator.device)
     return model, sampler
+
+
+def require_noise(sampler: Transitions, plan: Plan) -> None:
+    """Raise a ValueError if a trained step has no noise and needs it, or if none has any and branches would be alike."""
+    window, sampling = plan.window, plan.settings.sampling
+    if not plan.settings.training.objective.on_noised_images:
+        require_stochastic(sampler, window)
+    trained = sampler.rows(window.start, window.stop)
+    if sampling.shared_prefix and sampling.num_branches > 1 and not trained.sigma.any():
+        raise ValueError(
+            f"no step of the trained window draws noise (t = {trained.timesteps.tolist()}), so the branches of a prefix "
+            "would be all alike. Take a window with more steps (split_step_left), or sampling=independent."
+        )
 
 
 def make_sampler(model: Model, sampling: Sampling, window: Window) -> Transitions:

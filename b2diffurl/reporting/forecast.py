@@ -18,7 +18,6 @@ from b2diffurl.configuration.loop import Call, calls
 from b2diffurl.configuration.settings import Settings
 from b2diffurl.experiment.stage import PHASES, Stage, finished_stages
 from b2diffurl.experiment.stage_table import stage_list, warned_rows
-from b2diffurl.objectives import Objective
 
 NUM_LATEST = 5  # finished stages that count, so that a faster or slower machine soon shows
 LONGEST_IMPORT_SEC = 30  # a process that imports its packages for longer was paused
@@ -57,11 +56,11 @@ class Pace:
 def measured_pace(settings: Settings) -> Pace | None:
     """The median pace of the latest finished stages; None if none is finished."""
     latest = finished_stages(settings.output.root, "train")[-NUM_LATEST:]
-    paces = [pace for stage in latest if (pace := stage_pace(settings.training.objective, stage))]
+    paces = [pace for stage in latest if (pace := stage_pace(settings, stage))]
     return Pace(*(median(values) for values in zip(*map(astuple, paces), strict=True))) if paces else None
 
 
-def stage_pace(objective: Objective, stage: Stage) -> Pace | None:
+def stage_pace(settings: Settings, stage: Stage) -> Pace | None:
     """The pace of one finished stage; None if none of its sampling was timed.
 
     A phase that was interrupted records the seconds of its last process only, and as `share` the part of the phase that
@@ -73,11 +72,12 @@ def stage_pace(objective: Objective, stage: Stage) -> Pace | None:
     if not evaluations:
         return None
     evaluation = sampled["seconds"]["sample"] / evaluations
+    by_evaluations = evaluations_per_transition(settings) * evaluation
     # A stage that selected nothing trained on nothing: then the costs of evaluations tell those of transitions.
     return Pace(
         evaluation=evaluation,
         image=selected["seconds"]["score"] / selected["num_images"],
-        transition=trained["seconds"]["train"] / transitions if transitions else objective.num_passes * evaluation,
+        transition=trained["seconds"]["train"] / transitions if transitions else by_evaluations,
         process=start_up(trained, finished_at(trained) - finished_at(selected) - trained["seconds"]["train"]),
     )
 
@@ -105,7 +105,13 @@ def first_pace(settings: Settings, window: Window, batch_sec: float, load_sec: f
     """
     num_evaluations = Budget.of(settings).num_evaluations(window)
     evaluation = batch_sec * settings.sampling.num_batches / num_evaluations
-    return Pace(evaluation, 0.0, settings.training.objective.num_passes * evaluation, load_sec)
+    return Pace(evaluation, 0.0, evaluations_per_transition(settings) * evaluation, load_sec)
+
+
+def evaluations_per_transition(settings: Settings) -> float:
+    """What training a transition, or a noised image, costs in evaluations of sampling. Guidance doubles either cost."""
+    sampled, trained = (2 - (scale == 1) for scale in (settings.sampling.guidance_scale, settings.training.guidance.scale))
+    return settings.training.objective.num_passes * trained / sampled
 
 
 def work_left(settings: Settings) -> Work:

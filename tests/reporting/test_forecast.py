@@ -21,7 +21,6 @@ from b2diffurl.configuration.settings import read_settings
 from b2diffurl.experiment.stage import LORA_FILE, Stage, finished_stages
 from b2diffurl.experiment.stage_table import stage_rows
 from b2diffurl.models import stable_diffusion
-from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.reporting import dry_run, forecast, page
 from b2diffurl.reporting.forecast import Pace, Work
 from b2diffurl.runtime.files import read_json, read_metadata
@@ -83,7 +82,7 @@ def test_seconds_of_an_interrupted_phase_are_of_a_share(overrides, workplace):
     run_stage(workplace, overrides, 1)
     sampled, trained = stage.manifest("sample"), stage.manifest("train")
     assert (sampled["seconds"]["share"], trained["seconds"]["share"]) == (pytest.approx(1 / 3), 0.5)
-    pace = forecast.stage_pace(OBJECTIVES["ddpo"], stage)
+    pace = forecast.stage_pace(read_settings(make_config(overrides)), stage)
     assert pace.evaluation == pytest.approx(sampled["seconds"]["sample"] / (sampled["num_evaluations"] / 3))
     assert pace.transition == pytest.approx(trained["seconds"]["train"] / (trained["num_transitions"] / 2))
     whole = Stage(experiment(workplace), 0).manifest("sample")
@@ -99,6 +98,13 @@ def test_first_pace(overrides):
     assert forecast.first_pace(read_settings(make_config(overrides)), Window(2, 4), 3.0, 7.0) == Pace(
         3 / 16, 0, 2 * 3 / 16, 7
     )
+
+
+@pytest.mark.parametrize(("sampled", "trained", "expected"), [(5.0, 0.0, 3), (5.0, 1.0, 1.5), (1.0, 0.0, 3), (1.0, 4.0, 6)])
+def test_training_costs_less_without_guidance(overrides, sampled, trained, expected):
+    """nft: forward, backward and the old policy, each of one row of the network or, with guidance, of two."""
+    settings = {"train.objective": "nft", "sample.guidance_scale": sampled, "train.guidance_scale": trained}
+    assert forecast.evaluations_per_transition(read_settings(make_config(overrides | settings))) == expected
 
 
 def test_work_left_of_moving_windows(overrides, tmp_path):
