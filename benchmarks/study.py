@@ -44,7 +44,6 @@ from config.stage_process import get_config
 
 SETS = ("train", "test")
 EVAL_SEED = 1
-JUDGED_EVERY = 3  # stages
 IN_EVERY_RUN = {"preset", "exp_name", "run_name", "seed", "num_threads", "eval.seed"}  # keys that `configure` sets
 RESULTS = Path("docs/results")
 PHASES = {"sample": sample_stage, "select": select_stage, "train": train_stage}
@@ -62,6 +61,7 @@ class Variant:
     seeds: int  # how many; they are 1, 2, …
     settings: dict[str, Any] = field(default_factory=dict)  # the changes, by key
     against: str = "b2"  # name of the variant that it is compared with
+    judged_every: int = 3  # stages
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ LATE = {"split_stop": 5}  # windows [2,5), [1,5) and [0,5): levels of noise belo
 NFT = FORWARD | PAIRS | LATE
 # 2 * 2 * 2 images a group, which part at x_T and after one and two steps: a relation is decided there.
 TREE = {"sampling": "branch", "split_times": (2, 2, 2), "split_after": (1, 1), "sample.batch_size": 20}
-BEST = Variant("b2, best", "b2_nft", 5, against="ddpo")
+BEST = Variant("b2, best", "b2_nft", 5, against="ddpo", judged_every=1)  # a target is where its curve crosses DDPO's end
 MAIN = [BEST, Variant("ddpo arm, nft", "ddpo", 5, FORWARD | ALL, against="ddpo")]
 NOISED = [
     *MAIN,
@@ -350,7 +350,7 @@ def describe_run(scale: Scale, variant: Variant, seed: int) -> dict[str, Any]:
     """
     config, bases = configure(scale, variant, seed), judge_base(scale)
     config.reward.name = configure(scale, None).reward.name
-    judged = [index for index in range(config.stage_cnt) if (config.stage_cnt - 1 - index) % JUDGED_EVERY == 0]
+    judged = [index for index in range(config.stage_cnt) if (config.stage_cnt - 1 - index) % variant.judged_every == 0]
     settings = checked_settings(config)
     checkpoints, samplers = [f"stage{index}" for index in judged], {"training": training_sampler(settings)}
     results = evaluate(settings, checkpoints, list(SETS), samplers)
