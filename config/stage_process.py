@@ -267,12 +267,16 @@ def shapes(config: ConfigDict) -> None:
     shapes_ddpo(config)
     noised(config)
     config.exp_name = "shapes"
+    config.prompt_file = "config/prompt/shapes_relation_train_all.json"  # more prompts carry over better to others
     config.stage_cnt = 4
     config.sample.num_steps = 8
-    config.sample.num_batches_per_epoch = 8
+    config.sample.num_batches_per_epoch = 10
+    config.sample.micro_batch_size = 0
+    config.eval.batch_size = 128
     config.eval.selection = "all"
     config.train.nft_scale = 1.0
     config.train.guidance_scale = 1.0  # images are sampled with guidance, and the output without it is trained
+    config.train.outside_weight = 16.0
     config.train.num_epochs = 3
     config.train.save_interval = 3
 

@@ -248,6 +248,7 @@ class StableDiffusion:
             self._check_text(model.name)
         self.unet = parts["unet"].to(device).eval().requires_grad_(False)
         lora.add_lora(self.unet, LORA, rank=model.lora_rank, seed=seed)
+        self._trainable = lora.lora_parameters(self.unet)  # looked up once: it walks through the whole network
         # Kept for `reset`: loading a checkpoint overwrites the fresh LoRA.
         self._fresh = {name: parameter.detach().clone() for name, parameter in self.trainable().items()}
         self.network: nn.Module = self.unet  # callers may wrap this one; `unet` stays the bare network
@@ -377,7 +378,7 @@ class StableDiffusion:
         return images.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        return lora.lora_parameters(self.unet)
+        return dict(self._trainable)
 
     def adapter_state(self) -> State:
         return {LORA.key(name): parameter.detach() for name, parameter in self.trainable().items()}
