@@ -268,9 +268,9 @@ def shapes(config: ConfigDict) -> None:
     noised(config)
     config.exp_name = "shapes"
     config.prompt_file = "config/prompt/shapes_relation_train_all.json"  # more prompts carry over better to others
-    config.stage_cnt = 4
+    config.stage_cnt = 5
     config.sample.num_steps = 8
-    config.sample.num_batches_per_epoch = 10
+    config.sample.num_batches_per_epoch = 9
     config.sample.micro_batch_size = 0
     config.eval.batch_size = 128
     config.eval.selection = "all"
