@@ -7,6 +7,7 @@ N rows, P prompts, L tokens, E text width, latents [N,C,h,w]
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +249,6 @@ class StableDiffusion:
             self._check_text(model.name)
         self.unet = parts["unet"].to(device).eval().requires_grad_(False)
         lora.add_lora(self.unet, LORA, rank=model.lora_rank, seed=seed)
-        self._trainable = lora.lora_parameters(self.unet)  # looked up once: it walks through the whole network
         # Kept for `reset`: loading a checkpoint overwrites the fresh LoRA.
         self._fresh = {name: parameter.detach().clone() for name, parameter in self.trainable().items()}
         self.network: nn.Module = self.unet  # callers may wrap this one; `unet` stays the bare network
@@ -376,6 +376,10 @@ class StableDiffusion:
             raise FloatingPointError("the VAE decoded to non-finite values; use --config.mixed_precision=bf16 or no")
         images = (images.float() / 2 + 0.5).clamp(0, 1) * 255
         return images.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+    @cached_property
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        return lora.lora_parameters(self.unet)  # looked up once: it walks through the whole network
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return dict(self._trainable)
