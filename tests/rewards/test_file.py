@@ -261,3 +261,20 @@ def test_run_process_waits_for_scores_stage_by_stage(overrides, tmp_path):
     assert (code, scripts) == (0, [*start, *first, *second, *["run_eval"] * 3])
     assert [row["reward"] for row in scores(tmp_path, 1)] == values
     assert (experiment(tmp_path) / "report.html").is_file()
+
+
+@pytest.mark.long
+def test_one_process_waits_for_scores_stage_by_stage(overrides, tmp_path):
+    """The same where one process makes all calls, as by default on the CPU: it ends well where scores are missing."""
+    settings = {key: value for key, value in overrides.items() if key != "exp_name"}
+    variables = {"Reward": "file", "ExpName": "tiny", "Resident": "1"}
+    for index in range(2):
+        assert run_process(tmp_path, settings, variables) == (0, ["start", "resident"])
+        stage = stage_of(tmp_path, index)
+        assert stage.wanted_scores.is_file()
+        assert not stage.finished("train")
+        values = fill(stage)
+    assert run_process(tmp_path, settings, variables) == (0, ["start", "resident"])
+    assert [row["reward"] for row in scores(tmp_path, 1)] == values
+    assert stage_of(tmp_path, 1).finished("train")
+    assert (experiment(tmp_path) / "eval.jsonl").is_file()
