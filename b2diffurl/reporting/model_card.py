@@ -404,11 +404,8 @@ def objective_text(settings: Mapping[str, Any]) -> str:
 def rate_text(settings: Mapping[str, Any]) -> str:
     """The learning rate, and to what it falls in the last stage of the run."""
     first, factor = settings["train.learning_rate"], settings.get("train.final_rate", 1.0)
-    return (
-        f"{first:g}"
-        if factor == 1 or settings["stage_cnt"] == 1
-        else f"{first:g}, falling to {first * factor:g} in the last stage"
-    )
+    falls = factor != 1 and settings["stage_cnt"] > 1
+    return f"{first:g}" + (f", falling to {first * factor:g} in the last stage" if falls else "")
 
 
 def average_text(decay: float) -> str:
