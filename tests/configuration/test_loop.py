@@ -96,14 +96,14 @@ def test_run_process_goes_through_the_stages(tmp_path):
     assert calls[-1][-3:] == ["--checkpoint=base,last", "--prompts=test", "--sampler=deployed"]
 
 
-@pytest.mark.parametrize("on_gpu", [False, True])
-def test_start_asks_for_one_process_on_the_cpu(empty, overrides, monkeypatch, on_gpu):
-    """On a GPU each script gives its memory back by ending."""
+@pytest.mark.parametrize(("on_gpu", "num_processes", "resident"), [(False, 0, True), (True, 0, False), (False, 2, False)])
+def test_start_asks_for_one_process_on_the_cpu(empty, overrides, monkeypatch, on_gpu, num_processes, resident):
+    """On a GPU each script gives its memory back by ending; and not if the configuration wants several processes."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: on_gpu)
-    ended = start(empty, overrides, f"--calls={empty}/calls")
+    ended = start(empty, overrides | {"num_processes": num_processes}, f"--calls={empty}/calls")
     assert ended.code == 0, ended.stderr
     lines = (empty / "calls").read_text().splitlines()
-    assert ("resident" in lines) != on_gpu
+    assert ("resident" in lines) == resident
     assert lines[-1] == "end"
 
 
