@@ -48,6 +48,7 @@ class PipelineSpec:
     configs: str  # a model of the family from which a single file takes the configs of its parts, if none is given
     # Refuses parts of a directory that do not fit one another, or that the family cannot run. They may lack weights.
     check_fit: Callable[[Path, Mapping[str, nn.Module]], None]
+    heeds_force_upcast: bool = False  # a VAE whose config has force_upcast is loaded in float32, whatever the precision
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -257,17 +258,25 @@ def load_directory(
     The classes are the family's: its JSON files may name others, even code of their own, and are not asked.
     """
     check_directory(root, variant, spec, wanted)
-    options = {"use_safetensors": True, "dtype": dtype}  # use_safetensors: never a pickle
-    parts = {}
+    upcast, parts = upcast_parts(root, spec), {}
     for name in wanted:
         load = class_of(name, spec).from_pretrained
         if name in spec.weights:
             own = variant if has_variant(root / name, variant) else None
+            # use_safetensors: never a pickle
+            options = {"use_safetensors": True, "dtype": torch.float32 if name in upcast else dtype}
             parts[name], info = load(root, subfolder=name, variant=own, output_loading_info=True, **options)
             require_no_holes(root / name, parts[name], info)
         else:
             parts[name] = load(root, subfolder=name)
     return parts
+
+
+def upcast_parts(configs: Path, spec: PipelineSpec) -> list[str]:
+    """The parts that are loaded in float32 whatever the precision, by the configs in a directory."""
+    if not spec.heeds_force_upcast:
+        return []
+    return ["vae"] if files.read_object(configs / "vae" / "config.json").get("force_upcast", True) else []
 
 
 def class_of(part: str, spec: PipelineSpec) -> Any:
@@ -282,11 +291,13 @@ def load_single_file(
     import diffusers
 
     check_single_file(root, configs, spec, wanted)
-    # A part that is given as None is not loaded.
-    left_out = dict.fromkeys([*spec.unused, *(name for name in spec.classes if name not in wanted)])
-    pipeline = getattr(diffusers, spec.pipeline).from_single_file(
-        str(root), config=str(configs), dtype=dtype, local_files_only=True, **left_out
-    )
+    # A part that is given is not loaded, and stays None if that is given.
+    given = dict.fromkeys([*spec.unused, *(name for name in spec.classes if name not in wanted)])
+    options = {"config": str(configs), "local_files_only": True}
+    for name in upcast_parts(configs, spec):
+        if name in wanted:
+            given[name] = class_of(name, spec).from_single_file(str(root), subfolder=name, dtype=torch.float32, **options)
+    pipeline = getattr(diffusers, spec.pipeline).from_single_file(str(root), dtype=dtype, **options, **given)
     return {name: getattr(pipeline, name) for name in wanted}
 
 

@@ -16,6 +16,7 @@ INDEX = "model_index.json"  # in a model directory
 # The pipeline class of diffusers that model_index.json names -> the family.
 PIPELINES = {
     "StableDiffusionPipeline": "stable_diffusion",
+    "StableDiffusionXLPipeline": "sdxl",
 }
 # Pipelines that are no text-to-image model of a family, and why.
 REFUSED = {
@@ -29,9 +30,10 @@ TENSORS = {
     "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
     "model.diffusion_model.double_blocks.": "Flux",
     "double_blocks.": "Flux",
-    "conditioner.": "SDXL",
-    "model.diffusion_model.label_emb.": "SDXL",
+    "conditioner.embedders.0.model.": "SDXL's refiner",
+    "conditioner.": "sdxl",
     "cond_stage_model.": "stable_diffusion",
+    "model.diffusion_model.label_emb.": "sdxl",
     "model.diffusion_model.input_blocks.": "stable_diffusion",
 }
 GIVE = "Give another base (pretrained.model)"
