@@ -335,7 +335,7 @@ def check_single_file(root: Path, configs: Path, spec: PipelineSpec, wanted: Seq
     parts = empty_parts(configs, spec, wanted)
     for name, part in parts.items():
         found = whole.converted(part, shapes)
-        if not found.keys() & part.state_dict().keys():
+        if not found.keys() & whole.names_of(part):
             raise ValueError(f"{root} has no {name}. A single file must hold {', '.join(spec.weights)}. {ANOTHER_BASE}")
         remedy = f"Get the file anew, or give the model with its configs, now {configs}, as pretrained.config."
         whole.check_tensors(f"the {name} in {root}", part, found, remedy)

@@ -36,6 +36,8 @@ TENSORS = {
     "model.diffusion_model.label_emb.": "sdxl",
     "model.diffusion_model.input_blocks.": "stable_diffusion",
 }
+# Of a UNet in a single file; those of inpainting read a masked image and its mask beside the latents.
+FIRST_LAYER, INPAINTING_CHANNELS = "model.diffusion_model.input_blocks.0.0.weight", 9
 GIVE = "Give another base (pretrained.model)"
 
 
@@ -80,7 +82,10 @@ def family_of_directory(root: Path) -> str:
 def family_of_file(path: Path) -> str:
     """The family of a single file; a ValueError says why it is of none."""
     whole.require_safetensors(path)
-    found = family_of_tensors(whole.stored_shapes([path]))
+    shapes = whole.stored_shapes([path])
+    found = family_of_tensors(shapes)
+    if shapes.get(FIRST_LAYER, (0, 4))[1] == INPAINTING_CHANNELS:
+        raise ValueError(f"{path} is {REFUSED['StableDiffusionInpaintPipeline']}. {GIVE}.")
     if found not in PIPELINES.values():
         raise ValueError(f"{path} is a model of {found or 'an unknown kind'}, which is not supported. {GIVE}.")
     return found

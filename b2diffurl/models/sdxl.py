@@ -52,14 +52,16 @@ def check_fit(root: Path, parts: Mapping[str, nn.Module]) -> None:
         return
     for encoder, tokenizer in ENCODERS.items():
         clip_text.check_tokenizer(root, tokenizer, encoder, parts, PIPELINE)
-    width = sum(parts[encoder].config.hidden_size for encoder in ENCODERS)
-    widths = config.cross_attention_dim
-    for one in widths if isinstance(widths, list | tuple) else [widths]:
-        unet.require_equal(root, "cross_attention_dim", one, "both text encoders'", {"hidden_size together": width})
+    hidden, widths = [parts[encoder].config.hidden_size for encoder in ENCODERS], config.cross_attention_dim
+    if {sum(hidden)} != {*(widths if isinstance(widths, list | tuple) else [widths])}:
+        raise ValueError(
+            f"{root}/unet/config.json has cross_attention_dim {widths}, but the text encoders' hidden sizes are "
+            f"{hidden[0]} + {hidden[1]}. Get all parts from the same model."
+        )
     # The pooled text, and six numbers of the image's size and place.
     pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     projection = {"projection_dim": parts["text_encoder_2"].config.projection_dim}
-    unet.require_equal(root, "room for pooled text of", pooled, "text_encoder_2", projection)
+    unet.require_equal(root, "room for a pooled text of", pooled, "text_encoder_2", projection)
 
 
 PIPELINE = PipelineSpec(
@@ -94,7 +96,7 @@ def to_diffusers(state: State) -> State:
     config = SimpleNamespace(layers_per_block=BLOCKS_PER_LEVEL - 1)
     try:
         return StableDiffusionXLPipeline.lora_state_dict(dict(state), unet_config=config)[0]
-    except (IndexError, KeyError):  # blocks that no UNet has: the keys are refused as they are
+    except (IndexError, KeyError, ValueError):  # names of no UNet: they are refused as they are
         return state
 
 
@@ -134,6 +136,7 @@ def check_sampler(model: ModelSettings, sampling: Sampling, window: Window | Non
 
 def check(model: ModelSettings) -> None:
     diffusers_files.check_here(model, PIPELINE)
+    sizes(model)  # refuses a resolution that does not divide
 
 
 def sizes(model: ModelSettings) -> Sizes | None:

@@ -90,6 +90,7 @@ def check_sampler(model: ModelSettings, sampling: Sampling, window: Window | Non
 
 def check(model: ModelSettings) -> None:
     diffusers_files.check_here(model, PIPELINE)
+    sizes(model)  # refuses a resolution that does not divide
 
 
 def sizes(model: ModelSettings) -> Sizes | None:

@@ -60,6 +60,11 @@ def canonical(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     return {rename(name): shape for name, shape in shapes.items()}
 
 
+def names_of(part: nn.Module) -> set[str]:
+    """The names of a part's tensors as `canonical` has them."""
+    return {*canonical(dict.fromkeys(part.state_dict(), ()))}
+
+
 def listed(names: Iterable[str]) -> str:
     """The first few names, and how many more there are."""
     names = sorted(names)
