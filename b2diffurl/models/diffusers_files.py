@@ -51,6 +51,11 @@ class PipelineSpec:
     heeds_force_upcast: bool = False  # a VAE whose config has force_upcast is loaded in float32, whatever the precision
 
     @property
+    def encoders(self) -> tuple[str, ...]:
+        """The text encoders."""
+        return tuple(part for part in self.weights if part.startswith("text_encoder"))
+
+    @property
     def folders(self) -> tuple[str, ...]:
         """The folders that a model's directory must have."""
         return (*self.classes, "scheduler")

@@ -36,6 +36,8 @@ TENSORS = {
     "model.diffusion_model.label_emb.": "sdxl",
     "model.diffusion_model.input_blocks.": "stable_diffusion",
 }
+# A folder of a model directory without model_index.json -> the family. The first that is there is taken.
+FOLDERS = {"text_encoder_2": "sdxl", "unet": "stable_diffusion"}
 # Of a UNet in a single file; those of inpainting read a masked image and its mask beside the latents.
 FIRST_LAYER, INPAINTING_CHANNELS = "model.diffusion_model.input_blocks.0.0.weight", 9
 GIVE = "Give another base (pretrained.model)"
@@ -67,7 +69,10 @@ def family_of_directory(root: Path) -> str:
     """The family of a model directory; a ValueError says why it is of none."""
     names = ", ".join(dict.fromkeys(PIPELINES.values()))
     if missing_index(root):
-        raise ValueError(f"{root} has no {INDEX} that says what it is. Set pretrained.family to one of: {names}")
+        found = next((family for folder, family in FOLDERS.items() if (root / folder).is_dir()), "")
+        if not found:
+            raise ValueError(f"{root} has no {INDEX}, which says what a model is. {GIVE}.")
+        return found
     kind = str(files.read_object(root / INDEX).get("_class_name"))
     if kind in REFUSED:
         raise ValueError(f"{root} is {REFUSED[kind]} ({kind}). {GIVE}.")

@@ -207,8 +207,8 @@ class SDXL(UNetModel):
     def _hidden(self, encoder: str, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """The last hidden states but one [P,L,·] of a text encoder, and its first output: [P,F] of the one that pools."""
         ids = clip_text.tokenize(self.parts[ENCODERS[encoder]], prompts).input_ids
-        part = self.parts[encoder]
-        output = part(ids.to(part.device), output_hidden_states=True)
+        with self.encoders_at_work():
+            output = self.parts[encoder](ids.to(self.bare.device), output_hidden_states=True)
         return output.hidden_states[-2], output[0]
 
     def unconditional(self) -> Conditions:
