@@ -5,9 +5,11 @@ A pipeline is a directory with a folder for each part (network, VAE, text encode
 families.
 """
 
+import contextlib
 import glob
 import hashlib
 import importlib
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -225,6 +227,20 @@ def find_here(model: ModelSettings, spec: PipelineSpec) -> tuple[list[Path], dic
     return weights, {part: files.read_object(path) for part, path in paths.items()}
 
 
+def count_weights(model: ModelSettings, spec: PipelineSpec) -> dict[str, int]:
+    """{part: how many numbers its weights have}, of the parts that are here, or of a single file's in all.
+
+    Reads the headers of the files only, and downloads nothing.
+    """
+    root, places = find_local(model.name, f"{spec.network}/config.json", revision=model.revision), {}
+    if root and root.is_file():
+        places = {"all parts": [root]}
+    for part, name in spec.weights.items() if root and root.is_dir() else ():
+        with contextlib.suppress(FileNotFoundError):
+            places[part] = loaded_files(root / part, name, model.variant)
+    return {part: sum(map(math.prod, whole.stored_shapes(paths).values())) for part, paths in places.items()}
+
+
 def check_here(model: ModelSettings, spec: PipelineSpec) -> None:
     """Refuse a model that is on this machine and not whole. Downloads nothing, and loads no weights."""
     root = find_whole(model.name, spec, missing_file, model.revision)
@@ -263,7 +279,7 @@ def load_directory(
     The classes are the family's: its JSON files may name others, even code of their own, and are not asked.
     """
     check_directory(root, variant, spec, wanted)
-    upcast, parts = upcast_parts(root, spec), {}
+    upcast, parts = upcast_parts(files.read_object(root / "vae" / "config.json"), spec), {}
     for name in wanted:
         load = class_of(name, spec).from_pretrained
         if name in spec.weights:
@@ -277,11 +293,9 @@ def load_directory(
     return parts
 
 
-def upcast_parts(configs: Path, spec: PipelineSpec) -> list[str]:
-    """The parts that are loaded in float32 whatever the precision, by the configs in a directory."""
-    if not spec.heeds_force_upcast:
-        return []
-    return ["vae"] if files.read_object(configs / "vae" / "config.json").get("force_upcast", True) else []
+def upcast_parts(vae: Mapping[str, Any], spec: PipelineSpec) -> list[str]:
+    """The parts that are loaded in float32 whatever the precision, by the config of the VAE."""
+    return ["vae"] if spec.heeds_force_upcast and vae.get("force_upcast", True) else []
 
 
 def class_of(part: str, spec: PipelineSpec) -> Any:
@@ -299,7 +313,7 @@ def load_single_file(
     # A part that is given is not loaded, and stays None if that is given.
     given = dict.fromkeys([*spec.unused, *(name for name in spec.classes if name not in wanted)])
     options = {"config": str(configs), "local_files_only": True}
-    for name in upcast_parts(configs, spec):
+    for name in upcast_parts(files.read_object(configs / "vae" / "config.json"), spec):
         if name in wanted:
             given[name] = class_of(name, spec).from_single_file(str(root), subfolder=name, dtype=torch.float32, **options)
     pipeline = getattr(diffusers, spec.pipeline).from_single_file(str(root), dtype=dtype, **options, **given)

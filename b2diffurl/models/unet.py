@@ -135,6 +135,8 @@ def sizes(
         image_px=(height * px, width * px),
         embedding=embedding(configs),
         lora=lora.count_numbers(weights, lora_spec),
+        weights=diffusers_files.count_weights(model, spec),
+        float32=diffusers_files.upcast_parts(vae, spec),
     )
 
 
