@@ -192,23 +192,28 @@ class SDXL(UNetModel):
         super().__init__(model, device=device, dtype=dtype, seed=seed, decoder=decoder)
         self._empty_is_zero = empty_is_zero(model)
         self._time_ids = torch.tensor([[*self.image_px, 0, 0, *self.image_px]], device=device)  # original size, crop, size
-        for encoder, tokenizer in ENCODERS.items() if decoder else ():
-            texts = ["", whole.some_word(self.parts[tokenizer])]
-            clip_text.require_words(model.name, encoder, *self._hidden(encoder, texts)[0])
-        if decoder and self.parts["vae"].dtype != dtype:
-            logger.info("the VAE runs in float32: its config has force_upcast, because it overflows in half precision")
+        if decoder:
+            self._check_text(model.name)
+            if self.parts["vae"].dtype != dtype:
+                logger.info("the VAE runs in float32: its config has force_upcast, because it overflows in half precision")
+
+    def _check_text(self, name: str) -> None:
+        with self.encoders_at_work():
+            for encoder, tokenizer in ENCODERS.items():
+                embeds, _ = self._hidden(encoder, ["", whole.some_word(self.parts[tokenizer])])
+                clip_text.require_words(name, encoder, *embeds)
 
     def encode(self, prompts: list[str]) -> Conditions:
         """prompt_embeds [P,L,E] and pooled_prompt_embeds [P,F], as SDXL's own pipeline makes them."""
-        (first, _), (second, pooled) = (self._hidden(encoder, prompts) for encoder in ENCODERS)
+        with self.encoders_at_work():
+            (first, _), (second, pooled) = (self._hidden(encoder, prompts) for encoder in ENCODERS)
         return {"prompt_embeds": torch.cat([first, second], dim=-1), "pooled_prompt_embeds": pooled}
 
     @torch.no_grad()
     def _hidden(self, encoder: str, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """The last hidden states but one [P,L,·] of a text encoder, and its first output: [P,F] of the one that pools."""
         ids = clip_text.tokenize(self.parts[ENCODERS[encoder]], prompts).input_ids
-        with self.encoders_at_work():
-            output = self.parts[encoder](ids.to(self.bare.device), output_hidden_states=True)
+        output = self.parts[encoder](ids.to(self.unet.device), output_hidden_states=True)
         return output.hidden_states[-2], output[0]
 
     def unconditional(self) -> Conditions:
