@@ -206,8 +206,8 @@ class SDXL(UNetModel):
     def encode(self, prompts: list[str]) -> Conditions:
         """prompt_embeds [P,L,E] and pooled_prompt_embeds [P,F], as SDXL's own pipeline makes them of each prompt.
 
-        One after another, so that a prompt has the same bits whatever is encoded beside it. Training takes a prompt's embedding
-        from any batch of the stage, and its first ratio is to be exactly 1.
+        One after another, so that a prompt has the same bits whatever is encoded beside it. Training takes a prompt's
+        embedding from any batch of the stage, and its first ratio is to be exactly 1.
         """
         embeds, pooled = [], []
         with self.encoders_at_work():
