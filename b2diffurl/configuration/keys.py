@@ -88,13 +88,14 @@ KEYS = {
     "prompt": Key(Text(may_be_empty=True, may_have_lines=True), not_beside=("prompt_file",)),
     "prompt_random_choose": Key(Number("[0, 1]")),
     # ---- the base model ----
-    "pretrained.family": Key(TEXT),
+    "pretrained.family": Key(TEXT, may_change=True),  # the checksums of the model's parts tell one from another
     "pretrained.model": Key(MODEL, may_change=True),
     "pretrained.revision": Key(TEXT, may_change=True),
     "pretrained.variant": Key(TEXT_OR_NONE, may_change=True),
     "pretrained.config": Key(ModelName(may_be_empty=True), may_change=True),
     "pretrained.resolution": Key(Number("[0, 8192]")),
     "pretrained.scheduler": Key(Entries(), before=None),
+    "pretrained.offload": Key(SWITCH, may_change=True),
     # ---- sampling ----
     "sample.num_steps": Key(Number("[1, 1000]")),
     "sample.eta": Key(Number("0 or [0.001, 1]", "0 is deterministic")),

@@ -23,14 +23,15 @@ CURRICULA = ("progressive", "fixed", "reversed", "random", "early", "sliding")
 class ModelSettings:
     """The base model, and the rank of the LoRA on it."""
 
-    family: str  # a name in b2diffurl.models.FAMILIES
+    family: str  # a name in b2diffurl.models.FAMILIES; auto: recognised by the model's files
     name: str  # hub id, directory, or a single .safetensors file
     revision: str
     variant: str
-    config: str  # if `name` is a single file: a similar model, from which the configs of its parts are taken
+    config: str  # if `name` is a single file: a model from which the configs of its parts are taken; "": the family's first
     resolution: int  # pixels; 0: the model's own
     lora_rank: int
     scheduler: Mapping[str, Any] = field(default_factory=dict)  # entries that count as if the model's scheduler had them
+    offload: bool = False  # whether text encoders lie in main memory while they have nothing to encode
 
 
 @dataclass(frozen=True)
@@ -415,7 +416,8 @@ def read_model(pretrained: Mapping[str, Any], lora_rank: int) -> ModelSettings:
         config=pretrained["config"],
         resolution=pretrained["resolution"],
         lora_rank=lora_rank,
-        scheduler=dict(pretrained.get("scheduler") or {}),  # older config.json files lack it
+        scheduler=dict(pretrained.get("scheduler") or {}),  # older config.json files lack it, and the next one
+        offload=pretrained.get("offload", False),
     )
 
 

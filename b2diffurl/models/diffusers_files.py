@@ -5,9 +5,11 @@ A pipeline is a directory with a folder for each part (network, VAE, text encode
 families.
 """
 
+import contextlib
 import glob
 import hashlib
 import importlib
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ import torch
 from torch import nn
 
 from b2diffurl.configuration.settings import ModelSettings
-from b2diffurl.models import noise_schedule, whole
+from b2diffurl.models import noise_schedule, recognise, whole
 from b2diffurl.models.noise_schedule import SCHEDULER_FILE
 from b2diffurl.runtime import files
 from b2diffurl.runtime.hub import MODEL_PARTS, checksum, find_local, locate, missing_tokenizer, require_no_holes
@@ -39,14 +41,21 @@ ANOTHER_BASE = "Give another base (pretrained.model)."
 class PipelineSpec:
     """What a family's pipelines consist of."""
 
+    family: str  # the name in b2diffurl.models.FAMILIES
     pipeline: str  # its class in diffusers
     network: str  # the part that is trained
     classes: Mapping[str, list[str]]  # {part: [package, class]} as in model_index.json, without the scheduler
     weights: Mapping[str, str]  # {part: weight file}, for parts that have weights; {} in it stands for the variant
     unused: tuple[str, ...]  # parts that a pipeline may have and that are not loaded, such as a safety checker
-    others: Mapping[str, str]  # what a key of another family's single file begins with, and that family's name
+    configs: str  # a model of the family from which a single file takes the configs of its parts, if none is given
     # Refuses parts of a directory that do not fit one another, or that the family cannot run. They may lack weights.
     check_fit: Callable[[Path, Mapping[str, nn.Module]], None]
+    heeds_force_upcast: bool = False  # a VAE whose config has force_upcast is loaded in float32, whatever the precision
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The text encoders."""
+        return tuple(part for part in self.weights if part.startswith("text_encoder"))
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -79,9 +88,10 @@ def locate_configs(model: ModelSettings, spec: PipelineSpec) -> Path:
     root = locate_base(model, spec)
     if root.is_dir():
         return root
-    require_safetensors(root)
+    whole.require_safetensors(root)
     try:
-        return locate(model.config, patterns=config_patterns(spec), missing=partial(missing_config, spec=spec))
+        missing = partial(missing_config, spec=spec)
+        return locate(model.config or spec.configs, patterns=config_patterns(spec), missing=missing)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"a single file needs the configs of its components (pretrained.config): {error}") from None
 
@@ -207,7 +217,7 @@ def find_here(model: ModelSettings, spec: PipelineSpec) -> tuple[list[Path], dic
     probe = f"{spec.network}/config.json"  # the hub's cache is asked for a file, not for a model
     root = find_local(model.name, probe, revision=model.revision)
     single = root is not None and root.is_file()
-    configs = find_local(model.config, probe) if single else root
+    configs = find_local(model.config or spec.configs, probe) if single else root
     if configs is None:
         return None
     weights = [root] if single else sorted((configs / spec.network).glob("*.safetensors"))
@@ -215,6 +225,20 @@ def find_here(model: ModelSettings, spec: PipelineSpec) -> tuple[list[Path], dic
     if not weights or not all(path.is_file() for path in paths.values()):
         return None
     return weights, {part: files.read_object(path) for part, path in paths.items()}
+
+
+def count_weights(model: ModelSettings, spec: PipelineSpec) -> dict[str, int]:
+    """{part: how many numbers its weights have}, of the parts that are here, or of a single file's in all.
+
+    Reads the headers of the files only, and downloads nothing.
+    """
+    root, places = find_local(model.name, f"{spec.network}/config.json", revision=model.revision), {}
+    if root and root.is_file():
+        places = {"all parts": [root]}
+    for part, name in spec.weights.items() if root and root.is_dir() else ():
+        with contextlib.suppress(FileNotFoundError):
+            places[part] = loaded_files(root / part, name, model.variant)
+    return {part: sum(map(math.prod, whole.stored_shapes(paths).values())) for part, paths in places.items()}
 
 
 def check_here(model: ModelSettings, spec: PipelineSpec) -> None:
@@ -225,8 +249,8 @@ def check_here(model: ModelSettings, spec: PipelineSpec) -> None:
     if root.is_dir():
         check_directory(root, model.variant, spec, list(spec.classes))
         return
-    require_safetensors(root)
-    if configs := find_whole(model.config, spec, missing_config):
+    whole.require_safetensors(root)
+    if configs := find_whole(model.config or spec.configs, spec, missing_config):
         check_single_file(root, configs, spec, list(spec.classes))
 
 
@@ -255,17 +279,23 @@ def load_directory(
     The classes are the family's: its JSON files may name others, even code of their own, and are not asked.
     """
     check_directory(root, variant, spec, wanted)
-    options = {"use_safetensors": True, "dtype": dtype}  # use_safetensors: never a pickle
-    parts = {}
+    upcast, parts = upcast_parts(files.read_object(root / "vae" / "config.json"), spec), {}
     for name in wanted:
         load = class_of(name, spec).from_pretrained
         if name in spec.weights:
             own = variant if has_variant(root / name, variant) else None
+            # use_safetensors: never a pickle
+            options = {"use_safetensors": True, "dtype": torch.float32 if name in upcast else dtype}
             parts[name], info = load(root, subfolder=name, variant=own, output_loading_info=True, **options)
             require_no_holes(root / name, parts[name], info)
         else:
             parts[name] = load(root, subfolder=name)
     return parts
+
+
+def upcast_parts(vae: Mapping[str, Any], spec: PipelineSpec) -> list[str]:
+    """The parts that are loaded in float32 whatever the precision, by the config of the VAE."""
+    return ["vae"] if spec.heeds_force_upcast and vae.get("force_upcast", True) else []
 
 
 def class_of(part: str, spec: PipelineSpec) -> Any:
@@ -280,11 +310,13 @@ def load_single_file(
     import diffusers
 
     check_single_file(root, configs, spec, wanted)
-    # A part that is given as None is not loaded.
-    left_out = dict.fromkeys([*spec.unused, *(name for name in spec.classes if name not in wanted)])
-    pipeline = getattr(diffusers, spec.pipeline).from_single_file(
-        str(root), config=str(configs), dtype=dtype, local_files_only=True, **left_out
-    )
+    # A part that is given is not loaded, and stays None if that is given.
+    given = dict.fromkeys([*spec.unused, *(name for name in spec.classes if name not in wanted)])
+    options = {"config": str(configs), "local_files_only": True}
+    for name in upcast_parts(files.read_object(configs / "vae" / "config.json"), spec):
+        if name in wanted:
+            given[name] = class_of(name, spec).from_single_file(str(root), subfolder=name, dtype=torch.float32, **options)
+    pipeline = getattr(diffusers, spec.pipeline).from_single_file(str(root), dtype=dtype, **options, **given)
     return {name: getattr(pipeline, name) for name in wanted}
 
 
@@ -298,7 +330,8 @@ def check_directory(root: Path, variant: str, spec: PipelineSpec, wanted: Sequen
     if missing:
         index = root / "model_index.json"
         kind = files.read_object(index).get("_class_name", spec.pipeline) if index.is_file() else spec.pipeline
-        other = f" It is a {kind}, which may not be supported yet." if kind != spec.pipeline else ""
+        advice = "Leave pretrained.family at auto" if kind in recognise.PIPELINES else "It may not be supported yet"
+        other = f" It is a {kind}. {advice}." if kind != spec.pipeline else ""
         raise FileNotFoundError(f"{root} has no {missing[0]}/. A model directory holds {', '.join(spec.folders)}.{other}")
     if variant and not any(has_variant(root / part, variant) for part in spec.weights):
         raise FileNotFoundError(
@@ -312,16 +345,17 @@ def check_directory(root: Path, variant: str, spec: PipelineSpec, wanted: Sequen
 
 def check_single_file(root: Path, configs: Path, spec: PipelineSpec, wanted: Sequence[str]) -> None:
     """Refuse a single file whose `wanted` parts are not whole, or not what `configs` describes. It loads no weights."""
-    require_safetensors(root)
+    whole.require_safetensors(root)
     check_index(configs / "model_index.json", spec)
     shapes = whole.stored_shapes([root])
-    for key, title in spec.others.items():
-        if any(name.startswith(key) for name in shapes):
-            raise ValueError(f"{root} is a model of {title}, which is not supported yet. {ANOTHER_BASE}")
+    found = recognise.family_of_tensors(shapes)
+    if found not in ("", spec.family):
+        remedy = "Leave pretrained.family at auto" if found in recognise.PIPELINES.values() else recognise.GIVE
+        raise ValueError(f"{root} is a model of {found}, and not of {spec.family}. {remedy}.")
     parts = empty_parts(configs, spec, wanted)
     for name, part in parts.items():
         found = whole.converted(part, shapes)
-        if not found.keys() & part.state_dict().keys():
+        if not found.keys() & whole.names_of(part):
             raise ValueError(f"{root} has no {name}. A single file must hold {', '.join(spec.weights)}. {ANOTHER_BASE}")
         remedy = f"Get the file anew, or give the model with its configs, now {configs}, as pretrained.config."
         whole.check_tensors(f"the {name} in {root}", part, found, remedy)
@@ -332,11 +366,6 @@ def empty_parts(root: Path, spec: PipelineSpec, wanted: Sequence[str]) -> dict[s
     parts = {name: whole.empty_part(class_of(name, spec), root / name) for name in spec.weights if name in wanted}
     spec.check_fit(root, parts)
     return parts
-
-
-def require_safetensors(path: Path) -> None:
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path} is not a .safetensors file. Convert it first; pickled weights are never loaded.")
 
 
 def check_index(path: Path, spec: PipelineSpec) -> None:
