@@ -48,7 +48,7 @@ def measure(model: Model, accelerator: Accelerator, kind: str, size: int, guidan
     """The figures of one kind of pass at batch size `size`; None if it does not fit into the GPU's memory."""
     device, cuda = accelerator.device, accelerator.device.type == "cuda"
     x_t, timesteps = torch.zeros(size, *model.latent_shape, device=device), torch.full((size,), 500, device=device)
-    embeds = {name: value.expand(size, *value.shape[1:]).contiguous() for name, value in model.encode([""]).items()}
+    embeds = {name: value.expand(size, *value.shape[1:]).contiguous() for name, value in model.unconditional().items()}
 
     def go() -> None:
         with torch.set_grad_enabled(kind == "transition"):

@@ -75,11 +75,11 @@ def reference() -> ConfigDict:
 def base_model() -> ConfigDict:
     """The base model."""
     pretrained = ConfigDict()
-    pretrained.family = "stable_diffusion"  # kind of model: stable_diffusion (1.x and 2.x)
+    pretrained.family = "auto"  # kind of model: stable_diffusion (1.x and 2.x); auto: recognised by its files
     pretrained.model = "CompVis/stable-diffusion-v1-4"  # hub id, local directory, or a single .safetensors file
     pretrained.revision = "main"  # branch, tag or commit of the model on the hub
     pretrained.variant = ""  # variant of the weight files, such as fp16; "": the plain ones
-    pretrained.config = "CompVis/stable-diffusion-v1-4"  # for a single file: a model whose configs fit (prediction type!)
+    pretrained.config = ""  # for a single file: a model whose configs fit (prediction type!); "": the family's first
     pretrained.resolution = 0  # height and width of images in pixels; 0: the model's own
     pretrained.scheduler = config_dict.placeholder(object)  # entries for its scheduler: {"timestep_spacing": "leading"}
     return pretrained

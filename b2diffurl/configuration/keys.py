@@ -88,7 +88,7 @@ KEYS = {
     "prompt": Key(Text(may_be_empty=True, may_have_lines=True), not_beside=("prompt_file",)),
     "prompt_random_choose": Key(Number("[0, 1]")),
     # ---- the base model ----
-    "pretrained.family": Key(TEXT),
+    "pretrained.family": Key(TEXT, may_change=True),  # the checksums of the model's parts tell one from another
     "pretrained.model": Key(MODEL, may_change=True),
     "pretrained.revision": Key(TEXT, may_change=True),
     "pretrained.variant": Key(TEXT_OR_NONE, may_change=True),

@@ -56,13 +56,17 @@ def make_record(
     return Record(stage, content, changes)
 
 
-def identified(record: Record, base_model: Mapping[str, str]) -> Record:
-    """The record with a checksum of each part of the base model, {part: checksum}.
+def identified(record: Record, family: str, base_model: Mapping[str, str]) -> Record:
+    """The record with the base model's family, and with a checksum of each of its parts, {part: checksum}.
+
+    The family may have been recognised by the model's files. Exporting must know it without them.
 
     A ValueError names the parts that are others than the experiment began with, unless the user allows changes. An
     experiment of an earlier version has none recorded; it gets today's.
     """
-    content, begun = record.content | {"base_model": dict(base_model)}, read_record(record.stage.root)
+    asked = record.content["config"]
+    asked = asked | {"pretrained": asked["pretrained"] | {"family": family}}
+    content, begun = record.content | {"config": asked, "base_model": dict(base_model)}, read_record(record.stage.root)
     changes = differences(begun, content) if begun else ()
     if changes:
         refuse_change(record.stage, changes, allowed=content["config"]["allow_config_change"])

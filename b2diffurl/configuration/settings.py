@@ -23,11 +23,11 @@ CURRICULA = ("progressive", "fixed", "reversed", "random", "early", "sliding")
 class ModelSettings:
     """The base model, and the rank of the LoRA on it."""
 
-    family: str  # a name in b2diffurl.models.FAMILIES
+    family: str  # a name in b2diffurl.models.FAMILIES; auto: recognised by the model's files
     name: str  # hub id, directory, or a single .safetensors file
     revision: str
     variant: str
-    config: str  # if `name` is a single file: a similar model, from which the configs of its parts are taken
+    config: str  # if `name` is a single file: a model from which the configs of its parts are taken; "": the family's first
     resolution: int  # pixels; 0: the model's own
     lora_rank: int
     scheduler: Mapping[str, Any] = field(default_factory=dict)  # entries that count as if the model's scheduler had them

@@ -76,7 +76,7 @@ def sample_images(settings: Settings, model: Model, prompts: list[str], sampler:
 
     The noise depends on (eval.seed, batch) alone, so every checkpoint and every sampler starts from the same x_T.
     """
-    conditions, unconditional = model.encode(prompts), model.encode([""])
+    conditions, unconditional = model.encode(prompts), model.unconditional()
     device = next(iter(conditions.values())).device
     sizes = sampling_sizes(
         settings.output.root,

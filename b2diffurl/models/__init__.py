@@ -2,7 +2,7 @@
 
 `Model` is one loaded model: network, text encoder, sampler, decoder. `Family` is everything else that differs between
 families: files and whether they are whole, sizes, LoRA formats, schedulers, and the words of a model card. To add a family,
-write a module in this package with the functions of `Family`, and add a line to FAMILIES.
+write a module in this package with the functions of `Family`, and add a line to FAMILIES and to the tables of recognise.py.
 
 N rows, P prompts, latents [N,C,h,w], images [N,H,W,3]
 """
@@ -22,6 +22,7 @@ from b2diffurl.algorithm.transition import Transitions
 from b2diffurl.algorithm.types import Conditions
 from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.settings import ModelSettings, Sampling
+from b2diffurl.models import recognise
 
 # Family name -> module of this package, which is imported when the family is first used.
 FAMILIES = {"stable_diffusion": "stable_diffusion"}
@@ -49,6 +50,9 @@ class Model(Protocol):
 
     def encode(self, prompts: list[str]) -> Conditions:
         """Encode prompts into what the network is conditioned on, each tensor [P, ...]."""
+
+    def unconditional(self) -> Conditions:
+        """What guidance takes for no prompt, each tensor [1, ...]: `encode` of "", or zeros if the model was trained so."""
 
     def num_tokens_cut(self, prompts: Sequence[str]) -> list[int]:
         """How many tokens `encode` cuts off at the end of each prompt; 0 where it reads all."""
@@ -173,10 +177,24 @@ class Family(Protocol):
 
 
 def family(model: ModelSettings) -> Family:
-    """The module of a base model's family; a ValueError lists the families if the name is unknown."""
-    if model.family not in FAMILIES:
-        raise ValueError(f"unknown pretrained.family {model.family!r}; known: {', '.join(FAMILIES)}")
-    return cast(Family, importlib.import_module(f"b2diffurl.models.{FAMILIES[model.family]}"))
+    """The module of a base model's family, recognised by its files if pretrained.family is auto.
+
+    Of a model that is not on this machine model_index.json is downloaded for that. A ValueError says that a model is of no
+    family, or lists the families if the name is unknown.
+    """
+    return family_of(recognise.family_name(model))
+
+
+def family_of(name: str) -> Family:
+    if name not in FAMILIES:
+        raise ValueError(f"unknown pretrained.family {name!r}; known: {', '.join((recognise.AUTO, *FAMILIES))}")
+    return cast(Family, importlib.import_module(f"b2diffurl.models.{FAMILIES[name]}"))
+
+
+def family_here(model: ModelSettings) -> Family | None:
+    """The same, None if only a model's files tell its family and they are not on this machine. Downloads nothing."""
+    name = recognise.find_family(model)
+    return family_of(name) if name else None
 
 
 def base_fingerprint(model: ModelSettings) -> str:
@@ -187,3 +205,15 @@ def base_fingerprint(model: ModelSettings) -> str:
 def base_identity(model: ModelSettings) -> dict[str, str]:
     """{part of the base model: a checksum of all that decides its output}: whether two images are of the same model."""
     return family(model).identity(model)
+
+
+def base_sizes(model: ModelSettings) -> Sizes | None:
+    """The base model's sizes; None if it is not on this machine. Downloads nothing."""
+    found = family_here(model)
+    return found.sizes(model) if found else None
+
+
+def check_base(model: ModelSettings) -> None:
+    """Refuse a base model on this machine that is not whole, or that its family cannot run. Downloads nothing."""
+    if found := family_here(model):
+        found.check(model)

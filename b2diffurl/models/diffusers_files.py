@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from b2diffurl.configuration.settings import ModelSettings
-from b2diffurl.models import noise_schedule, whole
+from b2diffurl.models import noise_schedule, recognise, whole
 from b2diffurl.models.noise_schedule import SCHEDULER_FILE
 from b2diffurl.runtime import files
 from b2diffurl.runtime.hub import MODEL_PARTS, checksum, find_local, locate, missing_tokenizer, require_no_holes
@@ -39,12 +39,13 @@ ANOTHER_BASE = "Give another base (pretrained.model)."
 class PipelineSpec:
     """What a family's pipelines consist of."""
 
+    family: str  # the name in b2diffurl.models.FAMILIES
     pipeline: str  # its class in diffusers
     network: str  # the part that is trained
     classes: Mapping[str, list[str]]  # {part: [package, class]} as in model_index.json, without the scheduler
     weights: Mapping[str, str]  # {part: weight file}, for parts that have weights; {} in it stands for the variant
     unused: tuple[str, ...]  # parts that a pipeline may have and that are not loaded, such as a safety checker
-    others: Mapping[str, str]  # what a key of another family's single file begins with, and that family's name
+    configs: str  # a model of the family from which a single file takes the configs of its parts, if none is given
     # Refuses parts of a directory that do not fit one another, or that the family cannot run. They may lack weights.
     check_fit: Callable[[Path, Mapping[str, nn.Module]], None]
 
@@ -79,9 +80,10 @@ def locate_configs(model: ModelSettings, spec: PipelineSpec) -> Path:
     root = locate_base(model, spec)
     if root.is_dir():
         return root
-    require_safetensors(root)
+    whole.require_safetensors(root)
     try:
-        return locate(model.config, patterns=config_patterns(spec), missing=partial(missing_config, spec=spec))
+        missing = partial(missing_config, spec=spec)
+        return locate(model.config or spec.configs, patterns=config_patterns(spec), missing=missing)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"a single file needs the configs of its components (pretrained.config): {error}") from None
 
@@ -207,7 +209,7 @@ def find_here(model: ModelSettings, spec: PipelineSpec) -> tuple[list[Path], dic
     probe = f"{spec.network}/config.json"  # the hub's cache is asked for a file, not for a model
     root = find_local(model.name, probe, revision=model.revision)
     single = root is not None and root.is_file()
-    configs = find_local(model.config, probe) if single else root
+    configs = find_local(model.config or spec.configs, probe) if single else root
     if configs is None:
         return None
     weights = [root] if single else sorted((configs / spec.network).glob("*.safetensors"))
@@ -225,8 +227,8 @@ def check_here(model: ModelSettings, spec: PipelineSpec) -> None:
     if root.is_dir():
         check_directory(root, model.variant, spec, list(spec.classes))
         return
-    require_safetensors(root)
-    if configs := find_whole(model.config, spec, missing_config):
+    whole.require_safetensors(root)
+    if configs := find_whole(model.config or spec.configs, spec, missing_config):
         check_single_file(root, configs, spec, list(spec.classes))
 
 
@@ -312,12 +314,13 @@ def check_directory(root: Path, variant: str, spec: PipelineSpec, wanted: Sequen
 
 def check_single_file(root: Path, configs: Path, spec: PipelineSpec, wanted: Sequence[str]) -> None:
     """Refuse a single file whose `wanted` parts are not whole, or not what `configs` describes. It loads no weights."""
-    require_safetensors(root)
+    whole.require_safetensors(root)
     check_index(configs / "model_index.json", spec)
     shapes = whole.stored_shapes([root])
-    for key, title in spec.others.items():
-        if any(name.startswith(key) for name in shapes):
-            raise ValueError(f"{root} is a model of {title}, which is not supported yet. {ANOTHER_BASE}")
+    found = recognise.family_of_tensors(shapes)
+    if found not in ("", spec.family):
+        remedy = "Leave pretrained.family at auto" if found in recognise.PIPELINES.values() else recognise.GIVE
+        raise ValueError(f"{root} is a model of {found}, and not of {spec.family}. {remedy}.")
     parts = empty_parts(configs, spec, wanted)
     for name, part in parts.items():
         found = whole.converted(part, shapes)
@@ -332,11 +335,6 @@ def empty_parts(root: Path, spec: PipelineSpec, wanted: Sequence[str]) -> dict[s
     parts = {name: whole.empty_part(class_of(name, spec), root / name) for name in spec.weights if name in wanted}
     spec.check_fit(root, parts)
     return parts
-
-
-def require_safetensors(path: Path) -> None:
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path} is not a .safetensors file. Convert it first; pickled weights are never loaded.")
 
 
 def check_index(path: Path, spec: PipelineSpec) -> None:

@@ -67,6 +67,12 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(names[:NUM_NAMED]) + more
 
 
+def require_safetensors(path: Path) -> None:
+    """Refuse a single file that is not named as safetensors, before anything of it is read."""
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} is not a .safetensors file. Convert it first; pickled weights are never loaded.")
+
+
 def stored_shapes(paths: Iterable[Path]) -> dict[str, tuple[int, ...]]:
     """{name: shape} of the tensors in safetensors files, from their headers."""
     shapes = {}

@@ -8,7 +8,8 @@ from b2diffurl.configuration.budget import Budget
 from b2diffurl.configuration.plan import Plan
 from b2diffurl.configuration.recorded import exchanged
 from b2diffurl.experiment.stage import finished_stages
-from b2diffurl.models import base_identity, family
+from b2diffurl.models import base_identity, base_sizes, check_base, family
+from b2diffurl.models.recognise import family_name
 from b2diffurl.rewards import file_checksums
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import logger
@@ -20,8 +21,8 @@ def check_base_model(plan: Plan) -> None:
     Nothing is downloaded and no weights are loaded. A model that is not on this machine passes.
     """
     model = plan.settings.model
-    family(model).check(model)
-    if family(model).sizes(model):  # its files are here
+    check_base(model)
+    if base_sizes(model):  # its files are here
         windows = Budget.of(plan.settings).planned_windows(plan.stage.root)
         check_sampler(plan, Window(min(one.start for one in windows), max(one.stop for one in windows)))
 
@@ -34,11 +35,12 @@ def check_sampler(plan: Plan, window: Window) -> None:
 
 
 def identified(plan: Plan) -> Plan:
-    """The plan with a checksum of each part of the base model in its record, compared with the experiment's.
+    """The plan with the base model's family and a checksum of each part in its record, compared with the experiment's.
 
     A ValueError names a part that is another. This reads gigabytes, so a finished phase leaves it out.
     """
-    return replace(plan, record=recorded.identified(plan.record, base_identity(plan.settings.model)))
+    model = plan.settings.model
+    return replace(plan, record=recorded.identified(plan.record, family_name(model), base_identity(model)))
 
 
 def reward_checksums(plan: Plan) -> dict[str, str]:

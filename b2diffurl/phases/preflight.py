@@ -7,7 +7,7 @@ from b2diffurl.configuration.prompts import load_prompts
 from b2diffurl.configuration.settings import Settings
 from b2diffurl.evaluation.features import check_features
 from b2diffurl.evaluation.generate import SAMPLERS
-from b2diffurl.models import family
+from b2diffurl.models import check_base
 from b2diffurl.phases.inputs import check_sampler
 from b2diffurl.rewards import check_rewards
 
@@ -17,7 +17,7 @@ def check_later_phases(plan: Plan) -> None:
     settings = plan.settings
     # A finished stage need not wait for this. Whatever loads the model later refuses the same.
     if not plan.stage.finished("train"):
-        family(settings.model).check(settings.model)
+        check_base(settings.model)
     check_optimizer(settings)
     check_rewards([*settings.rewards.weights, *settings.rewards.watched], settings.rewards, plan.prompts)
     if settings.judging.judge:

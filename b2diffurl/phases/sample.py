@@ -187,7 +187,7 @@ def warm_up(plan: Plan, model: Model, sampler: Transitions, sizes: BatchSizes) -
     sampling = plan.settings.sampling
     with compiling(plan.settings.compute.compile, f"stage{plan.stage.index} sample") as wanted:
         if wanted:
-            embeds = model.encode([""])
+            embeds = model.unconditional()
             predict = predictor(model, sampler.timesteps, embeds, embeds, guidance_scale=sampling.guidance_scale)
 
             def warm(x_t: Tensor, size: int) -> None:
@@ -215,7 +215,7 @@ class BatchSampler:
 
     @cached_property
     def unconditional(self) -> Conditions:
-        return self.model.encode([""])
+        return self.model.unconditional()
 
     def sample(self, batch: int, *, record: bool) -> None:
         """Sample one batch, with noise that depends on (seed, stage, batch) alone, and give its files to the writer.

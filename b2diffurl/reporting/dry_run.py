@@ -15,7 +15,7 @@ from b2diffurl.configuration.prompts import load_prompts
 from b2diffurl.configuration.settings import Settings
 from b2diffurl.experiment.folder import find_lora
 from b2diffurl.experiment.stage import LORA_FILE, PHASES, Stage, finished_stages
-from b2diffurl.models import Sizes, family
+from b2diffurl.models import Sizes, base_sizes
 from b2diffurl.reporting.forecast import evaluations_left, num_done, number, time_text
 from b2diffurl.runtime.device import Compute, choose_device
 
@@ -25,7 +25,7 @@ def describe(plan: Plan) -> str:
     settings, budget = plan.settings, Budget.of(plan.settings)
     windows = budget.planned_windows(plan.stage.root)
     device, precision = device_text(settings.compute)
-    base = family(settings.model).sizes(settings.model)
+    base = base_sizes(settings.model)
     embedding_bytes = 4 if precision == "float32" else 2  # embeddings are stored in the text encoder's precision
     S = [window.num_steps for window in windows]
     volumes = [trajectory_bytes(settings, base, steps, len(plan.prompts), embedding_bytes) for steps in S] if base else []

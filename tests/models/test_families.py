@@ -33,9 +33,9 @@ def test_a_family_answers_all_that_is_asked(name):
 
 
 def test_an_unknown_family_is_refused(config):
-    model = replace(read_settings(config).model, family="sdxl")
-    for ask in (family, models.base_fingerprint):
-        with pytest.raises(ValueError, match=r"unknown pretrained\.family 'sdxl'; known: stable_diffusion"):
+    model = replace(read_settings(config).model, family="sdxxl")
+    for ask in (family, models.base_fingerprint, models.base_sizes):
+        with pytest.raises(ValueError, match=r"unknown pretrained\.family 'sdxxl'; known: auto, stable_diffusion"):
             ask(model)
 
 
