@@ -53,8 +53,8 @@ def affine_table(
 ) -> Transitions:
     """The table of steps whose mean is given by the x_0 and eps that the network predicts; every tensor is [T], in float64.
 
-    `state`, `output` and `mu` are the factors of x_0 and of eps: the first two tell how x_t and the network's output are made
-    of them, so that they follow from both, and `mu` how the mean is. The coefficients are rounded to float32 at the end.
+    `state`, `output` and `mu` are factors of x_0 and of eps: of which x_t and the network's output are made, so that x_0 and
+    eps follow from these two, and of which the mean is made. The coefficients are rounded to float32 at the end.
     """
     (signal, noise), (clean, noisy), (of_x_0, of_eps) = state, output, mu
     determinant = signal * noisy - noise * clean

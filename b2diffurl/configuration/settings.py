@@ -117,9 +117,15 @@ class SamplerSettings:
     """A sampler."""
 
     num_steps: int
-    eta: float | None  # of DDIM: 1 is fully stochastic; None: the scheduler has no eta
+    eta: float | None  # noise level: 1 is fully stochastic; None: the scheduler has no eta
     guidance_scale: float
-    scheduler: str = ""  # name of a diffusers class; "": the DDIM whose steps are trained
+    scheduler: str = ""  # name of a diffusers class; "": the sampler whose steps are trained
+    sde: str = ""  # of a flow-matching model's steps, a name in algorithm.flow.SDES; "": the sampler has no such choice
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All that decides its images, by name. Results of earlier versions have no entry `sde`."""
+        return {key: value for key, value in vars(self).items() if key != "sde" or value}
 
 
 @dataclass(frozen=True)
@@ -152,6 +158,10 @@ class Sampling:
     @property
     def guidance_scale(self) -> float:
         return self.sampler.guidance_scale
+
+    @property
+    def sde(self) -> str:
+        return self.sampler.sde
 
 
 @dataclass(frozen=True)
@@ -259,7 +269,8 @@ class Judging:
     batch_size: int  # images generated at once
     seed: int  # of the evaluation noise
     every: int  # evaluate on held-out prompts after every so many stages; 0: only at the end of the run
-    deployed: SamplerSettings  # as given: its class may lack the ending `Scheduler`; guidance_scale 0: training's
+    # As given: its class may lack the ending `Scheduler`, or be "" for the family's own; guidance_scale 0: training's
+    deployed: SamplerSettings
 
 
 @dataclass(frozen=True)
@@ -346,12 +357,13 @@ def read_schedule(config: Mapping[str, Any]) -> Schedule:
 
 def read_sampling(config: Mapping[str, Any]) -> Sampling:
     sample = config["sample"]
+    sampler = SamplerSettings(**{key: sample[key] for key in ("num_steps", "eta", "guidance_scale", "scheduler", "sde")})
     return Sampling(
         num_groups=sample["batch_size"],
         num_batches=sample["num_batches_per_epoch"],
         tree=read_tree(config),
         shared_prefix=config["sampling"] == "branch",
-        sampler=SamplerSettings(sample["num_steps"], sample["eta"], sample["guidance_scale"], sample["scheduler"]),
+        sampler=sampler,
         outside=Outside(sample["prefix_eta"], sample["suffix_eta"], sample["suffix_steps"]),
         micro_batch_size=sample["micro_batch_size"],
         decode_batch_size=sample["decode_batch_size"],

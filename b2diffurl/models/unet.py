@@ -53,16 +53,18 @@ class UNetModel(PipelineModel):
     def unet(self) -> Any:
         return self.bare
 
-    def sampler(self, num_steps: int, eta: float, steps: Sequence[int] | None = None) -> Transitions:
+    def sampler(self, num_steps: int, eta: float, steps: Sequence[int] | None = None, *, sde: str = "") -> Transitions:
         return noise_schedule.make_table(self._scheduler, num_steps, eta, steps).to(self.unet.device)
 
     def noise_levels(self) -> NoiseLevels:
         return noise_schedule.make_levels(self._scheduler).to(self.unet.device)
 
-    def scheduler(self, name: str) -> Any:
+    def scheduler(self, name: str, num_steps: int) -> Any:
         import diffusers
 
-        return getattr(diffusers, name).from_config(self._scheduler.config)
+        scheduler = getattr(diffusers, name).from_config(self._scheduler.config)
+        scheduler.set_timesteps(num_steps, device=self.unet.device)
+        return scheduler
 
 
 def schedulers() -> list[str]:

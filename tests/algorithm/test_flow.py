@@ -1,6 +1,7 @@
 """Flow matching's transitions against numbers worked out by hand and stock diffusers, and what they do to the noise in x."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def noise_after(table: Transitions, sigmas: list[float]) -> Tensor:
     """
     x_0, eps = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 1.0])  # the mean's parts in x_0 and in eps
     found = []
-    for i, (here, there) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+    for i, (here, there) in enumerate(pairwise(sigmas)):
         (clean, kept), sigma = transition(table, i, (1 - here) * x_0 + here * eps, eps - x_0)
         assert clean.item() == pytest.approx(2 * (1 - there), abs=1e-5)
         found.append((kept**2 + sigma.squeeze() ** 2).sqrt())
