@@ -5,7 +5,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
@@ -19,35 +19,61 @@ LORA_TARGETS = list(stable_diffusion.LORA.targets)
 def output(model: Model, *, guidance_scale: float = 3.0) -> Tensor:
     """What the model predicts on fixed noise."""
     noise = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
-    conditions, unconditional = model.encode(["a red circle", "a blue square"]), model.encode([""])
+    conditions, unconditional = model.encode(["a red circle", "a blue square"]), model.unconditional()
     with torch.no_grad():
         return model.predict(noise, torch.tensor(501), conditions, unconditional, guidance_scale)
 
 
-def original_layout(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
-    """The weights under the keys of the original (CompVis) code."""
-    layers = pipeline.unet.config.layers_per_block + 1
+def original_layout(pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline) -> dict[str, Tensor]:
+    """The weights under the keys of the original (CompVis, or for SDXL Stability's) code."""
     levels = len(pipeline.vae.config.block_out_channels)
-    state = {unet_key(key, layers): value for key, value in pipeline.unet.state_dict().items()}
+    state = {unet_key(key, pipeline.unet.config): value for key, value in pipeline.unet.state_dict().items()}
     for key, value in pipeline.vae.state_dict().items():
         # its attention is of 1x1 convolutions there
         matrix = ".attentions." in key and value.ndim == 2
         state[vae_key(key, levels)] = value[:, :, None, None] if matrix else value
+    xl = hasattr(pipeline, "text_encoder_2")
+    first = "conditioner.embedders.0" if xl else "cond_stage_model"
     for key, value in pipeline.text_encoder.state_dict().items():
-        state["cond_stage_model.transformer.text_model." + key.removeprefix("text_model.")] = value
+        state[f"{first}.transformer.text_model.{key.removeprefix('text_model.')}"] = value
+    if xl:
+        text = open_clip(pipeline.text_encoder_2.state_dict())
+        state |= {f"conditioner.embedders.1.model.{key}": value for key, value in text.items()}
     return {key: value.contiguous() for key, value in state.items()}
 
 
-def unet_key(key: str, layers: int) -> str:
-    """A UNet key in the original layout; `layers` blocks there make one level, a downsampler counted as one."""
+def open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A CLIP text encoder's weights as Open CLIP has them: queries, keys and values of a layer in one tensor."""
+    text = {key.removeprefix("text_model."): value for key, value in state.items()}
+    names = {"embeddings.token_embedding.weight": "token_embedding.weight", "final_layer_norm": "ln_final"}
+    names |= {"embeddings.position_embedding.weight": "positional_embedding", "encoder.layers": "transformer.resblocks"}
+    names |= {"layer_norm": "ln_", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj"}
+    if "text_projection.weight" in text:  # a matrix there, which multiplies from the other side
+        text["text_projection"] = text.pop("text_projection.weight").T
+    for layer in sorted({key.split(".")[2] for key in text if key.startswith("encoder.layers")}):
+        for kind in ("weight", "bias"):
+            joined = torch.cat([text.pop(f"encoder.layers.{layer}.self_attn.{one}_proj.{kind}") for one in "qkv"])
+            text[f"transformer.resblocks.{layer}.attn.in_proj_{kind}"] = joined
+    renamed = {}
+    for key, value in text.items():
+        for here, there in names.items():
+            key = key.replace(here, there)
+        renamed[key] = value
+    return renamed
+
+
+def unet_key(key: str, config: dict) -> str:
+    """A UNet key in the original layout, where the blocks of a level are counted on, a downsampler as one."""
+    layers = config["layers_per_block"] + 1
 
     def block(match: re.Match) -> str:
         side, level, kind, layer = match[1], int(match[2]), match[3], int(match[4])
         if kind == "downsamplers":
             return f"input_blocks.{(level + 1) * layers}.0.op"
         if kind == "upsamplers":
-            # an upsampler stands after its level's last block, which at the first level has no attention
-            return f"output_blocks.{level * layers + layers - 1}.{1 if level == 0 else 2}.conv"
+            # an upsampler stands after its level's last block, which may have attention
+            attends = config["up_block_types"][level].startswith("CrossAttn")
+            return f"output_blocks.{level * layers + layers - 1}.{2 if attends else 1}.conv"
         number = level * layers + layer + (side == "down")
         return f"{'input' if side == 'down' else 'output'}_blocks.{number}.{0 if kind == 'resnets' else 1}"
 
@@ -59,6 +85,8 @@ def unet_key(key: str, layers: int) -> str:
         "mid_block.resnets.1": "middle_block.2",
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
         "conv_in": "input_blocks.0.0",
         "conv_norm_out": "out.0",
         "conv_out": "out.2",

@@ -17,9 +17,7 @@ HUB_CONFIGS = {
     "stable-diffusion-2-1": _SD
     | {"_class_name": "DDIMScheduler", "clip_sample": False, "prediction_type": "v_prediction", "set_alpha_to_one": False}
     | {"skip_prk_steps": True, "steps_offset": 1, "trained_betas": None},
-    "stable-diffusion-xl-base-1.0": _EULER
-    | {"clip_sample": False, "sample_max_value": 1.0, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1}
-    | {"timestep_spacing": "leading", "trained_betas": None, "use_karras_sigmas": False},
+    "stable-diffusion-xl-base-1.0": tiny.XL_SCHEDULER,
     "sd-turbo": _EULER
     | {"clip_sample": False, "sample_max_value": 1.0, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1}
     | {"timestep_spacing": "trailing", "trained_betas": None, "use_karras_sigmas": False},

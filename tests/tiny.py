@@ -7,7 +7,14 @@ import string
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
@@ -17,6 +24,7 @@ from transformers import (
     CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionConfig,
     DebertaConfig,
@@ -32,11 +40,30 @@ from transformers import (
 )
 
 from b2diffurl.configuration.settings import ModelSettings
-from b2diffurl.models import stable_diffusion as family
-from b2diffurl.models.stable_diffusion import StableDiffusion
+from b2diffurl.models import Model
+from b2diffurl.models import family as family_of
 from benchmarks.sd14 import BOS, EOS, V1_4_SCHEDULER
 
 MAX_TOKENS, WIDTH = 77, 16
+# A literal copy of scheduler/scheduler_config.json of stabilityai/stable-diffusion-xl-base-1.0.
+XL_SCHEDULER = {
+    "_class_name": "EulerDiscreteScheduler",
+    "_diffusers_version": "0.19.0.dev0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "interpolation_type": "linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+    "use_karras_sigmas": False,
+}
 WORDS = ["a", "red", "blue", "green", "circle", "square", "cross", "and", "what", "is", "in", "this", "picture", "?"]
 
 
@@ -55,14 +82,7 @@ def stable_diffusion(root: Path, *, prediction_type: str = "epsilon", **schedule
             cross_attention_dim=WIDTH,
             attention_head_dim=2,
         ),
-        vae=AutoencoderKL(
-            block_out_channels=(4, 8, 8, 8),
-            norm_num_groups=4,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            latent_channels=4,
-            sample_size=64,
-        ),
+        vae=vae(),
         text_encoder=CLIPTextModel(CLIPTextConfig(**text_config(tokens))),
         tokenizer=tokens,
         scheduler=PNDMScheduler.from_config(V1_4_SCHEDULER),
@@ -76,12 +96,64 @@ def stable_diffusion(root: Path, *, prediction_type: str = "epsilon", **schedule
     return root
 
 
+def sdxl(root: Path) -> Path:
+    """An SDXL of the same sizes in directory `root`, its UNet, encoders and tokenizers in the real ones' proportions."""
+    torch.manual_seed(5)
+    first, second = tokenizer(), tokenizer(pad="!")
+    wide = text_config(second) | {"hidden_size": WIDTH + 8, "num_hidden_layers": 2, "projection_dim": 12}
+    pipeline = StableDiffusionXLPipeline(
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            layers_per_block=2,
+            block_out_channels=(8, 16, 16),
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=[1, 1, 2],
+            attention_head_dim=[1, 2, 4],
+            cross_attention_dim=WIDTH + wide["hidden_size"],
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + wide["projection_dim"],
+        ),
+        vae=vae(scaling_factor=0.13025, force_upcast=True),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text_config(first) | {"num_hidden_layers": 2})),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**wide)),
+        tokenizer=first,
+        tokenizer_2=second,
+        scheduler=EulerDiscreteScheduler.from_config(XL_SCHEDULER),
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(root)
+    write_scheduler(root, XL_SCHEDULER)
+    return root
+
+
+def vae(**config) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(4, 8, 8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        sample_size=64,
+        **config,
+    )
+
+
 def load_model(
-    root: Path, *, seed: int = 0, rank: int = 4, dtype: torch.dtype = torch.float32, config: str = ""
-) -> StableDiffusion:
-    """A Stable Diffusion with a fresh LoRA."""
-    settings = ModelSettings("stable_diffusion", str(root), "main", "", config, resolution=0, lora_rank=rank)
-    return family.load(settings, device=torch.device("cpu"), dtype=dtype, seed=seed, decoder=True)
+    root: Path,
+    *,
+    seed: int = 0,
+    rank: int = 4,
+    dtype: torch.dtype = torch.float32,
+    config: str = "",
+    family: str = "stable_diffusion",
+) -> Model:
+    """A Stable Diffusion, or a model of another family, with a fresh LoRA."""
+    settings = ModelSettings(family, str(root), "main", "", config, resolution=0, lora_rank=rank)
+    return family_of(settings).load(settings, device=torch.device("cpu"), dtype=dtype, seed=seed, decoder=True)
 
 
 def exact_stable_diffusion(root: Path) -> Path:
@@ -227,12 +299,12 @@ def aesthetic_head(root: Path, width: int) -> dict[str, torch.Tensor]:
     return state
 
 
-def tokenizer() -> CLIPTokenizer:
-    """One token a letter, its form at the end of a word, and CLIP's two marks; the end mark also pads."""
+def tokenizer(pad: str = EOS) -> CLIPTokenizer:
+    """One token a letter, its form at the end of a word, and CLIP's two marks; the end mark also pads, or a token `pad`."""
     vocabulary = [letter + end for letter in string.ascii_lowercase for end in ("", "</w>")] + [BOS, EOS]
-    return CLIPTokenizer(
-        vocab={token: number for number, token in enumerate(vocabulary)}, merges=[], model_max_length=MAX_TOKENS
-    )
+    vocabulary = vocabulary if pad == EOS else [pad, *vocabulary]
+    numbers = {token: number for number, token in enumerate(vocabulary)}
+    return CLIPTokenizer(vocab=numbers, merges=[], model_max_length=MAX_TOKENS, pad_token=pad)
 
 
 def text_config(tokens: CLIPTokenizer) -> dict:

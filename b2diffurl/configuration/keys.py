@@ -96,6 +96,7 @@ KEYS = {
     "pretrained.config": Key(ModelName(may_be_empty=True), may_change=True),
     "pretrained.resolution": Key(Number("[0, 8192]")),
     "pretrained.scheduler": Key(Entries(), before=None),
+    "pretrained.offload": Key(SWITCH, may_change=True),
     # ---- sampling ----
     "sample.num_steps": Key(Number("[1, 1000]")),
     "sample.eta": Key(Number("0 or [0.001, 1]", "0 is deterministic")),

@@ -31,6 +31,7 @@ class ModelSettings:
     resolution: int  # pixels; 0: the model's own
     lora_rank: int
     scheduler: Mapping[str, Any] = field(default_factory=dict)  # entries that count as if the model's scheduler had them
+    offload: bool = False  # whether text encoders lie in main memory while they have nothing to encode
 
 
 @dataclass(frozen=True)
@@ -427,7 +428,8 @@ def read_model(pretrained: Mapping[str, Any], lora_rank: int) -> ModelSettings:
         config=pretrained["config"],
         resolution=pretrained["resolution"],
         lora_rank=lora_rank,
-        scheduler=dict(pretrained.get("scheduler") or {}),  # older config.json files lack it
+        scheduler=dict(pretrained.get("scheduler") or {}),  # older config.json files lack it, and the next one
+        offload=pretrained.get("offload", False),
     )
 
 

@@ -8,9 +8,9 @@ N rows, P prompts, latents [N,C,h,w], images [N,H,W,3]
 """
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -25,7 +25,7 @@ from b2diffurl.configuration.settings import ModelSettings, Sampling
 from b2diffurl.models import recognise
 
 # Family name -> module of this package, which is imported when the family is first used.
-FAMILIES = {"stable_diffusion": "stable_diffusion"}
+FAMILIES = {"stable_diffusion": "stable_diffusion", "sdxl": "sdxl"}
 
 
 class Model(Protocol):
@@ -107,12 +107,14 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a base model from which the sizes of an experiment's files follow."""
+    """The sizes of a base model from which the sizes of an experiment's files, and of what is loaded, follow."""
 
     latent_shape: tuple[int, int, int]  # C, h, w
     image_px: tuple[int, int]  # height, width
     embedding: int  # how many numbers a prompt's embedding has
     lora: int  # how many numbers a LoRA of rank 1 has
+    weights: Mapping[str, int] = field(default_factory=dict)  # how many numbers the weights of each part have
+    float32: Collection[str] = ()  # the parts that are float32 in every precision
 
 
 @dataclass(frozen=True)

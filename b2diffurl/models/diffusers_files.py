@@ -5,9 +5,11 @@ A pipeline is a directory with a folder for each part (network, VAE, text encode
 families.
 """
 
+import contextlib
 import glob
 import hashlib
 import importlib
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +50,12 @@ class PipelineSpec:
     configs: str  # a model of the family from which a single file takes the configs of its parts, if none is given
     # Refuses parts of a directory that do not fit one another, or that the family cannot run. They may lack weights.
     check_fit: Callable[[Path, Mapping[str, nn.Module]], None]
+    heeds_force_upcast: bool = False  # a VAE whose config has force_upcast is loaded in float32, whatever the precision
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The text encoders."""
+        return tuple(part for part in self.weights if part.startswith("text_encoder"))
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -219,6 +227,20 @@ def find_here(model: ModelSettings, spec: PipelineSpec) -> tuple[list[Path], dic
     return weights, {part: files.read_object(path) for part, path in paths.items()}
 
 
+def count_weights(model: ModelSettings, spec: PipelineSpec) -> dict[str, int]:
+    """{part: how many numbers its weights have}, of the parts that are here, or of a single file's in all.
+
+    Reads the headers of the files only, and downloads nothing.
+    """
+    root, places = find_local(model.name, f"{spec.network}/config.json", revision=model.revision), {}
+    if root and root.is_file():
+        places = {"all parts": [root]}
+    for part, name in spec.weights.items() if root and root.is_dir() else ():
+        with contextlib.suppress(FileNotFoundError):
+            places[part] = loaded_files(root / part, name, model.variant)
+    return {part: sum(map(math.prod, whole.stored_shapes(paths).values())) for part, paths in places.items()}
+
+
 def check_here(model: ModelSettings, spec: PipelineSpec) -> None:
     """Refuse a model that is on this machine and not whole. Downloads nothing, and loads no weights."""
     root = find_whole(model.name, spec, missing_file, model.revision)
@@ -257,17 +279,23 @@ def load_directory(
     The classes are the family's: its JSON files may name others, even code of their own, and are not asked.
     """
     check_directory(root, variant, spec, wanted)
-    options = {"use_safetensors": True, "dtype": dtype}  # use_safetensors: never a pickle
-    parts = {}
+    upcast, parts = upcast_parts(files.read_object(root / "vae" / "config.json"), spec), {}
     for name in wanted:
         load = class_of(name, spec).from_pretrained
         if name in spec.weights:
             own = variant if has_variant(root / name, variant) else None
+            # use_safetensors: never a pickle
+            options = {"use_safetensors": True, "dtype": torch.float32 if name in upcast else dtype}
             parts[name], info = load(root, subfolder=name, variant=own, output_loading_info=True, **options)
             require_no_holes(root / name, parts[name], info)
         else:
             parts[name] = load(root, subfolder=name)
     return parts
+
+
+def upcast_parts(vae: Mapping[str, Any], spec: PipelineSpec) -> list[str]:
+    """The parts that are loaded in float32 whatever the precision, by the config of the VAE."""
+    return ["vae"] if spec.heeds_force_upcast and vae.get("force_upcast", True) else []
 
 
 def class_of(part: str, spec: PipelineSpec) -> Any:
@@ -282,11 +310,13 @@ def load_single_file(
     import diffusers
 
     check_single_file(root, configs, spec, wanted)
-    # A part that is given as None is not loaded.
-    left_out = dict.fromkeys([*spec.unused, *(name for name in spec.classes if name not in wanted)])
-    pipeline = getattr(diffusers, spec.pipeline).from_single_file(
-        str(root), config=str(configs), dtype=dtype, local_files_only=True, **left_out
-    )
+    # A part that is given is not loaded, and stays None if that is given.
+    given = dict.fromkeys([*spec.unused, *(name for name in spec.classes if name not in wanted)])
+    options = {"config": str(configs), "local_files_only": True}
+    for name in upcast_parts(files.read_object(configs / "vae" / "config.json"), spec):
+        if name in wanted:
+            given[name] = class_of(name, spec).from_single_file(str(root), subfolder=name, dtype=torch.float32, **options)
+    pipeline = getattr(diffusers, spec.pipeline).from_single_file(str(root), dtype=dtype, **options, **given)
     return {name: getattr(pipeline, name) for name in wanted}
 
 
@@ -324,7 +354,7 @@ def check_single_file(root: Path, configs: Path, spec: PipelineSpec, wanted: Seq
     parts = empty_parts(configs, spec, wanted)
     for name, part in parts.items():
         found = whole.converted(part, shapes)
-        if not found.keys() & part.state_dict().keys():
+        if not found.keys() & whole.names_of(part):
             raise ValueError(f"{root} has no {name}. A single file must hold {', '.join(spec.weights)}. {ANOTHER_BASE}")
         remedy = f"Get the file anew, or give the model with its configs, now {configs}, as pretrained.config."
         whole.check_tensors(f"the {name} in {root}", part, found, remedy)

@@ -117,7 +117,15 @@ def require_trainable(schedule: Mapping[str, Any], model: ModelSettings, samplin
     entries, remedy = next(mended, None), "No entry of pretrained.scheduler mends it."
     if entries:
         remedy = f'This works: --config.pretrained.scheduler="{dict(model.scheduler) | entries}"'
+    if window and (stop := last_noisy(schedule, sampling, window)):
+        remedy = f"{remedy}, or let windows end before them: --config.split_stop={stop}"
     raise ValueError(f"the scheduler of {model.name} cannot be trained with: {reason}. {remedy}")
+
+
+def last_noisy(schedule: Mapping[str, Any], sampling: Sampling, window: Window) -> int:
+    """The step before which a window must end to be trainable, if only its last step has no noise; else 0."""
+    stop = window.stop - 1
+    return stop if stop > window.start and not why_untrainable(schedule, sampling, Window(window.start, stop)) else 0
 
 
 def remedies(schedule: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -33,8 +33,10 @@ class PipelineModel:
     def __init__(self, model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool):
         self.parts: dict[str, Any] = diffusers_files.load_parts(model, self.spec, dtype, decoder=decoder)
         self.fingerprint = diffusers_files.fingerprint(model, self.spec)
+        self._encoders_rest = torch.device("cpu") if model.offload else device
         for name in self.spec.weights.keys() & self.parts.keys():
-            self.parts[name].to(device).eval().requires_grad_(False)
+            where = self._encoders_rest if name in self.spec.encoders else device
+            self.parts[name].to(where).eval().requires_grad_(False)
         lora.add_lora(self.bare, self.lora_spec, rank=model.lora_rank, seed=seed)
         # Kept for `reset`: loading a checkpoint overwrites the fresh LoRA.
         self._fresh = {name: parameter.detach().clone() for name, parameter in self.trainable().items()}
@@ -44,6 +46,17 @@ class PipelineModel:
     def bare(self) -> Any:
         """The network with its LoRA, and nothing wrapped around it."""
         return self.parts[self.spec.network]
+
+    @contextmanager
+    def encoders_at_work(self) -> Iterator[None]:
+        """A context in which the text encoders are on the network's device. With `pretrained.offload` they then leave it."""
+        for name in self.spec.encoders:
+            self.parts[name].to(self.bare.device)
+        try:
+            yield
+        finally:
+            for name in self.spec.encoders:
+                self.parts[name].to(self._encoders_rest)
 
     def output(self, x_t: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """The network's own output [N,C,h,w] float32 for timesteps [N] and conditions [N, ...], without guidance."""

@@ -16,6 +16,7 @@ INDEX = "model_index.json"  # in a model directory
 # The pipeline class of diffusers that model_index.json names -> the family.
 PIPELINES = {
     "StableDiffusionPipeline": "stable_diffusion",
+    "StableDiffusionXLPipeline": "sdxl",
 }
 # Pipelines that are no text-to-image model of a family, and why.
 REFUSED = {
@@ -29,11 +30,16 @@ TENSORS = {
     "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
     "model.diffusion_model.double_blocks.": "Flux",
     "double_blocks.": "Flux",
-    "conditioner.": "SDXL",
-    "model.diffusion_model.label_emb.": "SDXL",
+    "conditioner.embedders.0.model.": "SDXL's refiner",
+    "conditioner.": "sdxl",
     "cond_stage_model.": "stable_diffusion",
+    "model.diffusion_model.label_emb.": "sdxl",
     "model.diffusion_model.input_blocks.": "stable_diffusion",
 }
+# A folder of a model directory without model_index.json -> the family. The first that is there is taken.
+FOLDERS = {"text_encoder_2": "sdxl", "unet": "stable_diffusion"}
+# Of a UNet in a single file; those of inpainting read a masked image and its mask beside the latents.
+FIRST_LAYER, INPAINTING_CHANNELS = "model.diffusion_model.input_blocks.0.0.weight", 9
 GIVE = "Give another base (pretrained.model)"
 
 
@@ -63,7 +69,10 @@ def family_of_directory(root: Path) -> str:
     """The family of a model directory; a ValueError says why it is of none."""
     names = ", ".join(dict.fromkeys(PIPELINES.values()))
     if missing_index(root):
-        raise ValueError(f"{root} has no {INDEX} that says what it is. Set pretrained.family to one of: {names}")
+        found = next((family for folder, family in FOLDERS.items() if (root / folder).is_dir()), "")
+        if not found:
+            raise ValueError(f"{root} has no {INDEX}, which says what a model is. {GIVE}.")
+        return found
     kind = str(files.read_object(root / INDEX).get("_class_name"))
     if kind in REFUSED:
         raise ValueError(f"{root} is {REFUSED[kind]} ({kind}). {GIVE}.")
@@ -78,7 +87,10 @@ def family_of_directory(root: Path) -> str:
 def family_of_file(path: Path) -> str:
     """The family of a single file; a ValueError says why it is of none."""
     whole.require_safetensors(path)
-    found = family_of_tensors(whole.stored_shapes([path]))
+    shapes = whole.stored_shapes([path])
+    found = family_of_tensors(shapes)
+    if shapes.get(FIRST_LAYER, (0, 4))[1] == INPAINTING_CHANNELS:
+        raise ValueError(f"{path} is {REFUSED['StableDiffusionInpaintPipeline']}. {GIVE}.")
     if found not in PIPELINES.values():
         raise ValueError(f"{path} is a model of {found or 'an unknown kind'}, which is not supported. {GIVE}.")
     return found

@@ -90,6 +90,7 @@ def check_sampler(model: ModelSettings, sampling: Sampling, window: Window | Non
 
 def check(model: ModelSettings) -> None:
     diffusers_files.check_here(model, PIPELINE)
+    sizes(model)  # refuses a resolution that does not divide
 
 
 def sizes(model: ModelSettings) -> Sizes | None:
@@ -138,12 +139,13 @@ class StableDiffusion(UNetModel):
     def encode(self, prompts: list[str]) -> Conditions:
         """prompt_embeds [P,L,E]. Padded, and cut to the text encoder's length, like in Stable Diffusion's own pipeline."""
         tokens = clip_text.tokenize(self.tokenizer, prompts)
-        # Few text encoders want a mask; the pipeline of diffusers asks in the same way.
-        mask = None
-        if getattr(self.text_encoder.config, "use_attention_mask", False):
-            mask = tokens.attention_mask.to(self.text_encoder.device)
-        ids = tokens.input_ids.to(self.text_encoder.device)
-        return {"prompt_embeds": self.text_encoder(ids, attention_mask=mask)[0]}
+        with self.encoders_at_work():
+            # Few text encoders want a mask; the pipeline of diffusers asks in the same way.
+            mask = None
+            if getattr(self.text_encoder.config, "use_attention_mask", False):
+                mask = tokens.attention_mask.to(self.text_encoder.device)
+            ids = tokens.input_ids.to(self.text_encoder.device)
+            return {"prompt_embeds": self.text_encoder(ids, attention_mask=mask)[0]}
 
     def unconditional(self) -> Conditions:
         return self.encode([""])

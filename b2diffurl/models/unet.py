@@ -5,7 +5,7 @@ N rows, latents [N,C,h,w]
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -39,15 +39,19 @@ class UNetModel(PipelineModel):
     """A frozen pipeline whose UNet carries a trainable LoRA."""
 
     compiled = ("ResnetBlock2D", "BasicTransformerBlock")
+    landing: ClassVar[Mapping[str, Any]] = {}  # entries of the schedule that training samples by, over those of the file
 
     def __init__(self, model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool):
         # First, because it may be refused.
-        self._scheduler = noise_schedule.make_ddim(diffusers_files.scheduler_config(model, self.spec))
+        schedule = diffusers_files.scheduler_config(model, self.spec)
+        self._stock = noise_schedule.make_ddim(schedule).config
+        self._scheduler = noise_schedule.make_ddim(schedule | self.landing | model.scheduler)
         super().__init__(model, device=device, dtype=dtype, seed=seed, decoder=decoder)
         self.scheduler_config = {key: value for key, value in self._scheduler.config.items() if not key.startswith("_")}
         vae_config = files.read_json(diffusers_files.locate_configs(model, self.spec) / "vae" / "config.json")
         size = latent_size(self.unet.config, vae_config, model.resolution)
         self.latent_shape = (self.unet.config.in_channels, *size)
+        self.image_px = tuple(side * latent_px(vae_config) for side in size)  # height, width
 
     @property
     def unet(self) -> Any:
@@ -62,7 +66,7 @@ class UNetModel(PipelineModel):
     def scheduler(self, name: str, num_steps: int) -> Any:
         import diffusers
 
-        scheduler = getattr(diffusers, name).from_config(self._scheduler.config)
+        scheduler = getattr(diffusers, name).from_config(self._stock)
         scheduler.set_timesteps(num_steps, device=self.unet.device)
         return scheduler
 
@@ -133,6 +137,8 @@ def sizes(
         image_px=(height * px, width * px),
         embedding=embedding(configs),
         lora=lora.count_numbers(weights, lora_spec),
+        weights=diffusers_files.count_weights(model, spec),
+        float32=diffusers_files.upcast_parts(vae, spec),
     )
 
 

@@ -32,7 +32,7 @@ NUM_NAMED = 3  # so many tensors are named in an error
 def check_tensors(where: str, part: nn.Module, stored: Shapes, remedy: str) -> None:
     """Refuse the files of a part, at `where`, whose tensors are not those of `part`, which may lie on the meta device."""
     expected = canonical({name: tuple(tensor.shape) for name, tensor in part.state_dict().items()})
-    stored = {name: shape for name, shape in canonical(stored).items() if not HARMLESS.search(name)}
+    stored = {name: shape for name, shape in canonical(stored).items() if name in expected or not HARMLESS.search(name)}
     wrong = [
         f"{name} is {stored[name]}, not {shape}" for name, shape in expected.items() if stored.get(name, shape) != shape
     ]
@@ -58,6 +58,11 @@ def canonical(shapes: Shapes) -> dict[str, tuple[int, ...]]:
         return attention.sub(lambda match: f".{ATTENTION[match[1]]}.{match[2]}", name.removeprefix("text_model."))
 
     return {rename(name): shape for name, shape in shapes.items()}
+
+
+def names_of(part: nn.Module) -> set[str]:
+    """The names of a part's tensors as `canonical` has them."""
+    return {*canonical(dict.fromkeys(part.state_dict(), ()))}
 
 
 def listed(names: Iterable[str]) -> str:
@@ -97,10 +102,8 @@ def converted(part: nn.Module, stored: Shapes) -> Shapes:
     try:
         if kind in DIFFUSERS:
             found = DIFFUSERS[kind]["checkpoint_mapping_fn"](config=dict(part.config), checkpoint=dict(tensors))
-        elif original.is_open_clip_model(tensors):
-            found = original.convert_open_clip_checkpoint(part, dict(tensors))
         else:
-            found = original.convert_ldm_clip_checkpoint(dict(tensors)) if original.is_clip_model(tensors) else {}
+            found = converted_text(part, tensors)
     except (KeyError, ValueError, IndexError):  # some stumble over what is missing: then nothing counts as found
         found = {}
     if kind == "UNet2DConditionModel":  # its tensors are renamed one to one; what the converter leaves out is unknown
@@ -108,6 +111,26 @@ def converted(part: nn.Module, stored: Shapes) -> Shapes:
         mine = original.LDM_UNET_KEY
         unread = {name: value for name, value in tensors.items() if name.startswith(mine) and id(value) not in read}
     return {name.removeprefix("text_model."): tuple(tensor.shape) for name, tensor in (found | unread).items()}
+
+
+def converted_text(part: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A CLIP text encoder's tensors under the keys of transformers, from all of a single file; {} if it has none.
+
+    Of SDXL's two encoders the one of the part's width is taken, as diffusers does.
+    """
+    from diffusers.loaders import single_file_utils as original
+
+    if original.is_clip_model(tensors):
+        return original.convert_ldm_clip_checkpoint(dict(tensors))
+    if original.is_open_clip_model(tensors):
+        return original.convert_open_clip_checkpoint(part, dict(tensors))
+    keys = (original.CHECKPOINT_KEY_NAMES[kind] for kind in ("clip_sdxl", "open_clip_sdxl"))
+    first, second = (key in tensors and tensors[key].shape[-1] == part.config.hidden_size for key in keys)
+    if first:
+        return original.convert_ldm_clip_checkpoint(dict(tensors))
+    if second:
+        return original.convert_open_clip_checkpoint(part, dict(tensors), prefix="conditioner.embedders.1.model.")
+    return {}
 
 
 def empty_part(kind: Any, folder: Path) -> nn.Module:

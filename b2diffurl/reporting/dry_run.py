@@ -26,13 +26,14 @@ def describe(plan: Plan) -> str:
     windows = budget.planned_windows(plan.stage.root)
     device, precision = device_text(settings.compute)
     base = base_sizes(settings.model)
-    embedding_bytes = 4 if precision == "float32" else 2  # embeddings are stored in the text encoder's precision
+    number_bytes = 4 if precision == "float32" else 2  # of weights, and of the embeddings that are stored
     S = [window.num_steps for window in windows]
-    volumes = [trajectory_bytes(settings, base, steps, len(plan.prompts), embedding_bytes) for steps in S] if base else []
+    volumes = [trajectory_bytes(settings, base, steps, len(plan.prompts), number_bytes) for steps in S] if base else []
     facts = plan_facts(plan, budget) | {"device": f"{device}, {precision}"}
     lines = [f"{name:<13}{fact}" for name, fact in facts.items()]
     lines += ["", *stage_table(budget, windows, volumes), ""]
     lines += [f"{'disk':<13}{disk_text(settings, base, volumes) if base else 'unknown until the base model is here'}"]
+    lines += [f"{'memory':<13}{memory_text(settings, base, number_bytes)}"] if base else []
     lines += [f"{'time':<13}{time_text(settings)}"]
     return "\n".join(lines)
 
@@ -151,6 +152,16 @@ def disk_text(settings: Settings, base: Sizes, volumes: Sequence[int]) -> str:
         f"A stage keeps {kept} images ({size(kept * per_image)}), "
         f"checkpoints: {checkpoints} ({size(written)}), trajectories: {'all' if output.keep_samples else 'none'}"
     )
+
+
+def memory_text(settings: Settings, base: Sizes, number_bytes: int) -> str:
+    """How many bytes are loaded in training and sampling, without activations. `number_bytes` are those of a weight."""
+    parts = {part: count * (4 if part in base.float32 else number_bytes) for part, count in base.weights.items()}
+    named = ", ".join(f"{part} {size(volume)}" for part, volume in parts.items())
+    moment = 1 if settings.training.optimizer.use_8bit else 4
+    trained = settings.model.lora_rank * base.lora * (8 + 2 * moment)  # in float32: weights, gradients; AdamW's two moments
+    total = size(sum(parts.values()))
+    return f"weights {total} ({named}), LoRA and optimizer {size(trained)}; and activations, by the micro-batches"
 
 
 def trajectory_bytes(settings: Settings, base: Sizes, num_trained_steps: int, num_prompts: int, embedding_bytes: int) -> int:

@@ -9,7 +9,7 @@ import tiny
 import torch
 from conftest import assert_refused, experiment, run_stage, stage_of, start
 from diffusers import StableDiffusionPipeline
-from foreign import original_layout, output
+from foreign import open_clip, original_layout, output
 
 from b2diffurl.configuration.settings import ModelSettings
 from b2diffurl.experiment.stage import LORA_FILE
@@ -107,16 +107,7 @@ def test_a_single_file_with_the_text_encoder_of_2(models, single_file):
     """Open CLIP's keys, with queries, keys and values in one tensor, are the same text encoder."""
     tensors, prefix = safetensors.torch.load_file(single_file), "cond_stage_model.transformer.text_model."
     text = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
-    names = {"embeddings.token_embedding.weight": "token_embedding.weight", "final_layer_norm": "ln_final"}
-    names |= {"embeddings.position_embedding.weight": "positional_embedding", "encoder.layers": "transformer.resblocks"}
-    names |= {"layer_norm": "ln_", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj"}
-    for kind in ("weight", "bias"):
-        joined = torch.cat([text.pop(f"encoder.layers.0.self_attn.{one}_proj.{kind}") for one in "qkv"])
-        text[f"transformer.resblocks.0.attn.in_proj_{kind}"] = joined
-    for key, tensor in text.items():
-        for here, there in names.items():
-            key = key.replace(here, there)
-        tensors[f"cond_stage_model.model.{key}"] = tensor
+    tensors |= {f"cond_stage_model.model.{key}": tensor for key, tensor in open_clip(text).items()}
     path = single_file.with_name("open_clip.safetensors")
     safetensors.torch.save_file(tensors, path)
     one, other = tiny.load_model(path, config=str(models / "sd")), tiny.load_model(models / "sd")

@@ -73,12 +73,16 @@ def test_another_pipeline_is_refused_before_any_work(overrides, empty, tmp_path,
     refuse(empty, "sample", settings, said)
 
 
-def test_without_an_index_the_family_must_be_given(models, tmp_path):
+def test_without_an_index(models, tmp_path):
+    """A directory is known by its folders."""
     base = shutil.copytree(models / "sd", tmp_path / "base")
     (base / "model_index.json").unlink()
-    with pytest.raises(ValueError, match=r"base has no model_index\.json .* Set pretrained\.family to one of: stable_diff"):
-        check_base(settings_of(base))
-    check_base(read_settings(make_config({"pretrained.model": str(base), "pretrained.family": "stable_diffusion"})).model)
+    assert recognise.find_family(settings_of(base)) == "stable_diffusion"
+    check_base(settings_of(base))
+    (base / "text_encoder_2").mkdir()
+    assert recognise.find_family(settings_of(base)) == "sdxl"
+    with pytest.raises(ValueError, match=r"has no model_index\.json, which says what a model is\. Give another base"):
+        check_base(settings_of(tmp_path))
 
 
 def test_a_model_that_is_not_here(tmp_path, overrides):
