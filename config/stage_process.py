@@ -96,7 +96,7 @@ def sampling() -> ConfigDict:
     sample.prefix_eta = -1.0  # eta of the steps before the trained ones; -1: as sample.eta; 0: deterministic
     sample.suffix_eta = -1.0  # eta of the steps after the trained ones; -1: as sample.eta; 0: deterministic
     sample.suffix_steps = 0  # with suffix_eta 0: take at most so many steps after the trained ones, evenly spaced; 0: all
-    sample.scheduler = ""  # nft, awm: a scheduler class of diffusers to sample with, if images are independent; "": that above
+    sample.scheduler = ""  # nft, awm: a scheduler class of diffusers to sample with, if images are independent; "": none
     sample.guidance_scale = 5.0  # classifier-free guidance, in sampling and in training; 1: none
     sample.batch_size = 8  # groups (one prompt each) in a batch, so batch_size * split_time images
     sample.num_batches_per_epoch = 32  # batches in a stage, over all processes
@@ -161,7 +161,7 @@ def selection_and_judging() -> ConfigDict:
     evaluation.seed = 0  # of the evaluation noise; keep it, and all checkpoints are compared on the same noise
     evaluation.every = 10  # evaluate on held-out prompts after every so many stages of a run; 0: only at its end
     evaluation.deployed = deployed = ConfigDict()  # the sampler that users of the LoRA will use, judged beside training's
-    deployed.scheduler = ""  # a scheduler class of diffusers, such as DPMSolverMultistepScheduler; "": DDIM, or Euler of flows
+    deployed.scheduler = ""  # scheduler class of diffusers, such as DPMSolverMultistepScheduler; "": DDIM, or flow's Euler
     deployed.num_steps = 50  # sampler steps
     deployed.eta = 0.0  # DDIM's eta, if the scheduler has one; 0 is deterministic
     deployed.guidance_scale = 0.0  # classifier-free guidance; 0: as in training

@@ -34,7 +34,8 @@ def deployed_sampler(settings: Settings) -> SamplerSettings:
     deployed = settings.judging.deployed
     scheduler = deployed.scheduler or family(settings.model).describe().scheduler
     guidance_scale = deployed.guidance_scale or settings.sampling.guidance_scale
-    return of_diffusers(settings, replace(deployed, scheduler=scheduler, guidance_scale=guidance_scale), "eval.deployed.scheduler")
+    chosen = replace(deployed, scheduler=scheduler, guidance_scale=guidance_scale)
+    return of_diffusers(settings, chosen, "eval.deployed.scheduler")
 
 
 def of_diffusers(settings: Settings, given: SamplerSettings, key: str) -> SamplerSettings:

@@ -32,7 +32,7 @@ SETTINGS = (
     "max_image_seq_len", "invert_sigmas", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas",
     "use_beta_sigmas", "time_shift_type", "stochastic_sampling",
 )  # fmt: skip
-# Entries with which it is another kind of sampler, and what they must be: its sigmas grow, or its steps draw their own noise.
+# Entries that make it another kind of sampler, and what they must be: its sigmas grow, or its steps draw noise of their own.
 UNFIT = {"invert_sigmas": False, "stochastic_sampling": False}
 
 
@@ -94,7 +94,9 @@ class FlowSchedule:
         scheduler.set_timesteps(num_steps, device=device, sigmas=sigmas, mu=self.shift(num_steps))
         falling = scheduler.sigmas.diff() < 0
         if not falling.all() or scheduler.sigmas[0] > 1:
-            raise ValueError(f"{num_steps} steps have the sigmas {scheduler.sigmas.tolist()}, which must fall from at most 1")
+            raise ValueError(
+                f"{num_steps} steps have the sigmas {scheduler.sigmas.tolist()}, which must fall from at most 1"
+            )
         return scheduler
 
     def table(self, num_steps: int, eta: float, sde: str, steps: Sequence[int] | None = None) -> Transitions:

@@ -17,6 +17,8 @@ INDEX = "model_index.json"  # in a model directory
 PIPELINES = {
     "StableDiffusionPipeline": "stable_diffusion",
     "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
 }
 # Pipelines that are no text-to-image model of a family, and why.
 REFUSED = {
@@ -37,7 +39,7 @@ TENSORS = {
     "model.diffusion_model.input_blocks.": "stable_diffusion",
 }
 # A folder of a model directory without model_index.json -> the family. The first that is there is taken.
-FOLDERS = {"text_encoder_2": "sdxl", "unet": "stable_diffusion"}
+FOLDERS = {"tokenizer_3": "sd3", "transformer": "flux", "text_encoder_2": "sdxl", "unet": "stable_diffusion"}
 # Of a UNet in a single file; those of inpainting read a masked image and its mask beside the latents.
 FIRST_LAYER, INPAINTING_CHANNELS = "model.diffusion_model.input_blocks.0.0.weight", 9
 GIVE = "Give another base (pretrained.model)"

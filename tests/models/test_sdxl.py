@@ -175,7 +175,7 @@ def test_the_last_step_lands_at_the_image(model):
         expected = scheduler.step(eps, t, x, eta=1.0, variance_noise=z).prev_sample
         torch.testing.assert_close(table.a[i] * x + table.b[i] * eps + table.sigma[i] * z, expected, rtol=1e-5, atol=1e-5)
     assert [bool(sigma) for sigma in table.sigma] == [True, True, True, False]
-    assert model.scheduler("DDIMScheduler").config.set_alpha_to_one is False
+    assert model.scheduler("DDIMScheduler", 20).config.set_alpha_to_one is False
 
 
 # ---- stages, and stock diffusers ----
