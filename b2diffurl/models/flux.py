@@ -130,7 +130,7 @@ def check_sampler(model: ModelSettings, sampling: Sampling, window: Window | Non
 
 
 def check(model: ModelSettings) -> None:
-    transformer.require_directory(model, "FLUX")
+    transformer.require_directory(model)
     diffusers_files.check_here(model, PIPELINE)
     sizes(model)  # refuses a resolution that does not divide
 

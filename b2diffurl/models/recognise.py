@@ -29,9 +29,9 @@ REFUSED = {
 # What the name of a tensor in a single file begins with -> a family, or the name of models that are not supported. The first
 # that any tensor has is taken.
 TENSORS = {
-    "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
-    "model.diffusion_model.double_blocks.": "Flux",
-    "double_blocks.": "Flux",
+    "model.diffusion_model.joint_blocks.": "sd3",
+    "model.diffusion_model.double_blocks.": "flux",
+    "double_blocks.": "flux",
     "conditioner.embedders.0.model.": "SDXL's refiner",
     "conditioner.": "sdxl",
     "cond_stage_model.": "stable_diffusion",

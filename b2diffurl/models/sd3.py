@@ -97,7 +97,7 @@ WITHOUT_T5 = replace(
 
 def spec_of(model: ModelSettings) -> PipelineSpec:
     """What the model's pipeline consists of: its model_index.json may say that it has no T5."""
-    transformer.require_directory(model, "Stable Diffusion 3")
+    transformer.require_directory(model)
     root = find_local(model.name, INDEX, revision=model.revision)
     if root is None:  # nothing of it is here; on the hub they have it
         return PIPELINE

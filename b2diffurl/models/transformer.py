@@ -52,8 +52,8 @@ ReadLayout = Callable[[Mapping[str, Any]], Layout]  # from the transformer's con
 class FlowModel(PipelineModel):
     """A frozen pipeline whose transformer carries a trainable LoRA.
 
-    It is given timesteps as fractions of 0..1000, float32. In half precision a network may round them by itself, as it does in
-    its own pipeline.
+    It is given timesteps as fractions of 0..1000, float32. In half precision a network may round them by itself, as in its
+    own pipeline.
     """
 
     read_layout: ClassVar[ReadLayout]
@@ -89,6 +89,7 @@ def schedulers() -> list[str]:
 
 def find_schedule(model: ModelSettings, spec: PipelineSpec, read_layout: ReadLayout, *, even: bool) -> FlowSchedule:
     """The sigmas of a model for images of its size, from its files."""
+    require_directory(model)
     config = files.read_object(diffusers_files.locate_configs(model, spec) / NETWORK / "config.json")
     layout = read_layout(config)
     height, width = latent_size(layout, read_vae(model, spec), model.resolution)
@@ -114,12 +115,12 @@ def require_many_steps(model: ModelSettings, *, distilled: bool) -> None:
 # ---- whether the transformer fits the other parts ----
 
 
-def require_directory(model: ModelSettings, title: str) -> None:
+def require_directory(model: ModelSettings) -> None:
     """Refuse a single file."""
     root = find_local(model.name, f"{NETWORK}/config.json", revision=model.revision)
     if root is not None and root.is_file():
         raise ValueError(
-            f"{root} is a single file; most of {title} lack text encoders. Give the model's directory in the layout of "
+            f"{root} is a single file, and most of those lack text encoders. Give the model's directory in the layout of "
             "diffusers, or its id on the hub (pretrained.model)."
         )
 
