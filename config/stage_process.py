@@ -207,6 +207,7 @@ def training() -> ConfigDict:
     train.adv_clip_max = 5.0  # advantages are clamped to +- this
     train.step_weight = "none"  # weight of a step: none (1) | leverage (1 / leverage) | sigma (its noise); docs/method.md
     train.lora_rank = 4  # rank of the LoRA; its alpha always equals the rank
+    train.lora_mlp = False  # True: the LoRA is on the MLPs of the network's blocks, too, and not on attention alone
     train.save_interval = 2  # epochs between checkpoints; the last epoch is always saved
     return train
 

@@ -248,9 +248,10 @@ def load_model(
     config: str = "",
     family: str = "stable_diffusion",
     resolution: int = 0,
+    mlp: bool = False,
 ) -> Model:
     """A Stable Diffusion, or a model of another family, with a fresh LoRA."""
-    settings = ModelSettings(family, str(root), "main", "", config, resolution=resolution, lora_rank=rank)
+    settings = ModelSettings(family, str(root), "main", "", config, resolution=resolution, lora_rank=rank, lora_mlp=mlp)
     return family_of(settings).load(settings, device=torch.device("cpu"), dtype=dtype, seed=seed, decoder=True)
 
 

@@ -177,6 +177,7 @@ KEYS = {
     "train.adv_clip_max": Key(Number("(0, 1e6]")),
     "train.step_weight": Key(Choice(STEP_WEIGHTS)),
     "train.lora_rank": Key(Number("[1, 4096]")),
+    "train.lora_mlp": Key(SWITCH, before=False),
     "train.save_interval": Key(COUNT),
     **{
         key: Key(Number(interval), before=HAD_NO_EFFECT)

@@ -30,6 +30,7 @@ class ModelSettings:
     config: str  # if `name` is a single file: a model from which the configs of its parts are taken; "": the family's first
     resolution: int  # pixels; 0: the model's own
     lora_rank: int
+    lora_mlp: bool = field(default=False, kw_only=True)  # whether the LoRA is on the MLPs, too, and not on attention alone
     scheduler: Mapping[str, Any] = field(default_factory=dict)  # entries that count as if the model's scheduler had them
     offload: bool = False  # whether text encoders lie in main memory while they have nothing to encode
 
@@ -314,7 +315,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     """The values of a configuration. Call `rules.check` first: nothing is checked here."""
     return Settings(
         compute=read_compute(config),
-        model=read_model(config["pretrained"], config["train"]["lora_rank"]),
+        model=read_model(config["pretrained"], config["train"]),
         schedule=read_schedule(config),
         prompts=PromptSources(
             train_file=config["prompt_file"],
@@ -418,8 +419,8 @@ def read_output(config: Mapping[str, Any]) -> Output:
     )
 
 
-def read_model(pretrained: Mapping[str, Any], lora_rank: int) -> ModelSettings:
-    """The section `pretrained` of a configuration."""
+def read_model(pretrained: Mapping[str, Any], train: Mapping[str, Any]) -> ModelSettings:
+    """From the sections `pretrained` and `train`, which may be those of an older config.json."""
     return ModelSettings(
         family=pretrained["family"],
         name=pretrained["model"],
@@ -427,7 +428,8 @@ def read_model(pretrained: Mapping[str, Any], lora_rank: int) -> ModelSettings:
         variant=pretrained["variant"],
         config=pretrained["config"],
         resolution=pretrained["resolution"],
-        lora_rank=lora_rank,
+        lora_rank=train["lora_rank"],
+        lora_mlp=train.get("lora_mlp", False),
         scheduler=dict(pretrained.get("scheduler") or {}),  # older config.json files lack it, and the next one
         offload=pretrained.get("offload", False),
     )

@@ -110,6 +110,7 @@ LORA = LoraSpec(
     prefix="transformer",
     title="transformer",
     targets=transformer.TARGETS,
+    mlps=transformer.MLPS,
     layers=rf"{transformer.BLOCKS}\.\d+|{transformer.OTHER_LAYERS}",
     to_diffusers=transformer.unflatten,
 )

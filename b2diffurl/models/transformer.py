@@ -27,6 +27,8 @@ from b2diffurl.runtime.hub import find_local
 NETWORK = "transformer"
 # The layers that carry the LoRA: the attention's projections of the image, and those of the text beside it.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+# The MLPs of image and text; of FLUX's single blocks the first half alone, as the second also reads the attention.
+MLPS = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp")
 BLOCKS = r"(?:single_)?transformer_blocks"
 OTHER_LAYERS = r"context_embedder|x_embedder|pos_embed|norm_out|proj_out|time_text_embed"
 # A layer of a block under OneTrainer's key, with _ for dots, and the names of layers in which dots stand.
@@ -178,7 +180,7 @@ def sizes(
         latent_shape=(layout.channels, height, width),
         image_px=(height * px, width * px),
         embedding=embedding(configs),
-        lora=lora.count_numbers(weights, lora_spec),
+        lora=lora.count_numbers(weights, lora_spec.chosen(mlp=model.lora_mlp)),
         weights=diffusers_files.count_weights(model, spec),
     )
 

@@ -19,6 +19,7 @@ from b2diffurl.models.pipeline_model import PipelineModel
 from b2diffurl.runtime import files
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the layers that carry the LoRA
+MLPS = ("ff.net.0.proj", "ff.net.2")  # those that may carry it beside
 # How the names of a UNet's layers begin.
 LAYERS = (
     r"(?:(?:down|up)_blocks\.\d+|mid_block)\.(?:attentions|resnets|(?:down|up)samplers)\.\d+|conv_(?:in|out)|time_embedding"
@@ -136,7 +137,7 @@ def sizes(
         latent_shape=(unet["in_channels"], height, width),
         image_px=(height * px, width * px),
         embedding=embedding(configs),
-        lora=lora.count_numbers(weights, lora_spec),
+        lora=lora.count_numbers(weights, lora_spec.chosen(mlp=model.lora_mlp)),
         weights=diffusers_files.count_weights(model, spec),
         float32=diffusers_files.upcast_parts(vae, spec),
     )

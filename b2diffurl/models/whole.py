@@ -33,6 +33,7 @@ def check_tensors(where: str, part: nn.Module, stored: Shapes, remedy: str) -> N
     """Refuse the files of a part, at `where`, whose tensors are not those of `part`, which may lie on the meta device."""
     # Tied weights, such as T5's embedding, are stored once, under either name.
     tied = getattr(part, "_tied_weights_keys", None) or {}
+    tied = tied if getattr(part.config, "tie_word_embeddings", True) else {}
     shapes = {name: tuple(tensor.shape) for name, tensor in part.state_dict().items()}
     expected, stored = (
         canonical({tied.get(name, name): shape for name, shape in some.items()}) for some in (shapes, stored)

@@ -352,6 +352,7 @@ def training(exported: Exported) -> dict[str, str]:
     queries, updates = rows[-1]["queries"], earlier + read_state(exported.lora)["num_updates"]
     num_steps, tree = settings["sample.num_steps"], read_tree(settings)
     windows = [Stage(exported.root, row["stage"]).sampled_window(num_steps) for row in rows]
+    layers = "attention and MLPs" if settings.get("train.lora_mlp") else "the attention"
     entries = {
         "checkpoint": f"{exported.checkpoint}, of stage0 to stage{settings['stage_cnt'] - 1}",
         "budget": f"{queries:,} images scored, {updates:,} updates (stages: {len(rows)})",
@@ -364,7 +365,7 @@ def training(exported: Exported) -> dict[str, str]:
         "objective": objective_text(settings),
         "optimizer": f"AdamW, learning rate {rate_text(settings)}",
         **({"weights": average_text(settings["train.ema"])} if is_average(exported.checkpoint) else {}),
-        "LoRA": f"rank {settings['train.lora_rank']} = alpha, on the attention of the {exported.family.network}, float32",
+        "LoRA": f"rank {settings['train.lora_rank']} = alpha, on {layers} of the {exported.family.network}, float32",
         "seed": str(settings["seed"]),
     }
     sampled = [one for one in finished_stages(exported.root, "sample") if one.index <= stage.index]

@@ -326,6 +326,26 @@ def test_only_attention_is_trained(base, model):
     assert any("add_q_proj" in name for name in trained)
 
 
+def test_the_mlps_are_trained_if_asked_for(base, tmp_path):
+    """Those of image and text. The file is read by stock diffusers, and acts there as here."""
+    model, stock = load(base, mlp=True), stock_pipeline(base)
+    added = {name.split(".lora_")[0] for name in model.trainable()} - {
+        name.split(".lora_")[0] for name in load(base).trainable()
+    }
+    blocks = {name: one for name, one in stock.transformer.named_modules() if "blocks." in name}
+    linear = {name for name, one in blocks.items() if isinstance(one, torch.nn.Linear)}
+    assert added == {name for name in linear if ".ff" in name or name.endswith("proj_mlp")}
+    torch.manual_seed(0)
+    for name, parameter in model.trainable().items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    save_file(model.adapter_state(), tmp_path / LORA_FILE)
+    stock.load_lora_weights(tmp_path)
+    assert np.abs(ours(model) - draw(stock) * 255).max() <= 1.0
+    with pytest.raises(ValueError, match=r"does not fit: \d+ keys differ.*\(train\.lora_mlp\)"):
+        load(base).load_adapter(tmp_path / LORA_FILE)
+
+
 def test_a_lora_of_the_other_family_is_refused(bases, tmp_path):
     for own, other in (("sd3", "flux"), ("flux", "sd3")):
         save_file(load(bases / own).adapter_state(), tmp_path / f"{own}.safetensors")
