@@ -9,14 +9,15 @@ from accelerate import Accelerator
 from ml_collections import ConfigDict
 
 from b2diffurl.configuration.settings import read_settings
-from b2diffurl.models import Model, stable_diffusion
+from b2diffurl.models import Model
 from b2diffurl.models.policy import load_policy
+from b2diffurl.models.stable_diffusion import StableDiffusion
 from b2diffurl.runtime.device import make_accelerator
 
 REPEATS = 5
 COMPILED = {  # a way to compile -> the module classes of which each instance is compiled by itself
     "no": (),
-    "blocks": stable_diffusion.COMPILED,
+    "blocks": StableDiffusion.compiled,
     "transformers": ("ResnetBlock2D", "Transformer2DModel"),
     "whole": ("UNet2DConditionModel",),
 }
@@ -30,11 +31,11 @@ def measure_network(config: ConfigDict, way: str) -> list[dict[str, Any]]:
     `seconds` is the median of five passes. `first_seconds` is the pass before them, which includes compiling or reading the
     compiler's cache. On a GPU there is `peak_bytes`. A size that does not fit into memory has no row.
 
-    Call it in a process of its own: it sets stable_diffusion.COMPILED for the whole process.
+    Call it in a process of its own: it sets StableDiffusion.compiled for the whole process.
     """
     settings, rows = read_settings(config), []
     accelerator, compiles = make_accelerator(settings.compute), way != "no"
-    stable_diffusion.COMPILED = COMPILED[way]
+    StableDiffusion.compiled = COMPILED[way]
     model = load_policy(settings.model, accelerator, None, seed=settings.schedule.seed, compile=compiles)
     model.network = accelerator.prepare_model(model.network)
     for kind, sizes in (COMPILED_KINDS if compiles else PLAIN_KINDS).items():

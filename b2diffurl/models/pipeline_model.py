@@ -39,6 +39,7 @@ class PipelineModel:
             where = self._encoders_rest if name in self.spec.encoders else device
             self.parts[name].to(where).eval().requires_grad_(False)
         lora.add_lora(self.bare, self.lora_spec, rank=model.lora_rank, seed=seed)
+        self._trainable = lora.lora_parameters(self.bare)  # looked up once: it walks through the whole network
         # Kept for `reset`: loading a checkpoint overwrites the fresh LoRA.
         self._fresh = {name: parameter.detach().clone() for name, parameter in self.trainable().items()}
         self.network: nn.Module = self.bare  # callers may wrap this one
@@ -147,7 +148,7 @@ class PipelineModel:
         return latents / self.parts["vae"].config.scaling_factor
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        return lora.lora_parameters(self.bare)
+        return dict(self._trainable)
 
     def adapter_state(self) -> State:
         return {self.lora_spec.key(name): parameter.detach() for name, parameter in self.trainable().items()}

@@ -7,7 +7,6 @@ import torch
 from conftest import make_config
 from torch import Tensor, nn
 
-from b2diffurl.models import stable_diffusion
 from b2diffurl.models.stable_diffusion import StableDiffusion
 from benchmarks import network, stage, stage_report
 
@@ -45,9 +44,9 @@ def test_the_network_alone(overrides, monkeypatch):
     """A row for each kind and number; a transition's is forward and backward."""
     monkeypatch.setattr(network, "PLAIN_KINDS", {"evaluation": (1, 2), "transition": (2,)})
     monkeypatch.setattr(network, "COMPILED_KINDS", {"evaluation": (1,), "transition": (2,)})
-    monkeypatch.setattr(stable_diffusion, "COMPILED", stable_diffusion.COMPILED)  # what it was before it is measured
+    monkeypatch.setattr(StableDiffusion, "compiled", StableDiffusion.compiled)  # what it was before it is measured
     compiled = []
-    monkeypatch.setattr(StableDiffusion, "compile", lambda self: compiled.append(stable_diffusion.COMPILED))
+    monkeypatch.setattr(StableDiffusion, "compile", lambda self: compiled.append(self.compiled))
     rows = [row for way in ("no", "whole", "transformers") for row in network.measure_network(make_config(overrides), way)]
     assert [(row["compiled"], row["kind"], row["at_once"]) for row in rows] == [
         ("no", "evaluation", 1),
@@ -69,7 +68,7 @@ def test_the_network_alone(overrides, monkeypatch):
 def test_the_network_is_compiled_in_every_way(overrides, monkeypatch, way):
     """For real, on the tiny model."""
     monkeypatch.setattr(network, "COMPILED_KINDS", {"evaluation": (1,), "transition": (1,)})
-    monkeypatch.setattr(stable_diffusion, "COMPILED", stable_diffusion.COMPILED)  # what it was before it is measured
+    monkeypatch.setattr(StableDiffusion, "compiled", StableDiffusion.compiled)  # what it was before it is measured
     torch._dynamo.reset()
     rows = network.measure_network(make_config(overrides), way)
     assert [row["kind"] for row in rows] == ["evaluation", "transition"]

@@ -188,8 +188,6 @@ def test_what_the_landing_changes_in_an_image(num_steps):
     torch.testing.assert_close(clean, (x - (1 - signal**2).sqrt() * eps) / signal)
     latents, difference = (noisy - clean).square().mean().sqrt().item(), (images[0] - images[1]).abs()
     figures = difference.square().mean().sqrt().item(), difference.flatten().quantile(0.99).item(), difference.max().item()
-    print(
-        f"T = {num_steps}: latents {latents:.3f}; levels: root mean square {figures[0]:.2f}, 99 % {figures[1]}, max {figures[2]}"
-    )
+    print("T = {}: latents {:.3f}; levels: rms {:.2f}, 99 % {:.0f}, max {:.0f}".format(num_steps, latents, *figures))
     assert abs(latents - (1 - 0.99915) ** 0.5) < 0.002
     assert 0.3 < figures[0] < 1
