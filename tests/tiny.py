@@ -9,8 +9,11 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PNDMScheduler,
@@ -39,6 +42,9 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2TokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -213,6 +219,42 @@ def flux(root: Path, *, schnell: bool = False) -> Path:
     )
     pipeline.save_pretrained(root)
     write_scheduler(root, SCHNELL_SCHEDULER if schnell else FLUX_SCHEDULER)
+    return root
+
+
+def flux2(root: Path, *, distilled: bool = False) -> Path:
+    """A FLUX.2-klein-base in directory `root`, or one that is distilled. Its text encoder has the 27 layers in use."""
+    torch.manual_seed(8)
+    letters = {letter: number for number, letter in enumerate(string.ascii_letters + "ĠĊ<>|_/?" + string.digits)}
+    tokens = Qwen2TokenizerFast(vocab=letters | {"<|endoftext|>": len(letters)}, merges=[])
+    tokens.chat_template = (
+        "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} {% endfor %}assistant "
+    )
+    small = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+    pipeline = Flux2KleinPipeline(
+        transformer=Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        ),
+        vae=AutoencoderKLFlux2(
+            block_out_channels=(4, 8, 8, 8), norm_num_groups=4, latent_channels=4, sample_size=64, layers_per_block=1
+        ),
+        text_encoder=Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokens), num_hidden_layers=27, **small)),
+        tokenizer=tokens,
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(FLUX_SCHEDULER),
+        is_distilled=distilled,
+    )
+    pipeline.vae.bn.running_mean.normal_()
+    pipeline.vae.bn.running_var.uniform_(0.5, 2.0)
+    pipeline.save_pretrained(root)
+    write_scheduler(root, FLUX_SCHEDULER)
     return root
 
 

@@ -25,7 +25,7 @@ from b2diffurl.configuration.settings import ModelSettings, Sampling
 from b2diffurl.models import recognise
 
 # Family name -> module of this package, which is imported when the family is first used.
-FAMILIES = {name: name for name in ("stable_diffusion", "sdxl", "sd3", "flux")}
+FAMILIES = {name: name for name in ("stable_diffusion", "sdxl", "sd3", "flux", "flux2")}
 
 
 class Model(Protocol):

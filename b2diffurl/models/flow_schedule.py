@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+# Families whose pipelines begin with T sigmas that are evenly spaced from 1 to 1/T; others as the scheduler spaces them.
+EVENLY_SPACED = ("flux", "flux2")
+USUAL_STEPS = 50  # of FLUX.2, whose shift depends on their number
 # What decides its sigmas. Listed, so that a later diffusers with one more default does not make the same schedule another.
 SETTINGS = (
     "num_train_timesteps", "shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len",
@@ -74,14 +77,17 @@ class FlowSchedule:
 
     config: Mapping[str, Any]  # of its scheduler
     num_tokens: int  # patches of an image, by which a dynamic shift grows
-    even: bool  # T sigmas start evenly spaced from 1 to 1/T, as FLUX has them; otherwise as the scheduler spaces them
+    family: str
 
     def shift(self, num_steps: int) -> float | None:
         """mu, the logarithm of a dynamic shift's factor; None if the shift is the same for all images."""
         if not self.config.get("use_dynamic_shifting"):
             return None
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+        from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
+        if self.family == "flux2":
+            return compute_empirical_mu(self.num_tokens, num_steps)
         ends = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         resolved = make_scheduler(self.config).config
         return calculate_shift(self.num_tokens, *(resolved[key] for key in ends))
@@ -89,7 +95,7 @@ class FlowSchedule:
     def scheduler(self, num_steps: int, device: torch.device | str = "cpu") -> "FlowMatchEulerDiscreteScheduler":
         """The scheduler, set to `num_steps` steps. A ValueError if its sigmas do not fall from noise to image."""
         scheduler, sigmas = make_scheduler(self.config), None
-        if self.even:
+        if self.family in EVENLY_SPACED:
             sigmas = torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64).tolist()
         scheduler.set_timesteps(num_steps, device=device, sigmas=sigmas, mu=self.shift(num_steps))
         falling = scheduler.sigmas.diff() < 0
@@ -109,7 +115,7 @@ class FlowSchedule:
     def levels(self) -> NoiseLevels:
         """A noise level for each training timestep. They are shifted, so that all steps of a sampler have about as many."""
         scheduler = make_scheduler(self.config)
-        sigmas, mu = scheduler.sigmas.flip(0), self.shift(0)  # from the least noise to the most, a static shift applied
+        sigmas, mu = scheduler.sigmas.flip(0), self.shift(USUAL_STEPS)  # from the least noise up, a static shift applied
         sigmas = sigmas if mu is None else scheduler.time_shift(mu, 1.0, sigmas.double())
         return make_noise_levels(sigmas * scheduler.config.num_train_timesteps, sigmas)
 

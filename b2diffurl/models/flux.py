@@ -122,11 +122,8 @@ def check_sampler(model: ModelSettings, sampling: Sampling, window: Window | Non
     if window:
         transformer.require_many_steps(model, distilled=not guided)
     if not guided and sampling.guidance_scale != 1:
-        raise ValueError(
-            f"sample.guidance_scale is {sampling.guidance_scale:g}, and the network of {model.name} takes none, as that of "
-            "FLUX.1-schnell. Set sample.guidance_scale=1."
-        )
-    schedule = transformer.find_schedule(model, PIPELINE, read_layout, even=Flux.even_steps)
+        transformer.refuse_guidance(model, sampling)
+    schedule = transformer.find_schedule(model, PIPELINE, read_layout)
     flow_schedule.require_trainable(schedule, model, sampling, window)
 
 
@@ -164,7 +161,7 @@ class Flux(FlowModel):
     """
 
     spec, lora_spec, compiled = PIPELINE, LORA, ("FluxTransformerBlock", "FluxSingleTransformerBlock")
-    read_layout, even_steps = staticmethod(read_layout), True
+    read_layout = staticmethod(read_layout)
 
     def __init__(self, model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool):
         super().__init__(model, device=device, dtype=dtype, seed=seed, decoder=decoder)

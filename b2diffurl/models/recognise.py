@@ -19,6 +19,7 @@ PIPELINES = {
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
+    "Flux2KleinPipeline": "flux2",
 }
 # Pipelines that are no text-to-image model of a family, and why.
 REFUSED = {

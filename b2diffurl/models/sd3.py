@@ -137,7 +137,7 @@ def identity(model: ModelSettings) -> dict[str, str]:
 def check_sampler(model: ModelSettings, sampling: Sampling, window: Window | None) -> None:
     if window:
         transformer.require_many_steps(model, distilled=False)
-    schedule = transformer.find_schedule(model, spec_of(model), read_layout, even=SD3.even_steps)
+    schedule = transformer.find_schedule(model, spec_of(model), read_layout)
     flow_schedule.require_trainable(schedule, model, sampling, window)
 
 
@@ -175,7 +175,7 @@ class SD3(FlowModel):
     """
 
     spec, lora_spec, compiled = PIPELINE, LORA, ("JointTransformerBlock",)
-    read_layout, even_steps = staticmethod(read_layout), False
+    read_layout = staticmethod(read_layout)
 
     def __init__(self, model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool):
         self.spec = spec_of(model)

@@ -7,14 +7,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from b2diffurl.algorithm.noising import NoiseLevels
 from b2diffurl.algorithm.transition import Transitions
-from b2diffurl.configuration.settings import ModelSettings
+from b2diffurl.configuration.settings import ModelSettings, Sampling
 from b2diffurl.models import Sizes, diffusers_files, lora
 from b2diffurl.models.diffusers_files import ANOTHER_BASE, PipelineSpec
 from b2diffurl.models.flow_schedule import SCHEDULER, FlowSchedule
@@ -46,6 +46,7 @@ class Layout:
     patch: int  # latents that a token stands for, along each side
     side: int  # of the model's own latents
     largest: int = 0  # side for which it has positions; 0: any
+    fold: int = 1  # the VAE's latents along each side that one of these holds
 
 
 ReadLayout = Callable[[Mapping[str, Any]], Layout]  # from the transformer's config
@@ -59,12 +60,11 @@ class FlowModel(PipelineModel):
     """
 
     read_layout: ClassVar[ReadLayout]
-    even_steps: ClassVar[bool]  # see FlowSchedule.even
 
     def __init__(self, model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool):
         kind = type(self)
         # First, because it may be refused.
-        self.schedule = find_schedule(model, self.spec, kind.read_layout, even=self.even_steps)
+        self.schedule = find_schedule(model, self.spec, kind.read_layout)
         resolved = self.schedule.scheduler(1).config
         self.scheduler_config = {key: value for key, value in resolved.items() if not key.startswith("_")}
         super().__init__(model, device=device, dtype=dtype, seed=seed, decoder=decoder)
@@ -89,14 +89,14 @@ def schedulers() -> list[str]:
     return [SCHEDULER]
 
 
-def find_schedule(model: ModelSettings, spec: PipelineSpec, read_layout: ReadLayout, *, even: bool) -> FlowSchedule:
+def find_schedule(model: ModelSettings, spec: PipelineSpec, read_layout: ReadLayout) -> FlowSchedule:
     """The sigmas of a model for images of its size, from its files."""
     require_directory(model)
     config = files.read_object(diffusers_files.locate_configs(model, spec) / NETWORK / "config.json")
     layout = read_layout(config)
     height, width = latent_size(layout, read_vae(model, spec), model.resolution)
     tokens = (height // layout.patch) * (width // layout.patch)
-    return FlowSchedule(diffusers_files.scheduler_config(model, spec), tokens, even)
+    return FlowSchedule(diffusers_files.scheduler_config(model, spec), tokens, spec.family)
 
 
 def read_vae(model: ModelSettings, spec: PipelineSpec) -> Mapping[str, Any]:
@@ -112,6 +112,14 @@ def require_many_steps(model: ModelSettings, *, distilled: bool) -> None:
             "small stochastic steps that this objective trains. Take train.objective=nft or awm, which train on the images, "
             "or the model from which it was distilled (pretrained.model)."
         )
+
+
+def refuse_guidance(model: ModelSettings, sampling: Sampling) -> NoReturn:
+    """Raise a ValueError for a scale of guidance, which this model does not take."""
+    raise ValueError(
+        f"sample.guidance_scale is {sampling.guidance_scale:g}, and {model.name} takes no guidance: it is distilled to "
+        "a few steps. Set sample.guidance_scale=1."
+    )
 
 
 # ---- whether the transformer fits the other parts ----
@@ -137,13 +145,12 @@ def check_latents(root: Path, parts: Mapping[str, nn.Module], read_layout: ReadL
             f"image, such as for inpainting, are not supported. {ANOTHER_BASE}"
         )
     if "vae" in parts:
-        vae = parts["vae"].config
-        if not isinstance(vae.scaling_factor, int | float) or not vae.scaling_factor > 0:
-            raise ValueError(
-                f"{root}/vae/config.json has scaling_factor {vae.scaling_factor!r}; it must be a number. {ANOTHER_BASE}"
-            )
-        channels = read_layout(config).channels
-        require_equal(root, "room for latent channels", channels, "vae", {"latent_channels": vae.latent_channels})
+        vae, layout = parts["vae"].config, read_layout(config)
+        factor = vae.get("scaling_factor", 1)  # FLUX.2's has mean and deviation instead
+        if not isinstance(factor, int | float) or not factor > 0:
+            raise ValueError(f"{root}/vae/config.json has scaling_factor {factor!r}; it must be a number. {ANOTHER_BASE}")
+        latent = {"latent_channels": vae.latent_channels}
+        require_equal(root, "room for latent channels", layout.channels // layout.fold**2, "vae", latent)
 
 
 def require_equal(root: Path, key: str, value: Any, part: str, entry: Mapping[str, Any]) -> None:
@@ -174,7 +181,8 @@ def sizes(
     if local is None:
         return None
     weights, configs = local
-    layout, px = read_layout(configs[NETWORK]), latent_px(configs["vae"])
+    layout = read_layout(configs[NETWORK])
+    px = latent_px(configs["vae"]) * layout.fold
     height, width = latent_size(layout, configs["vae"], model.resolution)
     return Sizes(
         latent_shape=(layout.channels, height, width),
@@ -187,7 +195,7 @@ def sizes(
 
 def latent_size(layout: Layout, vae: Mapping[str, Any], resolution: int) -> tuple[int, int]:
     """Height and width of latents. With `resolution` 0 they are the model's own."""
-    px = latent_px(vae)
+    px = latent_px(vae) * layout.fold
     if not resolution:
         return layout.side, layout.side
     if resolution % (px * layout.patch):

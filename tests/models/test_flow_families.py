@@ -1,4 +1,4 @@
-"""Stable Diffusion 3, with T5 and without, and FLUX.1 against stock diffusers at tiny size; and what is refused."""
+"""Stable Diffusion 3, with T5 and without, FLUX.1 and FLUX.2-klein against stock diffusers at tiny size; and refusals."""
 
 import json
 import shutil
@@ -21,13 +21,13 @@ from b2diffurl.configuration.settings import ModelSettings, read_settings
 from b2diffurl.evaluation.generate import deployed_sampler, training_sampler
 from b2diffurl.experiment.stage import LORA_FILE
 from b2diffurl.export import export
-from b2diffurl.models import Model, flux, recognise, sd3, transformer
+from b2diffurl.models import Model, flux, flux2, recognise, sd3, transformer
 from b2diffurl.models import family as family_of
 from b2diffurl.models.policy import decode, predictor
 from b2diffurl.runtime import files
 
 RANK, GUIDANCE = 4, 3.5
-FAMILIES = {"sd3": sd3, "sd3_without_t5": sd3, "flux": flux}
+FAMILIES = {"sd3": sd3, "sd3_without_t5": sd3, "flux": flux, "flux2": flux2}
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,8 @@ def bases(tmp_path_factory) -> Path:
     tiny.sd3(root / "sd3_without_t5", t5=False)
     tiny.flux(root / "flux")
     tiny.flux(root / "schnell", schnell=True)
+    tiny.flux2(root / "flux2")
+    tiny.flux2(root / "klein", distilled=True)
     return root
 
 
@@ -83,8 +85,11 @@ def edit(path: Path, **entries) -> None:
 def draw(pipeline: DiffusionPipeline, num_steps: int = 6, output_type: str = "np") -> Any:
     """What stock diffusers draws on fixed noise at the tiny model's size."""
     latents = noise(3, 4, 8, 8)
-    if "Flux" in type(pipeline).__name__:
-        latents = pipeline._pack_latents(latents, 3, 4, 8, 8)
+    match type(pipeline).__name__:
+        case "FluxPipeline":
+            latents = pipeline._pack_latents(latents, 3, 4, 8, 8)
+        case "Flux2KleinPipeline":
+            latents = noise(3, 16, 4, 4)
     call = {"latents": latents, "num_inference_steps": num_steps, "guidance_scale": GUIDANCE, "height": 64, "width": 64}
     return pipeline(PROMPTS, **call, output_type=output_type).images
 
@@ -93,7 +98,7 @@ def ours(model: Model, num_steps: int = 6) -> np.ndarray:
     """The same by training's sampler at eta 0."""
     table = model.sampler(num_steps, 0.0, sde="cps")
     predict = predictor(model, table.timesteps, model.encode(PROMPTS), model.unconditional(), guidance_scale=GUIDANCE)
-    return decode(model, denoise(predict, table, noise(3, 4, 8, 8), torch.zeros, range(num_steps)), 3).numpy()
+    return decode(model, denoise(predict, table, noise(3, *model.latent_shape), torch.zeros, range(num_steps)), 3).numpy()
 
 
 # ---- the pipeline's own functions ----
@@ -132,14 +137,15 @@ def test_noise_levels_are_spread_as_the_steps_are(model):
 
 def test_encode_is_the_pipelines(model, stock):
     """Byte for byte, of prompts and of no prompt."""
-    stock_call = {"prompt": PROMPTS, "prompt_2": None} | ({"prompt_3": None} if hasattr(stock, "tokenizer_3") else {})
+    others = [f"prompt_{n}" for n in (2, 3) if hasattr(stock, f"tokenizer_{n}")]
+    stock_call = {"prompt": PROMPTS} | dict.fromkeys(others)
     with torch.no_grad():
         of_prompts = stock.encode_prompt(**stock_call)
         of_nothing = stock.encode_prompt(**stock_call | {"prompt": [""]})  # one row: other numbers of rows round differently
     for found, expected in ((model.encode(PROMPTS), of_prompts), (model.unconditional(), of_nothing)):
-        pooled = expected[2] if hasattr(stock, "tokenizer_3") else expected[1]
         assert torch.equal(found["prompt_embeds"], expected[0])
-        assert torch.equal(found["pooled_prompt_embeds"], pooled)
+        if others:
+            assert torch.equal(found["pooled_prompt_embeds"], expected[len(others)])
 
 
 def test_predict_is_the_pipelines_call(model, stock):
@@ -149,8 +155,15 @@ def test_predict_is_the_pipelines_call(model, stock):
     table = model.sampler(2, 0.0, sde="cps")
     draw(stock, 2, "latent")
     text, nothing = model.encode(PROMPTS), model.unconditional()
+    if type(stock).__name__ == "Flux2KleinPipeline":  # two calls a step: with the prompts, then without
+        pairs = zip(calls[::2], calls[1::2], strict=True)
+        calls = [
+            (kwargs, torch.cat([without, out]).transpose(1, 2).unflatten(2, (4, 4))) for (kwargs, out), (_, without) in pairs
+        ]
     for (kwargs, out), t in zip(calls, table.timesteps, strict=True):
         x_t = kwargs["hidden_states"]
+        if x_t.dim() == 3 and kwargs["guidance"] is None:
+            x_t = x_t.transpose(1, 2).unflatten(2, (4, 4))
         if kwargs.get("guidance") is not None:
             x_t, out = (flux.unpack(one, model.latent_shape) for one in (x_t, out))
             assert kwargs["guidance"].tolist() == [GUIDANCE] * 3
@@ -170,12 +183,14 @@ def test_packing_is_the_pipelines(bases):
 
 
 def test_long_prompts_are_counted(model):
-    """T5 reads more than CLIP, whose tokens count where there is no T5."""
+    """T5 reads more than CLIP, whose tokens count where there is no T5; FLUX.2's text encoder reads a message."""
     t5 = next((name for name in ("tokenizer_3", "tokenizer_2") if "T5" in type(model.parts.get(name)).__name__), "")
     limit = {"tokenizer_3": 256, "tokenizer_2": 512, "": 77}[t5]
     prompts = ["b " * n for n in (3, 70, 200, 300, 600)]
     tokenizer = model.parts[t5 or "tokenizer"]
     expected = [max(0, len(tokenizer(prompt).input_ids) - limit) for prompt in prompts]
+    if isinstance(model, flux2.Flux2):
+        expected = [max(0, len(tokenizer(f"user {prompt} assistant ").input_ids) - 512) for prompt in prompts]
     assert model.num_tokens_cut(prompts) == expected
     assert expected[-1] > 0
 
@@ -270,9 +285,9 @@ def test_judged_by_the_familys_own_scheduler(run):
 
 
 @pytest.mark.parametrize("form", ["diffusers", "kohya", "pipeline"])
-@pytest.mark.parametrize("name", ["sd3_without_t5", "flux"])
+@pytest.mark.parametrize("name", ["sd3_without_t5", "flux", "flux2"])
 def test_exports(run, name, form, tmp_path):
-    """In stock diffusers they draw what the checkpoint does. SD3's in kohya's form it cannot read, but we can."""
+    """In stock diffusers they draw what the checkpoint does. In kohya's form it reads FLUX.1's alone; we read all."""
     one, out = run(name, "ddpo"), tmp_path / "out"
     export(experiment(one.folder), form=form, out=out)
     stock = stock_pipeline(one.base)
@@ -310,7 +325,7 @@ def test_in_bf16_the_first_ratio_is_near_1(overrides, bases, tmp_path, new_accel
 def test_sizes(base, model):
     sizes = family_of(settings_of(base)).sizes(settings_of(base))
     conditions = model.encode(["a"])
-    assert (sizes.latent_shape, sizes.image_px) == ((4, 8, 8), (64, 64))
+    assert (sizes.latent_shape, sizes.image_px) == (model.latent_shape, (64, 64))
     assert sizes.embedding == sum(value.numel() for value in conditions.values())
     rank_1 = load(base, rank=1)
     assert sizes.lora == sum(value.numel() for value in rank_1.trainable().values())
@@ -322,7 +337,8 @@ def test_only_attention_is_trained(base, model):
     linear = {
         name for name, module in stock_pipeline(base).transformer.named_modules() if isinstance(module, torch.nn.Linear)
     }
-    assert trained == {name for name in linear if ".attn" in name}
+    # FLUX.2's single blocks have an output layer that also reads the MLP.
+    assert trained == {name for name in linear if ".attn" in name and not name.endswith("attn.to_out")}
     assert any("add_q_proj" in name for name in trained)
 
 
@@ -444,7 +460,9 @@ def test_refused_before_any_work(bases, mine, overrides, empty):
     one = {"sample.guidance_scale": 1.0}
     asked(bases / "schnell", r"schnell is distilled .* Take train\.objective=nft or awm", **stop | one)
     nft = {"train.objective": "nft"}
-    asked(bases / "schnell", r"guidance_scale is 5, and the network .* Set sample\.guidance_scale=1", **stop | nft)
+    asked(bases / "schnell", r"guidance_scale is 5, and .*schnell takes no .* Set sample\.guidance_scale=1", **stop | nft)
+    asked(bases / "klein", r"klein is distilled to draw", **stop | one)
+    asked(bases / "klein", r"guidance_scale is 5, and .*klein takes no", **stop | nft)
     base = mine("flux")
     tiny.write_scheduler(base, tiny.FLUX_SCHEDULER | {"invert_sigmas": True})
     asked(base, r"has invert_sigmas True.*scheduler=\"\{'invert_sigmas': False\}\"", **stop)
