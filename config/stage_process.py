@@ -76,7 +76,7 @@ def reference() -> ConfigDict:
 def base_model() -> ConfigDict:
     """The base model."""
     pretrained = ConfigDict()
-    pretrained.family = "auto"  # stable_diffusion (1.x and 2.x), sdxl; auto: recognised by the model's files
+    pretrained.family = "auto"  # stable_diffusion (1.x, 2.x), sdxl, sd3, flux, flux2; auto: recognised by the model's files
     pretrained.model = "CompVis/stable-diffusion-v1-4"  # hub id, local directory, or a single .safetensors file
     pretrained.revision = "main"  # branch, tag or commit of the model on the hub
     pretrained.variant = ""  # variant of the weight files, such as fp16; "": the plain ones
