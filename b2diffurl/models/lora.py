@@ -84,6 +84,11 @@ def add_lora(network: nn.Module, spec: LoraSpec, *, rank: int, seed: int) -> Non
         network.add_adapter(config)
     for parameter in lora_parameters(network).values():
         parameter.data = parameter.data.float()
+    for name, module in network.named_modules():
+        if name.endswith(".lora_A.default"):
+            # Of a slice, such as the image's rows of joint attention, torch computes the product in another order if a
+            # gradient is wanted. Sampling and training would differ by rounding.
+            module.register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
 
 
 def lora_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
