@@ -177,10 +177,9 @@ class Flux(FlowModel):
             clip_text.require_words(name, CLIP, *self._pooled(words[0]))
             clip_text.require_words(name, T5, *self._t5(words[1]))
 
-    def encode(self, prompts: list[str]) -> Conditions:
-        """prompt_embeds [P,L,E] and pooled_prompt_embeds [P,F], as the pipeline of diffusers makes them."""
-        with self.encoders_at_work():
-            return {"prompt_embeds": self._t5(prompts), "pooled_prompt_embeds": self._pooled(prompts)}
+    def encode_one(self, prompt: str) -> Conditions:
+        """prompt_embeds [1,L,E] and pooled_prompt_embeds [1,F]."""
+        return {"prompt_embeds": self._t5([prompt]), "pooled_prompt_embeds": self._pooled([prompt])}
 
     @torch.no_grad()
     def _pooled(self, prompts: list[str]) -> Tensor:
@@ -189,9 +188,6 @@ class Flux(FlowModel):
 
     def _t5(self, prompts: list[str]) -> Tensor:
         return clip_text.encode_t5(self.parts[T5], self.parts[T5_TOKENIZER], prompts, T5_TOKENS)
-
-    def unconditional(self) -> Conditions:
-        return self.encode([""])
 
     def num_tokens_cut(self, prompts: Sequence[str]) -> list[int]:
         return clip_text.num_tokens_cut(self.parts[T5_TOKENIZER], prompts, T5_TOKENS)

@@ -159,24 +159,20 @@ class Flux2(FlowModel):
             clip_text.require_words(model.name, "text_encoder", *embeds)
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Conditions:
-        """prompt_embeds [P,L,E], as the pipeline of diffusers makes them."""
+    def encode_one(self, prompt: str) -> Conditions:
+        """prompt_embeds [1,L,E]."""
         options = {"padding": "max_length", "truncation": True, "max_length": NUM_TOKENS, "return_tensors": "pt"}
-        tokens = self.parts["tokenizer"]([self._as_message(prompt) for prompt in prompts], **options).to(self.bare.device)
-        with self.encoders_at_work():
-            # Without the head, which would give every token's probabilities of all words.
-            output = self.parts["text_encoder"].model(
-                input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True, use_cache=False
-            )
+        tokens = self.parts["tokenizer"](self._as_message(prompt), **options).to(self.bare.device)
+        # Without the head, which would give every token's probabilities of all words.
+        output = self.parts["text_encoder"].model(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True, use_cache=False
+        )
         return {"prompt_embeds": torch.cat([output.hidden_states[layer] for layer in TEXT_LAYERS], dim=-1)}
 
     def _as_message(self, prompt: str) -> str:
         message = [{"role": "user", "content": prompt}]
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
         return self.parts["tokenizer"].apply_chat_template(message, **options)
-
-    def unconditional(self) -> Conditions:
-        return self.encode([""])
 
     def num_tokens_cut(self, prompts: Sequence[str]) -> list[int]:
         lengths = map(len, self.parts["tokenizer"]([self._as_message(prompt) for prompt in prompts]).input_ids)

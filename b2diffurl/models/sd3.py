@@ -193,11 +193,10 @@ class SD3(FlowModel):
     def _word(self, tokenizer: str) -> str:
         return whole.some_word(self.parts[tokenizer])
 
-    def encode(self, prompts: list[str]) -> Conditions:
-        """prompt_embeds [P,L,E] and pooled_prompt_embeds [P,F], as the pipeline of diffusers makes them."""
-        with self.encoders_at_work():
-            hidden, pooled = zip(*(self._clip(encoder, prompts) for encoder in CLIP), strict=True)
-            of_t5 = self._t5(prompts)
+    def encode_one(self, prompt: str) -> Conditions:
+        """prompt_embeds [1,L,E] and pooled_prompt_embeds [1,F]."""
+        hidden, pooled = zip(*(self._clip(encoder, [prompt]) for encoder in CLIP), strict=True)
+        of_t5 = self._t5([prompt])
         of_clip = torch.cat(hidden, dim=-1)
         of_clip = functional.pad(of_clip, (0, of_t5.shape[-1] - of_clip.shape[-1]))
         return {"prompt_embeds": torch.cat([of_clip, of_t5], dim=-2), "pooled_prompt_embeds": torch.cat(pooled, dim=-1)}
@@ -218,9 +217,6 @@ class SD3(FlowModel):
                 len(prompts), T5_TOKENS, width, dtype=self.parts["text_encoder"].dtype, device=self.bare.device
             )
         return clip_text.encode_t5(self.parts[T5], self.parts[T5_TOKENIZER], prompts, T5_TOKENS)
-
-    def unconditional(self) -> Conditions:
-        return self.encode([""])
 
     def num_tokens_cut(self, prompts: Sequence[str]) -> list[int]:
         """By T5, which reads the longest; without it by either of the others."""

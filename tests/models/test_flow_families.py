@@ -138,43 +138,48 @@ def test_noise_levels_are_spread_as_the_steps_are(model):
 
 
 def test_encode_is_the_pipelines(model, stock):
-    """Byte for byte, of prompts and of no prompt."""
+    """Byte for byte, of a prompt and of none. It does not depend on the prompts beside it."""
     others = [f"prompt_{n}" for n in (2, 3) if hasattr(stock, f"tokenizer_{n}")]
-    stock_call = {"prompt": PROMPTS} | dict.fromkeys(others)
-    with torch.no_grad():
-        of_prompts = stock.encode_prompt(**stock_call)
-        of_nothing = stock.encode_prompt(**stock_call | {"prompt": [""]})  # one row: other numbers of rows round differently
-    for found, expected in ((model.encode(PROMPTS), of_prompts), (model.unconditional(), of_nothing)):
-        assert torch.equal(found["prompt_embeds"], expected[0])
+    found = model.encode(PROMPTS)
+    for row, prompt in enumerate([*PROMPTS, ""]):
+        ours = {name: value[row : row + 1] for name, value in found.items()} if prompt else model.unconditional()
+        with torch.no_grad():
+            expected = stock.encode_prompt(prompt=[prompt], **dict.fromkeys(others))
+        assert torch.equal(ours["prompt_embeds"], expected[0])
         if others:
-            assert torch.equal(found["pooled_prompt_embeds"], expected[len(others)])
+            assert torch.equal(ours["pooled_prompt_embeds"], expected[len(others)])
 
 
 def test_predict_is_the_pipelines_call(model, stock):
-    """Bit for bit what its transformer gives to guidance. FLUX's is called once, with the scale of guidance."""
-    calls = []
+    """Bit for bit what its transformer gives to guidance. FLUX.1's is called once, with the scale of guidance."""
+    calls: list[tuple[dict, Tensor]] = []
     stock.transformer.register_forward_hook(lambda _, args, kwargs, out: calls.append((kwargs, out[0])), with_kwargs=True)
-    table = model.sampler(2, 0.0, sde="cps")
     draw(stock, 2, "latent")
-    # No prompt is encoded in three rows, as there: one row may round differently.
-    text, nothing = model.encode(PROMPTS), {name: value[:1] for name, value in model.encode([""] * 3).items()}
-    two_calls = type(stock).__name__ == "Flux2KleinPipeline"
-    if two_calls:  # a step: with the prompts, then without
-        pairs = zip(calls[::2], calls[1::2], strict=True)
-        calls = [
-            (kwargs, torch.cat([without, out]).transpose(1, 2).unflatten(2, (4, 4))) for (kwargs, out), (_, without) in pairs
-        ]
-    for (kwargs, out), t in zip(calls, table.timesteps, strict=True):
-        x_t = kwargs["hidden_states"]
-        if x_t.dim() == 3 and kwargs["guidance"] is None:
-            x_t = x_t.transpose(1, 2).unflatten(2, (4, 4))
-        if kwargs.get("guidance") is not None:
-            x_t, out = (flux.unpack(one, model.latent_shape) for one in (x_t, out))
+
+    def predict(x_t: Tensor, t: Tensor, text: dict, nothing: dict, **more) -> Tensor:
+        """With the conditions of rows or calls of the pipeline."""
+        names = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "pooled_projections"}
+        given = [{ours: one[name] for ours, name in names.items() if name in one} for one in (text, nothing)]
+        return model.predict(x_t, t, given[0], {name: value[:1] for name, value in given[1].items()}, GUIDANCE, **more)
+
+    timesteps = model.sampler(2, 0.0, sde="cps").timesteps
+    if isinstance(model, flux2.Flux2):  # two calls a step
+        for (text, with_text), (nothing, without), t in zip(calls[::2], calls[1::2], timesteps, strict=True):
+            x_t, out = text["hidden_states"], without + GUIDANCE * (with_text - without)
+            x_t, out = (tokens.transpose(1, 2).unflatten(2, (4, 4)) for tokens in (x_t, out))
+            assert torch.equal(predict(x_t, t, text, nothing, unconditional_gradient=False), out)
+        return
+    for (kwargs, out), t in zip(calls, timesteps, strict=True):
+        if isinstance(model, flux.Flux):
             assert kwargs["guidance"].tolist() == [GUIDANCE] * 3
+            x_t, out = (flux.unpack(tokens, model.latent_shape) for tokens in (kwargs["hidden_states"], out))
+            assert torch.equal(predict(x_t, t, kwargs, kwargs), out)
         else:
+            tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+            nothing, text = ({name: value.chunk(2)[n] for name, value in tensors.items()} for n in (0, 1))
             without, with_text = out.chunk(2)
-            x_t, out = x_t[:3], without + GUIDANCE * (with_text - without)
-        assert torch.equal(model.predict(x_t, t, text, nothing, GUIDANCE, unconditional_gradient=not two_calls), out)
+            expected = without + GUIDANCE * (with_text - without)
+            assert torch.equal(predict(text["hidden_states"], t, text, nothing), expected)
 
 
 def test_packing_is_the_pipelines(bases):
