@@ -27,7 +27,9 @@ from b2diffurl.models.policy import decode, predictor
 from b2diffurl.runtime import files
 
 RANK, GUIDANCE = 4, 3.5
+LONG = pytest.mark.long
 FAMILIES = {"sd3": sd3, "sd3_without_t5": sd3, "flux": flux, "flux2": flux2}
+SOME_LONG = [name if name in ("sd3", "flux") else pytest.param(name, marks=LONG) for name in FAMILIES]
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +261,7 @@ def test_two_stages_of_ddpo(run, name):
     assert record["config"]["pretrained"]["family"] == name.split("_")[0]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SOME_LONG)
 def test_two_stages_of_nft(run, name):
     one = run(name, "nft")
     for index in range(2):
@@ -268,11 +270,10 @@ def test_two_stages_of_nft(run, name):
     assert load_file(one.lora).keys() == load(one.base).adapter_state().keys()
 
 
-@pytest.mark.parametrize("objective", ["ddpo", "nft"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_stock_diffusers_draws_the_same(run, name, objective):
+def test_stock_diffusers_draws_the_same(run, name):
     """Within a level, with the LoRA and without; the LoRA changes the images."""
-    one = run(name, objective)
+    one = run(name, "ddpo")
     stock, model = stock_pipeline(one.base), load(one.base, rank=RANK)
     without = draw(stock) * 255
     assert np.abs(ours(model) - without).max() <= 1.0
@@ -294,7 +295,7 @@ def test_judged_by_the_familys_own_scheduler(run):
 
 
 @pytest.mark.parametrize("form", ["diffusers", "kohya", "pipeline"])
-@pytest.mark.parametrize("name", ["sd3_without_t5", "flux", "flux2"])
+@pytest.mark.parametrize("name", ["sd3_without_t5", "flux", pytest.param("flux2", marks=LONG)])
 def test_exports(run, name, form, tmp_path):
     """In stock diffusers they draw what the checkpoint does. In kohya's form it reads FLUX.1's alone; we read all."""
     one, out = run(name, "ddpo"), tmp_path / "out"
@@ -318,7 +319,7 @@ def test_exports(run, name, form, tmp_path):
     assert np.abs(draw(exported) - draw(stock)).max() <= 1e-4
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SOME_LONG)
 def test_in_bf16_the_first_ratio_is_near_1(overrides, bases, tmp_path, new_accelerator, name):
     """At equal batch shapes it is 1 to the last bit here, too; other kernels may round, so the bound is wider."""
     settings = overrides | {"pretrained.model": str(bases / name), "pretrained.resolution": 64, "sample.eta": 0.7}
