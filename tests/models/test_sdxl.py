@@ -85,10 +85,10 @@ def test_encode_is_the_pipelines(model, mine, zeros):
     text, nothing = model.encode(PROMPTS), model.unconditional()
     with torch.no_grad():
         stock = stock_pipeline(mine)
-        embeds, _, pooled, _ = stock.encode_prompt(PROMPTS)
-        _, no_embeds, _, no_pooled = stock.encode_prompt("a")  # one row, as ours: other numbers of rows round differently
-    assert torch.equal(text["prompt_embeds"], embeds)
-    assert torch.equal(text["pooled_prompt_embeds"], pooled)
+        rows = [stock.encode_prompt(prompt) for prompt in PROMPTS]  # as ours: another number of rows rounds differently
+        _, no_embeds, _, no_pooled = rows[0]
+    assert torch.equal(text["prompt_embeds"], torch.cat([row[0] for row in rows]))
+    assert torch.equal(text["pooled_prompt_embeds"], torch.cat([row[2] for row in rows]))
     assert torch.equal(nothing["prompt_embeds"], no_embeds)
     assert torch.equal(nothing["pooled_prompt_embeds"], no_pooled)
     assert nothing["prompt_embeds"].any() != zeros

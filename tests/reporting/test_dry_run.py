@@ -43,6 +43,15 @@ def test_what_is_on_disk_in_all(overrides, tmp_path):
     )
 
 
+def test_what_is_loaded_by_hand(overrides):
+    """SDXL at 2 bytes a number, its VAE at 4; a LoRA of rank 4 with gradients and AdamW's two moments at 4 each, or at 1."""
+    base = Sizes((4, 128, 128), (1024, 1024), 0, 1_451_520, {"unet": 2_567_463_684, "vae": 83_653_863}, ("vae",))
+    text = dry_run.memory_text(read_settings(make_config(overrides)), base, 2)
+    assert text.startswith("weights 5.5 GB (unet 5.1 GB, vae 335 MB), LoRA and optimizer 93 MB; ")
+    text = dry_run.memory_text(read_settings(make_config(overrides | {"train.use_8bit_adam": True})), base, 4)
+    assert text.startswith("weights 11 GB (unet 10 GB, vae 335 MB), LoRA and optimizer 58 MB; ")
+
+
 def test_the_base_model_is_looked_for_only_here(models, overrides, tmp_path, monkeypatch):
     """In the hub's cache by its id; elsewhere it is unknown, and so is one without weights. Nothing is asked for."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
