@@ -29,6 +29,7 @@ from b2diffurl.runtime import files
 RANK, GUIDANCE = 4, 3.5
 LONG = pytest.mark.long
 FAMILIES = {"sd3": sd3, "sd3_without_t5": sd3, "flux": flux, "flux2": flux2}
+ONE_LONG = [pytest.param(name, marks=LONG) if name == "flux2" else name for name in FAMILIES]
 SOME_LONG = [name if name in ("sd3", "flux") else pytest.param(name, marks=LONG) for name in FAMILIES]
 
 
@@ -242,7 +243,7 @@ def run(overrides, bases, tmp_path_factory) -> Callable[..., Run]:
     return make
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ONE_LONG)
 def test_two_stages_of_ddpo(run, name):
     """The ratio of each first update is exactly 1. The timesteps are on record as they were, fractions and all."""
     one = run(name, "ddpo")
@@ -270,7 +271,7 @@ def test_two_stages_of_nft(run, name):
     assert load_file(one.lora).keys() == load(one.base).adapter_state().keys()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ONE_LONG)
 def test_stock_diffusers_draws_the_same(run, name):
     """Within a level, with the LoRA and without; the LoRA changes the images."""
     one = run(name, "ddpo")
@@ -352,8 +353,10 @@ def test_only_attention_is_trained(base, model):
     assert any("add_q_proj" in name for name in trained)
 
 
-def test_the_mlps_are_trained_if_asked_for(base, tmp_path):
+@pytest.mark.parametrize("name", SOME_LONG)
+def test_the_mlps_are_trained_if_asked_for(bases, tmp_path, name):
     """Those of image and text. The file is read by stock diffusers, and acts there as here."""
+    base = bases / name
     model, stock = load(base, mlp=True), stock_pipeline(base)
     added = {name.split(".lora_")[0] for name in model.trainable()} - {
         name.split(".lora_")[0] for name in load(base).trainable()
