@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # A whole run of B2-DiffuRL. In each stage run_sample.py samples images in groups of branches, run_select.py scores them and
-# picks the best and the worst of each group, and run_train.py updates the LoRA on them. run_eval.py judges now and then.
+# picks those to train on, and run_train.py updates the LoRA on them. run_eval.py judges now and then.
 #
 #     bash run_process.sh                                      # the default run
 #     Preset=sd14 ExpName=my_run bash run_process.sh           # Stable Diffusion v1.4
 #     bash run_process.sh --dry_run                            # only say what would be done
-#     bash run_process.sh --config.train.step_weight=none      # arguments are passed on to every script
+#     bash run_process.sh --config.train.learning_rate=1e-3    # arguments are passed on to every script
 #
 # To resume a run, give the same command again.
 #

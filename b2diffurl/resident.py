@@ -30,7 +30,7 @@ def run_stages(config: ConfigDict) -> None:
     Ends early where a call lacks the file that it needs: scores are being made elsewhere (reward `file`).
     """
     if max(config.num_processes, int(os.environ.get("WORLD_SIZE", 1))) > 1:
-        raise ValueError("Resident=1 is for one process. Without it each script is started on its own.")
+        raise ValueError("Resident=1 is for one process. Give NumProcesses, and leave Resident out or set it to 0.")
     policy.keep_models()
     first = make_plan(config)
     root, results = first.stage.root, []

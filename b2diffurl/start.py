@@ -45,7 +45,8 @@ def start(config: ConfigDict) -> None:
     logger.info(forecast.plan_line(plan.settings))
     lines = [["call", call.needs, f"run_{call.script}.py", *call.flags] for call in loop]
     # On a GPU each script gives its memory back by ending. On the CPU that is not short, and starting takes longest.
-    how = [] if torch.cuda.is_available() else [["resident"]]
+    alone = not torch.cuda.is_available() and config.num_processes <= 1
+    how = [["resident"]] if alone else []
     write_calls([["folder", str(plan.stage.root)], *how, *lines])
 
 

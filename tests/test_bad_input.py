@@ -163,7 +163,11 @@ def test_unknown_preset(empty):
         ({"split_time": 1, "eval.selection": "all", "eval.advantage": "group"}, "split_time is 1.*every image scores 0"),
         ({"train.kl_weight": -0.1}, "kl_weight is -0.1.*it must lie in"),
         ({"train.dpo_beta": -0.1}, "dpo_beta is -0.1.*it must lie in"),
-        ({"pretrained.family": "sdxl"}, "sdxl.*stable_diffusion"),
+        ({"pretrained.family": "sdxxl"}, "sdxxl.*auto, stable_diffusion, sdxl"),
+        (
+            {"pretrained.family": "sdxl"},
+            r"has no text_encoder_2/\..* It is a StableDiffusionPipeline\. Leave",
+        ),
         ({"pretrained.resolution": 100}, "resolution is 100.*multiple of 16"),
         ({"resume_from": "/no/such/lora"}, "no LoRA at /no/such/lora"),
         ({"run_name": "stage1"}, "stage0.*not trained yet"),

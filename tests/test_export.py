@@ -425,7 +425,7 @@ def test_card_text(workplace):
         ({}, "| optimizer | AdamW, learning rate 0.0003 |"),
         ({"train.final_rate": 0.1}, "| optimizer | AdamW, learning rate 0.0003, falling to 3e-05 in the last stage |"),
         ({"train.objective": "awm", "train.awm_clip": 0.3}, "| objective | awm, clip range 0.3 |"),
-        ({"train.objective": "nft", "train.guidance_scale": 1.0}, "| objective | nft, guidance 1 |"),
+        ({"train.objective": "nft", "train.guidance_scale": 1.0}, "| objective | nft, trained without guidance |"),
         ({"sample.scheduler": "EulerDiscreteScheduler"}, "; EulerDiscreteScheduler, guidance "),
     ],
 )

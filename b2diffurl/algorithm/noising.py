@@ -98,9 +98,12 @@ def draw_held(
     """
     num_outside = first + num_levels - end
     share = HELD_SHARE * level.numel() if num_outside or without_prompt else 0.0
-    count = round(share) or int(torch.rand((), generator=rng) < share)  # so that one or two copies are held at times
+    # Where half a copy or less is to be held, or to lose its prompt, chance decides, so that small updates have their share.
+    count = round(share) or int(torch.rand((), generator=rng) < share)
     chosen = torch.randperm(level.numel(), generator=rng)[:count]
-    lose = chosen[: count // 2 if num_outside else count] if without_prompt else chosen[:0]
+    lose = chosen if without_prompt else chosen[:0]
+    if num_outside and without_prompt:
+        lose = chosen[: count // 2 or int(torch.rand((), generator=rng) < count / 2)]
     keep = chosen[len(lose) :]
     outside = draw_levels(0, num_outside, len(keep), 1, rng).flatten() if len(keep) else level.new_empty(0)
     outside += (end - first) * (outside >= first)  # rows above the window come after it

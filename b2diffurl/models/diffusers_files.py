@@ -331,7 +331,8 @@ def check_directory(root: Path, variant: str, spec: PipelineSpec, wanted: Sequen
     if missing:
         index = root / "model_index.json"
         kind = files.read_object(index).get("_class_name", spec.pipeline) if index.is_file() else spec.pipeline
-        other = f" It is a {kind}, which may not be supported yet." if kind != spec.pipeline else ""
+        advice = "Leave pretrained.family at auto" if kind in recognise.PIPELINES else "It may not be supported yet"
+        other = f" It is a {kind}. {advice}." if kind != spec.pipeline else ""
         raise FileNotFoundError(f"{root} has no {missing[0]}/. A model directory holds {', '.join(spec.folders)}.{other}")
     if variant and not any(has_variant(root / part, variant) for part in spec.weights):
         raise FileNotFoundError(

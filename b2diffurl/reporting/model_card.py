@@ -395,17 +395,22 @@ def sampler_text(settings: Mapping[str, Any], family: Description) -> str:
 
 
 def objective_text(settings: Mapping[str, Any]) -> str:
-    """The objective with its clip range, and the guidance of the outputs that it trains if that is not sampling's."""
+    """The objective with its clip range, and with what guidance it trains if a guidance of its own was given."""
     name = settings["train.objective"]
     clip = {"ddpo": "train.eps", "dpok": "train.eps", "awm": "train.awm_clip"}.get(name)
     trained = settings.get("train.guidance_scale")
-    return name + (f", clip range {settings[clip]:g}" if clip else "") + (f", guidance {trained:g}" if trained else "")
+    guided = {None: "", 0: "", 1: ", trained without guidance"}.get(trained, f", trained at guidance {trained}")
+    return name + (f", clip range {settings[clip]:g}" if clip else "") + guided
 
 
 def rate_text(settings: Mapping[str, Any]) -> str:
     """The learning rate, and to what it falls in the last stage of the run."""
     first, factor = settings["train.learning_rate"], settings.get("train.final_rate", 1.0)
-    return f"{first:g}" if factor == 1 else f"{first:g}, falling to {first * factor:g} in the last stage"
+    return (
+        f"{first:g}"
+        if factor == 1 or settings["stage_cnt"] == 1
+        else f"{first:g}, falling to {first * factor:g} in the last stage"
+    )
 
 
 def average_text(decay: float) -> str:

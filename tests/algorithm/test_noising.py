@@ -141,12 +141,14 @@ def test_half_of_the_held_copies_lose_their_prompt():
 
 @pytest.mark.parametrize("without_prompt", [False, True])
 def test_an_update_of_one_copy_is_held_at_times(without_prompt):
-    """A fifth of one copy is none, so it is held in a fifth of the updates."""
-    rng, held = torch.Generator().manual_seed(0), 0
+    """A fifth of one copy is none, so it is held in a fifth of the updates, in half of these without its prompt."""
+    rng, held, lost = torch.Generator().manual_seed(0), 0, 0
     for _ in range(1000):
         drawn, unprompted = draw_held(torch.tensor([[500]]), 100, 700, 1000, rng, without_prompt=without_prompt)
         held += bool((drawn < 100) | (drawn >= 700) | unprompted)
+        lost += bool(unprompted)
     assert held == pytest.approx(200, abs=50)
+    assert lost == pytest.approx(100 * without_prompt, abs=40 * without_prompt)
 
 
 @pytest.mark.parametrize(("prediction_type", "count"), [("epsilon", 999), ("v_prediction", 1000), ("sample", 1000)])

@@ -74,9 +74,9 @@ def test_the_mean_gain_has_an_error_over_images_and_one_over_prompts():
 
 
 def test_reward_queries_are_counted_by_stage():
-    """The base cost none, stage i the images of i + 1 stages; 8 stages are the 25,600 that the preset promises."""
+    """The base cost none, stage i the images of i + 1 stages; 5 stages are the 7,200 that the preset promises."""
     found = with_gains("shapes", BASE + TUNED)
-    assert [one["queries"] for one in found] == [0, 0, 3200, 3200, 6400, 6400]
+    assert [one["queries"] for one in found] == [0, 0, 1440, 1440, 2880, 2880]
     assert [one["queries"] for one in with_gains("b2", BASE + TUNED)] == [0, 0, 640, 640, 1280, 1280]
     assert "accuracy_gain" not in found[0]
     assert found[-1]["accuracy_gain"] == pytest.approx(0.4)
@@ -120,12 +120,12 @@ def test_runs_of_other_settings_or_unfinished_are_refused(elsewhere):
     config = configure(run)
     assert (config.seed, config.exp_name) == (7, "learning_seed7")
     record_experiment(make_plan(config).record, 1)
-    with pytest.raises(ValueError, match=r"learning_seed7 is not a whole run of 8 stages"):
+    with pytest.raises(ValueError, match=r"learning_seed7 is not a whole run of 5 stages"):
         as_made(run)
     (run.root / "config.json").unlink()
     config.train.learning_rate = 0.5
     record_experiment(make_plan(config).record, 1)
-    with pytest.raises(ValueError, match=r"train.learning_rate is 0.002, was 0.5"):
+    with pytest.raises(ValueError, match=r"train.learning_rate is 0.003, was 0.5"):
         as_made(run)
     assert as_made(run.base).seed == get_config("shapes").seed
 

@@ -29,7 +29,8 @@ SETTINGS = {
     "exp_name": "tiny", "num_threads": 1, "stage_cnt": 2, "split_step_left": 2, "split_step_right": 3, "split_time": 3,
     "sample.num_steps": 4, "sample.batch_size": 2, "sample.num_batches_per_epoch": 2, "reward.batch_size": 8,
     "eval.num_images": 4, "eval.batch_size": 4, "eval.every": 2, "eval.diversity": "('clip',)",
-    "eval.pos_threshold": 0.1, "eval.neg_threshold": -0.1, "train.num_epochs": 2, "train.batch_size": 2,
+    "eval.pos_threshold": 0.1, "eval.neg_threshold": -0.1, "train.num_epochs": 2, "train.save_interval": 1,
+    "train.batch_size": 2,
 }  # fmt: skip
 IMAGES = 12  # of a stage
 ARGUMENTS = ["--config=config/stage_process.py:shapes", *flags(SETTINGS)]
@@ -169,12 +170,17 @@ def test_killed_at_random_moments(whole, tmp_path):
     report("random moments", dict(kills) | dict(by_signal) | {"runs ended": ended + 1, "failures": 0})
 
 
-def test_the_shell_script_stopped(whole, tmp_path):
-    """run_process.sh as users start it, stopped by a scheduler, by Ctrl-C and by force: it says how to go on, leaves no
-    process, and the same command ends the run."""
+@pytest.mark.parametrize("resident", ["1", "0"])
+def test_the_shell_script_stopped(whole, tmp_path, resident):
+    """run_process.sh as users start it, in one process or in one for each script, stopped by a scheduler, by Ctrl-C and by
+    force: it says how to go on, leaves no process, and the same command ends the run."""
     rng = random.Random(1)
     folder = prepare(tmp_path / "run")
-    environment = os.environ | {"Preset": "shapes", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = os.environ | {
+        "Preset": "shapes",
+        "Resident": resident,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     command = ["bash", "run_process.sh", *flags(SETTINGS)]
     kills = Counter()
     for turn in range(SHELL_KILLS):

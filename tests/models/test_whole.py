@@ -381,7 +381,7 @@ def test_a_pipeline_of_another_kind(base):
     """Its name is given beside what it lacks."""
     shutil.move(base / "unet", base / "transformer")
     (base / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(FileNotFoundError, match=r"base has no unet/\. .* It is a FluxPipeline, which may not be supported"):
+    with pytest.raises(FileNotFoundError, match=r"base has no unet/\. .* It is a FluxPipeline\. It may not be supported"):
         tiny.load_model(base)
 
 
