@@ -29,8 +29,8 @@ T5, T5_TOKENIZER, T5_TOKENS = "text_encoder_2", "tokenizer_2", 512  # as many to
 PATCH, SIDE = 2, 128  # latents along the side of a token, and of an image whose size is not given
 
 
-def read_layout(config: Mapping[str, Any]) -> Layout:
-    return Layout(config.get("in_channels", 64) // PATCH**2, PATCH, SIDE)
+def read_layout(network: Mapping[str, Any]) -> Layout:
+    return Layout(network.get("in_channels", 64) // PATCH**2, PATCH, SIDE)
 
 
 def check_fit(root: Path, parts: Mapping[str, nn.Module]) -> None:

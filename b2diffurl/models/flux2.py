@@ -30,8 +30,8 @@ NUM_TOKENS, TEXT_LAYERS = 512, (9, 18, 27)  # of the text encoder, as in the pip
 IS_DISTILLED = "is_distilled"  # in model_index.json
 
 
-def read_layout(config: Mapping[str, Any]) -> Layout:
-    return Layout(config.get("in_channels", 128), patch=1, side=SIDE, fold=FOLD)
+def read_layout(network: Mapping[str, Any]) -> Layout:
+    return Layout(network.get("in_channels", 128), patch=1, side=SIDE, fold=FOLD)
 
 
 def check_fit(root: Path, parts: Mapping[str, nn.Module]) -> None:

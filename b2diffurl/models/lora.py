@@ -104,8 +104,8 @@ def load_lora(network: nn.Module, path: Path, spec: LoraSpec) -> None:
         odd = sorted(state.keys() ^ parameters.keys())
         raise ValueError(
             f"{path} does not fit: {len(odd)} keys differ, such as {odd[0]}. "
-            f"It must be a LoRA on the {spec.title}'s attention, and with train.lora_mlp on its MLPs, of this base model: on "
-            f"{', '.join(spec.targets)}."
+            f"It must be a LoRA on the {spec.title}'s attention, and with train.lora_mlp on its MLPs, of this base model: "
+            f"on {', '.join(spec.targets)}."
         )
     if (rank := rank_of(state)) != rank_of(parameters):
         raise ValueError(f"{path} does not fit: its rank is {rank}, not {rank_of(parameters)}. Set train.lora_rank={rank}.")

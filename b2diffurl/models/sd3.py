@@ -32,10 +32,10 @@ CLIP = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}  # {encode
 T5, T5_TOKENIZER, T5_TOKENS = "text_encoder_3", "tokenizer_3", 256  # as many tokens as the pipeline of diffusers takes
 
 
-def read_layout(config: Mapping[str, Any]) -> Layout:
-    patch = config.get("patch_size", 2)
-    positions = config.get("pos_embed_max_size", 96) * patch
-    return Layout(config.get("in_channels", 16), patch, side=config.get("sample_size", 128), largest=positions)
+def read_layout(network: Mapping[str, Any]) -> Layout:
+    patch = network.get("patch_size", 2)
+    positions = network.get("pos_embed_max_size", 96) * patch
+    return Layout(network.get("in_channels", 16), patch, side=network.get("sample_size", 128), largest=positions)
 
 
 def check_fit(root: Path, parts: Mapping[str, nn.Module]) -> None:
