@@ -107,7 +107,7 @@ def export(
     if not re.fullmatch(r"[a-z0-9.-]*", license):
         raise ValueError(f"--license is {license!r}; the hub writes licenses such as mit or creativeml-openrail-m, or other")
     config = files.read_json(root / "config.json")["config"]
-    model = read_model(config["pretrained"] | ({"model": user_model(base)} if base else {}), config["train"]["lora_rank"])
+    model = read_model(config["pretrained"] | ({"model": user_model(base)} if base else {}), config["train"])
     lora = resolve_checkpoint(root, checkpoint)
     if lora is None:
         raise ValueError("the base model is not trained here. Export last, stage<i>, or the path of a LoRA.")

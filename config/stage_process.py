@@ -76,7 +76,7 @@ def reference() -> ConfigDict:
 def base_model() -> ConfigDict:
     """The base model."""
     pretrained = ConfigDict()
-    pretrained.family = "auto"  # stable_diffusion (1.x and 2.x), sdxl; auto: recognised by the model's files
+    pretrained.family = "auto"  # stable_diffusion (1.x, 2.x), sdxl, sd3, flux, flux2; auto: recognised by the model's files
     pretrained.model = "CompVis/stable-diffusion-v1-4"  # hub id, local directory, or a single .safetensors file
     pretrained.revision = "main"  # branch, tag or commit of the model on the hub
     pretrained.variant = ""  # variant of the weight files, such as fp16; "": the plain ones
@@ -91,11 +91,12 @@ def sampling() -> ConfigDict:
     """Sampling a stage's images."""
     sample = ConfigDict()
     sample.num_steps = 20  # T, sampler steps
-    sample.eta = 1.0  # DDIM's eta: 1 is fully stochastic; 0 is deterministic, which only nft and awm can train
+    sample.eta = 1.0  # noise of the steps: 1 is fully stochastic; 0 is deterministic, which only nft and awm can train
+    sample.sde = "cps"  # flow matching: kind of stochastic steps, cps | flow | dance (docs/method.md). Others: always DDIM
     sample.prefix_eta = -1.0  # eta of the steps before the trained ones; -1: as sample.eta; 0: deterministic
     sample.suffix_eta = -1.0  # eta of the steps after the trained ones; -1: as sample.eta; 0: deterministic
     sample.suffix_steps = 0  # with suffix_eta 0: take at most so many steps after the trained ones, evenly spaced; 0: all
-    sample.scheduler = ""  # nft, awm: a scheduler class of diffusers to sample with, if images are independent; "": DDIM
+    sample.scheduler = ""  # nft, awm: a scheduler class of diffusers to sample with, if images are independent; "": none
     sample.guidance_scale = 5.0  # classifier-free guidance, in training too, unless train.guidance_scale is set; 1: none
     sample.batch_size = 8  # groups (one prompt each) in a batch, so batch_size * split_time images
     sample.num_batches_per_epoch = 32  # batches in a stage, over all processes
@@ -160,7 +161,7 @@ def selection_and_judging() -> ConfigDict:
     evaluation.seed = 0  # of the evaluation noise; keep it, and all checkpoints are compared on the same noise
     evaluation.every = 10  # evaluate on held-out prompts after every so many stages of a run; 0: only at its end
     evaluation.deployed = deployed = ConfigDict()  # the sampler that users of the LoRA will use, judged beside training's
-    deployed.scheduler = "DDIMScheduler"  # a scheduler class of diffusers, such as DPMSolverMultistepScheduler
+    deployed.scheduler = ""  # scheduler class of diffusers, such as DPMSolverMultistepScheduler; "": DDIM, or flow's Euler
     deployed.num_steps = 50  # sampler steps
     deployed.eta = 0.0  # DDIM's eta, if the scheduler has one; 0 is deterministic
     deployed.guidance_scale = 0.0  # classifier-free guidance; 0: as in training
@@ -206,6 +207,7 @@ def training() -> ConfigDict:
     train.adv_clip_max = 5.0  # advantages are clamped to +- this
     train.step_weight = "none"  # weight of a step: none (1) | leverage (1 / leverage) | sigma (its noise); docs/method.md
     train.lora_rank = 4  # rank of the LoRA; its alpha always equals the rank
+    train.lora_mlp = False  # True: the LoRA is on the MLPs of the network's blocks, too, and not on attention alone
     train.save_interval = 2  # epochs between checkpoints; the last epoch is always saved
     return train
 

@@ -44,7 +44,7 @@ class GaussianWorld:
         self.network = NoiseOfGaussian(self.latent_shape)
         self.scheduler = DDIMScheduler.from_config(tiny.V1_4_SCHEDULER)
 
-    def sampler(self, num_steps: int, eta: float = 1.0, steps: Sequence[int] | None = None) -> Transitions:
+    def sampler(self, num_steps: int, eta: float = 1.0, steps: Sequence[int] | None = None, *, sde: str = "") -> Transitions:
         return make_table(self.scheduler, num_steps, eta, steps)
 
     def noise_levels(self) -> NoiseLevels:

@@ -9,8 +9,16 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -34,6 +42,12 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2TokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -44,7 +58,7 @@ from b2diffurl.models import Model
 from b2diffurl.models import family as family_of
 from benchmarks.sd14 import BOS, EOS, V1_4_SCHEDULER
 
-MAX_TOKENS, WIDTH = 77, 16
+MAX_TOKENS, WIDTH, T5_WIDTH = 77, 16, 40
 # A literal copy of scheduler/scheduler_config.json of stabilityai/stable-diffusion-xl-base-1.0.
 XL_SCHEDULER = {
     "_class_name": "EulerDiscreteScheduler",
@@ -64,6 +78,22 @@ XL_SCHEDULER = {
     "trained_betas": None,
     "use_karras_sigmas": False,
 }
+# Literal copies of scheduler/scheduler_config.json of stable-diffusion-3.5-medium, FLUX.1-dev and FLUX.1-schnell.
+SD3_SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "_diffusers_version": "0.29.0.dev0",
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+}
+FLUX_SCHEDULER = SD3_SCHEDULER | {
+    "_diffusers_version": "0.30.0.dev0",
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "use_dynamic_shifting": True,
+}
+SCHNELL_SCHEDULER = FLUX_SCHEDULER | {"shift": 1.0, "use_dynamic_shifting": False}
 WORDS = ["a", "red", "blue", "green", "circle", "square", "cross", "and", "what", "is", "in", "this", "picture", "?"]
 
 
@@ -130,6 +160,115 @@ def sdxl(root: Path) -> Path:
     return root
 
 
+def sd3(root: Path, *, t5: bool = True) -> Path:
+    """A Stable Diffusion 3.5 of 8x8x4 latents and 64x64 px in directory `root`, with T5 or without it."""
+    torch.manual_seed(6)
+    first, second = tokenizer(), tokenizer(pad="!")
+    text = {"num_hidden_layers": 2, "projection_dim": 12}
+    pipeline = StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=T5_WIDTH,
+            caption_projection_dim=16,
+            pooled_projection_dim=24,
+            pos_embed_max_size=12,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        ),
+        vae=vae(scaling_factor=1.5305, shift_factor=0.0609, force_upcast=True),
+        text_encoder=CLIPTextModelWithProjection(CLIPTextConfig(**text_config(first) | text)),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text_config(second) | text)),
+        text_encoder_3=t5_encoder() if t5 else None,
+        tokenizer=first,
+        tokenizer_2=second,
+        tokenizer_3=t5_tokenizer() if t5 else None,
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(SD3_SCHEDULER),
+    )
+    pipeline.save_pretrained(root)
+    write_scheduler(root, SD3_SCHEDULER)
+    return root
+
+
+def flux(root: Path, *, schnell: bool = False) -> Path:
+    """A FLUX.1-dev of latents with 4 channels in directory `root`, or a FLUX.1-schnell."""
+    torch.manual_seed(7)
+    tokens = tokenizer()
+    pipeline = FluxPipeline(
+        transformer=FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=T5_WIDTH,
+            pooled_projection_dim=WIDTH,
+            guidance_embeds=not schnell,
+            axes_dims_rope=(4, 6, 6),
+        ),
+        vae=vae(scaling_factor=0.3611, shift_factor=0.1159, force_upcast=True),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text_config(tokens))),
+        text_encoder_2=t5_encoder(),
+        tokenizer=tokens,
+        tokenizer_2=t5_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(FLUX_SCHEDULER),
+    )
+    pipeline.save_pretrained(root)
+    write_scheduler(root, SCHNELL_SCHEDULER if schnell else FLUX_SCHEDULER)
+    return root
+
+
+def flux2(root: Path, *, distilled: bool = False) -> Path:
+    """A FLUX.2-klein-base in directory `root`, or one that is distilled. Its text encoder has the 27 layers in use."""
+    torch.manual_seed(8)
+    letters = {letter: number for number, letter in enumerate(string.ascii_letters + "ĠĊ<>|_/?" + string.digits)}
+    tokens = Qwen2TokenizerFast(vocab=letters | {"<|endoftext|>": len(letters)}, merges=[])
+    tokens.chat_template = (
+        "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} {% endfor %}assistant "
+    )
+    small = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+    pipeline = Flux2KleinPipeline(
+        transformer=Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        ),
+        vae=AutoencoderKLFlux2(
+            block_out_channels=(4, 8, 8, 8), norm_num_groups=4, latent_channels=4, sample_size=64, layers_per_block=1
+        ),
+        text_encoder=Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokens), num_hidden_layers=27, **small)),
+        tokenizer=tokens,
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(FLUX_SCHEDULER),
+        is_distilled=distilled,
+    )
+    pipeline.vae.bn.running_mean.normal_()
+    pipeline.vae.bn.running_var.uniform_(0.5, 2.0)
+    pipeline.save_pretrained(root)
+    write_scheduler(root, FLUX_SCHEDULER)
+    return root
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    """One token a letter, and one for a blank."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((one, -3.0) for one in string.ascii_lowercase)]
+    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
+
+
+def t5_encoder() -> T5EncoderModel:
+    small = {"d_model": T5_WIDTH, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
+    return T5EncoderModel(T5Config(vocab_size=len(t5_tokenizer()), **small))
+
+
 def vae(**config) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(4, 8, 8, 8),
@@ -150,9 +289,11 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     config: str = "",
     family: str = "stable_diffusion",
+    resolution: int = 0,
+    mlp: bool = False,
 ) -> Model:
     """A Stable Diffusion, or a model of another family, with a fresh LoRA."""
-    settings = ModelSettings(family, str(root), "main", "", config, resolution=0, lora_rank=rank)
+    settings = ModelSettings(family, str(root), "main", "", config, resolution=resolution, lora_rank=rank, lora_mlp=mlp)
     return family_of(settings).load(settings, device=torch.device("cpu"), dtype=dtype, seed=seed, decoder=True)
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from b2diffurl.algorithm.noising import NoiseLevels
-from b2diffurl.algorithm.transition import Transitions
+from b2diffurl.algorithm.transition import Transitions, affine_table
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -24,19 +24,11 @@ def make_transitions(
     variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
     sigma = eta * variance.clamp_min(0).sqrt()
     # Where alpha_bar is about 0 and eta is 1, sigma^2 is nearly 1 - alpha_bar_prev. Rounding may make the difference < 0.
+    direction = (1 - alpha_bar_prev - sigma**2).clamp_min(0).sqrt()
     signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    signal_prev, direction = alpha_bar_prev.sqrt(), (1 - alpha_bar_prev - sigma**2).clamp_min(0).sqrt()
-    # Equation 12 is mu = signal_prev x_0 + direction eps. Each type gives x_0 and eps by x_t and the network's output.
-    match prediction_type:
-        case "epsilon":  # x_0 = (x_t - noise eps) / signal
-            a, b = signal_prev / signal, direction - signal_prev * noise / signal
-        case "v_prediction":  # x_0 = signal x_t - noise v, eps = noise x_t + signal v
-            a, b = signal_prev * signal + direction * noise, direction * signal - signal_prev * noise
-        case "sample":  # eps = (x_t - signal x_0) / noise
-            a, b = direction / noise, signal_prev - direction * signal / noise
-        case _:
-            raise unknown_type(prediction_type)
-    return Transitions(timesteps, a.float(), b.float(), sigma.float())
+    output = target(prediction_type, signal, noise)
+    # Equation 12: mu = sqrt(alpha_bar_prev) x_0 + direction eps
+    return affine_table(timesteps, (signal, noise), output, (alpha_bar_prev.sqrt(), direction), sigma)
 
 
 def make_noise_levels(alphas_cumprod: Tensor, *, prediction_type: str) -> NoiseLevels:
@@ -46,25 +38,21 @@ def make_noise_levels(alphas_cumprod: Tensor, *, prediction_type: str) -> NoiseL
     An unknown `prediction_type` raises a ValueError.
     """
     alpha_bar = alphas_cumprod.cpu().double()
-    signal, noise, zero, one = (
-        alpha_bar.sqrt(),
-        (1 - alpha_bar).sqrt(),
-        torch.zeros_like(alpha_bar),
-        torch.ones_like(alpha_bar),
-    )
-    match prediction_type:
-        case "epsilon":
-            clean, noisy = zero, one
-        case "v_prediction":  # v = signal eps - noise x_0
-            clean, noisy = -noise, signal
-        case "sample":
-            clean, noisy = one, zero
-        case _:
-            raise unknown_type(prediction_type)
+    signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    clean, noisy = target(prediction_type, signal, noise)
     told = (signal * noisy - noise * clean) != 0
     coefficients = (values[told].float() for values in (signal, noise, clean, noisy))
     return NoiseLevels(torch.arange(len(alpha_bar))[told], *coefficients)
 
 
-def unknown_type(prediction_type: str) -> ValueError:
-    return ValueError(f"unknown prediction type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
+def target(prediction_type: str, signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """(clean, noisy): a network of this type outputs clean x_0 + noisy eps at x_t = signal x_0 + noise eps."""
+    zero, one = torch.zeros_like(signal), torch.ones_like(signal)
+    match prediction_type:
+        case "epsilon":
+            return zero, one
+        case "v_prediction":  # v = signal eps - noise x_0
+            return -noise, signal
+        case "sample":
+            return one, zero
+    raise ValueError(f"unknown prediction type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")

@@ -2,8 +2,9 @@
 
     p(x_prev | x_t) = N(mu, sigma^2),   mu = a x_t + b output
 
-A table holds a row (timestep, a, b, sigma) for each step; ddim.py fills one. Sampling is `transition` plus noise. Training
-is `transition` plus `log_prob`. There is no second formula, and nothing here depends on which sampler filled the table.
+A table holds a row (timestep, a, b, sigma) for each step; ddim.py and flow.py fill one. Sampling is `transition` plus noise.
+Training is `transition` plus `log_prob`. There is no second formula, and nothing here depends on which sampler filled the
+table.
 
     T sampler steps, i in 0..T-1 counts them in sampling order (from noise to image), S of them trained: the window
     N rows, C x H x W latents
@@ -45,6 +46,20 @@ class Transitions:
 
     def rows(self, start: int, stop: int) -> "Transitions":
         return Transitions(*(column[start:stop] for column in self.columns))
+
+
+def affine_table(
+    timesteps: Tensor, state: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor], mu: tuple[Tensor, Tensor], sigma: Tensor
+) -> Transitions:
+    """The table of steps whose mean is given by the x_0 and eps that the network predicts; every tensor is [T], in float64.
+
+    `state`, `output` and `mu` are factors of x_0 and of eps: of which x_t and the network's output are made, so that x_0 and
+    eps follow from these two, and of which the mean is made. The coefficients are rounded to float32 at the end.
+    """
+    (signal, noise), (clean, noisy), (of_x_0, of_eps) = state, output, mu
+    determinant = signal * noisy - noise * clean
+    a, b = (of_x_0 * noisy - of_eps * clean) / determinant, (of_eps * signal - of_x_0 * noise) / determinant
+    return Transitions(timesteps, a.float(), b.float(), sigma.float())
 
 
 def put_together(prefix: Transitions, trained: Transitions, tail: Transitions, window: Window) -> Transitions:

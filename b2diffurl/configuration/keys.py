@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from b2diffurl.algorithm.flow import SDES
 from b2diffurl.algorithm.transition import STEP_WEIGHTS
 from b2diffurl.configuration.limits import (
     Choice,
@@ -99,6 +100,7 @@ KEYS = {
     # ---- sampling ----
     "sample.num_steps": Key(Number("[1, 1000]")),
     "sample.eta": Key(Number("0 or [0.001, 1]", "0 is deterministic")),
+    "sample.sde": Key(Choice(SDES), before=HAD_NO_EFFECT),
     "sample.prefix_eta": Key(Number("-1 or [0, 1]", "-1 is as sample.eta"), before=-1.0),
     "sample.suffix_eta": Key(Number("-1 or [0, 1]", "-1 is as sample.eta"), before=-1.0),
     "sample.suffix_steps": Key(Number("[0, 1000]"), before=0),
@@ -146,7 +148,7 @@ KEYS = {
     "eval.batch_size": Key(Number("[1, 1e6]"), may_change=True),
     "eval.seed": Key(SEED, may_change=True),
     "eval.every": Key(SIZE, may_change=True),
-    "eval.deployed.scheduler": Key(TEXT, may_change=True),
+    "eval.deployed.scheduler": Key(TEXT_OR_NONE, may_change=True),
     "eval.deployed.num_steps": Key(Number("[1, 1000]"), may_change=True),
     "eval.deployed.eta": Key(Number("[0, 1]"), may_change=True),
     "eval.deployed.guidance_scale": Key(Number("0 or [1, 1000]", "0 is as in training"), may_change=True),
@@ -175,6 +177,7 @@ KEYS = {
     "train.adv_clip_max": Key(Number("(0, 1e6]")),
     "train.step_weight": Key(Choice(STEP_WEIGHTS)),
     "train.lora_rank": Key(Number("[1, 4096]")),
+    "train.lora_mlp": Key(SWITCH, before=False),
     "train.save_interval": Key(COUNT),
     **{
         key: Key(Number(interval), before=HAD_NO_EFFECT)

@@ -30,6 +30,7 @@ class ModelSettings:
     config: str  # if `name` is a single file: a model from which the configs of its parts are taken; "": the family's first
     resolution: int  # pixels; 0: the model's own
     lora_rank: int
+    lora_mlp: bool = field(default=False, kw_only=True)  # whether the LoRA is on the MLPs, too, and not on attention alone
     scheduler: Mapping[str, Any] = field(default_factory=dict)  # entries that count as if the model's scheduler had them
     offload: bool = False  # whether text encoders lie in main memory while they have nothing to encode
 
@@ -118,9 +119,15 @@ class SamplerSettings:
     """A sampler."""
 
     num_steps: int
-    eta: float | None  # of DDIM: 1 is fully stochastic; None: the scheduler has no eta
+    eta: float | None  # noise level: 1 is fully stochastic; None: the scheduler has no eta
     guidance_scale: float
-    scheduler: str = ""  # name of a diffusers class; "": the DDIM whose steps are trained
+    scheduler: str = ""  # name of a diffusers class; "": the sampler whose steps are trained
+    sde: str = ""  # of a flow-matching model's steps, a name in algorithm.flow.SDES; "": the sampler has no such choice
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All that decides its images, by name. Results of earlier versions have no entry `sde`."""
+        return {key: value for key, value in vars(self).items() if key != "sde" or value}
 
 
 @dataclass(frozen=True)
@@ -153,6 +160,10 @@ class Sampling:
     @property
     def guidance_scale(self) -> float:
         return self.sampler.guidance_scale
+
+    @property
+    def sde(self) -> str:
+        return self.sampler.sde
 
 
 @dataclass(frozen=True)
@@ -260,7 +271,8 @@ class Judging:
     batch_size: int  # images generated at once
     seed: int  # of the evaluation noise
     every: int  # evaluate on held-out prompts after every so many stages; 0: only at the end of the run
-    deployed: SamplerSettings  # as given: its class may lack the ending `Scheduler`; guidance_scale 0: training's
+    # As given: its class may lack the ending `Scheduler`, or be "" for the family's own; guidance_scale 0: training's
+    deployed: SamplerSettings
 
 
 @dataclass(frozen=True)
@@ -303,7 +315,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     """The values of a configuration. Call `rules.check` first: nothing is checked here."""
     return Settings(
         compute=read_compute(config),
-        model=read_model(config["pretrained"], config["train"]["lora_rank"]),
+        model=read_model(config["pretrained"], config["train"]),
         schedule=read_schedule(config),
         prompts=PromptSources(
             train_file=config["prompt_file"],
@@ -347,12 +359,13 @@ def read_schedule(config: Mapping[str, Any]) -> Schedule:
 
 def read_sampling(config: Mapping[str, Any]) -> Sampling:
     sample = config["sample"]
+    sampler = SamplerSettings(**{key: sample[key] for key in ("num_steps", "eta", "guidance_scale", "scheduler", "sde")})
     return Sampling(
         num_groups=sample["batch_size"],
         num_batches=sample["num_batches_per_epoch"],
         tree=read_tree(config),
         shared_prefix=config["sampling"] == "branch",
-        sampler=SamplerSettings(sample["num_steps"], sample["eta"], sample["guidance_scale"], sample["scheduler"]),
+        sampler=sampler,
         outside=Outside(sample["prefix_eta"], sample["suffix_eta"], sample["suffix_steps"]),
         micro_batch_size=sample["micro_batch_size"],
         decode_batch_size=sample["decode_batch_size"],
@@ -406,8 +419,8 @@ def read_output(config: Mapping[str, Any]) -> Output:
     )
 
 
-def read_model(pretrained: Mapping[str, Any], lora_rank: int) -> ModelSettings:
-    """The section `pretrained` of a configuration."""
+def read_model(pretrained: Mapping[str, Any], train: Mapping[str, Any]) -> ModelSettings:
+    """From the sections `pretrained` and `train`, which may be those of an older config.json."""
     return ModelSettings(
         family=pretrained["family"],
         name=pretrained["model"],
@@ -415,7 +428,8 @@ def read_model(pretrained: Mapping[str, Any], lora_rank: int) -> ModelSettings:
         variant=pretrained["variant"],
         config=pretrained["config"],
         resolution=pretrained["resolution"],
-        lora_rank=lora_rank,
+        lora_rank=train["lora_rank"],
+        lora_mlp=train.get("lora_mlp", False),
         scheduler=dict(pretrained.get("scheduler") or {}),  # older config.json files lack it, and the next one
         offload=pretrained.get("offload", False),
     )

@@ -22,16 +22,20 @@ from b2diffurl.runtime.batch_sizes import sampling_sizes
 
 
 def training_sampler(settings: Settings) -> SamplerSettings:
-    """The sampler that a stage's images are sampled with: DDIM, or the scheduler of `sample.scheduler`."""
+    """The sampler that a stage's images are sampled with: the steps that are trained, or `sample.scheduler`."""
     given = settings.sampling.sampler
-    return of_diffusers(settings, given, "sample.scheduler") if given.scheduler else given
+    if given.scheduler:
+        return of_diffusers(settings, replace(given, sde=""), "sample.scheduler")
+    return given if family(settings.model).describe().is_flow else replace(given, sde="")
 
 
 def deployed_sampler(settings: Settings) -> SamplerSettings:
     """The sampler that people will use the tuned model with, from `eval.deployed`."""
     deployed = settings.judging.deployed
+    scheduler = deployed.scheduler or family(settings.model).describe().scheduler
     guidance_scale = deployed.guidance_scale or settings.sampling.guidance_scale
-    return of_diffusers(settings, replace(deployed, guidance_scale=guidance_scale), "eval.deployed.scheduler")
+    chosen = replace(deployed, scheduler=scheduler, guidance_scale=guidance_scale)
+    return of_diffusers(settings, chosen, "eval.deployed.scheduler")
 
 
 def of_diffusers(settings: Settings, given: SamplerSettings, key: str) -> SamplerSettings:
@@ -64,13 +68,6 @@ def scheduler_class(name: str, known: Sequence[str], key: str) -> Any:
     return kind
 
 
-def make_scheduler(model: Model, settings: SamplerSettings, device: torch.device) -> Any:
-    """A scheduler of diffusers, set to its number of steps. A ValueError if it cannot make so many."""
-    scheduler = model.scheduler(settings.scheduler)
-    scheduler.set_timesteps(settings.num_steps, device=device)
-    return scheduler
-
-
 def sample_images(settings: Settings, model: Model, prompts: list[str], sampler: SamplerSettings, batch: int) -> Tensor:
     """Generate batch number `batch` of an evaluation: images uint8 [N,H,W,3], one for each prompt.
 
@@ -98,9 +95,9 @@ def sample_images(settings: Settings, model: Model, prompts: list[str], sampler:
 
         x_T = noise((len(prompts), *model.latent_shape))
         if sampler.scheduler:
-            scheduler = make_scheduler(model, sampler, device)
+            scheduler = model.scheduler(sampler.scheduler, sampler.num_steps)
             return denoise_by(scheduler, predict_at(scheduler.timesteps), x_T, rng, sampler.eta)
-        table = model.sampler(sampler.num_steps, sampler.eta)
+        table = model.sampler(sampler.num_steps, sampler.eta, sde=sampler.sde)
         return denoise(predict_at(table.timesteps), table, x_T, noise, range(sampler.num_steps))
 
     latents = sizes.fit("sample.micro_batch_size", generate_latents)
@@ -109,11 +106,13 @@ def sample_images(settings: Settings, model: Model, prompts: list[str], sampler:
 
 def denoise_by(scheduler: Any, predict: Predict, x_T: Tensor, rng: torch.Generator, eta: float | None) -> Tensor:
     """Run a scheduler of diffusers from standard normal noise x_T [N,C,h,w], as the pipelines of diffusers do."""
-    # Schedulers differ in what their `step` takes: not all have a generator, and few have an eta.
+    # Schedulers differ in what their `step` takes: not all have a generator, and few have an eta. Those of flow matching
+    # neither scale what the network reads nor the first noise.
     accepted = inspect.signature(scheduler.step).parameters
     options = {key: value for key, value in (("eta", eta), ("generator", rng)) if key in accepted}
-    x = x_T * scheduler.init_noise_sigma
+    scaled = getattr(scheduler, "scale_model_input", lambda x, _: x)
+    x = x_T * getattr(scheduler, "init_noise_sigma", 1.0)
     for i, timestep in enumerate(scheduler.timesteps):
-        output = predict(scheduler.scale_model_input(x, timestep), i)
+        output = predict(scaled(x, timestep), i)
         x = scheduler.step(output, timestep, x, **options, return_dict=False)[0]
     return x

@@ -171,7 +171,7 @@ class Evaluation:
                     self.measure(model, prompts, sampler, folder)
                 facts = {"checkpoint": checkpoint, "stage": stage_of(checkpoint)}
                 facts |= {"prompts": set_name, "sampler": sampler_name}
-                facts |= {"lora": relative_to(root, lora) if lora else "", "conditions": conditions} | vars(sampler)
+                facts |= {"lora": relative_to(root, lora) if lora else "", "conditions": conditions} | sampler.facts
                 results.append(facts | {"folder": relative_to(root, folder)} | files.read_json(folder / "result.json"))
                 if lora and base_images:
                     require_different(lora, same=results[-1]["images_sha256"] == base_images)
@@ -201,7 +201,7 @@ class Evaluation:
             model.resolution,
             {package: installed[package] for package in DECISIVE_PACKAGES},
         ]
-        return files.digest([vars(sampler), prompts, *decisive])
+        return files.digest([sampler.facts, prompts, *decisive])
 
     def warn_of_cut_prompts(self, model: Model, name: str) -> None:
         """Name the prompts of a set that are judged and too long for the model, once a call."""
@@ -270,8 +270,9 @@ def require_same_base(settings: Settings, trained: Mapping[str, Any], base: Mapp
 def warn_of_other_settings(settings: Settings, trained: Mapping[str, Any]) -> None:
     """Log a warning if the reward or training's sampler differ from `trained`, the experiment's recorded configuration."""
     compared = {"reward": (settings.rewards.description, describe_reward(trained["reward"]))}
-    for key in ("num_steps", "eta", "guidance_scale"):
-        compared[f"sample.{key}"] = (getattr(settings.sampling, key), trained["sample"][key])
+    for key in ("num_steps", "eta", "guidance_scale", "sde"):
+        here = getattr(settings.sampling, key)
+        compared[f"sample.{key}"] = (here, trained["sample"].get(key, here))
     other = [f"{name} is {here}, in training it was {there}" for name, (here, there) in compared.items() if here != there]
     if other:
         logger.warning("eval: %s; leave out these flags to judge as in training", "; ".join(other))

@@ -140,7 +140,7 @@ def with_error(row: Mapping[str, Any], key: str, *, signed: bool = False) -> str
 
 def describe_sampler(row: Mapping[str, Any]) -> str:
     """The row's sampler in words: `training sampler: DDIM, 10 steps, eta 1, guidance 2`."""
-    scheduler = (row["scheduler"] or "DDIMScheduler").removesuffix("Scheduler")
+    scheduler = (row["scheduler"] or row.get("sde") or "DDIMScheduler").removesuffix("Scheduler")
     eta = "" if row["eta"] is None else f"eta {row['eta']:g}, "
     return f"{row['sampler']} sampler: {scheduler}, {row['num_steps']} steps, {eta}guidance {row['guidance_scale']:g}"
 

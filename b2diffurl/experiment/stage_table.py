@@ -124,13 +124,13 @@ def stage_list(indices: Sequence[int]) -> str:
     return f"stage{'s' if len(set(indices)) > 1 else ''} {named}"
 
 
-def per_step_rows(root: Path, key: str) -> dict[int, dict[int, float]]:
+def per_step_rows(root: Path, key: str) -> dict[int, dict[float, float]]:
     """{stage: `step_means`} of the trained stages that have the metric `key`."""
     means = {stage.index: step_means(stage, key) for stage in finished_stages(root, "train")}
     return {index: values for index, values in means.items() if values is not None}
 
 
-def step_means(stage: Stage, key: str) -> dict[int, float] | None:
+def step_means(stage: Stage, key: str) -> dict[float, float] | None:
     """{timestep: mean over the stage's updates} of a metric by step, such as `log_ratio_per_step`; None if it has none.
 
     Timesteps from noise to image. An update may train some of a stage's steps (timestep_fraction).

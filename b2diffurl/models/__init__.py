@@ -25,7 +25,7 @@ from b2diffurl.configuration.settings import ModelSettings, Sampling
 from b2diffurl.models import recognise
 
 # Family name -> module of this package, which is imported when the family is first used.
-FAMILIES = {"stable_diffusion": "stable_diffusion", "sdxl": "sdxl"}
+FAMILIES = {name: name for name in ("stable_diffusion", "sdxl", "sd3", "flux", "flux2")}
 
 
 class Model(Protocol):
@@ -36,17 +36,21 @@ class Model(Protocol):
     fingerprint: str  # SHA-256 of the base network's weights
     scheduler_config: dict  # the scheduler's settings, defaults filled in, for manifests
 
-    def sampler(self, num_steps: int, eta: float, steps: Sequence[int] | None = None) -> Transitions:
+    def sampler(self, num_steps: int, eta: float, steps: Sequence[int] | None = None, *, sde: str = "") -> Transitions:
         """The transitions of a sampler with `num_steps` steps and noise level `eta`; with eta 0 it is deterministic.
 
-        If `steps` are given, only these of them are taken. Each leads to the next one, the last to the image.
+        If `steps` are given, only these of them are taken. Each leads to the next one, the last to the image. `sde` is the
+        kind of a flow-matching model's stochastic steps (algorithm/flow.py); others have one kind.
         """
 
     def noise_levels(self) -> NoiseLevels:
         """The noise levels that the network was trained on, and what it outputs there."""
 
-    def scheduler(self, name: str) -> Any:
-        """A scheduler of diffusers by its class name, with this model's scheduler settings."""
+    def scheduler(self, name: str, num_steps: int) -> Any:
+        """A scheduler of diffusers by its class name, with this model's scheduler settings, set to `num_steps` steps.
+
+        A ValueError if it cannot make so many.
+        """
 
     def encode(self, prompts: list[str]) -> Conditions:
         """Encode prompts into what the network is conditioned on, each tensor [P, ...]."""
@@ -121,6 +125,12 @@ class Description:
     tags: tuple[str, ...]  # its tags on the Hugging Face hub
     pipeline: str  # the class of diffusers that loads it
     network: str  # the network that carries the LoRA, such as UNet
+    scheduler: str = "DDIMScheduler"  # of diffusers, with which checkpoints are judged if the user names no other
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether it is a flow-matching model: sample.sde chooses the steps that are trained; otherwise they are DDIM's."""
+        return self.scheduler.startswith("FlowMatch")
 
 
 class Family(Protocol):

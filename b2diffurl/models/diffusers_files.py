@@ -50,6 +50,7 @@ class PipelineSpec:
     configs: str  # a model of the family from which a single file takes the configs of its parts, if none is given
     # Refuses parts of a directory that do not fit one another, or that the family cannot run. They may lack weights.
     check_fit: Callable[[Path, Mapping[str, nn.Module]], None]
+    schedule: Any = noise_schedule  # the module that reads its scheduler's settings: noise_schedule or flow_schedule
     heeds_force_upcast: bool = False  # a VAE whose config has force_upcast is loaded in float32, whatever the precision
 
     @property
@@ -175,7 +176,7 @@ def part_files(root: Path, part: str, model: ModelSettings, spec: PipelineSpec) 
 
 def scheduler_config(model: ModelSettings, spec: PipelineSpec) -> dict[str, Any]:
     """The settings of a base model's scheduler, with the entries of `pretrained.scheduler`."""
-    return noise_schedule.read_config(locate_configs(model, spec), model.scheduler)
+    return spec.schedule.read_config(locate_configs(model, spec), model.scheduler)
 
 
 def fingerprint(model: ModelSettings, spec: PipelineSpec) -> str:
@@ -200,7 +201,7 @@ def identity(model: ModelSettings, spec: PipelineSpec) -> dict[str, str]:
         else:
             read = sorted(path for pattern in MODEL_PARTS for path in (configs / part).glob(pattern))
             parts[part] = {path.name: settings_of(path) if path.name in CONFIGS else checksum(path) for path in read}
-    parts["scheduler"] = noise_schedule.decisive(scheduler_config(model, spec))
+    parts["scheduler"] = spec.schedule.decisive(scheduler_config(model, spec))
     return {part: files.digest(content) for part, content in parts.items()}
 
 

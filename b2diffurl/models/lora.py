@@ -9,7 +9,7 @@ families, the targets too: each family's module has its own.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,13 @@ class LoraSpec:
     prefix: str  # the first part of each key, a part of the pipeline: unet
     title: str  # that part's name in messages: UNet
     targets: tuple[str, ...]  # the linear layers that carry it, by the ends of their names
+    mlps: tuple[str, ...]  # those that may carry it beside, of the MLPs
     layers: str  # how the names of the network's layers begin, a regular expression
     to_diffusers: Callable[[State], State]  # converts another program's keys to diffusers' keys
+
+    def chosen(self, *, mlp: bool) -> "LoraSpec":
+        """The same with the MLPs among the targets, if `mlp`."""
+        return replace(self, targets=(*self.targets, *self.mlps)) if mlp else self
 
     def key(self, name: str) -> str:
         """The key in pytorch_lora_weights.safetensors of the network's parameter `name`."""
@@ -79,6 +84,11 @@ def add_lora(network: nn.Module, spec: LoraSpec, *, rank: int, seed: int) -> Non
         network.add_adapter(config)
     for parameter in lora_parameters(network).values():
         parameter.data = parameter.data.float()
+    for name, module in network.named_modules():
+        if name.endswith(".lora_A.default"):
+            # Of a slice, such as the image's rows of joint attention, torch computes the product in another order if a
+            # gradient is wanted. Sampling and training would differ by rounding.
+            module.register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
 
 
 def lora_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -94,7 +104,8 @@ def load_lora(network: nn.Module, path: Path, spec: LoraSpec) -> None:
         odd = sorted(state.keys() ^ parameters.keys())
         raise ValueError(
             f"{path} does not fit: {len(odd)} keys differ, such as {odd[0]}. "
-            f"It must be a LoRA on the {spec.title}'s attention ({', '.join(spec.targets)}) of this base model."
+            f"It must be a LoRA on the {spec.title}'s attention, and with train.lora_mlp on its MLPs, of this base model: "
+            f"on {', '.join(spec.targets)}."
         )
     if (rank := rank_of(state)) != rank_of(parameters):
         raise ValueError(f"{path} does not fit: its rank is {rank}, not {rank_of(parameters)}. Set train.lora_rank={rank}.")

@@ -31,6 +31,7 @@ class PipelineModel:
     compiled: ClassVar[tuple[str, ...]]  # classes of the network's blocks that are compiled, each by itself
 
     def __init__(self, model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool):
+        self.lora_spec = type(self).lora_spec.chosen(mlp=model.lora_mlp)
         self.parts: dict[str, Any] = diffusers_files.load_parts(model, self.spec, dtype, decoder=decoder)
         self.fingerprint = diffusers_files.fingerprint(model, self.spec)
         self._encoders_rest = torch.device("cpu") if model.offload else device

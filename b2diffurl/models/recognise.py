@@ -17,6 +17,9 @@ INDEX = "model_index.json"  # in a model directory
 PIPELINES = {
     "StableDiffusionPipeline": "stable_diffusion",
     "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
+    "Flux2KleinPipeline": "flux2",
 }
 # Pipelines that are no text-to-image model of a family, and why.
 REFUSED = {
@@ -27,9 +30,9 @@ REFUSED = {
 # What the name of a tensor in a single file begins with -> a family, or the name of models that are not supported. The first
 # that any tensor has is taken.
 TENSORS = {
-    "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
-    "model.diffusion_model.double_blocks.": "Flux",
-    "double_blocks.": "Flux",
+    "model.diffusion_model.joint_blocks.": "sd3",
+    "model.diffusion_model.double_blocks.": "flux",
+    "double_blocks.": "flux",
     "conditioner.embedders.0.model.": "SDXL's refiner",
     "conditioner.": "sdxl",
     "cond_stage_model.": "stable_diffusion",
@@ -37,7 +40,7 @@ TENSORS = {
     "model.diffusion_model.input_blocks.": "stable_diffusion",
 }
 # A folder of a model directory without model_index.json -> the family. The first that is there is taken.
-FOLDERS = {"text_encoder_2": "sdxl", "unet": "stable_diffusion"}
+FOLDERS = {"tokenizer_3": "sd3", "transformer": "flux", "text_encoder_2": "sdxl", "unet": "stable_diffusion"}
 # Of a UNet in a single file; those of inpainting read a masked image and its mask beside the latents.
 FIRST_LAYER, INPAINTING_CHANNELS = "model.diffusion_model.input_blocks.0.0.weight", 9
 GIVE = "Give another base (pretrained.model)"

@@ -104,6 +104,7 @@ LORA = LoraSpec(
     prefix="unet",
     title="UNet",
     targets=unet.TARGETS,
+    mlps=unet.MLPS,
     layers=rf"{unet.LAYERS}|add_embedding",
     to_diffusers=to_diffusers,
 )

@@ -67,7 +67,9 @@ def to_diffusers(state: State) -> State:
     return StableDiffusionPipeline.lora_state_dict(state)[0]
 
 
-LORA = LoraSpec(prefix="unet", title="UNet", targets=unet.TARGETS, layers=unet.LAYERS, to_diffusers=to_diffusers)
+LORA = LoraSpec(
+    prefix="unet", title="UNet", targets=unet.TARGETS, mlps=unet.MLPS, layers=unet.LAYERS, to_diffusers=to_diffusers
+)
 
 
 def describe() -> Description:

@@ -19,6 +19,7 @@ from b2diffurl.models.pipeline_model import PipelineModel
 from b2diffurl.runtime import files
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the layers that carry the LoRA
+MLPS = ("ff.net.0.proj", "ff.net.2")  # those that may carry it beside
 # How the names of a UNet's layers begin.
 LAYERS = (
     r"(?:(?:down|up)_blocks\.\d+|mid_block)\.(?:attentions|resnets|(?:down|up)samplers)\.\d+|conv_(?:in|out)|time_embedding"
@@ -57,16 +58,18 @@ class UNetModel(PipelineModel):
     def unet(self) -> Any:
         return self.bare
 
-    def sampler(self, num_steps: int, eta: float, steps: Sequence[int] | None = None) -> Transitions:
+    def sampler(self, num_steps: int, eta: float, steps: Sequence[int] | None = None, *, sde: str = "") -> Transitions:
         return noise_schedule.make_table(self._scheduler, num_steps, eta, steps).to(self.unet.device)
 
     def noise_levels(self) -> NoiseLevels:
         return noise_schedule.make_levels(self._scheduler).to(self.unet.device)
 
-    def scheduler(self, name: str) -> Any:
+    def scheduler(self, name: str, num_steps: int) -> Any:
         import diffusers
 
-        return getattr(diffusers, name).from_config(self._stock)
+        scheduler = getattr(diffusers, name).from_config(self._stock)
+        scheduler.set_timesteps(num_steps, device=self.unet.device)
+        return scheduler
 
 
 def schedulers() -> list[str]:
@@ -134,7 +137,7 @@ def sizes(
         latent_shape=(unet["in_channels"], height, width),
         image_px=(height * px, width * px),
         embedding=embedding(configs),
-        lora=lora.count_numbers(weights, lora_spec),
+        lora=lora.count_numbers(weights, lora_spec.chosen(mlp=model.lora_mlp)),
         weights=diffusers_files.count_weights(model, spec),
         float32=diffusers_files.upcast_parts(vae, spec),
     )

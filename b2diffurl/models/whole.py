@@ -31,8 +31,14 @@ NUM_NAMED = 3  # so many tensors are named in an error
 
 def check_tensors(where: str, part: nn.Module, stored: Shapes, remedy: str) -> None:
     """Refuse the files of a part, at `where`, whose tensors are not those of `part`, which may lie on the meta device."""
-    expected = canonical({name: tuple(tensor.shape) for name, tensor in part.state_dict().items()})
-    stored = {name: shape for name, shape in canonical(stored).items() if name in expected or not HARMLESS.search(name)}
+    # Tied weights, such as T5's embedding, are stored once, under either name.
+    tied = getattr(part, "_tied_weights_keys", None) or {}
+    tied = tied if getattr(part.config, "tie_word_embeddings", True) else {}
+    shapes = {name: tuple(tensor.shape) for name, tensor in part.state_dict().items()}
+    expected, stored = (
+        canonical({tied.get(name, name): shape for name, shape in some.items()}) for some in (shapes, stored)
+    )
+    stored = {name: shape for name, shape in stored.items() if name in expected or not HARMLESS.search(name)}
     wrong = [
         f"{name} is {stored[name]}, not {shape}" for name, shape in expected.items() if stored.get(name, shape) != shape
     ]

@@ -62,8 +62,8 @@ class Figure:
     """What a measure reads from an update. If one timestep decides the value, only updates that trained it compare."""
 
     value: float
-    steps: tuple[int, ...] = ()  # the timesteps that the update trained
-    decisive: int | None = None  # the timestep that decides the value; None: no single one does
+    steps: tuple[float, ...] = ()  # the timesteps that the update trained
+    decisive: float | None = None  # the timestep that decides the value; None: no single one does
 
 
 @dataclass

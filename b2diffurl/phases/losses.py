@@ -83,7 +83,7 @@ class Loss(Protocol):
     def prepare(self, samples: Trajectories, rng: torch.Generator) -> Trajectories:
         """The samples of an update as `__call__` takes them. `rng` belongs to this update."""
 
-    def timesteps(self, steps: Sequence[int]) -> list[int]:
+    def timesteps(self, steps: Sequence[int]) -> list[float]:
         """The timesteps of the network at `steps`, for metrics."""
 
 
@@ -118,7 +118,7 @@ class TransitionLoss:
         )
         return by_step(self.objective, terms, units, steps)
 
-    def timesteps(self, steps: Sequence[int]) -> list[int]:
+    def timesteps(self, steps: Sequence[int]) -> list[float]:
         return [self.table.timesteps[self.window.start + step].item() for step in steps]
 
 
@@ -183,7 +183,7 @@ class NoisedLoss:
         )
         return by_step(self.objective, terms, units, steps)
 
-    def timesteps(self, steps: Sequence[int]) -> list[int]:
+    def timesteps(self, steps: Sequence[int]) -> list[float]:
         """The timestep in the middle of each band."""
         first, end = self.window
         middle = [first + int((step + 0.5) * (end - first) / len(self.step_weight)) for step in steps]
@@ -204,7 +204,7 @@ def make_loss(
     With `constant_shape` every policy is given all rows of a micro-batch: a network is compiled anew for each number.
     """
     policy = Policy(model, training.guidance)
-    objective, table = training.objective, policy.model.sampler(sampling.num_steps, sampling.eta)
+    objective, table = training.objective, policy.model.sampler(sampling.num_steps, sampling.eta, sde=sampling.sde)
     if not objective.on_noised_images:
         require_stochastic(table, window)
         return TransitionLoss(policy, objective, table, window, step_weights(table, window, training.steps.weight))

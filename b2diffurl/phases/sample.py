@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from b2diffurl.configuration.plan import Plan
 from b2diffurl.configuration.prompts import batch_prompts, named_prompts
 from b2diffurl.configuration.recorded import lasting_settings, record_experiment
 from b2diffurl.configuration.settings import Sampling
-from b2diffurl.evaluation.generate import denoise_by, deployed_sampler, make_scheduler, training_sampler
+from b2diffurl.evaluation.generate import denoise_by, deployed_sampler, training_sampler
 from b2diffurl.experiment.branch_picture import decode_tree, recording_prefix, save_tree
 from b2diffurl.experiment.metrics import Metrics, timed
 from b2diffurl.experiment.not_finite import listed, not_finite
@@ -69,7 +69,7 @@ def sample_stage(plan: Plan) -> None:
     started = time.perf_counter()
     accelerator = make_accelerator(plan.settings.compute)
     model, sampler = load_sampled_policy(plan, accelerator)
-    facts = stage_facts(plan, model, accelerator)
+    facts = stage_facts(plan, model, sampler, accelerator)
     # Every process reads all batches before `begin_stage` lets any of them write, so they agree on what is missing.
     missing = [batch for batch in range(plan.settings.sampling.num_batches) if not is_sampled(stage, batch, facts["policy"])]
     begin_stage(plan, model, accelerator)
@@ -125,7 +125,8 @@ def load_sampled_policy(plan: Plan, accelerator: Accelerator) -> tuple[Model, Tr
     sampler = make_sampler(model, plan.settings.sampling, plan.window)
     require_noise(sampler, plan)
     # Not needed here. But a deployed sampler that cannot be made is refused now, rather than at the first evaluation.
-    make_scheduler(model, deployed_sampler(plan.settings), accelerator.device)
+    deployed = deployed_sampler(plan.settings)
+    model.scheduler(deployed.scheduler, deployed.num_steps)
     return model, sampler
 
 
@@ -145,10 +146,11 @@ def require_noise(sampler: Transitions, plan: Plan) -> None:
 def make_sampler(model: Model, sampling: Sampling, window: Window) -> Transitions:
     """The table of a stage's transitions. Outside the window they may have an eta of their own, and the tail fewer steps."""
     num_steps, outside = sampling.num_steps, sampling.outside
-    trained = model.sampler(num_steps, sampling.eta)
+    make = partial(model.sampler, sde=sampling.sde)
+    trained = make(num_steps, sampling.eta)
     prefix_eta, suffix_eta = (sampling.eta if eta < 0 else eta for eta in (outside.prefix_eta, outside.suffix_eta))
-    tail = model.sampler(num_steps, suffix_eta, window.tail(num_steps, outside.num_suffix_steps))
-    return put_together(model.sampler(num_steps, prefix_eta), trained, tail, window)
+    tail = make(num_steps, suffix_eta, window.tail(num_steps, outside.num_suffix_steps))
+    return put_together(make(num_steps, prefix_eta), trained, tail, window)
 
 
 def begin_stage(plan: Plan, model: Model, accelerator: Accelerator) -> None:
@@ -286,7 +288,7 @@ class BatchSampler:
         grouped = (sampling.num_groups, sampling.num_branches)
         if sampling.sampler.scheduler:
             settings = training_sampler(self.plan.settings)
-            scheduler = make_scheduler(self.model, settings, self.sampler.sigma.device)
+            scheduler = self.model.scheduler(settings.scheduler, settings.num_steps)
             predict = self.predictor(scheduler.timesteps, conditions, micro_batch_size)
             x_T = noise((math.prod(grouped), *self.model.latent_shape))
             finished = denoise_by(scheduler, predict, x_T, rng, settings.eta).unflatten(0, grouped)
@@ -374,7 +376,7 @@ def require_finite(latents: Tensor, log_probs: Tensor, prompts: list[str], stage
         raise not_finite(stage, stage.batch(batch).stem, message, tensors, facts)
 
 
-def stage_facts(plan: Plan, model: Model, accelerator: Accelerator) -> dict[str, Any]:
+def stage_facts(plan: Plan, model: Model, sampler: Transitions, accelerator: Accelerator) -> dict[str, Any]:
     """The facts for the phase's manifest. `policy` is the part on which all batches on disk must agree."""
     settings, budget = plan.settings, Budget.of(plan.settings)
     policy = {
@@ -396,6 +398,7 @@ def stage_facts(plan: Plan, model: Model, accelerator: Accelerator) -> dict[str,
         "batch_shape": [settings.sampling.num_groups, settings.sampling.num_branches, *model.latent_shape],
         # Through JSON and back: a scheduler's configuration may hold what JSON cannot, which becomes text.
         "scheduler": json.loads(json.dumps(model.scheduler_config, default=str)),
+        "timesteps": sampler.timesteps.tolist(),  # a flow-matching model's sigmas are a thousandth of them
         "mixed_precision": accelerator.mixed_precision,
         "device": str(accelerator.device),
         "num_threads": torch.get_num_threads(),

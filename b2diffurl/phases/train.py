@@ -85,7 +85,7 @@ def train_stage(plan: Plan) -> None:
     old_lora = {name: parameter.detach().clone() for name, parameter in model.trainable().items()}
     if interrupted:
         load_lora(model, plan.settings.model, source)
-    check_scheduler(plan, sampled.get("scheduler", {}), model)
+    check_scheduler(plan, sampled, model)
     trainer = make_trainer(plan, accelerator, model, source, old_lora)
     epochs_done = resumed_epochs(stage, source) if interrupted else 0
     if accelerator.is_main_process:
@@ -137,11 +137,19 @@ def check_policy(plan: Plan, sampled: dict, model: Model) -> None:
 
 
 def check_scheduler(plan: Plan, sampled: dict, model: Model) -> None:
-    """Raise a ValueError if the scheduler that sampled, by the stage's record, had other settings than that of `model`."""
-    now = json.loads(json.dumps(model.scheduler_config, default=str))  # as the record has it
-    if other := [key for key in sampled.keys() & now.keys() if sampled[key] != now[key]]:
+    """Raise a ValueError if the scheduler that sampled, by the stage's manifest, had other settings than that of `model`.
+
+    Or other timesteps: settings may stay and mean other steps in another version of diffusers.
+    """
+    now = json.loads(json.dumps(model.scheduler_config, default=str))  # as the manifest has it
+    before, sampling, window = sampled.get("scheduler", {}), plan.settings.sampling, plan.window
+    if "timesteps" in sampled:  # earlier versions did not record them
+        trained = slice(window.start, window.stop)
+        before = before | {"timesteps": sampled["timesteps"][trained]}
+        now["timesteps"] = model.sampler(sampling.num_steps, sampling.eta, sde=sampling.sde).timesteps[trained].tolist()
+    if other := [key for key in before.keys() & now.keys() if before[key] != now[key]]:
         raise ValueError(
-            f"{plan.stage.folder} was sampled with another scheduler ({other[0]} was {sampled[other[0]]!r}, is "
+            f"{plan.stage.folder} was sampled with another scheduler ({other[0]} was {before[other[0]]!r}, is "
             f"{now[other[0]]!r}). Put the old scheduler back, or delete {plan.stage.folder} to sample it anew."
         )
 

@@ -67,7 +67,7 @@ class UpdateReport:
     """What an update, or some steps of it, was computed from, over all processes."""
 
     units: Tensor  # [U] or [U,2], rows of the update's trajectories
-    timesteps: list[int]  # [s]
+    timesteps: list[float]  # [s]
     values: StepValues
     step_norms: Tensor | None  # [s] norm of each step's own gradient; None if steps have shared a micro-batch
 

@@ -293,7 +293,7 @@ def usage(exported: Exported) -> dict[str, Any]:
     sample = config["sample"]
     chosen = {key: deployed.get(key) or sample[key] for key in ("num_steps", "guidance_scale")}
     eta = deployed.get("eta", sample["eta"])
-    scheduler = deployed.get("scheduler", "DDIMScheduler")
+    scheduler = deployed.get("scheduler") or exported.family.scheduler
     size = exported.model.resolution
     options = {"num_inference_steps": chosen["num_steps"], "guidance_scale": chosen["guidance_scale"]}
     options |= {"eta": eta} if eta else {}  # 0 is the pipeline's default
@@ -352,6 +352,7 @@ def training(exported: Exported) -> dict[str, str]:
     queries, updates = rows[-1]["queries"], earlier + read_state(exported.lora)["num_updates"]
     num_steps, tree = settings["sample.num_steps"], read_tree(settings)
     windows = [Stage(exported.root, row["stage"]).sampled_window(num_steps) for row in rows]
+    layers = "attention and MLPs" if settings.get("train.lora_mlp") else "the attention"
     entries = {
         "checkpoint": f"{exported.checkpoint}, of stage0 to stage{settings['stage_cnt'] - 1}",
         "budget": f"{queries:,} images scored, {updates:,} updates (stages: {len(rows)})",
@@ -359,12 +360,12 @@ def training(exported: Exported) -> dict[str, str]:
         "prompts": f"{len(drawn_prompts(exported)):,} drawn from `{prompt_file(exported, 'train')}`",
         "schedule": f"{settings['curriculum']}: {trained_text(windows, num_steps)} are trained",
         "sampling": f"{settings['sampling']}, {tree.num_leaves} images a group{tree.text}; "
-        f"{sampler_text(settings)}, guidance {settings['sample.guidance_scale']:g}",
+        f"{sampler_text(settings, exported.family)}, guidance {settings['sample.guidance_scale']:g}",
         "selection": f"{settings['eval.selection']}, advantage by {settings['eval.advantage']}",
         "objective": objective_text(settings),
         "optimizer": f"AdamW, learning rate {rate_text(settings)}",
         **({"weights": average_text(settings["train.ema"])} if is_average(exported.checkpoint) else {}),
-        "LoRA": f"rank {settings['train.lora_rank']} = alpha, on the attention of the {exported.family.network}, float32",
+        "LoRA": f"rank {settings['train.lora_rank']} = alpha, on {layers} of the {exported.family.network}, float32",
         "seed": str(settings["seed"]),
     }
     sampled = [one for one in finished_stages(exported.root, "sample") if one.index <= stage.index]
@@ -387,9 +388,10 @@ def trained_text(windows: list[Window], num_steps: int) -> str:
     return f"steps {' to '.join(ends)} of {num_steps}"
 
 
-def sampler_text(settings: Mapping[str, Any]) -> str:
+def sampler_text(settings: Mapping[str, Any], family: Description) -> str:
     """What sampled the images that were trained on."""
-    return settings.get("sample.scheduler") or f"DDIM, η {settings['sample.eta']:g}"
+    steps = settings["sample.sde"] if family.is_flow else "DDIM"
+    return settings.get("sample.scheduler") or f"{steps}, η {settings['sample.eta']:g}"
 
 
 def objective_text(settings: Mapping[str, Any]) -> str:

@@ -260,7 +260,7 @@ def fill_panel(axes: Axes, panel: Panel) -> None:
 # ---- by timestep ----
 
 
-def heat_map(title: str, values: Mapping[int, Mapping[int, float]], *, log: bool) -> Figure:
+def heat_map(title: str, values: Mapping[int, Mapping[float, float]], *, log: bool) -> Figure:
     """`values`, {stage: {timestep: value}}, as colours: stages across, timesteps down from noise to image.
 
     Steps that a stage did not train stay empty. On a logarithmic scale 0 gets the colour of the smallest positive value.
@@ -280,7 +280,7 @@ def heat_map(title: str, values: Mapping[int, Mapping[int, float]], *, log: bool
         np.arange(len(stages) + 1) - 0.5, np.arange(len(timesteps) + 1) - 0.5, grid, cmap="viridis", norm=norm
     )
     axes.invert_yaxis()  # noise, the largest t, on top
-    axes.set_yticks(range(len(timesteps)), [str(t) for t in timesteps])
+    axes.set_yticks(range(len(timesteps)), [f"{t:.4g}" for t in timesteps])
     axes.set_xticks(thin(range(len(stages))), [str(stages[n]) for n in thin(range(len(stages)))])
     axes.set(xlabel="stage", ylabel="timestep t", title=title)
     figure.colorbar(mesh, cax=figure.add_axes((0.89, 0.14, 0.025, 0.76))).outline.set_visible(False)

@@ -221,9 +221,7 @@ def embedded_run(dtype: torch.dtype, make_step: Callable) -> dict[str, Tensor]:
 
 
 def stock_of(model: Model) -> DDIMScheduler:
-    scheduler = model.scheduler("DDIMScheduler")
-    scheduler.set_timesteps(10)
-    return scheduler
+    return model.scheduler("DDIMScheduler", 10)
 
 
 def test_rounding_on_the_embedded_model():

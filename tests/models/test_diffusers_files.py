@@ -90,7 +90,7 @@ LACKS = r"is not a whole \w+: it lacks tensors "
         "first_stage_model.decoder.conv_in.bias": rf"the vae in \S+ {LACKS}\(decoder\.conv_in\.bias\)",
         "cond_stage_model.transformer.text_model.final_layer_norm.bias": rf"the text_encoder in \S+ {LACKS}",
         "model.diffusion_model.time_embed.cond_proj.weight": r"unet .* unknown tensors \(\S+cond_proj.* pretrained\.config",
-        "model.diffusion_model.joint_blocks.0.x": r"changed\.safetensors is a model of Stable Diffusion 3, and not of",
+        "model.diffusion_model.joint_blocks.0.x": r"changed\.safetensors is a model of sd3, and not of",
     }.items(),
 )
 def test_a_single_file_that_is_not_whole(models, single_file, tmp_path, key, said):

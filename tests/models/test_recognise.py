@@ -39,9 +39,9 @@ def test_a_directory_says_what_it_is(tmp_path, pipeline, family):
     [
         (["model.diffusion_model.input_blocks.0.0.bias", "cond_stage_model.x"], "stable_diffusion"),
         (["model.diffusion_model.input_blocks.0.0.bias"], "stable_diffusion"),
-        (["model.diffusion_model.joint_blocks.0.x", "text_encoders.clip_l.x"], "is a model of Stable Diffusion 3, which is"),
-        (["double_blocks.0.img_attn.qkv.weight"], "is a model of Flux, which is not supported"),
-        (["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"], "is a model of Flux, which is not supported"),
+        (["model.diffusion_model.joint_blocks.0.x", "text_encoders.clip_l.x"], "sd3"),
+        (["double_blocks.0.img_attn.qkv.weight"], "flux"),
+        (["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"], "flux"),
         (["unet.lora_A.weight"], "is a model of an unknown kind, which is not supported"),
     ],
 )

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from b2diffurl.algorithm.branching import denoise
-from b2diffurl.configuration.settings import ModelSettings, SamplerSettings, read_settings
-from b2diffurl.evaluation.generate import denoise_by, make_scheduler
+from b2diffurl.configuration.settings import ModelSettings, read_settings
+from b2diffurl.evaluation.generate import denoise_by
 from b2diffurl.experiment.stage import LORA_FILE
 from b2diffurl.export import export
 from b2diffurl.models import base_identity, recognise, sdxl
@@ -175,7 +175,7 @@ def test_the_last_step_lands_at_the_image(model):
         expected = scheduler.step(eps, t, x, eta=1.0, variance_noise=z).prev_sample
         torch.testing.assert_close(table.a[i] * x + table.b[i] * eps + table.sigma[i] * z, expected, rtol=1e-5, atol=1e-5)
     assert [bool(sigma) for sigma in table.sigma] == [True, True, True, False]
-    assert model.scheduler("DDIMScheduler").config.set_alpha_to_one is False
+    assert model.scheduler("DDIMScheduler", 20).config.set_alpha_to_one is False
 
 
 # ---- stages, and stock diffusers ----
@@ -232,7 +232,7 @@ def test_stock_diffusers_draws_the_same(base, lora, stock):
 
     table = model.sampler(6, 0.0)
     by_ddim = decode(model, denoise(predict_at(table.timesteps), table, x_T, torch.zeros, range(6)), 3).numpy()
-    euler = make_scheduler(model, SamplerSettings(6, None, 5.0, "EulerDiscreteScheduler"), CPU)
+    euler = model.scheduler("EulerDiscreteScheduler", 6)
     by_euler = decode(model, denoise_by(euler, predict_at(euler.timesteps), x_T, torch.Generator(), None), 3).numpy()
     without = draw(stock)
     stock.load_lora_weights(lora.parent)

@@ -1,0 +1,235 @@
+"""Stable Diffusion 3 and 3.5, with three text encoders or without the third, T5.
+
+The functions are those of `b2diffurl.models.Family`, the class is a `b2diffurl.models.Model`; both are documented there.
+
+N rows, P prompts, L tokens, E text width, F pooled width, latents [N,C,h,w]
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from b2diffurl.algorithm.types import Conditions
+from b2diffurl.algorithm.window import Window
+from b2diffurl.configuration.settings import ModelSettings, Sampling
+from b2diffurl.models import Description, Sizes, clip_text, diffusers_files, flow_schedule, lora, transformer, whole
+from b2diffurl.models.diffusers_files import PipelineSpec
+from b2diffurl.models.lora import LoraSpec, State
+from b2diffurl.models.pipeline_model import write_fused
+from b2diffurl.models.recognise import INDEX
+from b2diffurl.models.transformer import FlowModel, Layout, schedulers, write_kohya
+from b2diffurl.runtime import files
+from b2diffurl.runtime.hub import find_local
+
+__all__ = ["schedulers", "write_kohya"]
+
+CLIP = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}  # {encoder: its tokenizer}
+T5, T5_TOKENIZER, T5_TOKENS = "text_encoder_3", "tokenizer_3", 256  # as many tokens as the pipeline of diffusers takes
+
+
+def read_layout(network: Mapping[str, Any]) -> Layout:
+    patch = network.get("patch_size", 2)
+    positions = network.get("pos_embed_max_size", 96) * patch
+    return Layout(network.get("in_channels", 16), patch, side=network.get("sample_size", 128), largest=positions)
+
+
+def check_fit(root: Path, parts: Mapping[str, nn.Module]) -> None:
+    """Refuse a transformer that reads more than latents, and parts that do not fit one another. Not all need be given."""
+    transformer.check_latents(root, parts, read_layout)
+    if not CLIP.keys() <= parts.keys():
+        return
+    for encoder, tokenizer in CLIP.items():
+        clip_text.check_tokenizer(root, tokenizer, encoder, parts, PIPELINE)
+    config, text = parts["transformer"].config, [parts[encoder].config for encoder in CLIP]
+    projections = {"projection_dim, of both": sum(one.projection_dim for one in text)}
+    transformer.require_equal(root, "pooled_projection_dim", config.pooled_projection_dim, " and ".join(CLIP), projections)
+    if sum(one.hidden_size for one in text) > config.joint_attention_dim:
+        raise ValueError(
+            f"{root}/transformer/config.json has joint_attention_dim {config.joint_attention_dim}, less than the "
+            "hidden_size of the two CLIP text encoders together. Get all parts from the same model."
+        )
+    if T5 in parts:
+        whole.read_tokenizer(
+            root / T5_TOKENIZER, diffusers_files.class_of(T5_TOKENIZER, PIPELINE), parts[T5].config.vocab_size
+        )
+        width = {"d_model": parts[T5].config.d_model}
+        transformer.require_equal(root, "joint_attention_dim", config.joint_attention_dim, T5, width)
+
+
+PIPELINE = PipelineSpec(
+    family="sd3",
+    pipeline="StableDiffusion3Pipeline",
+    network="transformer",
+    classes={
+        "transformer": ["diffusers", "SD3Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_3": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "tokenizer_3": ["transformers", "T5TokenizerFast"],
+    },
+    weights={
+        "transformer": "diffusion_pytorch_model{}.safetensors",
+        "vae": "diffusion_pytorch_model{}.safetensors",
+        "text_encoder": "model{}.safetensors",
+        "text_encoder_2": "model{}.safetensors",
+        "text_encoder_3": "model{}.safetensors",
+    },
+    unused=("image_encoder", "feature_extractor"),
+    configs="stabilityai/stable-diffusion-3.5-medium",
+    check_fit=check_fit,
+    schedule=flow_schedule,
+)
+WITHOUT_T5 = replace(
+    PIPELINE,
+    classes={name: kind for name, kind in PIPELINE.classes.items() if name not in (T5, T5_TOKENIZER)},
+    weights={name: file for name, file in PIPELINE.weights.items() if name != T5},
+    unused=(*PIPELINE.unused, T5, T5_TOKENIZER),
+)
+
+
+def spec_of(model: ModelSettings) -> PipelineSpec:
+    """What the model's pipeline consists of: its model_index.json may say that it has no T5."""
+    transformer.require_directory(model)
+    root = find_local(model.name, INDEX, revision=model.revision)
+    if root is None:  # nothing of it is here; on the hub they have it
+        return PIPELINE
+    index = files.read_object(root / INDEX) if (root / INDEX).is_file() else {}
+    given = index.get(T5, [None])[0] is not None if index else (root / T5).is_dir()
+    return PIPELINE if given else WITHOUT_T5
+
+
+LORA = LoraSpec(
+    prefix="transformer",
+    title="transformer",
+    targets=transformer.TARGETS,
+    mlps=transformer.MLPS,
+    layers=rf"{transformer.BLOCKS}\.\d+|{transformer.OTHER_LAYERS}",
+    to_diffusers=transformer.unflatten,
+)
+
+
+def describe() -> Description:
+    return Description(
+        title="Stable Diffusion 3",
+        tags=("stable-diffusion-3", "stable-diffusion-3-diffusers"),
+        pipeline=PIPELINE.pipeline,
+        network=LORA.title,
+        scheduler=flow_schedule.SCHEDULER,
+    )
+
+
+def fingerprint(model: ModelSettings) -> str:
+    return diffusers_files.fingerprint(model, spec_of(model))
+
+
+def identity(model: ModelSettings) -> dict[str, str]:
+    return diffusers_files.identity(model, spec_of(model))
+
+
+def check_sampler(model: ModelSettings, sampling: Sampling, window: Window | None) -> None:
+    if window:
+        transformer.require_many_steps(model, distilled=False)
+    schedule = transformer.find_schedule(model, spec_of(model), read_layout)
+    flow_schedule.require_trainable(schedule, model, sampling, window)
+
+
+def check(model: ModelSettings) -> None:
+    diffusers_files.check_here(model, spec_of(model))
+    sizes(model)  # refuses a resolution that does not divide
+
+
+def sizes(model: ModelSettings) -> Sizes | None:
+    def embedding(configs: Mapping[str, Mapping]) -> int:  # L * E + F
+        tokens = configs["text_encoder"]["max_position_embeddings"] + T5_TOKENS
+        return tokens * configs["transformer"]["joint_attention_dim"] + configs["transformer"]["pooled_projection_dim"]
+
+    return transformer.sizes(model, spec_of(model), LORA, read_layout, embedding)
+
+
+def read_lora(path: Path) -> State:
+    return lora.read_lora(path, LORA)
+
+
+def write_pipeline(folder: Path, model: ModelSettings, lora_file: Path, *, dtype: str) -> None:
+    tuned = load(model, device=torch.device("cpu"), dtype=torch.float32, seed=0, decoder=True)
+    write_fused(folder, model, tuned, lora_file, dtype=dtype)
+
+
+def load(model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool) -> "SD3":
+    return SD3(model, device=device, dtype=dtype, seed=seed, decoder=decoder)
+
+
+class SD3(FlowModel):
+    """A frozen Stable Diffusion 3 (arXiv 2403.03206) whose transformer carries a trainable LoRA.
+
+    The transformer is conditioned on the last hidden states but one of two CLIP text encoders, on those of T5 or zeros in
+    their place, and on the pooled outputs of the first two.
+    """
+
+    spec, lora_spec, compiled = PIPELINE, LORA, ("JointTransformerBlock",)
+    read_layout = staticmethod(read_layout)
+
+    def __init__(self, model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool):
+        self.spec = spec_of(model)
+        super().__init__(model, device=device, dtype=dtype, seed=seed, decoder=decoder)
+        if decoder:
+            self._check_text(model.name)
+
+    def _check_text(self, name: str) -> None:
+        with self.encoders_at_work():
+            for encoder, tokenizer in CLIP.items():
+                clip_text.require_words(name, encoder, *self._clip(encoder, ["", self._word(tokenizer)])[0])
+            if T5 in self.parts:
+                clip_text.require_words(name, T5, *self._t5(["", self._word(T5_TOKENIZER)]))
+
+    def _word(self, tokenizer: str) -> str:
+        return whole.some_word(self.parts[tokenizer])
+
+    def encode_one(self, prompt: str) -> Conditions:
+        """prompt_embeds [1,L,E] and pooled_prompt_embeds [1,F]."""
+        hidden, pooled = zip(*(self._clip(encoder, [prompt]) for encoder in CLIP), strict=True)
+        of_t5 = self._t5([prompt])
+        of_clip = torch.cat(hidden, dim=-1)
+        of_clip = functional.pad(of_clip, (0, of_t5.shape[-1] - of_clip.shape[-1]))
+        return {"prompt_embeds": torch.cat([of_clip, of_t5], dim=-2), "pooled_prompt_embeds": torch.cat(pooled, dim=-1)}
+
+    @torch.no_grad()
+    def _clip(self, encoder: str, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """The last hidden states but one [P,L,·] of a CLIP text encoder, and its projected pooled output [P,·]."""
+        ids = clip_text.tokenize(self.parts[CLIP[encoder]], prompts).input_ids
+        output = self.parts[encoder](ids.to(self.bare.device), output_hidden_states=True)
+        return output.hidden_states[-2], output[0]
+
+    @torch.no_grad()
+    def _t5(self, prompts: list[str]) -> Tensor:
+        """T5's last hidden states [P,L,E]; zeros if there is no T5."""
+        if T5 not in self.parts:
+            width = self.bare.config.joint_attention_dim
+            return torch.zeros(
+                len(prompts), T5_TOKENS, width, dtype=self.parts["text_encoder"].dtype, device=self.bare.device
+            )
+        return clip_text.encode_t5(self.parts[T5], self.parts[T5_TOKENIZER], prompts, T5_TOKENS)
+
+    def num_tokens_cut(self, prompts: Sequence[str]) -> list[int]:
+        """By T5, which reads the longest; without it by either of the others."""
+        if T5 in self.parts:
+            return clip_text.num_tokens_cut(self.parts[T5_TOKENIZER], prompts, T5_TOKENS)
+        counts = [clip_text.num_tokens_cut(self.parts[tokenizer], prompts) for tokenizer in CLIP.values()]
+        return [max(pair) for pair in zip(*counts, strict=True)]
+
+    def output(self, x_t: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        return self.network(
+            hidden_states=x_t,
+            timestep=timesteps,
+            encoder_hidden_states=conditions["prompt_embeds"],
+            pooled_projections=conditions["pooled_prompt_embeds"],
+            return_dict=False,
+        )[0].float()

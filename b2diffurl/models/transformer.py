@@ -1,0 +1,252 @@
+"""What flow-matching models share: a transformer with a LoRA on its attention, the steps that sample it, and its sizes.
+
+N rows, latents [N,C,h,w]
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from b2diffurl.algorithm.noising import NoiseLevels
+from b2diffurl.algorithm.transition import Transitions
+from b2diffurl.algorithm.types import Conditions
+from b2diffurl.configuration.settings import ModelSettings, Sampling
+from b2diffurl.models import Sizes, diffusers_files, lora
+from b2diffurl.models.diffusers_files import ANOTHER_BASE, PipelineSpec
+from b2diffurl.models.flow_schedule import SCHEDULER, FlowSchedule
+from b2diffurl.models.lora import LoraSpec, State
+from b2diffurl.models.pipeline_model import PipelineModel
+from b2diffurl.models.unet import latent_px
+from b2diffurl.runtime import files
+from b2diffurl.runtime.hub import find_local
+
+NETWORK = "transformer"
+# The layers that carry the LoRA: the attention's projections of the image, and those of the text beside it.
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+# The MLPs of image and text; of FLUX's single blocks the first half alone, as the second also reads the attention.
+MLPS = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp")
+BLOCKS = r"(?:single_)?transformer_blocks"
+OTHER_LAYERS = r"context_embedder|x_embedder|pos_embed|norm_out|proj_out|time_text_embed"
+# A layer of a block under OneTrainer's key, with _ for dots, and the names of layers in which dots stand.
+FLAT_KEY = re.compile(rf"lora_transformer_({BLOCKS})_(\d+)_(?:(attn2?|ff_context|ff)_)?(\w+)")
+DOTTED = {name.replace(".", "_"): name for name in ("to_out.0", "net.0.proj", "net.2")}
+# Models that their names on the hub call distilled to a few steps; of some no file tells it.
+DISTILLED = re.compile(r"schnell|turbo|lightning|hyper-sd|\blcm\b|flash", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a transformer sees latents."""
+
+    channels: int
+    patch: int  # latents that a token stands for, along each side
+    side: int  # of the model's own latents
+    largest: int = 0  # side for which it has positions; 0: any
+    fold: int = 1  # the VAE's latents along each side that one of these holds
+
+
+ReadLayout = Callable[[Mapping[str, Any]], Layout]  # from the transformer's config
+
+
+class FlowModel(PipelineModel):
+    """A frozen pipeline whose transformer carries a trainable LoRA.
+
+    It is given timesteps as fractions of 0..1000, float32. In half precision a network may round them by itself, as in its
+    own pipeline.
+    """
+
+    read_layout: ClassVar[ReadLayout]
+
+    def __init__(self, model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool):
+        kind = type(self)
+        # First, because it may be refused.
+        self.schedule = find_schedule(model, self.spec, kind.read_layout)
+        resolved = self.schedule.scheduler(1).config
+        self.scheduler_config = {key: value for key, value in resolved.items() if not key.startswith("_")}
+        super().__init__(model, device=device, dtype=dtype, seed=seed, decoder=decoder)
+        self.layout = kind.read_layout(self.bare.config)
+        self.latent_shape = (self.layout.channels, *latent_size(self.layout, read_vae(model, self.spec), model.resolution))
+
+    def encode(self, prompts: list[str]) -> Conditions:
+        """Each prompt by itself. With other numbers of rows products round differently, so its embedding would depend on the
+        prompts beside it; and training, which has one for all batches, would find other ratios than 1."""
+        with self.encoders_at_work():
+            each = [self.encode_one(prompt) for prompt in prompts]
+        return {name: torch.cat([conditions[name] for conditions in each]) for name in each[0]}
+
+    def encode_one(self, prompt: str) -> Conditions:
+        """What the network is conditioned on for a prompt, each tensor [1, ...], as its pipeline makes it."""
+        raise NotImplementedError
+
+    def unconditional(self) -> Conditions:
+        return self.encode([""])
+
+    def sampler(self, num_steps: int, eta: float, steps: Sequence[int] | None = None, *, sde: str = "cps") -> Transitions:
+        return self.schedule.table(num_steps, eta, sde, steps).to(self.bare.device)
+
+    def noise_levels(self) -> NoiseLevels:
+        return self.schedule.levels().to(self.bare.device)
+
+    def scheduler(self, name: str, num_steps: int) -> Any:
+        assert name == SCHEDULER, "no other is in schedulers()"
+        return self.schedule.scheduler(num_steps, self.bare.device)
+
+    def vae_latents(self, latents: Tensor) -> Tensor:
+        return super().vae_latents(latents) + (self.parts["vae"].config.shift_factor or 0)
+
+
+def schedulers() -> list[str]:
+    return [SCHEDULER]
+
+
+def find_schedule(model: ModelSettings, spec: PipelineSpec, read_layout: ReadLayout) -> FlowSchedule:
+    """The sigmas of a model for images of its size, from its files."""
+    require_directory(model)
+    config = files.read_object(diffusers_files.locate_configs(model, spec) / NETWORK / "config.json")
+    layout = read_layout(config)
+    height, width = latent_size(layout, read_vae(model, spec), model.resolution)
+    tokens = (height // layout.patch) * (width // layout.patch)
+    return FlowSchedule(diffusers_files.scheduler_config(model, spec), tokens, spec.family)
+
+
+def read_vae(model: ModelSettings, spec: PipelineSpec) -> Mapping[str, Any]:
+    """The config of a model's VAE."""
+    return files.read_object(diffusers_files.locate_configs(model, spec) / "vae" / "config.json")
+
+
+def require_many_steps(model: ModelSettings, *, distilled: bool) -> None:
+    """Refuse to train the steps of a model that is `distilled` to draw in a few of them, or that its name calls so."""
+    if distilled or DISTILLED.search(Path(model.name).name):
+        raise ValueError(
+            f"{model.name} is distilled to draw an image in a few steps without noise between them, so it has not the many "
+            "small stochastic steps that this objective trains. Take train.objective=nft or awm, which train on the images, "
+            "or the model from which it was distilled (pretrained.model)."
+        )
+
+
+def refuse_guidance(model: ModelSettings, sampling: Sampling) -> NoReturn:
+    """Raise a ValueError for a scale of guidance, which this model does not take."""
+    raise ValueError(
+        f"sample.guidance_scale is {sampling.guidance_scale:g}, and {model.name} takes no guidance: it is distilled to "
+        "a few steps. Set sample.guidance_scale=1."
+    )
+
+
+# ---- whether the transformer fits the other parts ----
+
+
+def require_directory(model: ModelSettings) -> None:
+    """Refuse a single file."""
+    root = find_local(model.name, f"{NETWORK}/config.json", revision=model.revision)
+    if root is not None and root.is_file():
+        raise ValueError(
+            f"{root} is a single file, and most of those lack text encoders. Give the model's directory in the layout of "
+            "diffusers, or its id on the hub (pretrained.model)."
+        )
+
+
+def check_latents(root: Path, parts: Mapping[str, nn.Module], read_layout: ReadLayout) -> None:
+    """Refuse a transformer that reads more than latents, and a VAE of other latents or without a scale."""
+    config = parts[NETWORK].config
+    inputs, outputs = config.in_channels, config.out_channels or config.in_channels
+    if inputs != outputs:
+        raise ValueError(
+            f"{root}/{NETWORK}/config.json has in_channels {inputs} and out_channels {outputs}; models that also read an "
+            f"image, such as for inpainting, are not supported. {ANOTHER_BASE}"
+        )
+    if "vae" in parts:
+        vae, layout = parts["vae"].config, read_layout(config)
+        factor = vae.get("scaling_factor", 1)  # FLUX.2's has mean and deviation instead
+        if not isinstance(factor, int | float) or not factor > 0:
+            raise ValueError(f"{root}/vae/config.json has scaling_factor {factor!r}; it must be a number. {ANOTHER_BASE}")
+        latent = {"latent_channels": vae.latent_channels}
+        require_equal(root, "room for latent channels", layout.channels // layout.fold**2, "vae", latent)
+
+
+def require_equal(root: Path, key: str, value: Any, part: str, entry: Mapping[str, Any]) -> None:
+    """Refuse a transformer whose `key` is another than the entry of another part's config."""
+    (other_key, other), *_ = entry.items()
+    if value != other:
+        raise ValueError(
+            f"{root}/{NETWORK}/config.json has {key} {value}, but {part}/config.json has {other_key} {other}. "
+            "Get both parts from the same model."
+        )
+
+
+# ---- sizes ----
+
+
+def sizes(
+    model: ModelSettings,
+    spec: PipelineSpec,
+    lora_spec: LoraSpec,
+    read_layout: ReadLayout,
+    embedding: Callable[[Mapping[str, Mapping]], int],
+) -> Sizes | None:
+    """A model's sizes, from its files; None if they are not on this machine. Downloads nothing.
+
+    `embedding` counts the numbers of a prompt's embedding, from {part: its config.json}.
+    """
+    local = diffusers_files.find_here(model, spec)
+    if local is None:
+        return None
+    weights, configs = local
+    layout = read_layout(configs[NETWORK])
+    px = latent_px(configs["vae"]) * layout.fold
+    height, width = latent_size(layout, configs["vae"], model.resolution)
+    return Sizes(
+        latent_shape=(layout.channels, height, width),
+        image_px=(height * px, width * px),
+        embedding=embedding(configs),
+        lora=lora.count_numbers(weights, lora_spec.chosen(mlp=model.lora_mlp)),
+        weights=diffusers_files.count_weights(model, spec),
+    )
+
+
+def latent_size(layout: Layout, vae: Mapping[str, Any], resolution: int) -> tuple[int, int]:
+    """Height and width of latents. With `resolution` 0 they are the model's own."""
+    px = latent_px(vae) * layout.fold
+    if not resolution:
+        return layout.side, layout.side
+    if resolution % (px * layout.patch):
+        raise ValueError(f"pretrained.resolution is {resolution}; this model needs a multiple of {px * layout.patch} pixels")
+    if layout.largest and resolution > layout.largest * px:
+        raise ValueError(f"pretrained.resolution is {resolution}; this model draws at most {layout.largest * px} pixels")
+    return resolution // px, resolution // px
+
+
+# ---- LoRA files ----
+
+
+def write_kohya(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write a LoRA under OneTrainer's keys: kohya's form with diffusers' names of layers.
+
+    ComfyUI reads them for both families, as well as diffusers' own keys. Other programs read the original code's names.
+    """
+    renamed: State = {}
+    for key, value in state.items():
+        layer, _, half = key.removeprefix(f"{NETWORK}.").partition(".lora_")
+        flat = f"lora_transformer_{layer.replace('.', '_')}"
+        renamed[f"{flat}.lora_{'down' if half.startswith('A') else 'up'}.weight"] = value
+        renamed[f"{flat}.alpha"] = torch.tensor(float(lora.rank_of(state)))
+    lora.write_tensors(path, renamed, {"format": "pt"})
+
+
+def unflatten(state: State) -> State:
+    """A LoRA under OneTrainer's keys under those of diffusers; other keys stay as they are."""
+    return {unflatten_key(key): value for key, value in state.items()}
+
+
+def unflatten_key(key: str) -> str:
+    flat, _, half = key.partition(".lora_")
+    match = FLAT_KEY.fullmatch(flat)
+    if match is None:
+        return key
+    block, number, part, layer = match.groups()
+    names = [NETWORK, block, number, *([part] if part else []), DOTTED.get(layer, layer)]
+    return f"{'.'.join(names)}.lora_{ {'down.weight': 'A', 'up.weight': 'B'}.get(half, half) }.weight"
