@@ -51,7 +51,7 @@ Beta1="${Beta1:-}"                        # factor of positive advantages
 Beta2="${Beta2:-}"                        # factor of negative advantages
 SaveInterval="${SaveInterval:-}"          # epochs between checkpoints
 Dev_Id="${Dev_Id:-}"                      # number of the CUDA device
-Resident="${Resident:-}"                  # 1: run everything in one process, which starts faster; same results
+Resident="${Resident:-}"                  # 1: one process for the whole run, which starts once; 0: one for each script; same results
 NumProcesses="${NumProcesses:-}"          # processes on this machine, one for each GPU; torchrun starts them
 NumMachines="${NumMachines:-1}"           # machines; run this script on each of them, on a shared disk
 MachineRank="${MachineRank:-0}"           # number of this machine: 0, 1, …
@@ -180,6 +180,10 @@ if [ "$(tail -n 1 "$PlanFile" 2> /dev/null)" != end ]; then
 fi
 Folder=$(sed -n $'1s/^folder\t//p' "$PlanFile")
 if [ -z "$Folder" ]; then exit 0; fi    # it was --dry_run, which has shown the plan
+# start has found that one process should make all calls: on the CPU.
+if [ -z "$Resident$Launcher" ] && [ "${NumProcesses:-1}" -eq 1 ] && [ "$NumMachines" -eq 1 ] && grep -qx resident "$PlanFile"; then
+    Resident=1
+fi
 if [ "$Resident" = 1 ]; then
     run python -m b2diffurl.resident "${Flags[@]}"
     exit 0

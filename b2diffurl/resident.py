@@ -1,6 +1,7 @@
-"""Resident=1: the whole loop of a run in one process, which imports the libraries and loads the base model only once.
+"""The whole loop of a run in one process, which imports the libraries and loads the base model only once.
 
-The calls, their order and their results are those of run_process.sh without it.
+run_process.sh takes it for runs on the CPU, and wherever Resident=1 is given. The calls, their order and their results are
+those of its own loop over the scripts, which Resident=0 takes.
 """
 
 import json

@@ -6,6 +6,7 @@ It goes through a file of its own, --calls: anything may print to stdout, such a
 
 from pathlib import Path
 
+import torch
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -27,6 +28,7 @@ def start(config: ConfigDict) -> None:
     to be done:
 
         folder <TAB> the experiment's folder
+        resident                                          one process should make all calls, unless several were asked for
         call <TAB> a file that the call needs <TAB> script <TAB> flag <TAB> flag …      one line for each call
         end                                                                             the only line after a dry run
     """
@@ -42,7 +44,9 @@ def start(config: ConfigDict) -> None:
     loop = calls(plan.settings)
     logger.info(forecast.plan_line(plan.settings))
     lines = [["call", call.needs, f"run_{call.script}.py", *call.flags] for call in loop]
-    write_calls([["folder", str(plan.stage.root)], *lines])
+    # On a GPU each script gives its memory back by ending. On the CPU that is not short, and starting takes longest.
+    how = [] if torch.cuda.is_available() else [["resident"]]
+    write_calls([["folder", str(plan.stage.root)], *how, *lines])
 
 
 def write_calls(lines: list[list[str]]) -> None:

@@ -211,7 +211,7 @@ def diversity(facts: dict[str, Any]) -> str:
 
 
 def draw_curves(facts: dict[str, Any], path: Path) -> None:
-    """Four panels over reward queries: reward, accuracy, diversity of embeddings and of layouts. Thin lines: seeds."""
+    """Four panels over images scored: reward, accuracy, diversity of embeddings and of layouts. Thin lines: seeds."""
     plt.rcParams |= STYLE
     figure, panels = plt.subplots(2, 2, figsize=(10.5, 7.2), constrained_layout=True)
     reward_panel(panels[0, 0], facts)
@@ -219,7 +219,7 @@ def draw_curves(facts: dict[str, Any], path: Path) -> None:
     for panel, kind, unit in ((panels[1, 0], "clip", "cosine"), (panels[1, 1], "layout", "px")):
         diversity_panel(panel, facts, kind, unit)
     for panel in panels.flat:
-        panel.set_xlabel("reward queries, thousands")
+        panel.set_xlabel("images scored, thousands")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -264,7 +264,7 @@ def accuracy_panel(panel: plt.Axes, facts: dict[str, Any]) -> None:
         best_base = 100 * facts["best"]["base"][prompts]["accuracy"]
         panel.axhline(best_base, color=COLOURS[prompts], ls=":", lw=1.2, label=f"{words}: base at its best sampler")
     panel.set(title="Accuracy (the exact checker, never trained on)", ylabel="images that show the prompt, %")
-    panel.legend(frameon=False, fontsize=9)
+    panel.legend(framealpha=0.9, edgecolor="none", fontsize=9)
 
 
 def diversity_panel(panel: plt.Axes, facts: dict[str, Any], kind: str, unit: str) -> None:

@@ -1,6 +1,6 @@
 """Every setting, with its default. A preset is chosen as config/stage_process.py:NAME, or Preset=NAME bash run_process.sh:
 
-    shapes                the default: a small model on two CPU cores; at present that of shapes_ddpo
+    shapes                the default: a small model on two CPU cores, with the objective nft
     shapes_ddpo           the small model with the paper's objective
     sd14_nft              Stable Diffusion v1.4 with the objective nft
     sd14, sd14_10gb       Stable Diffusion v1.4 with the paper's settings, and the same for a GPU of 10 GB
@@ -247,13 +247,14 @@ def sd14_nft(config: ConfigDict) -> None:
     config.curriculum = "early"  # what an image shows is decided in the first steps
     config.split_step_left = 10  # of 20, the same shares as 4 to 6 of the small model's 8
     config.split_step_right = 15
+    config.eval.selection = "all"
     config.train.objective = "nft"
-    config.train.nft_scale = 0.5
     config.train.old_weight = 0.3
-    config.train.outside_weight = 4.0
-    config.train.guidance_scale = 1.0
-    config.train.num_epochs = 2  # two levels of noise an image; about 500 pairs' images make 32 updates a stage
-    config.train.gradient_accumulation_steps = 16  # 32 images an update
+    config.train.outside_weight = 16.0
+    config.train.guidance_scale = 1.0  # images are sampled with guidance, and the output without it is trained
+    config.train.num_epochs = 3  # three levels of noise an image
+    config.train.save_interval = 3
+    config.train.gradient_accumulation_steps = 16  # 32 images an update, so 120 updates a stage
     config.train.learning_rate = 3e-4
     config.train.final_rate = 0.1
     config.train.lora_rank = 16
@@ -267,12 +268,16 @@ def shapes(config: ConfigDict) -> None:
     shapes_ddpo(config)
     noised(config)
     config.exp_name = "shapes"
-    config.stage_cnt = 4
+    config.prompt_file = "config/prompt/shapes_relation_train_all.json"  # more prompts carry over better to others
+    config.stage_cnt = 5
     config.sample.num_steps = 8
-    config.sample.num_batches_per_epoch = 8
+    config.sample.num_batches_per_epoch = 9
+    config.sample.micro_batch_size = 0
+    config.eval.batch_size = 128
     config.eval.selection = "all"
     config.train.nft_scale = 1.0
     config.train.guidance_scale = 1.0  # images are sampled with guidance, and the output without it is trained
+    config.train.outside_weight = 16.0
     config.train.num_epochs = 3
     config.train.save_interval = 3
 

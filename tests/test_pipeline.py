@@ -464,7 +464,7 @@ def test_the_shell_script_runs_it_all(finished, overrides, tmp_path, count):
     named = {"ModelVersion": "pretrained.model", "PromptFile": "prompt_file", "LR": "train.learning_rate"}
     variables = {name: str(overrides[key]) for name, key in named.items()}
     variables |= {"Preset": "sd14", "ExpName": "tiny", "SavePath": str(tmp_path), "StageCnt": "1"}
-    variables |= {"NumProcesses": count}
+    variables |= {"NumProcesses": count, "Resident": "0"}
     kept = ("exp_name", "stage_cnt", *named.values())
     passed_on = flags({key: value for key, value in overrides.items() if key not in kept} | {"log_path": tmp_path})
     ended = subprocess.run(

@@ -7,6 +7,7 @@ N rows, P prompts, L tokens, E text width, latents [N,C,h,w]
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -376,8 +377,12 @@ class StableDiffusion:
         images = (images.float() / 2 + 0.5).clamp(0, 1) * 255
         return images.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
+    @cached_property
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        return lora.lora_parameters(self.unet)  # looked up once: it walks through the whole network
+
     def trainable(self) -> dict[str, nn.Parameter]:
-        return lora.lora_parameters(self.unet)
+        return dict(self._trainable)
 
     def adapter_state(self) -> State:
         return {LORA.key(name): parameter.detach() for name, parameter in self.trainable().items()}

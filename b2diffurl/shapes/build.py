@@ -19,11 +19,12 @@ log = logging.getLogger(__name__)
 
 
 def write_prompts() -> None:
-    """The six prompt files of the world, and the two to tune on."""
-    from b2diffurl.shapes.scene import development_split, prompt_sets
+    """The six prompt files of the world, all relation prompts of the train half, and those to tune on."""
+    from b2diffurl.shapes.scene import all_relation_prompts, development_split, prompt_sets
 
     PROMPT_DIR.mkdir(parents=True, exist_ok=True)
-    for name, prompts in (prompt_sets() | development_split()).items():
+    more = {"shapes_relation_train_all": all_relation_prompts()} | development_split()
+    for name, prompts in (prompt_sets() | more).items():
         (PROMPT_DIR / f"{name}.json").write_text(json.dumps(prompts, indent=1) + "\n")
 
 

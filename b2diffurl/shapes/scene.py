@@ -6,7 +6,7 @@ A shape's place is its centre of mass; its `size_px` is a circle's diameter, a c
 
 import math
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import torch
@@ -284,7 +284,27 @@ def prompt_sets() -> dict[str, list[str]]:
     return sets
 
 
+def all_relation_prompts() -> list[str]:
+    """Every relation prompt of the train half: each of its 48 pairs in both orders, with each relation, 384 in all."""
+    pairs = [parse(prompt).things for prompt in prompt_sets()["shapes_relation_train"]]
+    return [str(Prompt(*ordered, relation)) for a, b in pairs for ordered in ((a, b), (b, a)) for relation in RELATIONS]
+
+
 def development_split() -> dict[str, list[str]]:
-    """The relation prompts of the train half split again, 36 to train and 12 to judge, three a relation: to tune on."""
-    prompts = prompt_sets()["shapes_relation_train"]
-    return {"shapes_development_train": prompts[:36], "shapes_development_test": prompts[36:]}
+    """Prompts to tune on. None of them is in a test set.
+
+    The relation prompts of the train half are split again, 36 to train and 12 to judge, three a relation. The 96 mixed ones
+    name a thing of the train half and one of the test half, 24 a relation.
+    """
+    prompts, rng = prompt_sets()["shapes_relation_train"], np.random.default_rng(2)
+    one, other = (
+        [parse(name).things[0] for name in prompt_sets()[f"shapes_attribute_{half}"]] for half in ("train", "test")
+    )
+    across = [*product(one, other), *product(other, one)]
+    pairs = [(a, b) for a, b in across if a.colour != b.colour and a.shape != b.shape]
+    mixed = [str(Prompt(*pairs[n], RELATIONS[i % 4])) for i, n in enumerate(rng.permutation(len(pairs))[:96])]
+    return {
+        "shapes_development_train": prompts[:36],
+        "shapes_development_test": prompts[36:],
+        "shapes_development_mixed": mixed,
+    }

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, get_config, make_config, parse_command, process_variables
+from conftest import ROOT, get_config, make_config, parse_command, process_variables, start
 
 from b2diffurl.configuration.keys import flatten
 from b2diffurl.configuration.loop import calls
@@ -96,9 +96,32 @@ def test_run_process_goes_through_the_stages(tmp_path):
     assert calls[-1][-3:] == ["--checkpoint=base,last", "--prompts=test", "--sampler=deployed"]
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_start_asks_for_one_process_on_the_cpu(empty, overrides, monkeypatch, on_gpu):
+    """On a GPU each script gives its memory back by ending."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: on_gpu)
+    ended = start(empty, overrides, f"--calls={empty}/calls")
+    assert ended.code == 0, ended.stderr
+    lines = (empty / "calls").read_text().splitlines()
+    assert ("resident" in lines) != on_gpu
+    assert lines[-1] == "end"
+
+
 TORCHRUN = ["-m", "torch.distributed.run"]
 CLUSTER = {"NumProcesses": "4", "NumMachines": "2", "MainProcessIp": "10.0.0.1"}
 RENDEZVOUS = ["--master_addr=10.0.0.1", "--master_port=29500", "--rdzv_conf=timeout=7200"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "resident"),
+    [({}, True), ({"NumProcesses": "1"}, True), ({"Resident": "0"}, False), ({"NumProcesses": "2"}, False),
+     ({"Launcher": "python"}, False), (CLUSTER, False)],
+)  # fmt: skip
+def test_one_process_makes_all_calls_where_start_says_so(tmp_path, variables, resident):
+    """Not where the user asks for scripts, several processes, machines or a launcher."""
+    calls, _ = called(tmp_path, variables, plan=PLAN.replace(r"\ncall", r"\nresident\ncall", 1))
+    assert [call[:2] for call in calls if "b2diffurl.resident" in call] == [["-m", "b2diffurl.resident"]] * resident
+    assert any("run_sample.py" in call for call in calls) != resident
 
 
 @pytest.mark.parametrize(

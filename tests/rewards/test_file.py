@@ -244,7 +244,7 @@ def test_run_process_waits_for_scores_stage_by_stage(overrides, tmp_path):
     """Reward=file bash run_process.sh: each call ends well after sampling, before training or another stage, until the
     scores are there; the same command then trains and waits at the next stage; at the end both are judged."""
     settings = {key: value for key, value in overrides.items() if key != "exp_name"}
-    variables = {"Reward": "file", "ExpName": "tiny"}
+    variables = {"Reward": "file", "ExpName": "tiny", "Resident": "0"}
     start, first = ["start"], [f"run_{verb} stage0" for verb in VERBS]
     assert run_process(tmp_path, settings, variables) == (0, start + first[:2])
     before = snapshot(experiment(tmp_path))

@@ -23,8 +23,10 @@ from b2diffurl.shapes.scene import (
     Prompt,
     Scene,
     Thing,
+    all_relation_prompts,
     corrupt,
     describe,
+    development_split,
     holds,
     paint,
     parse,
@@ -145,6 +147,24 @@ def test_prompt_files_hold_the_sets_and_keep_halves_apart():
     }
     assert len(things["train"]) == len(things["test"]) == 12
     assert not things["train"] & things["test"]
+
+
+def test_all_relation_prompts_and_those_to_tune_on():
+    """The committed files again. 8 prompts of each training pair; mixed pairs, none of which is in a test set."""
+    more = {"shapes_relation_train_all": all_relation_prompts()} | development_split()
+    for name, prompts in more.items():
+        with open(f"config/prompt/{name}.json") as file:
+            assert json.load(file) == prompts
+    every, tested = more["shapes_relation_train_all"], {*prompt_sets()["shapes_relation_test"]}
+    assert len({*every}) == 384
+    assert {*every} >= {*prompt_sets()["shapes_relation_train"]}
+    assert not tested & {prompt for prompts in more.values() for prompt in prompts}
+    pairs = [frozenset(parse(prompt).things) for prompt in every]
+    assert {pairs.count(pair) for pair in pairs} == {8}
+    of_test = {thing for prompt in tested for thing in parse(prompt).things}
+    mixed = [parse(prompt) for prompt in more["shapes_development_mixed"]]
+    assert all(len({*prompt.things} & of_test) == 1 for prompt in mixed)
+    assert [sum(prompt.relation == relation for prompt in mixed) for relation in RELATIONS] == [24] * 4
 
 
 def test_relation_sets_are_balanced():
