@@ -1,8 +1,9 @@
-"""Rebuild the embedded world from nothing: autoencoder, base model, scorer, figures.
+"""Rebuild the embedded world from nothing: autoencoder, base models, scorer, figures.
 
 python -m b2diffurl.shapes.build                  everything, in order; run it again to go on after a stop
-python -m b2diffurl.shapes.build --only vae       one stage: prompts, vae, base, scorer or figures
+python -m b2diffurl.shapes.build --only vae       one stage: prompts, vae, base, scorer, flow or figures
 python -m b2diffurl.shapes.build --figures        measure what is shipped, train nothing
+python -m b2diffurl.shapes.build --figures flow   measure one part alone
 """
 
 import argparse
@@ -10,7 +11,7 @@ import json
 import logging
 from pathlib import Path
 
-BASE_DIR, CLIP_DIR = Path("model/shapes/base"), Path("model/shapes/clip")
+BASE_DIR, CLIP_DIR, FLOW_DIR = Path("model/shapes/base"), Path("model/shapes/clip"), Path("model/shapes_flow")
 FIGURES_PATH, GRID_PATH = Path("model/shapes/figures.json"), Path("docs/shapes.png")
 PROMPT_DIR = Path("config/prompt")
 
@@ -45,10 +46,16 @@ def build_scorer() -> None:
     train_scorer(BASE_DIR, CLIP_DIR)
 
 
-def measure_figures() -> None:
+def build_flow() -> None:
+    from b2diffurl.shapes.train_flow import train_flow
+
+    train_flow(BASE_DIR, CLIP_DIR, FLOW_DIR)
+
+
+def measure_figures(only: str | None = None) -> None:
     from b2diffurl.shapes.figures import measure
 
-    measure(BASE_DIR, CLIP_DIR, FIGURES_PATH, GRID_PATH)
+    measure(BASE_DIR, CLIP_DIR, FLOW_DIR, FIGURES_PATH, GRID_PATH, only)
 
 
 STAGES = {
@@ -56,6 +63,7 @@ STAGES = {
     "vae": build_vae,
     "base": build_base,
     "scorer": build_scorer,
+    "flow": build_flow,
     "figures": measure_figures,
 }
 
@@ -64,7 +72,7 @@ def main() -> None:
     """Parse, then run the chosen stages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=STAGES, help="run this stage alone")
-    parser.add_argument("--figures", action="store_const", dest="only", const="figures", help="same as --only figures")
+    parser.add_argument("--figures", nargs="?", const="", metavar="PART", help="same as --only figures, or one part of them")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     args = parser.parse_args()
 
@@ -72,6 +80,9 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    if args.figures is not None:
+        measure_figures(args.figures or None)
+        return
     for stage in [args.only] if args.only else STAGES:
         log.info("stage %s", stage)
         STAGES[stage]()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPModel
 
@@ -18,7 +18,7 @@ from b2diffurl.shapes.broken import KINDS as BROKEN_KINDS
 from b2diffurl.shapes.broken import broken_picture
 from b2diffurl.shapes.checker import Verdict, check, look, relation_between
 from b2diffurl.shapes.dataset import pictures
-from b2diffurl.shapes.sampling import accuracy, load_pipeline, sample
+from b2diffurl.shapes.sampling import accuracy, load_flow, load_pipeline, sample, sample_flow
 from b2diffurl.shapes.scene import (
     KINDS,
     OPPOSITE,
@@ -40,30 +40,44 @@ from b2diffurl.shapes.train_vae import round_trip
 log = logging.getLogger(__name__)
 
 Through = Callable[[torch.Tensor], torch.Tensor]
+Draw = Callable[..., np.ndarray]  # draw(prompts, seed=...) -> one picture a prompt
 
 SEED = 2026
+FLOW_SAMPLERS = {
+    "Euler": {"eta": 0.0},
+    "8 steps": {"num_steps": 8},
+    "guidance 2": {"guidance": 2.0},
+    "256 absent tokens": {"absent_tokens": 256},
+}
 ANY_ERROR = CaptionErrors(reversed_relation=0.3, other_axis=0.2, swapped_colours=0.2, wrong_attribute=0.3)
 
 
-def measure(base_dir: Path, clip_dir: Path, figures_path: Path, grid_path: Path) -> None:
-    """Write figures.json and the grid; each part is written as soon as it is known."""
+def measure(
+    base_dir: Path, clip_dir: Path, flow_dir: Path, figures_path: Path, grid_path: Path, only: str | None = None
+) -> None:
+    """Write figures.json and the grid, or one part of figures.json; each part is written as soon as it is known."""
     pipeline = load_pipeline(base_dir)
     clip = CLIPModel.from_pretrained(clip_dir).eval()
     prompts = {half: prompt_sets()[f"shapes_relation_{half}"] for half in ("train", "test")}
-    figures: dict = {"threads": torch.get_num_threads(), "machine": platform.machine()}
     parts: dict[str, Callable[[], object]] = {
-        "megabytes": lambda: {path.name: directory_mb(path) for path in (base_dir, clip_dir)},
+        "megabytes": lambda: {path.name: directory_mb(path) for path in (base_dir, clip_dir, flow_dir)},
         "checker": lambda: checker_figures(2000),
-        "samples": lambda: sample_figures(pipeline, prompts),
+        "samples": lambda: sample_figures(partial(sample, pipeline), prompts),
         "scorer": lambda: scorer_figures(pipeline, clip, prompts["train"] + prompts["test"]),
         "checker_after_vae": lambda: checker_figures(2000, partial(round_trip, pipeline.vae)),
         "milliseconds": lambda: timings(pipeline, clip),
+        "flow": lambda: flow_figures(load_flow(flow_dir), prompts),
     }
-    for name, part in parts.items():
-        figures[name] = part()
+    if only and only not in parts:
+        raise SystemExit(f"there is no part {only!r} of the figures; parts: {', '.join(parts)}")
+    figures = json.loads(figures_path.read_text()) if only else {}
+    figures |= {"threads": torch.get_num_threads(), "machine": platform.machine()}
+    for name in [only] if only else parts:
+        figures[name] = parts[name]()
         log.info("%s: %s", name, json.dumps(figures[name]))
         figures_path.write_text(json.dumps(figures, indent=1) + "\n")
-    draw_grid(pipeline, grid_path)
+    if not only:
+        draw_grid(pipeline, grid_path)
 
 
 def directory_mb(path: Path) -> float:
@@ -107,7 +121,7 @@ def mean_correct(verdicts: list[Verdict]) -> float:
 # --- base model -----------------------------------------------------------------------------------
 
 
-def sample_figures(pipeline: StableDiffusionPipeline, prompts: dict[str, list[str]]) -> dict:
+def sample_figures(draw: Draw, prompts: dict[str, list[str]]) -> dict:
     """Accuracy at the training sampler, on train and test prompts and on the other two kinds, 576 images each."""
     result = {}
     for name, chosen in {
@@ -117,7 +131,7 @@ def sample_figures(pipeline: StableDiffusionPipeline, prompts: dict[str, list[st
         "attribute_train": prompt_sets()["shapes_attribute_train"],
     }.items():
         repeated = chosen * (576 // len(chosen))
-        images = sample(pipeline, repeated, seed=SEED)
+        images = draw(repeated, seed=SEED)
         result[name] = accuracy(images, repeated)
         if name == "relation_train":
             result["by_relation"] = relation_confusion(images, repeated)
@@ -136,6 +150,19 @@ def relation_confusion(images: np.ndarray, prompts: list[str]) -> dict[str, dict
         asked: {str(shown): round(shows.count(shown) / max(len(shows), 1), 3) for shown in (*RELATIONS, None)}
         for asked, shows in drawn.items()
     }
+
+
+def flow_figures(pipeline: StableDiffusion3Pipeline, prompts: dict[str, list[str]]) -> dict:
+    """The same of the flow-matching base model, what other samplers draw of held-out prompts, and its time a row."""
+    held_out = prompts["test"] * 6
+    result = sample_figures(partial(sample_flow, pipeline), prompts)
+    for name, how in FLOW_SAMPLERS.items():
+        result[name] = accuracy(sample_flow(pipeline, held_out, seed=SEED, **how), held_out)
+    config, latents = pipeline.transformer.config, torch.randn(256, 4, 8, 8)
+    states, pooled = torch.randn(256, 10, config.joint_attention_dim), torch.randn(256, config.pooled_projection_dim)
+    with torch.no_grad():
+        row = best_ms(lambda: pipeline.transformer(latents, states, pooled, torch.full([256], 500.0)), 256)
+    return result | {"transformer_row_ms": row}
 
 
 # --- scorer ---------------------------------------------------------------------------------------

@@ -1,12 +1,22 @@
-"""Pictures from the base model, drawn as B2-DiffuRL draws them: DDIM with eta 1, 10 guided steps."""
+"""Pictures from the two base models, drawn as B2-DiffuRL draws them in training: with noise at every step."""
+
+import math
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+)
 
 from b2diffurl.shapes.checker import check
 
-NUM_STEPS, GUIDANCE, BATCH = 10, 2.0, 128
+BATCH = 128
+NUM_STEPS, GUIDANCE = 10, 2.0
+FLOW_STEPS, FLOW_GUIDANCE, FLOW_ETA = 10, 1.0, 0.7
 
 
 def load_pipeline(base_dir) -> StableDiffusionPipeline:
@@ -28,20 +38,62 @@ def sample(
     """One picture a prompt, uint8 [N, 64, 64, 3]."""
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     ddim = StableDiffusionPipeline(**{**pipeline.components, "scheduler": scheduler}, requires_safety_checker=False)
-    ddim.set_progress_bar_config(disable=True)
+    return draw(ddim, prompts, seed, num_inference_steps=num_steps, guidance_scale=guidance, eta=eta)
+
+
+def draw(pipeline: DiffusionPipeline, prompts: list[str], seed: int, **how) -> np.ndarray:
+    """One picture a prompt by the pipeline's own loop, uint8 [N, 64, 64, 3]."""
+    pipeline.set_progress_bar_config(disable=True)
     noise = torch.Generator().manual_seed(seed)
     batches = [
-        ddim(
-            prompts[start : start + BATCH],
-            num_inference_steps=num_steps,
-            guidance_scale=guidance,
-            eta=eta,
-            generator=noise,
-            output_type="np",
-        ).images
+        pipeline(prompts[start : start + BATCH], generator=noise, output_type="np", **how).images
         for start in range(0, len(prompts), BATCH)
     ]
     return (np.concatenate(batches) * 255).round().astype(np.uint8)
+
+
+class CoefficientsPreserving(FlowMatchEulerDiscreteScheduler):
+    """Steps with noise that keep each level's shares of image and noise (arXiv 2509.05952); with eta 0 Euler's steps."""
+
+    eta, noise = 0.0, None
+
+    def step(
+        self, v: torch.Tensor, timestep: torch.Tensor, x: torch.Tensor, return_dict: bool = True
+    ) -> tuple[torch.Tensor]:
+        """x at the next sigma: mean (1 - sigma) x0 + sigma cos(eta pi/2) eps, deviation sigma sin(eta pi/2)."""
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        sigma, following = self.sigmas[self.step_index : self.step_index + 2]
+        self._step_index += 1
+        x_0, eps = x - sigma * v, x + (1 - sigma) * v
+        fresh = torch.randn(x.shape, generator=self.noise)
+        angle = self.eta * math.pi / 2
+        return ((1 - following) * x_0 + following * (math.cos(angle) * eps + math.sin(angle) * fresh),)
+
+
+def load_flow(flow_dir) -> StableDiffusion3Pipeline:
+    """The flow-matching base model as stock diffusers loads it, its autoencoder in the layout that is fast on a CPU."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(flow_dir, text_encoder_3=None, tokenizer_3=None)
+    pipeline.vae.to(memory_format=torch.channels_last)
+    return pipeline
+
+
+def sample_flow(
+    pipeline: StableDiffusion3Pipeline,
+    prompts: list[str],
+    *,
+    seed: int,
+    num_steps: int = FLOW_STEPS,
+    guidance: float = FLOW_GUIDANCE,
+    eta: float = FLOW_ETA,
+    absent_tokens: int = 0,
+) -> np.ndarray:
+    """One picture a prompt, uint8 [N, 64, 64, 3]; zeros for `absent_tokens` tokens stand for the missing T5."""
+    scheduler = CoefficientsPreserving.from_config(pipeline.scheduler.config)
+    scheduler.eta, scheduler.noise = eta, torch.Generator().manual_seed(seed + 1)
+    noisy = StableDiffusion3Pipeline(**{**pipeline.components, "scheduler": scheduler})
+    how = {"num_inference_steps": num_steps, "guidance_scale": guidance, "max_sequence_length": absent_tokens}
+    return draw(noisy, prompts, seed, **how)
 
 
 def accuracy(images: np.ndarray, prompts: list[str]) -> dict[str, float]:
