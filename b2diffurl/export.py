@@ -122,7 +122,8 @@ def export(
         if form == "pipeline":
             hide_progress()
             # The LoRA's own rank: it may come from elsewhere, with another rank than the experiment's.
-            family(model).write_pipeline(temporary, replace(model, lora_rank=rank_of(state)), lora, dtype=dtype)
+            own = replace(model, lora=replace(model.lora, rank=rank_of(state)))
+            family(model).write_pipeline(temporary, own, lora, dtype=dtype)
         elif form == "kohya":
             family(model).write_kohya(temporary / exported.file, state)
         else:

@@ -83,6 +83,7 @@ def base_model() -> ConfigDict:
     pretrained.config = ""  # for a single file: a model whose configs fit (prediction type!); "": the family's first
     pretrained.resolution = 0  # height and width of images in pixels; 0: the model's own
     pretrained.scheduler = config_dict.placeholder(object)  # entries for its scheduler: {"timestep_spacing": "leading"}
+    pretrained.max_sequence_length = -1  # SD3, FLUX: text tokens of T5 or Qwen, fewer are faster; -1: as many as diffusers
     pretrained.offload = False  # True: text encoders are on the GPU only while they encode. Less memory, the same images
     return pretrained
 

@@ -53,7 +53,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from b2diffurl.configuration.settings import ModelSettings
+from b2diffurl.configuration.settings import LoraSettings, ModelSettings
 from b2diffurl.models import Model
 from b2diffurl.models import family as family_of
 from benchmarks.sd14 import BOS, EOS, V1_4_SCHEDULER
@@ -291,9 +291,10 @@ def load_model(
     family: str = "stable_diffusion",
     resolution: int = 0,
     mlp: bool = False,
+    **more,
 ) -> Model:
     """A Stable Diffusion, or a model of another family, with a fresh LoRA."""
-    settings = ModelSettings(family, str(root), "main", "", config, resolution=resolution, lora_rank=rank, lora_mlp=mlp)
+    settings = ModelSettings(family, str(root), "main", "", config, resolution, LoraSettings(rank, mlp), **more)
     return family_of(settings).load(settings, device=torch.device("cpu"), dtype=dtype, seed=seed, decoder=True)
 
 

@@ -97,6 +97,7 @@ KEYS = {
     "pretrained.resolution": Key(Number("[0, 8192]")),
     "pretrained.scheduler": Key(Entries(), before=None),
     "pretrained.offload": Key(SWITCH, may_change=True),
+    "pretrained.max_sequence_length": Key(Number("[-1, 512]"), before=-1),
     # ---- sampling ----
     "sample.num_steps": Key(Number("[1, 1000]")),
     "sample.eta": Key(Number("0 or [0.001, 1]", "0 is deterministic")),

@@ -20,8 +20,16 @@ CURRICULA = ("progressive", "fixed", "reversed", "random", "early", "sliding")
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    """The LoRA that is trained."""
+
+    rank: int
+    mlp: bool = False  # whether it is on the MLPs, too, and not on attention alone
+
+
+@dataclass(frozen=True)
 class ModelSettings:
-    """The base model, and the rank of the LoRA on it."""
+    """The base model, and the LoRA on it."""
 
     family: str  # a name in b2diffurl.models.FAMILIES; auto: recognised by the model's files
     name: str  # hub id, directory, or a single .safetensors file
@@ -29,10 +37,10 @@ class ModelSettings:
     variant: str
     config: str  # if `name` is a single file: a model from which the configs of its parts are taken; "": the family's first
     resolution: int  # pixels; 0: the model's own
-    lora_rank: int
-    lora_mlp: bool = field(default=False, kw_only=True)  # whether the LoRA is on the MLPs, too, and not on attention alone
+    lora: LoraSettings
     scheduler: Mapping[str, Any] = field(default_factory=dict)  # entries that count as if the model's scheduler had them
     offload: bool = False  # whether text encoders lie in main memory while they have nothing to encode
+    max_sequence_length: int = -1  # text tokens from T5 or Qwen, for flow matching; -1: as many as its pipeline takes
 
 
 @dataclass(frozen=True)
@@ -428,10 +436,10 @@ def read_model(pretrained: Mapping[str, Any], train: Mapping[str, Any]) -> Model
         variant=pretrained["variant"],
         config=pretrained["config"],
         resolution=pretrained["resolution"],
-        lora_rank=train["lora_rank"],
-        lora_mlp=train.get("lora_mlp", False),
-        scheduler=dict(pretrained.get("scheduler") or {}),  # older config.json files lack it, and the next one
+        lora=LoraSettings(train["lora_rank"], train.get("lora_mlp", False)),
+        scheduler=dict(pretrained.get("scheduler") or {}),  # older config.json files lack it, and the next two
         offload=pretrained.get("offload", False),
+        max_sequence_length=pretrained.get("max_sequence_length", -1),
     )
 
 

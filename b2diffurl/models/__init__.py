@@ -181,7 +181,7 @@ class Family(Protocol):
     def write_pipeline(self, folder: Path, model: ModelSettings, lora_file: Path, *, dtype: str) -> None:
         """Write the whole pipeline in the diffusers layout, with the LoRA fused into the network.
 
-        `model.lora_rank` must be the rank of `lora_file`. `dtype` is torch's name of the weights' type, such as float16.
+        `model.lora.rank` must be the rank of `lora_file`. `dtype` is torch's name of the weights' type, such as float16.
         """
 
     def describe(self) -> Description:

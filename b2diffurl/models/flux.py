@@ -25,7 +25,7 @@ from b2diffurl.runtime import files
 __all__ = ["schedulers", "write_kohya"]
 
 CLIP, CLIP_TOKENIZER = "text_encoder", "tokenizer"
-T5, T5_TOKENIZER, T5_TOKENS = "text_encoder_2", "tokenizer_2", 512  # as many tokens as the pipeline of diffusers takes
+T5, T5_TOKENIZER, USUAL_TOKENS = "text_encoder_2", "tokenizer_2", 512  # as many tokens as the pipeline of diffusers takes
 PATCH, SIDE = 2, 128  # latents along the side of a token, and of an image whose size is not given
 
 
@@ -135,7 +135,7 @@ def check(model: ModelSettings) -> None:
 
 def sizes(model: ModelSettings) -> Sizes | None:
     def embedding(configs: Mapping[str, Mapping]) -> int:  # L * E + F
-        return T5_TOKENS * configs[T5]["d_model"] + configs[CLIP]["hidden_size"]
+        return transformer.num_text_tokens(model, USUAL_TOKENS) * configs[T5]["d_model"] + configs[CLIP]["hidden_size"]
 
     return transformer.sizes(model, PIPELINE, LORA, read_layout, embedding)
 
@@ -165,6 +165,7 @@ class Flux(FlowModel):
 
     def __init__(self, model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool):
         super().__init__(model, device=device, dtype=dtype, seed=seed, decoder=decoder)
+        self._t5_tokens = transformer.num_text_tokens(model, USUAL_TOKENS)
         height, width = (side // PATCH for side in self.latent_shape[1:])
         places = torch.cartesian_prod(torch.arange(height), torch.arange(width)).to(device, dtype)
         self._image_ids = torch.cat([torch.zeros_like(places[:, :1]), places], dim=1)  # [h/2 * w/2, 3]: 0, row, column
@@ -187,10 +188,10 @@ class Flux(FlowModel):
         return self.parts[CLIP](ids.to(self.bare.device)).pooler_output
 
     def _t5(self, prompts: list[str]) -> Tensor:
-        return clip_text.encode_t5(self.parts[T5], self.parts[T5_TOKENIZER], prompts, T5_TOKENS)
+        return clip_text.encode_t5(self.parts[T5], self.parts[T5_TOKENIZER], prompts, self._t5_tokens)
 
     def num_tokens_cut(self, prompts: Sequence[str]) -> list[int]:
-        return clip_text.num_tokens_cut(self.parts[T5_TOKENIZER], prompts, T5_TOKENS)
+        return clip_text.num_tokens_cut(self.parts[T5_TOKENIZER], prompts, self._t5_tokens)
 
     def predict(
         self,

@@ -26,7 +26,7 @@ from b2diffurl.runtime import files
 __all__ = ["schedulers", "write_kohya"]
 
 FOLD, SIDE = 2, 64  # the VAE's latents along a latent, and latents along an image whose size is not given
-NUM_TOKENS, TEXT_LAYERS = 512, (9, 18, 27)  # of the text encoder, as in the pipeline of diffusers
+USUAL_TOKENS, TEXT_LAYERS = 512, (9, 18, 27)  # of the text encoder, as in the pipeline of diffusers
 IS_DISTILLED = "is_distilled"  # in model_index.json
 
 
@@ -121,7 +121,7 @@ def check(model: ModelSettings) -> None:
 
 def sizes(model: ModelSettings) -> Sizes | None:
     def embedding(configs: Mapping[str, Mapping]) -> int:  # L * E
-        return NUM_TOKENS * len(TEXT_LAYERS) * configs["text_encoder"]["hidden_size"]
+        return transformer.num_text_tokens(model, USUAL_TOKENS) * len(TEXT_LAYERS) * configs["text_encoder"]["hidden_size"]
 
     return transformer.sizes(model, PIPELINE, LORA, read_layout, embedding)
 
@@ -150,7 +150,8 @@ class Flux2(FlowModel):
 
     def __init__(self, model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool):
         super().__init__(model, device=device, dtype=dtype, seed=seed, decoder=decoder)
-        one, height, width, tokens = (torch.arange(size) for size in (1, *self.latent_shape[1:], NUM_TOKENS))
+        self._num_tokens = transformer.num_text_tokens(model, USUAL_TOKENS)
+        one, height, width, tokens = (torch.arange(size) for size in (1, *self.latent_shape[1:], self._num_tokens))
         # Time, row, column and number of a token.
         self._image_ids = torch.cartesian_prod(one, height, width, one).to(device)
         self._text_ids = torch.cartesian_prod(one, one, one, tokens).to(device)
@@ -161,7 +162,7 @@ class Flux2(FlowModel):
     @torch.no_grad()
     def encode_one(self, prompt: str) -> Conditions:
         """prompt_embeds [1,L,E]."""
-        options = {"padding": "max_length", "truncation": True, "max_length": NUM_TOKENS, "return_tensors": "pt"}
+        options = {"padding": "max_length", "truncation": True, "max_length": self._num_tokens, "return_tensors": "pt"}
         tokens = self.parts["tokenizer"](self._as_message(prompt), **options).to(self.bare.device)
         # Without the head, which would give every token's probabilities of all words.
         output = self.parts["text_encoder"].model(
@@ -176,7 +177,7 @@ class Flux2(FlowModel):
 
     def num_tokens_cut(self, prompts: Sequence[str]) -> list[int]:
         lengths = map(len, self.parts["tokenizer"]([self._as_message(prompt) for prompt in prompts]).input_ids)
-        return [max(0, length - NUM_TOKENS) for length in lengths]
+        return [max(0, length - self._num_tokens) for length in lengths]
 
     def output(self, x_t: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         tokens = self.network(

@@ -31,14 +31,14 @@ class PipelineModel:
     compiled: ClassVar[tuple[str, ...]]  # classes of the network's blocks that are compiled, each by itself
 
     def __init__(self, model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool):
-        self.lora_spec = type(self).lora_spec.chosen(mlp=model.lora_mlp)
+        self.lora_spec = type(self).lora_spec.chosen(mlp=model.lora.mlp)
         self.parts: dict[str, Any] = diffusers_files.load_parts(model, self.spec, dtype, decoder=decoder)
         self.fingerprint = diffusers_files.fingerprint(model, self.spec)
         self._encoders_rest = torch.device("cpu") if model.offload else device
         for name in self.spec.weights.keys() & self.parts.keys():
             where = self._encoders_rest if name in self.spec.encoders else device
             self.parts[name].to(where).eval().requires_grad_(False)
-        lora.add_lora(self.bare, self.lora_spec, rank=model.lora_rank, seed=seed)
+        lora.add_lora(self.bare, self.lora_spec, rank=model.lora.rank, seed=seed)
         self._trainable = lora.lora_parameters(self.bare)  # looked up once: it walks through the whole network
         # Kept for `reset`: loading a checkpoint overwrites the fresh LoRA.
         self._fresh = {name: parameter.detach().clone() for name, parameter in self.trainable().items()}

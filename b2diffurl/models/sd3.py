@@ -29,7 +29,7 @@ from b2diffurl.runtime.hub import find_local
 __all__ = ["schedulers", "write_kohya"]
 
 CLIP = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}  # {encoder: its tokenizer}
-T5, T5_TOKENIZER, T5_TOKENS = "text_encoder_3", "tokenizer_3", 256  # as many tokens as the pipeline of diffusers takes
+T5, T5_TOKENIZER, USUAL_TOKENS = "text_encoder_3", "tokenizer_3", 256  # as many tokens as the pipeline of diffusers takes
 
 
 def read_layout(network: Mapping[str, Any]) -> Layout:
@@ -106,6 +106,11 @@ def spec_of(model: ModelSettings) -> PipelineSpec:
     return PIPELINE if given else WITHOUT_T5
 
 
+def num_t5_tokens(model: ModelSettings) -> int:
+    """How many tokens T5 makes; rows of zeros stand in their place if there is no T5."""
+    return transformer.num_text_tokens(model, USUAL_TOKENS, encoder=T5 in spec_of(model).weights)
+
+
 LORA = LoraSpec(
     prefix="transformer",
     title="transformer",
@@ -148,7 +153,7 @@ def check(model: ModelSettings) -> None:
 
 def sizes(model: ModelSettings) -> Sizes | None:
     def embedding(configs: Mapping[str, Mapping]) -> int:  # L * E + F
-        tokens = configs["text_encoder"]["max_position_embeddings"] + T5_TOKENS
+        tokens = configs["text_encoder"]["max_position_embeddings"] + num_t5_tokens(model)
         return tokens * configs["transformer"]["joint_attention_dim"] + configs["transformer"]["pooled_projection_dim"]
 
     return transformer.sizes(model, spec_of(model), LORA, read_layout, embedding)
@@ -178,7 +183,7 @@ class SD3(FlowModel):
     read_layout = staticmethod(read_layout)
 
     def __init__(self, model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool):
-        self.spec = spec_of(model)
+        self.spec, self._t5_tokens = spec_of(model), num_t5_tokens(model)
         super().__init__(model, device=device, dtype=dtype, seed=seed, decoder=decoder)
         if decoder:
             self._check_text(model.name)
@@ -212,16 +217,14 @@ class SD3(FlowModel):
     def _t5(self, prompts: list[str]) -> Tensor:
         """T5's last hidden states [P,L,E]; zeros if there is no T5."""
         if T5 not in self.parts:
-            width = self.bare.config.joint_attention_dim
-            return torch.zeros(
-                len(prompts), T5_TOKENS, width, dtype=self.parts["text_encoder"].dtype, device=self.bare.device
-            )
-        return clip_text.encode_t5(self.parts[T5], self.parts[T5_TOKENIZER], prompts, T5_TOKENS)
+            size = len(prompts), self._t5_tokens, self.bare.config.joint_attention_dim
+            return torch.zeros(size, dtype=self.parts["text_encoder"].dtype, device=self.bare.device)
+        return clip_text.encode_t5(self.parts[T5], self.parts[T5_TOKENIZER], prompts, self._t5_tokens)
 
     def num_tokens_cut(self, prompts: Sequence[str]) -> list[int]:
         """By T5, which reads the longest; without it by either of the others."""
         if T5 in self.parts:
-            return clip_text.num_tokens_cut(self.parts[T5_TOKENIZER], prompts, T5_TOKENS)
+            return clip_text.num_tokens_cut(self.parts[T5_TOKENIZER], prompts, self._t5_tokens)
         counts = [clip_text.num_tokens_cut(self.parts[tokenizer], prompts) for tokenizer in CLIP.values()]
         return [max(pair) for pair in zip(*counts, strict=True)]
 

@@ -119,6 +119,20 @@ def read_vae(model: ModelSettings, spec: PipelineSpec) -> Mapping[str, Any]:
     return files.read_object(diffusers_files.locate_configs(model, spec) / "vae" / "config.json")
 
 
+def num_text_tokens(model: ModelSettings, usual: int, *, encoder: bool = True) -> int:
+    """How many tokens T5 or Qwen gives the network: as its pipeline has them (`usual`) or as the user chose.
+
+    None at all is a ValueError if there is such an `encoder`.
+    """
+    chosen = model.max_sequence_length
+    if chosen == 0 and encoder:
+        raise ValueError(
+            f"pretrained.max_sequence_length is 0, so {model.name} would read no prompt. Give at least 1, or -1 for as many "
+            "tokens as its pipeline takes."
+        )
+    return usual if chosen < 0 else chosen
+
+
 def require_many_steps(model: ModelSettings, *, distilled: bool) -> None:
     """Refuse to train the steps of a model that is `distilled` to draw in a few of them, or that its name calls so."""
     if distilled or DISTILLED.search(Path(model.name).name):
@@ -203,7 +217,7 @@ def sizes(
         latent_shape=(layout.channels, height, width),
         image_px=(height * px, width * px),
         embedding=embedding(configs),
-        lora=lora.count_numbers(weights, lora_spec.chosen(mlp=model.lora_mlp)),
+        lora=lora.count_numbers(weights, lora_spec.chosen(mlp=model.lora.mlp)),
         weights=diffusers_files.count_weights(model, spec),
     )
 

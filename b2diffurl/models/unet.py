@@ -137,7 +137,7 @@ def sizes(
         latent_shape=(unet["in_channels"], height, width),
         image_px=(height * px, width * px),
         embedding=embedding(configs),
-        lora=lora.count_numbers(weights, lora_spec.chosen(mlp=model.lora_mlp)),
+        lora=lora.count_numbers(weights, lora_spec.chosen(mlp=model.lora.mlp)),
         weights=diffusers_files.count_weights(model, spec),
         float32=diffusers_files.upcast_parts(vae, spec),
     )

@@ -47,7 +47,7 @@ def plan_facts(plan: Plan, budget: Budget) -> dict[str, str]:
     return {
         "experiment": f"{settings.output.name} in {plan.stage.root}, {state_text(settings)}",
         "preset": settings.output.preset or "none",
-        "base model": f"{settings.model.name}, LoRA of rank {settings.model.lora_rank}",
+        "base model": f"{settings.model.name}, LoRA of rank {settings.model.lora.rank}",
         "starts from": start_text(plan),
         "reward": settings.rewards.description + watched,
         "prompts": f"{len(plan.prompts)} of {trained}; held-out: {held_out} of {prompts.held_out_file}",
@@ -159,7 +159,7 @@ def memory_text(settings: Settings, base: Sizes, number_bytes: int) -> str:
     parts = {part: count * (4 if part in base.float32 else number_bytes) for part, count in base.weights.items()}
     named = ", ".join(f"{part} {size(volume)}" for part, volume in parts.items())
     moment = 1 if settings.training.optimizer.use_8bit else 4
-    trained = settings.model.lora_rank * base.lora * (8 + 2 * moment)  # in float32: weights, gradients; AdamW's two moments
+    trained = settings.model.lora.rank * base.lora * (8 + 2 * moment)  # in float32: weights, gradients; AdamW's two moments
     total = size(sum(parts.values()))
     return f"weights {total} ({named}), LoRA and optimizer {size(trained)}; and activations, by the micro-batches"
 
@@ -183,7 +183,7 @@ def checkpoint_bytes(settings: Settings, base: Sizes) -> int:
     """Bytes of one checkpoint, without the files' headers: LoRA and average in float32, AdamW's two moments a number."""
     optimizer = settings.training.optimizer
     moment, average = 1 if optimizer.use_8bit else 4, 4 if optimizer.ema else 0
-    return settings.model.lora_rank * base.lora * (4 + average + 2 * moment)
+    return settings.model.lora.rank * base.lora * (4 + average + 2 * moment)
 
 
 def image_bytes(root: Path, base: Sizes) -> float:

@@ -183,7 +183,7 @@ def plan_line(settings: Settings) -> str:
     """The log line that begins a run: what will be trained, and how long it takes."""
     root, budget, num_stages = settings.output.root, Budget.of(settings), settings.schedule.num_stages
     parts = [
-        f"LoRA rank {settings.model.lora_rank} on {settings.model.name}",
+        f"LoRA rank {settings.model.lora.rank} on {settings.model.name}",
         f"reward {settings.rewards.description}",
         f"{num_stages} stages of {budget.num_images} images ({num_stages * budget.num_images})",
         f"S {span([window.num_steps for window in budget.planned_windows(root)])} of {settings.sampling.num_steps}",

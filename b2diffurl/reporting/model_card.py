@@ -298,6 +298,8 @@ def usage(exported: Exported) -> dict[str, Any]:
     options = {"num_inference_steps": chosen["num_steps"], "guidance_scale": chosen["guidance_scale"]}
     options |= {"eta": eta} if eta else {}  # 0 is the pipeline's default
     options |= {"height": size, "width": size} if size else {}  # else the pipeline's own size, which is training's
+    tokens = exported.model.max_sequence_length
+    options |= {"max_sequence_length": tokens} if tokens >= 0 else {}  # likewise
     single = exported.base.endswith(".safetensors")
     # Without it transformers takes the type that is stored, and diffusers float32. Older diffusers know no `dtype`.
     dtype = {"torch_dtype": f"torch.{exported.dtype}"}

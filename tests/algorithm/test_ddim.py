@@ -19,7 +19,7 @@ from b2diffurl.algorithm.transition import (
     transition,
 )
 from b2diffurl.algorithm.window import Window
-from b2diffurl.configuration.settings import ModelSettings
+from b2diffurl.configuration.settings import LoraSettings, ModelSettings
 from b2diffurl.models import Model, family
 from b2diffurl.models.noise_schedule import make_table
 
@@ -192,7 +192,7 @@ def test_the_table_rounds_less_than_the_way_over_x_0(num_steps):
 def embedded_run(dtype: torch.dtype, make_step: Callable) -> dict[str, Tensor]:
     """Eight images of the embedded model in ten steps at eta 1 and guidance 2: their states and log-probs, and the first
     update's log-ratios and gradient; the network in `dtype`, and make_step(model) -> (i, x_t, output) -> mu, sigma."""
-    base = ModelSettings("stable_diffusion", str(ROOT / "model/shapes/base"), "main", "", "", 0, lora_rank=4)
+    base = ModelSettings("stable_diffusion", str(ROOT / "model/shapes/base"), "main", "", "", 0, lora=LoraSettings(4))
     model = family(base).load(base, device=torch.device("cpu"), dtype=torch.float32, seed=0, decoder=True)
     step, timesteps = make_step(model), model.sampler(10, 1.0).timesteps
     prompts = ["a red circle", "a blue square", "a green triangle", "a yellow circle above a red square"] * 2

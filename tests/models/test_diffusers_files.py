@@ -11,7 +11,7 @@ from conftest import assert_refused, experiment, run_stage, stage_of, start
 from diffusers import StableDiffusionPipeline
 from foreign import open_clip, original_layout, output
 
-from b2diffurl.configuration.settings import ModelSettings
+from b2diffurl.configuration.settings import LoraSettings, ModelSettings
 from b2diffurl.experiment.stage import LORA_FILE
 from b2diffurl.models import stable_diffusion
 from b2diffurl.runtime import files
@@ -136,7 +136,7 @@ def test_written_pipeline_has_the_hubs_names(models, single_file, finished, tmp_
         names = {key: prefix * (layout == "hub") + key.removeprefix(prefix) for key in safetensors.torch.load_file(path)}
         tensors = {names[key]: value for key, value in safetensors.torch.load_file(path).items()}
         safetensors.torch.save_file(tensors, path, {"format": "pt"})
-    settings = ModelSettings("stable_diffusion", str(base), "main", "", config, resolution=0, lora_rank=4)
+    settings = ModelSettings("stable_diffusion", str(base), "main", "", config, resolution=0, lora=LoraSettings(4))
     lora = stage_of(finished).checkpoints()[-1] / LORA_FILE
     stable_diffusion.write_pipeline(tmp_path / "out", settings, lora, dtype="float32")
     written = safetensors.torch.load_file(tmp_path / "out" / "text_encoder" / "model.safetensors")

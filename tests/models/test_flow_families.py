@@ -21,7 +21,7 @@ from b2diffurl.configuration.settings import ModelSettings, read_settings
 from b2diffurl.evaluation.generate import deployed_sampler, training_sampler
 from b2diffurl.experiment.stage import LORA_FILE
 from b2diffurl.export import export
-from b2diffurl.models import Model, flux, flux2, recognise, sd3, transformer
+from b2diffurl.models import Model, base_sizes, check_base, flux, flux2, recognise, sd3, transformer
 from b2diffurl.models import family as family_of
 from b2diffurl.models.policy import decode, predictor
 from b2diffurl.runtime import files
@@ -79,8 +79,8 @@ def noise(*shape: int) -> Tensor:
 
 
 def settings_of(name: object, **more) -> ModelSettings:
-    given = {"pretrained.model": str(name), "pretrained.resolution": 64}
-    return read_settings(make_config(given | more)).model
+    given = {"model": str(name), "resolution": 64} | more
+    return read_settings(make_config({f"pretrained.{key}": value for key, value in given.items()})).model
 
 
 def edit(path: Path, **entries) -> None:
@@ -151,6 +151,26 @@ def test_encode_is_the_pipelines(model, stock):
         assert torch.equal(ours["prompt_embeds"], expected[0])
         if others:
             assert torch.equal(ours["pooled_prompt_embeds"], expected[len(others)])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_as_many_text_tokens_as_chosen(bases, name):
+    """Each family's setting is that of its pipeline. None at all is for a model without T5 alone."""
+    stock = stock_pipeline(bases / name)
+    others = [f"prompt_{n}" for n in (2, 3) if hasattr(stock, f"tokenizer_{n}")]
+    chosen = {"sd3_without_t5": 0, "flux2": 40}.get(name, 5)  # FLUX.2's prompts are messages, with words of their own
+    with torch.no_grad():
+        expected = stock.encode_prompt(prompt=PROMPTS[:1], max_sequence_length=chosen, **dict.fromkeys(others))[0]
+    shorter = load(bases / name, max_sequence_length=chosen)
+    conditions = shorter.encode(PROMPTS[:1])
+    assert torch.equal(conditions["prompt_embeds"], expected)
+    output = shorter.predict(noise(2, *shorter.latent_shape), torch.tensor(500.0), conditions, shorter.unconditional(), 1.0)
+    assert output.isfinite().all()
+    counted = base_sizes(settings_of(bases / name, max_sequence_length=chosen)).embedding
+    assert counted == sum(value[0].numel() for value in conditions.values())
+    if chosen:
+        with pytest.raises(ValueError, match=r"max_sequence_length is 0, so .* would read no prompt"):
+            check_base(settings_of(bases / name, max_sequence_length=0))
 
 
 def test_predict_is_the_pipelines_call(model, stock):
@@ -490,7 +510,7 @@ def test_a_single_file_is_refused(tmp_path):
         save_file({key: torch.zeros(1)}, path)
         for given in ("auto", family):
             with pytest.raises(ValueError, match=rf"{family}\.safetensors is a single file.* Give the model's directory"):
-                family_of(settings_of(path, **{"pretrained.family": given})).check(settings_of(path))
+                family_of(settings_of(path, family=given)).check(settings_of(path))
 
 
 def test_step_distilled_models_are_known_by_name():
