@@ -1,6 +1,7 @@
 """Every setting, with its default. A preset is chosen as config/stage_process.py:NAME, or Preset=NAME bash run_process.sh:
 
     shapes                the default: a small model on two CPU cores, with the objective nft
+    shapes_flow           a small flow-matching model, with the same objective
     shapes_ddpo           the small model with the paper's objective
     sd14_nft              Stable Diffusion v1.4 with the objective nft
     sd14, sd14_10gb       Stable Diffusion v1.4 with the paper's settings, and the same for a GPU of 10 GB
@@ -329,6 +330,19 @@ def shapes(config: ConfigDict) -> None:
     config.train.save_interval = 3
 
 
+def shapes_flow(config: ConfigDict) -> None:
+    """The default run for flow matching: a small model of Stable Diffusion 3's layout, 5 stages of 1,440 images.
+
+    Preset=shapes_flow bash run_process.sh, two CPU cores.
+    """
+    shapes(config)
+    config.exp_name = "shapes_flow"
+    config.pretrained.model = "model/shapes_flow"
+    config.pretrained.max_sequence_length = 0  # it has no T5
+    config.sample.sde = "cps"
+    config.sample.eta = 1.0
+
+
 def noised(config: ConfigDict) -> None:
     """Settings of nft for the small model, at 8 steps. docs/shapes.md says how they were found."""
     config.curriculum = "early"  # a relation is decided in the first two steps
@@ -455,6 +469,7 @@ def b2_nft(config: ConfigDict) -> None:
 
 PRESETS = {
     "shapes": shapes,
+    "shapes_flow": shapes_flow,
     "shapes_ddpo": shapes_ddpo,
     "sd14": sd14,
     "sd14_10gb": sd14_10gb,
