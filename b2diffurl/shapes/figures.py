@@ -44,9 +44,9 @@ Draw = Callable[..., np.ndarray]  # draw(prompts, seed=...) -> one picture a pro
 
 SEED = 2026
 FLOW_SAMPLERS = {
-    "Euler": {"eta": 0.0},
-    "8 steps": {"num_steps": 8},
-    "guidance 2": {"guidance": 2.0},
+    "Euler, 20 steps": {"stochastic": False, "num_steps": 20},
+    "20 steps": {"num_steps": 20},
+    "no guidance": {"guidance": 1.0},
     "256 absent tokens": {"absent_tokens": 256},
 }
 ANY_ERROR = CaptionErrors(reversed_relation=0.3, other_axis=0.2, swapped_colours=0.2, wrong_attribute=0.3)

@@ -1,7 +1,5 @@
 """Pictures from the two base models, drawn as B2-DiffuRL draws them in training: with noise at every step."""
 
-import math
-
 import numpy as np
 import torch
 from diffusers import (
@@ -16,7 +14,7 @@ from b2diffurl.shapes.checker import check
 
 BATCH = 128
 NUM_STEPS, GUIDANCE = 10, 2.0
-FLOW_STEPS, FLOW_GUIDANCE, FLOW_ETA = 10, 1.0, 0.7
+FLOW_STEPS = 8
 
 
 def load_pipeline(base_dir) -> StableDiffusionPipeline:
@@ -52,25 +50,6 @@ def draw(pipeline: DiffusionPipeline, prompts: list[str], seed: int, **how) -> n
     return (np.concatenate(batches) * 255).round().astype(np.uint8)
 
 
-class CoefficientsPreserving(FlowMatchEulerDiscreteScheduler):
-    """Steps with noise that keep each level's shares of image and noise (arXiv 2509.05952); with eta 0 Euler's steps."""
-
-    eta, noise = 0.0, None
-
-    def step(
-        self, v: torch.Tensor, timestep: torch.Tensor, x: torch.Tensor, return_dict: bool = True
-    ) -> tuple[torch.Tensor]:
-        """x at the next sigma: mean (1 - sigma) x0 + sigma cos(eta pi/2) eps, deviation sigma sin(eta pi/2)."""
-        if self.step_index is None:
-            self._init_step_index(timestep)
-        sigma, following = self.sigmas[self.step_index : self.step_index + 2]
-        self._step_index += 1
-        x_0, eps = x - sigma * v, x + (1 - sigma) * v
-        fresh = torch.randn(x.shape, generator=self.noise)
-        angle = self.eta * math.pi / 2
-        return ((1 - following) * x_0 + following * (math.cos(angle) * eps + math.sin(angle) * fresh),)
-
-
 def load_flow(flow_dir) -> StableDiffusion3Pipeline:
     """The flow-matching base model as stock diffusers loads it, its autoencoder in the layout that is fast on a CPU."""
     pipeline = StableDiffusion3Pipeline.from_pretrained(flow_dir, text_encoder_3=None, tokenizer_3=None)
@@ -84,16 +63,20 @@ def sample_flow(
     *,
     seed: int,
     num_steps: int = FLOW_STEPS,
-    guidance: float = FLOW_GUIDANCE,
-    eta: float = FLOW_ETA,
+    guidance: float = GUIDANCE,
+    stochastic: bool = True,
     absent_tokens: int = 0,
 ) -> np.ndarray:
-    """One picture a prompt, uint8 [N, 64, 64, 3]; zeros for `absent_tokens` tokens stand for the missing T5."""
-    scheduler = CoefficientsPreserving.from_config(pipeline.scheduler.config)
-    scheduler.eta, scheduler.noise = eta, torch.Generator().manual_seed(seed + 1)
+    """One picture a prompt, uint8 [N, 64, 64, 3]; zeros for `absent_tokens` tokens stand for the missing T5.
+
+    Stochastic steps are those of coefficient-preserving sampling (arXiv 2509.05952) with all noise fresh, others Euler's.
+    """
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config, stochastic_sampling=stochastic)
     noisy = StableDiffusion3Pipeline(**{**pipeline.components, "scheduler": scheduler})
     how = {"num_inference_steps": num_steps, "guidance_scale": guidance, "max_sequence_length": absent_tokens}
-    return draw(noisy, prompts, seed, **how)
+    with torch.random.fork_rng(devices=[]):  # the scheduler's steps take no generator from the pipeline
+        torch.manual_seed(seed + 1)
+        return draw(noisy, prompts, seed, **how)
 
 
 def accuracy(images: np.ndarray, prompts: list[str]) -> dict[str, float]:

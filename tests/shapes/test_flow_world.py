@@ -96,24 +96,36 @@ def test_noise_levels_have_their_distribution():
     assert noisy.min() >= 0.5 and noisy.max() <= 1 and abs(noisy.mean() - 0.75) < 0.01
 
 
-def test_steps_without_noise_are_eulers_and_with_all_of_it_are_stochastic_ones():
-    """eta 0 is FlowMatchEulerDiscreteScheduler; eta 1 is it with `stochastic_sampling`, on the same noise."""
+def test_it_is_sampled_as_in_training(pipeline, transformer):
+    """Stock diffusers' stochastic steps have the mean and deviation of this tool's cps steps with eta 1."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    from b2diffurl.shapes.sampling import CoefficientsPreserving
+    from b2diffurl.algorithm.flow import make_transitions
+    from b2diffurl.algorithm.transition import transition
 
-    for eta in (0.0, 1.0):
-        stock = FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=bool(eta))
-        own = CoefficientsPreserving.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config)
-        own.eta, own.noise = eta, torch.Generator().manual_seed(4)
-        noise = torch.Generator().manual_seed(4)
-        x = expected = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
-        stock.set_timesteps(5)
-        own.set_timesteps(5)
-        for t in stock.timesteps:
-            v = torch.sin(x + t)
-            x, expected = own.step(v, t, x)[0], stock.step(v, t, expected, generator=noise, return_dict=False)[0]
-            torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
+    scheduler.set_timesteps(5)
+    table = make_transitions(scheduler.timesteps, scheduler.sigmas, eta=1.0, sde="cps")
+    x, v = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    for i, t in enumerate(scheduler.timesteps):
+        torch.manual_seed(6)
+        found = scheduler.step(v, t, x, return_dict=False)[0]
+        torch.manual_seed(6)
+        mu, sigma = transition(table, i, x, v)
+        torch.testing.assert_close(found, mu + sigma * torch.randn_like(x), rtol=1e-4, atol=1e-5)
+
+
+def test_pictures_follow_from_the_seed(pipeline):
+    """And the caller's random numbers go on as they were."""
+    from b2diffurl.shapes.sampling import sample_flow
+
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    drawn = [sample_flow(pipeline, ["a red circle"], seed=seed, num_steps=2) for seed in (1, 1, 2)]
+    assert torch.equal(torch.rand(1), expected)
+    assert np.array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
 
 
 @torch.no_grad()
