@@ -284,7 +284,7 @@ def test_its_cost_is_foretold(averaged, overrides):
     with_it, without = (read_settings(make_config(overrides | {"eval.every": 0} | some)) for some in (EMA, {}))
     more, fewer = (forecast.evaluations_left(settings, finished=set()) for settings in (with_it, without))
     assert (more.evaluations - fewer.evaluations, more.images - fewer.images) == (6 * (2 * 4 + 6), 3 * 6)
-    base = dry_run.family(with_it.model).sizes(with_it.model)
+    base = dry_run.base_sizes(with_it.model)
     size = dry_run.checkpoint_bytes(with_it, base) - dry_run.checkpoint_bytes(without, base)
     saved = safetensors.torch.load_file(stage_of(averaged.folder).checkpoints()[-1] / "ema" / LORA_FILE)
     assert size == sum(value.nbytes for value in saved.values())

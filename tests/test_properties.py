@@ -222,13 +222,14 @@ RUNNABLE = {
     "sample.suffix_steps": [0],
     "sampling": ["branch", "independent"], "eval.selection": ["pairs", "all"], "eval.advantage": ["prompt", "group"],
     "train.objective": ["ddpo", "reinforce", "dpok", "d3po"], "train.step_weight": ["none", "leverage", "sigma"],
-    "wandb_mode": ["offline", "online"], "pretrained.family": ["stable_diffusion"], "pretrained.variant": [""],
+    "wandb_mode": ["offline", "online"], "pretrained.family": ["auto", "stable_diffusion"],
+    "pretrained.variant": [""], "sample.sde": ["cps", "flow", "dance"],
     "reward.name": [JPEG, OTHER_JPEG, "clip"], "reward.dtype": ["auto", "float32", "float16", "bfloat16"],
     "reward.watch": [(), (OTHER_JPEG,)], "eval.judge": ["", "shapes", OTHER_JPEG], "run_name": ["stage0"],
     "eval.diversity": [(), ("layout",), ("clip", "layout")], "track_with": [(), ("tensorboard",), ("wandb", "tensorboard")],
     "reward.weights": [None, {JPEG: 1.0}, {JPEG: 0.5, OTHER_JPEG: -2}, {"clip": 1e6}], "resume_from": [""],
     "compile": [False], "train.use_8bit_adam": [False], "reward.standardise": [False],
-    "eval.deployed.scheduler": ["DDIMScheduler", "DDIM", "EulerDiscreteScheduler"],
+    "eval.deployed.scheduler": ["", "DDIMScheduler", "DDIM", "EulerDiscreteScheduler"],
     "exp_name": ["x", "größe", "实验", "a.b-c_1", "..a", "-x", "n" * 200],
     "save_path": ["model/lora", "a b/ü", ".", "a/../b", "n" * 250], "log_path": ["log", "log/a b", "."],
     "prompt": ["", "a red circle", "b" * 10_000, "ein Vögelchen\n\tim 木", "\x07"],
@@ -266,11 +267,11 @@ REFUSED = {
     "eval.judge": ["beauty", "file", "\n", "x" * 300], "eval.prompt_file": ["", "no.json", "n" * 300, "file", ".", "a\0b"],
     "prompt_file": ["", "no.json", "n" * 300, "file", ".", "a\0b"], "prompt": [" ", "\n", "\ud800"],
     "resume_from": ["no/such/lora", ".", "n" * 300, "a\0b", "~no-such-user/x", "file", "/dev/null"],
-    "eval.deployed.scheduler": ["", "Magic", "os.system", "x" * 300], "eval.pos_threshold": [-1.0],
+    "eval.deployed.scheduler": ["Magic", "os.system", "x" * 300], "eval.pos_threshold": [-1.0],
     "eval.neg_threshold": [1.0], "train.use_8bit_adam": [True], "reward.standardise": [True],
 }  # fmt: skip
 CHOICES = ("mixed_precision", "curriculum", "sampling", "eval.selection", "eval.advantage", "train.objective",
-           "train.step_weight", "wandb_mode", "reward.dtype")  # fmt: skip
+           "train.step_weight", "wandb_mode", "reward.dtype", "sample.sde")  # fmt: skip
 PLACES = ("pretrained.model", "reward.clip.model", "prompt_file", "eval.prompt_file")  # for which the world has a path
 # What makes a value count where it would not with SMALL.
 BESIDE = {

@@ -554,6 +554,7 @@ def preset_rows(record: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
         except (KeyError, OSError, ValueError):
             return []
         plain = json.loads(json.dumps(preset.to_dict()))  # tuples are lists, as they are in the record
+        plain["pretrained"]["family"] = record["config"]["pretrained"]["family"]  # it may have been recognised
         differences = preset_differences(record["config"], plain)
     return [(key, here, there) for key, (here, there) in differences.items()]
 

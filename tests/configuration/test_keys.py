@@ -28,6 +28,8 @@ def test_every_key_has_a_comment_and_is_read():
                 read |= {one.arg for one in node.args.kwonlyargs}
             elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
                 read.add(node.slice.value)
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
+                read |= {one.value for one in node.args[:1] if isinstance(one, ast.Constant)}
             elif isinstance(node, ast.arg) and path.parent.name == "rewards":  # whose settings are keyword arguments
                 read.add(node.arg)
     names = {key.rpartition(".")[2] for key in flatten(get_config("shapes").to_dict())}
