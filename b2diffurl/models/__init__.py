@@ -126,6 +126,7 @@ class Description:
     pipeline: str  # the class of diffusers that loads it
     network: str  # the network that carries the LoRA, such as UNet
     scheduler: str = "DDIMScheduler"  # of diffusers, with which checkpoints are judged if the user names no other
+    absent: tuple[str, ...] = ()  # parts that a model may lack, and lacks: diffusers has to be told of them
 
     @property
     def is_flow(self) -> bool:
@@ -157,6 +158,12 @@ class Family(Protocol):
         It names what works. `window` is None if no step needs one.
         """
 
+    def check_guidance(self, model: ModelSettings, scales: Mapping[str, float]) -> None:
+        """Raise a ValueError if the model cannot be used with these scales of guidance, {setting: scale}.
+
+        They are those of sampling, of training and of judging by the deployed sampler, sample.guidance_scale the first.
+        """
+
     def check(self, model: ModelSettings) -> None:
         """Refuse, by a ValueError or FileNotFoundError, a model that is not whole or that this family cannot run.
 
@@ -184,8 +191,8 @@ class Family(Protocol):
         `model.lora_rank` must be the rank of `lora_file`. `dtype` is torch's name of the weights' type, such as float16.
         """
 
-    def describe(self) -> Description:
-        """The family in words."""
+    def describe(self, model: ModelSettings) -> Description:
+        """The family in words, and what of a pipeline this model lacks. Downloads nothing."""
 
 
 def family(model: ModelSettings) -> Family:
