@@ -165,7 +165,7 @@ def selection_and_judging() -> ConfigDict:
     evaluation.deployed = deployed = ConfigDict()  # the sampler that users of the LoRA will use, judged beside training's
     deployed.scheduler = ""  # scheduler class of diffusers, such as DPMSolverMultistepScheduler; "": DDIM, or flow's Euler
     deployed.num_steps = 50  # sampler steps
-    deployed.eta = 0.0  # DDIM's eta, if the scheduler has one; 0 is deterministic
+    deployed.eta = 0.0  # the scheduler's eta, if it has one, as DDIM has; 0 is deterministic
     deployed.guidance_scale = 0.0  # classifier-free guidance; 0: as in training
     return evaluation
 

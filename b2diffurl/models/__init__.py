@@ -130,7 +130,7 @@ class Description:
 
     @property
     def is_flow(self) -> bool:
-        """Whether it is a flow-matching model: sample.sde chooses the steps that are trained; otherwise they are DDIM's."""
+        """Whether it is a flow-matching model: sample.sde chooses the steps that are trained; others take DDIM's."""
         return self.scheduler.startswith("FlowMatch")
 
 

@@ -309,6 +309,7 @@ def test_exports(run, name, form, tmp_path):
     assert f"{type(stock).__name__}.from_pretrained" in card
     assert ("text_encoder_3=None, tokenizer_3=None" in card) == (name == "sd3_without_t5")
     assert "cps, η 0.7" in card
+    assert ("OneTrainer's keys" in card, "kohya's scripts" in card) == (form == "kohya", False)
     if form == "kohya":
         path = out / "tiny.safetensors"
         assert all(key.startswith("lora_transformer_") for key in load_file(path))
