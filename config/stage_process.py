@@ -6,6 +6,8 @@
     sd14_nft              Stable Diffusion v1.4 with the objective nft
     sd14, sd14_10gb       Stable Diffusion v1.4 with the paper's settings, and the same for a GPU of 10 GB
     sdxl, sdxl_24gb       SDXL with the objective nft, and the same for a GPU of 24 GB
+    sd35, sd35_24gb       Stable Diffusion 3.5 medium with the objective nft, and the same for a GPU of 24 GB
+    flux                  FLUX.1-dev with the objective nft
     b2, bs, bpt, ddpo     four arms of the study (docs/results.md), and b2_nft, the one that learns most
 
 Override any key on the command line: --config.train.learning_rate=1e-4. Keys have the names of the paper's repository.
@@ -165,7 +167,7 @@ def selection_and_judging() -> ConfigDict:
     evaluation.deployed = deployed = ConfigDict()  # the sampler that users of the LoRA will use, judged beside training's
     deployed.scheduler = ""  # scheduler class of diffusers, such as DPMSolverMultistepScheduler; "": DDIM, or flow's Euler
     deployed.num_steps = 50  # sampler steps
-    deployed.eta = 0.0  # DDIM's eta, if the scheduler has one; 0 is deterministic
+    deployed.eta = 0.0  # the scheduler's eta, if it has one, as DDIM has; 0 is deterministic
     deployed.guidance_scale = 0.0  # classifier-free guidance; 0: as in training
     return evaluation
 
@@ -266,6 +268,17 @@ def sd14_nft(config: ConfigDict) -> None:
     config.train.lora_rank = 16
 
 
+def larger_latents(config: ConfigDict) -> None:
+    """Ranges of ratios for D = 65,536 latent dimensions, four times those of v1.4: 4 x 128 x 128, or 16 x 64 x 64.
+
+    The losses of nft are means over D, so none of its settings changes. Ratios are D-th roots, and D * c is what compares
+    (docs/method.md). The models with this D add no noise in their last step, so ddpo and its kin cannot train it. The
+    presets' windows end before it.
+    """
+    config.train.eps = 2.5e-5  # of ddpo: DDPO's 1e-4 at D = 16,384
+    config.train.dpo_beta = 65_536.0  # of d3po: a beta of 1 for joint log-ratios
+
+
 def sdxl(config: ConfigDict) -> None:
     """SDXL at 1024 px, B2 with the objective nft: 30 stages of 640 images, 19,200 in all.
 
@@ -274,13 +287,8 @@ def sdxl(config: ConfigDict) -> None:
     pretrained.resolution=512 an image costs about a quarter; SDXL draws worse there.
     """
     sd14_nft(config)
+    larger_latents(config)
     config.pretrained.model = "stabilityai/stable-diffusion-xl-base-1.0"
-    # An image has D = 65,536 latent dimensions, four times as many as one of v1.4. The losses of nft are means over D, so
-    # none of its settings changes. Ratios are D-th roots, and D * c is what compares (docs/method.md): for ddpo DDPO's clip
-    # range of 1e-4 is 2.5e-5 here, and a beta of 1 for d3po's joint log-ratios is 65,536. The last step adds no noise, so
-    # ddpo and its kin cannot train it; these windows end before it.
-    config.train.eps = 2.5e-5
-    config.train.dpo_beta = 65_536.0
     config.train.learning_rate = 1e-4  # of diffusers' own training script for LoRAs on SDXL
     config.sample.num_batches_per_epoch = 16  # half the images of sd14_nft: each costs several times as much
     config.train.gradient_accumulation_steps = 8  # 16 images an update, so that a stage makes as many updates, 120
@@ -305,6 +313,76 @@ def sdxl_24gb(config: ConfigDict) -> None:
     config.reward.batch_size = 8
     config.train.micro_batch_size = 1
     config.train.gradient_checkpointing = True
+
+
+def sd35(config: ConfigDict) -> None:
+    """Stable Diffusion 3.5 medium at 512 px, B2 with the objective nft: 30 stages of 1,280 images, 38,400 in all.
+
+    Preset=sd35 ExpName=my_run bash run_process.sh, one CUDA GPU of 80 GB. Its settings are those of `sd14_nft`, changed as
+    the comments say. It has not run on real weights, so there is no time, no memory and no expected reward. For
+    stable-diffusion-3.5-large (pretrained.model), whose transformer takes 16 GB in bf16, set train.micro_batch_size=2.
+    Both are gated: accept the license on the model's page, then `hf auth login`.
+    """
+    sd14_nft(config)
+    larger_latents(config)
+    config.pretrained.model = "stabilityai/stable-diffusion-3.5-medium"
+    config.pretrained.resolution = 512  # as Flow-GRPO tunes it; at 1024, its own, D is 262,144
+    config.sample.num_steps = 10  # Flow-GRPO samples its training images with 10 steps, and judges with 40
+    config.sample.eta = 0.8  # Flow-GRPO's noise level for cps. eta means something else to DDIM, where it is 1
+    config.sample.guidance_scale = 4.5  # of the model's card
+    config.split_step_left = 5  # of 10, the shares of sd14_nft. The last step, without noise, is never in the window
+    config.split_step_right = 7
+    config.train.lora_rank = 32  # Flow-GRPO's, as is the learning rate of sd14_nft, 3e-4
+    config.sample.micro_batch_size = 20  # half a batch
+    config.sample.decode_batch_size = 8
+    config.train.micro_batch_size = 8
+    config.eval.deployed.num_steps = 40  # by the model's own Euler scheduler
+
+
+def sd35_24gb(config: ConfigDict) -> None:
+    """`sd35` for a GPU of 24 GB: text encoders offloaded, small micro-batches, activations recomputed. Slower.
+
+    Preset=sd35_24gb ExpName=my_run bash run_process.sh, one CUDA GPU, and 20 GB of main memory. In bf16 the transformer
+    takes 4.9 GB, T5 9.5 GB, the two CLIP text encoders 1.6 GB and the VAE 0.2 GB. All of them are on the GPU only while
+    prompts are encoded. LoRA and AdamW take 0.4 GB. Its peak memory was not measured.
+    """
+    sd35(config)
+    config.pretrained.offload = True
+    config.sample.micro_batch_size = 8
+    config.sample.decode_batch_size = 2
+    config.reward.batch_size = 8
+    config.train.micro_batch_size = 2
+    config.train.gradient_checkpointing = True
+
+
+def flux(config: ConfigDict) -> None:
+    """FLUX.1-dev at 512 px, B2 with the objective nft: 30 stages of 640 images, 19,200 in all.
+
+    Preset=flux ExpName=my_run bash run_process.sh, one CUDA GPU of 80 GB: in bf16 the transformer takes 23.8 GB and T5
+    9.5 GB. Its settings are those of `sd14_nft`, changed as the comments say. It has not run on real weights, so there is no
+    time, no memory and no expected reward. The model is gated: accept the license on its page, then `hf auth login`. For
+    FLUX.1-schnell (pretrained.model) set sample.guidance_scale=1, sample.num_steps=4, split_step_left=2, split_step_right=3
+    and eval.deployed.num_steps=4.
+    """
+    sd14_nft(config)
+    larger_latents(config)
+    config.pretrained.model = "black-forest-labs/FLUX.1-dev"
+    config.pretrained.resolution = 512  # as Flow-GRPO tunes it; at 1024 D is 262,144
+    config.sample.num_steps = 6  # Flow-GRPO samples its training images with 6 steps, and judges with 28
+    config.sample.eta = 0.8  # Flow-GRPO's noise level for cps. eta means something else to DDIM, where it is 1
+    config.sample.guidance_scale = 3.5  # an input of the network, which was distilled for it: no second pass
+    config.train.guidance_scale = 0.0  # as in sampling: at another scale it is another function
+    config.split_step_left = 3  # of 6, the shares of sd14_nft. The last step, without noise, is never in the window
+    config.split_step_right = 4
+    config.train.learning_rate = 1e-4  # of diffusers' own training script for LoRAs on FLUX
+    config.train.lora_rank = 32
+    config.sample.num_batches_per_epoch = 16  # half the images of sd14_nft: each costs several times as much
+    config.train.gradient_accumulation_steps = 8  # 16 images an update, so that a stage makes as many updates, 120
+    config.sample.micro_batch_size = 20  # half a batch
+    config.sample.decode_batch_size = 8
+    config.train.micro_batch_size = 2
+    config.eval.num_images = 128
+    config.eval.deployed.num_steps = 28  # by the model's own Euler scheduler
 
 
 def shapes(config: ConfigDict) -> None:
@@ -476,6 +554,9 @@ PRESETS = {
     "sd14_nft": sd14_nft,
     "sdxl": sdxl,
     "sdxl_24gb": sdxl_24gb,
+    "sd35": sd35,
+    "sd35_24gb": sd35_24gb,
+    "flux": flux,
     "b2": b2,
     "bs": bs,
     "bpt": bpt,

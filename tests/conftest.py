@@ -53,7 +53,7 @@ for library in (diffusers, transformers):
 
 PROMPTS = ["a red circle", "a blue square", "a green cross"]
 VERBS = ("sample", "select", "train")
-REAL_SIZE = ("sd14", "sd14_10gb", "sd14_nft", "sdxl", "sdxl_24gb")
+REAL_SIZE = ("sd14", "sd14_10gb", "sd14_nft", "sdxl", "sdxl_24gb", "sd35", "sd35_24gb", "flux")
 PRESETS = ("shapes", "shapes_ddpo", *REAL_SIZE, "b2", "bs", "bpt", "ddpo", "b2_nft")
 CONFIG = f"--config={ROOT}/config/stage_process.py"
 

@@ -166,7 +166,7 @@ def test_unknown_preset(empty):
         ({"pretrained.family": "sdxxl"}, "sdxxl.*auto, stable_diffusion, sdxl"),
         (
             {"pretrained.family": "sdxl"},
-            r"has no text_encoder_2/\..* It is a StableDiffusionPipeline\. Leave",
+            r"is a StableDiffusionPipeline, and not a StableDiffusionXLPipeline\. Leave pretrained\.family at auto",
         ),
         ({"pretrained.resolution": 100}, "resolution is 100.*multiple of 16"),
         ({"resume_from": "/no/such/lora"}, "no LoRA at /no/such/lora"),

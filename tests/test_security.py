@@ -139,6 +139,8 @@ def test_nothing_hostile_runs_beside_what_is_loaded(own, marker, tmp_path):
         folder.mkdir(parents=True)
     plant(tmp_path / "own", marker)
     name_code(tmp_path / "own")
+    refuse(work, "sample", settings, r"sd is a \['pipeline', 'Evil'\]; supported are StableDiffusionPipeline")
+    settings |= {"pretrained.family": "stable_diffusion"}
     for index, verb in ((0, "sample"), (0, "select"), (0, "train"), (1, "sample")):
         plant(work, marker)
         ended = run_script(work, verb, settings | {"run_name": f"stage{index}"})

@@ -247,8 +247,8 @@ def check_sampler(settings: Mapping[str, Any]) -> None:
     scheduler = settings["sample.scheduler"]
     if scheduler and not objective.on_noised_images:
         raise ValueError(
-            f"sample.scheduler is {shown(scheduler)}; {name} is trained on the steps of DDIM. Leave it out, or take one of "
-            f"the objectives that need no steps: {forward}."
+            f"sample.scheduler is {shown(scheduler)}; {name} is trained on steps with a log-probability, which a "
+            f"scheduler has not. Leave it out, or take one of the objectives that need no steps: {forward}."
         )
     if scheduler and settings["sampling"] == "branch":
         raise ValueError(
@@ -257,5 +257,6 @@ def check_sampler(settings: Mapping[str, Any]) -> None:
         )
     if scheduler and max(settings["sample.prefix_eta"], settings["sample.suffix_eta"]) >= 0:
         raise ValueError(
-            f"sample.scheduler is {shown(scheduler)}; sample.prefix_eta and sample.suffix_eta must be -1: they are of DDIM"
+            f"sample.scheduler is {shown(scheduler)}; sample.prefix_eta and sample.suffix_eta must be -1: it has "
+            "no steps before and after the trained ones"
         )

@@ -26,13 +26,13 @@ def training_sampler(settings: Settings) -> SamplerSettings:
     given = settings.sampling.sampler
     if given.scheduler:
         return of_diffusers(settings, replace(given, sde=""), "sample.scheduler")
-    return given if family(settings.model).describe().is_flow else replace(given, sde="")
+    return given if family(settings.model).describe(settings.model).is_flow else replace(given, sde="")
 
 
 def deployed_sampler(settings: Settings) -> SamplerSettings:
     """The sampler that people will use the tuned model with, from `eval.deployed`."""
     deployed = settings.judging.deployed
-    scheduler = deployed.scheduler or family(settings.model).describe().scheduler
+    scheduler = deployed.scheduler or family(settings.model).describe(settings.model).scheduler
     guidance_scale = deployed.guidance_scale or settings.sampling.guidance_scale
     chosen = replace(deployed, scheduler=scheduler, guidance_scale=guidance_scale)
     return of_diffusers(settings, chosen, "eval.deployed.scheduler")

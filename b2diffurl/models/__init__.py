@@ -126,10 +126,11 @@ class Description:
     pipeline: str  # the class of diffusers that loads it
     network: str  # the network that carries the LoRA, such as UNet
     scheduler: str = "DDIMScheduler"  # of diffusers, with which checkpoints are judged if the user names no other
+    absent: tuple[str, ...] = ()  # parts that a model may lack, and lacks: diffusers has to be told of them
 
     @property
     def is_flow(self) -> bool:
-        """Whether it is a flow-matching model: sample.sde chooses the steps that are trained; otherwise they are DDIM's."""
+        """Whether it is a flow-matching model: sample.sde chooses the steps that are trained; others take DDIM's."""
         return self.scheduler.startswith("FlowMatch")
 
 
@@ -155,6 +156,12 @@ class Family(Protocol):
         """Raise a ValueError if training's sampler cannot be used, or if a step in `window` has no log-probability.
 
         It names what works. `window` is None if no step needs one.
+        """
+
+    def check_guidance(self, model: ModelSettings, scales: Mapping[str, float]) -> None:
+        """Raise a ValueError if the model cannot be used with these scales of guidance, {setting: scale}.
+
+        They are those of sampling, of training and of judging by the deployed sampler, sample.guidance_scale the first.
         """
 
     def check(self, model: ModelSettings) -> None:
@@ -184,8 +191,8 @@ class Family(Protocol):
         `model.lora.rank` must be the rank of `lora_file`. `dtype` is torch's name of the weights' type, such as float16.
         """
 
-    def describe(self) -> Description:
-        """The family in words."""
+    def describe(self, model: ModelSettings) -> Description:
+        """The family in words, and what of a pipeline this model lacks. Downloads nothing."""
 
 
 def family(model: ModelSettings) -> Family:

@@ -326,13 +326,14 @@ def load_single_file(
 
 def check_directory(root: Path, variant: str, spec: PipelineSpec, wanted: Sequence[str]) -> None:
     """Refuse a directory whose `wanted` parts are not whole or do not fit one another. It loads no weights."""
+    index = root / "model_index.json"
+    kind = str(files.read_object(index).get("_class_name", spec.pipeline)) if index.is_file() else spec.pipeline
+    if recognise.PIPELINES.get(kind, spec.family) != spec.family:
+        raise ValueError(f"{root} is a {kind}, and not a {spec.pipeline}. Leave pretrained.family at auto.")
     # Said here: diffusers would say that some file of some part is missing.
     missing = [name for name in spec.folders if name in (*wanted, "scheduler") and not (root / name).is_dir()]
     if missing:
-        index = root / "model_index.json"
-        kind = files.read_object(index).get("_class_name", spec.pipeline) if index.is_file() else spec.pipeline
-        advice = "Leave pretrained.family at auto" if kind in recognise.PIPELINES else "It may not be supported yet"
-        other = f" It is a {kind}. {advice}." if kind != spec.pipeline else ""
+        other = f" It is a {kind}, which may not be supported yet." if kind != spec.pipeline else ""
         raise FileNotFoundError(f"{root} has no {missing[0]}/. A model directory holds {', '.join(spec.folders)}.{other}")
     if variant and not any(has_variant(root / part, variant) for part in spec.weights):
         raise FileNotFoundError(

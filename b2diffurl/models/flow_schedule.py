@@ -19,7 +19,7 @@ from b2diffurl.algorithm.noising import NoiseLevels
 from b2diffurl.algorithm.transition import Transitions
 from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.settings import ModelSettings, Sampling
-from b2diffurl.models.noise_schedule import SCHEDULER_FILE
+from b2diffurl.models.noise_schedule import OWN_FILE, SCHEDULER_FILE
 from b2diffurl.runtime import files
 
 if TYPE_CHECKING:
@@ -46,9 +46,7 @@ def read_config(root: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     path = root / SCHEDULER_FILE
     schedule = files.read_object(path)
     if (name := schedule.get("_class_name")) != SCHEDULER:
-        raise ValueError(
-            f"{path} is of a {name}, and a flow-matching model is sampled by a {SCHEDULER}. Get the model's own file."
-        )
+        raise ValueError(f"{path} is of a {name}, and a flow-matching model is sampled by a {SCHEDULER}. {OWN_FILE}")
     known = inspect.signature(getattr(diffusers, SCHEDULER)).parameters
     if unknown := sorted(overrides.keys() - known):
         raise ValueError(f"pretrained.scheduler has {unknown[0]!r}; known are {', '.join(sorted(known))}")
@@ -88,9 +86,12 @@ class FlowSchedule:
 
         if self.family == "flux2":
             return compute_empirical_mu(self.num_tokens, num_steps)
-        ends = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         resolved = make_scheduler(self.config).config
-        return calculate_shift(self.num_tokens, *(resolved[key] for key in ends))
+        ends = {key: resolved[key] for key in ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")}
+        first, last, *shifts = ends.values()
+        if not all(isinstance(end, int | float) for end in ends.values()) or first == last:
+            raise ValueError(f"the scheduler shifts by the size of images, but cannot with {ends}. {OWN_FILE}")
+        return calculate_shift(self.num_tokens, first, last, *shifts)
 
     def scheduler(self, num_steps: int, device: torch.device | str = "cpu") -> "FlowMatchEulerDiscreteScheduler":
         """The scheduler, set to `num_steps` steps. A ValueError if its sigmas do not fall from noise to image."""
@@ -100,8 +101,9 @@ class FlowSchedule:
         scheduler.set_timesteps(num_steps, device=device, sigmas=sigmas, mu=self.shift(num_steps))
         falling = scheduler.sigmas.diff() < 0
         if not falling.all() or scheduler.sigmas[0] > 1:
+            shown = ", ".join(f"{sigma:.3g}" for sigma in scheduler.sigmas[:3].tolist())
             raise ValueError(
-                f"{num_steps} steps have the sigmas {scheduler.sigmas.tolist()}, which must fall from at most 1"
+                f"the scheduler's sigmas of {num_steps} steps must fall from at most 1, and are {shown}, …. {OWN_FILE}"
             )
         return scheduler
 

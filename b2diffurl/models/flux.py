@@ -98,7 +98,7 @@ LORA = LoraSpec(
 )
 
 
-def describe() -> Description:
+def describe(model: ModelSettings) -> Description:
     return Description(
         title="FLUX.1",
         tags=("flux", "flux-diffusers"),
@@ -116,13 +116,20 @@ def identity(model: ModelSettings) -> dict[str, str]:
     return diffusers_files.identity(model, PIPELINE)
 
 
-def check_sampler(model: ModelSettings, sampling: Sampling, window: Window | None) -> None:
+def is_guided(model: ModelSettings) -> bool:
+    """Whether the scale of guidance is an input of the network, as of dev's."""
     config = files.read_object(diffusers_files.locate_configs(model, PIPELINE) / "transformer" / "config.json")
-    guided = config.get("guidance_embeds", False)
+    return bool(config.get("guidance_embeds", False))
+
+
+def check_guidance(model: ModelSettings, scales: Mapping[str, float]) -> None:
+    refuse = transformer.require_same_guidance if is_guided(model) else transformer.require_no_guidance
+    refuse(model, scales)
+
+
+def check_sampler(model: ModelSettings, sampling: Sampling, window: Window | None) -> None:
     if window:
-        transformer.require_many_steps(model, distilled=not guided)
-    if not guided and sampling.guidance_scale != 1:
-        transformer.refuse_guidance(model, sampling)
+        transformer.require_many_steps(model, distilled=not is_guided(model))
     schedule = transformer.find_schedule(model, PIPELINE, read_layout)
     flow_schedule.require_trainable(schedule, model, sampling, window)
 

@@ -80,7 +80,7 @@ LORA = LoraSpec(
 )
 
 
-def describe() -> Description:
+def describe(model: ModelSettings) -> Description:
     return Description(
         title="FLUX.2 klein",
         tags=("flux2", "flux2-diffusers"),
@@ -104,12 +104,15 @@ def is_distilled(model: ModelSettings) -> bool:
     return bool(files.read_object(index).get(IS_DISTILLED)) if index.is_file() else False
 
 
+def check_guidance(model: ModelSettings, scales: Mapping[str, float]) -> None:
+    if is_distilled(model):
+        transformer.require_no_guidance(model, scales)
+
+
 def check_sampler(model: ModelSettings, sampling: Sampling, window: Window | None) -> None:
-    schedule, distilled = transformer.find_schedule(model, PIPELINE, read_layout), is_distilled(model)
+    schedule = transformer.find_schedule(model, PIPELINE, read_layout)
     if window:
-        transformer.require_many_steps(model, distilled=distilled)
-    if distilled and sampling.guidance_scale != 1:
-        transformer.refuse_guidance(model, sampling)
+        transformer.require_many_steps(model, distilled=is_distilled(model))
     flow_schedule.require_trainable(schedule, model, sampling, window)
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from diffusers import DDIMScheduler
 
 SCHEDULER_FILE = Path("scheduler", "scheduler_config.json")  # in a model directory
+OWN_FILE = "Get the model's own scheduler_config.json."
 # Entries that can make a model trainable and leave its noise schedule: no clipping, and steps that end above t = 0.
 REMEDIES = {
     "clip_sample": False,
@@ -44,11 +45,13 @@ def read_config(root: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     name = str(schedule.get("_class_name"))
     kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and name.endswith("Scheduler")):
-        raise ValueError(f"{path} names the class {name!r}, which is not a scheduler of diffusers")
+        raise ValueError(f"{path} names the class {name!r}, which is not a scheduler of diffusers. {OWN_FILE}")
     # For a class whose package is not installed diffusers has a dummy without parameters; then the entries have to do.
     known = {*(schedule if hasattr(kind, "_backends") else inspect.signature(kind).parameters)}
     if "beta_schedule" not in known:
-        raise ValueError(f"{path} is of a {name}, which is not made of betas, so DDIM cannot take its noise schedule")
+        raise ValueError(
+            f"{path} is of a {name}, which is not made of betas, so DDIM cannot take its noise schedule. {OWN_FILE}"
+        )
     known |= {*inspect.signature(diffusers.DDIMScheduler).parameters}
     if unknown := sorted(overrides.keys() - known):
         raise ValueError(f"pretrained.scheduler has {unknown[0]!r}; known are {', '.join(sorted(known))}")

@@ -157,6 +157,10 @@ class PipelineModel:
         lora.load_lora(self.bare, path, self.lora_spec)
 
 
+def check_guidance(model: ModelSettings, scales: Mapping[str, float]) -> None:
+    """Any scale will do where guidance is a second pass without the prompt."""
+
+
 def write_fused(
     folder: Path, model: ModelSettings, tuned: PipelineModel, lora_file: Path, *, dtype: str, **more: Any
 ) -> None:

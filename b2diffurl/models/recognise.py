@@ -25,6 +25,7 @@ PIPELINES = {
 REFUSED = {
     "StableDiffusionInpaintPipeline": "an inpainting model, which also reads an image",
     "StableDiffusionXLInpaintPipeline": "an inpainting model, which also reads an image",
+    "FluxFillPipeline": "an inpainting model, which also reads an image",
     "StableDiffusionXLImg2ImgPipeline": "a refiner, which only goes on with another model's images",
 }
 # What the name of a tensor in a single file begins with -> a family, or the name of models that are not supported. The first

@@ -20,13 +20,13 @@ from b2diffurl.configuration.settings import ModelSettings, Sampling
 from b2diffurl.models import Description, Sizes, clip_text, diffusers_files, flow_schedule, lora, transformer, whole
 from b2diffurl.models.diffusers_files import PipelineSpec
 from b2diffurl.models.lora import LoraSpec, State
-from b2diffurl.models.pipeline_model import write_fused
+from b2diffurl.models.pipeline_model import check_guidance, write_fused
 from b2diffurl.models.recognise import INDEX
 from b2diffurl.models.transformer import FlowModel, Layout, schedulers, write_kohya
 from b2diffurl.runtime import files
 from b2diffurl.runtime.hub import find_local
 
-__all__ = ["schedulers", "write_kohya"]
+__all__ = ["check_guidance", "schedulers", "write_kohya"]
 
 CLIP = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}  # {encoder: its tokenizer}
 T5, T5_TOKENIZER, USUAL_TOKENS = "text_encoder_3", "tokenizer_3", 256  # as many tokens as the pipeline of diffusers takes
@@ -34,7 +34,7 @@ T5, T5_TOKENIZER, USUAL_TOKENS = "text_encoder_3", "tokenizer_3", 256  # as many
 
 def read_layout(network: Mapping[str, Any]) -> Layout:
     patch = network.get("patch_size", 2)
-    positions = network.get("pos_embed_max_size", 96) * patch
+    positions = (network.get("pos_embed_max_size", 96) or 0) * patch
     return Layout(network.get("in_channels", 16), patch, side=network.get("sample_size", 128), largest=positions)
 
 
@@ -102,7 +102,7 @@ def spec_of(model: ModelSettings) -> PipelineSpec:
     if root is None:  # nothing of it is here; on the hub they have it
         return PIPELINE
     index = files.read_object(root / INDEX) if (root / INDEX).is_file() else {}
-    given = index.get(T5, [None])[0] is not None if index else (root / T5).is_dir()
+    given = index.get(T5) not in (None, [], [None, None]) if index else (root / T5).is_dir()
     return PIPELINE if given else WITHOUT_T5
 
 
@@ -121,13 +121,14 @@ LORA = LoraSpec(
 )
 
 
-def describe() -> Description:
+def describe(model: ModelSettings) -> Description:
     return Description(
         title="Stable Diffusion 3",
         tags=("stable-diffusion-3", "stable-diffusion-3-diffusers"),
         pipeline=PIPELINE.pipeline,
         network=LORA.title,
         scheduler=flow_schedule.SCHEDULER,
+        absent=tuple(part for part in (T5, T5_TOKENIZER) if part not in spec_of(model).classes),
     )
 
 

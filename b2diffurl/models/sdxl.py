@@ -19,13 +19,13 @@ from b2diffurl.configuration.settings import ModelSettings, Sampling
 from b2diffurl.models import Description, Sizes, clip_text, diffusers_files, lora, noise_schedule, unet, whole
 from b2diffurl.models.diffusers_files import PipelineSpec
 from b2diffurl.models.lora import LoraSpec, State
-from b2diffurl.models.pipeline_model import write_fused
+from b2diffurl.models.pipeline_model import check_guidance, write_fused
 from b2diffurl.models.recognise import INDEX
 from b2diffurl.models.unet import UNetModel, schedulers
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import logger
 
-__all__ = ["schedulers"]
+__all__ = ["check_guidance", "schedulers"]
 
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 # The hub's schedule ends at alpha_bar 0.99915, so DDIM's last step would leave noise in the image. Ours ends at the image
@@ -110,7 +110,7 @@ LORA = LoraSpec(
 )
 
 
-def describe() -> Description:
+def describe(model: ModelSettings) -> Description:
     tags = ("stable-diffusion-xl", "stable-diffusion-xl-diffusers")
     return Description(title="Stable Diffusion XL", tags=tags, pipeline=PIPELINE.pipeline, network="UNet")
 

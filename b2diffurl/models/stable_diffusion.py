@@ -17,10 +17,10 @@ from b2diffurl.configuration.settings import ModelSettings, Sampling
 from b2diffurl.models import Description, Sizes, clip_text, diffusers_files, lora, noise_schedule, unet, whole
 from b2diffurl.models.diffusers_files import PipelineSpec
 from b2diffurl.models.lora import LoraSpec, State
-from b2diffurl.models.pipeline_model import write_fused
+from b2diffurl.models.pipeline_model import check_guidance, write_fused
 from b2diffurl.models.unet import UNetModel, schedulers
 
-__all__ = ["schedulers"]
+__all__ = ["check_guidance", "schedulers"]
 
 
 def check_fit(root: Path, parts: Mapping[str, nn.Module]) -> None:
@@ -72,7 +72,7 @@ LORA = LoraSpec(
 )
 
 
-def describe() -> Description:
+def describe(model: ModelSettings) -> Description:
     tags = ("stable-diffusion", "stable-diffusion-diffusers")
     return Description(title="Stable Diffusion", tags=tags, pipeline=PIPELINE.pipeline, network=LORA.title)
 

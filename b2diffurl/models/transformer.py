@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from b2diffurl.algorithm.noising import NoiseLevels
 from b2diffurl.algorithm.transition import Transitions
 from b2diffurl.algorithm.types import Conditions
-from b2diffurl.configuration.settings import ModelSettings, Sampling
+from b2diffurl.configuration.settings import ModelSettings
 from b2diffurl.models import Sizes, diffusers_files, lora
 from b2diffurl.models.diffusers_files import ANOTHER_BASE, PipelineSpec
 from b2diffurl.models.flow_schedule import SCHEDULER, FlowSchedule
@@ -143,12 +143,24 @@ def require_many_steps(model: ModelSettings, *, distilled: bool) -> None:
         )
 
 
-def refuse_guidance(model: ModelSettings, sampling: Sampling) -> NoReturn:
-    """Raise a ValueError for a scale of guidance, which this model does not take."""
-    raise ValueError(
-        f"sample.guidance_scale is {sampling.guidance_scale:g}, and {model.name} takes no guidance: it is distilled to "
-        "a few steps. Set sample.guidance_scale=1."
-    )
+def require_no_guidance(model: ModelSettings, scales: Mapping[str, float]) -> None:
+    """Refuse guidance for a model that takes none."""
+    for key, scale in scales.items():
+        if scale != 1:
+            raise ValueError(
+                f"{key} is {scale:g}, and {model.name} takes no guidance: it is distilled to a few steps. Set {key}=1."
+            )
+
+
+def require_same_guidance(model: ModelSettings, scales: Mapping[str, float]) -> None:
+    """Refuse training at another scale than sampling's for a model that reads the scale as an input."""
+    sampled, trained = scales["sample.guidance_scale"], scales["train.guidance_scale"]
+    if trained != sampled:
+        raise ValueError(
+            f"train.guidance_scale is {trained:g} and sample.guidance_scale {sampled:g}; {model.name} reads the scale as an "
+            "input of its network, which is another policy at another scale. Set train.guidance_scale=0, which is as in "
+            "sampling."
+        )
 
 
 # ---- whether the transformer fits the other parts ----
@@ -178,6 +190,9 @@ def check_latents(root: Path, parts: Mapping[str, nn.Module], read_layout: ReadL
         factor = vae.get("scaling_factor", 1)  # FLUX.2's has mean and deviation instead
         if not isinstance(factor, int | float) or not factor > 0:
             raise ValueError(f"{root}/vae/config.json has scaling_factor {factor!r}; it must be a number. {ANOTHER_BASE}")
+        shift = vae.get("shift_factor")
+        if not isinstance(shift, int | float | None):
+            raise ValueError(f"{root}/vae/config.json has shift_factor {shift!r}; it must be a number. {ANOTHER_BASE}")
         latent = {"latent_channels": vae.latent_channels}
         require_equal(root, "room for latent channels", layout.channels // layout.fold**2, "vae", latent)
 

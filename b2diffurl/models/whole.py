@@ -142,13 +142,17 @@ def converted_text(part: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
 def empty_part(kind: Any, folder: Path) -> nn.Module:
     """A model of a class of diffusers or transformers with the config in `folder`, and without weights."""
     files.read_object(folder / "config.json")  # names the file if it is none, which libraries do not always
+    from huggingface_hub.errors import StrictDataclassError
+
+    wrong = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
     diffusers = hasattr(kind, "load_config")
-    config = kind.load_config(folder) if diffusers else kind.config_class.from_pretrained(folder)
     try:
+        config = kind.load_config(folder) if diffusers else kind.config_class.from_pretrained(folder)
         with torch.device("meta"):
             return kind.from_config(config) if diffusers else kind(config)
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder}/config.json describes no {kind.__name__} ({error}). Get it anew.") from None
+    except (*wrong, StrictDataclassError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{folder}/config.json describes no {kind.__name__} ({said}). Get it anew.") from None
 
 
 # ---- the tokenizer ----

@@ -28,10 +28,14 @@ def check_base_model(plan: Plan) -> None:
 
 
 def check_sampler(plan: Plan, window: Window) -> None:
-    """Raise a ValueError if a step of training's sampler in `window` cannot be trained with the base model's scheduler."""
+    """Raise a ValueError if the base model cannot be sampled so, or if a step in `window` cannot be trained."""
     settings = plan.settings
     needed = None if settings.training.objective.on_noised_images else window
-    family(settings.model).check_sampler(settings.model, settings.sampling, needed)
+    base, sampled = family(settings.model), settings.sampling.guidance_scale
+    base.check_sampler(settings.model, settings.sampling, needed)
+    scales = {"sample": sampled, "train": settings.training.guidance.scale}
+    scales["eval.deployed"] = settings.judging.deployed.guidance_scale or sampled
+    base.check_guidance(settings.model, {f"{section}.guidance_scale": scale for section, scale in scales.items()})
 
 
 def identified(plan: Plan) -> Plan:

@@ -63,7 +63,7 @@ class Exported:
     @cached_property
     def family(self) -> Description:
         """The base model's family in words."""
-        return family(self.model).describe()
+        return family(self.model).describe(self.model)
 
     @property
     def name(self) -> str:
@@ -302,7 +302,7 @@ def usage(exported: Exported) -> dict[str, Any]:
     options |= {"max_sequence_length": tokens} if tokens >= 0 else {}  # likewise
     single = exported.base.endswith(".safetensors")
     # Without it transformers takes the type that is stored, and diffusers float32. Older diffusers know no `dtype`.
-    dtype = {"torch_dtype": f"torch.{exported.dtype}"}
+    dtype = {"torch_dtype": f"torch.{exported.dtype}"} | dict.fromkeys(exported.family.absent)
     # Only a model of several files has variants, and only one on the hub has revisions.
     which = {} if single or not exported.model.variant else {"variant": string_literal(exported.model.variant)}
     if on_hub(exported.base) and exported.model.revision != "main":

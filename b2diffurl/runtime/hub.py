@@ -51,7 +51,7 @@ def locate(
             f"no model at {path.absolute()}. Give a local path to an existing model, or a hub id (owner/name)."
         )
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
     def download(alternative: list[str], *, offline: bool) -> Path:
         wanted = [*patterns, *alternative]
@@ -77,6 +77,11 @@ def locate(
             path = download(alternative, offline=False)
             if all(any(path.glob(pattern)) for pattern in alternative):
                 return path
+    except GatedRepoError:
+        raise FileNotFoundError(
+            f"the hub gives {name} only to those who have accepted its license: do so on {constants.ENDPOINT}/{name}, then "
+            "run: hf auth login"
+        ) from None
     except HfHubHTTPError as error:
         raise FileNotFoundError(f"the hub has no {name} (revision {revision}) for you: {error}") from None
     raise FileNotFoundError(f"{name} on the hub has none of the files {', '.join(weights)}")

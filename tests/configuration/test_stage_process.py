@@ -1,13 +1,16 @@
 """The presets of config/stage_process.py: they load, keep the reference's values, and an arm is what its name says."""
 
+from math import prod
+
 import pytest
 from conftest import PRESETS, get_config
 
-from b2diffurl.configuration.keys import flatten
+from b2diffurl.configuration.keys import KEYS, flatten
 from b2diffurl.configuration.rules import check
 from b2diffurl.configuration.settings import read_settings
 from b2diffurl.objectives import OBJECTIVES
 
+LATENTS = {"sdxl": (4, 128, 128), "sd35": (16, 64, 64), "flux": (16, 64, 64)}  # of an image: channels, height, width
 ARMS = {  # of the study: what each changes of b2, beside its name
     "b2": {},
     "bs": {"curriculum": "fixed"},
@@ -75,6 +78,32 @@ def test_sd14_keeps_the_reference_values():
     }
     found = flatten(get_config("sd14").to_dict())
     assert {key: found[key] for key in reference} == reference
+
+
+@pytest.mark.parametrize("preset", LATENTS)
+def test_ranges_of_ratios_fit_the_latents(preset):
+    """By D * c: as wide as DDPO's 1e-4 at the 16,384 latent dimensions of v1.4, and a joint beta of 1."""
+    config, num_dimensions = get_config(preset), prod(LATENTS[preset])
+    assert config.train.eps * num_dimensions == pytest.approx(1e-4 * 16_384)
+    assert config.train.dpo_beta == num_dimensions
+
+
+@pytest.mark.parametrize("preset", LATENTS)
+def test_windows_end_before_the_last_step(preset):
+    """It adds no noise in these models, so that ddpo and its kin can take its place."""
+    schedule = read_settings(get_config(preset)).schedule
+    windows = {schedule.window(stage) for stage in range(schedule.num_stages)}
+    assert len(windows) > 1
+    assert max(window.stop for window in windows) < schedule.num_steps
+
+
+@pytest.mark.parametrize(("preset", "other"), [("sdxl_24gb", "sdxl"), ("sd35_24gb", "sd35"), ("sd14_10gb", "sd14")])
+def test_a_preset_of_a_small_card_makes_the_same_updates(preset, other):
+    """It differs from the other in what only memory and speed depend on."""
+    small, large = (flatten(get_config(name).to_dict()) for name in (preset, other))
+    differ = {key for key in small if small[key] != large[key]} - {"preset"}
+    assert differ
+    assert all(KEYS[key].may_change for key in differ)
 
 
 @pytest.mark.parametrize("arm", ARMS)

@@ -56,7 +56,7 @@ def mine(monkeypatch) -> ModuleType:
     module = ModuleType("b2diffurl.models.mine")
     for function in ASKED:
         setattr(module, function, getattr(stable_diffusion, function))
-    module.describe = lambda: Description("My Diffusion", ("my-diffusion",), "MyPipeline", "transformer")
+    module.describe = lambda model: Description("My Diffusion", ("my-diffusion",), "MyPipeline", "transformer")
     module.schedulers = lambda: ["FlowMatchEulerDiscreteScheduler"]
     module.write_kohya = lambda path, state: models.lora.write_kohya(path, state, {"mine": "yes"})
     monkeypatch.setitem(sys.modules, module.__name__, module)

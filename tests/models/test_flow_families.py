@@ -1,6 +1,8 @@
 """Stable Diffusion 3, with T5 and without, FLUX.1 and FLUX.2-klein against stock diffusers at tiny size; and refusals."""
 
+import contextlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import PROMPTS, experiment, make_config, refuse, run_evaluation, run_stage, stage_of, updates_of
+from conftest import PROMPTS, experiment, make_config, refuse, run_evaluation, run_script, run_stage, stage_of, updates_of
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -325,7 +327,9 @@ def test_exports(run, name, form, tmp_path):
     stock.load_lora_weights(one.lora.parent)
     card = (out / "README.md").read_text()
     assert f"{type(stock).__name__}.from_pretrained" in card
+    assert ("text_encoder_3=None, tokenizer_3=None" in card) == (name == "sd3_without_t5")
     assert "cps, η 0.7" in card
+    assert ("OneTrainer's keys" in card, "kohya's scripts" in card) == (form == "kohya", False)
     if form == "kohya":
         path = out / "tiny.safetensors"
         assert all(key.startswith("lora_transformer_") for key in load_file(path))
@@ -456,6 +460,8 @@ def mine(bases, tmp_path) -> Callable[[str], Path]:
         ),
         ("sd3", "vae", {"scaling_factor": None}, "has scaling_factor None; it must be a number"),
         ("flux", "text_encoder_2", {"vocab_size": 8}, "tokenizer counts to"),
+        ("flux", "vae", {"shift_factor": "x"}, "has shift_factor 'x'; it must be a number"),
+        ("flux2", "text_encoder", {"hidden_size": "x"}, r"text_encoder/config\.json describes no Qwen3ForCausalLM \(.*'x'"),
     ],
 )
 def test_parts_that_do_not_fit(mine, name, part, entries, said):
@@ -501,6 +507,75 @@ def test_refused_before_any_work(bases, mine, overrides, empty):
     asked(base, r"has invert_sigmas True.*scheduler=\"\{'invert_sigmas': False\}\"", **stop)
     tiny.write_scheduler(base, tiny.V1_4_SCHEDULER)
     asked(base, "is of a PNDMScheduler, and a flow-matching model is sampled by a FlowMatchEulerDiscreteScheduler", **stop)
+
+
+@pytest.mark.parametrize(
+    ("name", "entries", "said"),
+    [
+        ("sd3", {"shift": 0}, r"sigmas of 4 steps must fall from at most 1, and are nan, nan, nan, …\. Get the model's own"),
+        ("sd3", {"shift": "x"}, "FlowMatchEulerDiscreteScheduler cannot be made of this scheduler's settings"),
+        ("flux", {"max_shift": None}, r"shifts by the size of images, but cannot with \{.*'max_shift': None\}\. Get the"),
+        ("flux", {"max_image_seq_len": 256}, r"shifts by the size of images, but cannot with .*'max_image_seq_len': 256"),
+        (
+            "flux2",
+            {"_class_name": "EulerDiscreteScheduler"},
+            r"is of a EulerDiscreteScheduler, and a flow.*\. Get the mod",
+        ),
+    ],
+)
+def test_a_scheduler_that_cannot_be(mine, overrides, name, entries, said):
+    base = mine(name)
+    edit(base / "scheduler" / "scheduler_config.json", **entries)
+    settings = read_settings(make_config(overrides | {"pretrained.model": str(base), "pretrained.resolution": 64}))
+    with pytest.raises(ValueError, match=said):
+        FAMILIES[name].check_sampler(settings.model, settings.sampling, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "scales", "said"),
+    [
+        ("flux", (3.5, 1, 3.5), r"train\.guidance_scale is 1 and sample\.guidance_scale 3\.5; .*flux reads.*scale=0, which"),
+        ("flux", (3.5, 3.5, 7), ""),
+        ("schnell", (1, 3, 1), r"train\.guidance_scale is 3, and .*schnell takes no guidance.* Set train\.guidance_scale=1"),
+        ("klein", (1, 1, 4), r"eval\.deployed\.guidance_scale is 4, and .*klein takes no guidance"),
+        ("flux2", (4, 1, 2), ""),
+        ("sd3", (4.5, 1, 7), ""),
+    ],
+)
+def test_scales_of_guidance(bases, name, scales, said):
+    """Of sampling, training and judging. Where it is an input of the network training must have that of sampling."""
+    given = dict(zip(("sample.guidance_scale", "train.guidance_scale", "eval.deployed.guidance_scale"), scales, strict=True))
+    settings = settings_of(bases / name)
+    with pytest.raises(ValueError, match=said) if said else contextlib.nullcontext():
+        family_of(settings).check_guidance(settings, given)
+
+
+def test_training_without_guidance_is_refused_before_any_work(bases, overrides, empty):
+    """As the preset of Stable Diffusion has it, if only the model is another."""
+    settings = overrides | {"pretrained.model": str(bases / "flux"), "pretrained.resolution": 64, "split_stop": 3}
+    settings |= {"train.objective": "nft", "train.guidance_scale": 1.0}
+    refuse(empty, "sample", settings, r"train\.guidance_scale is 1 and sample\.guidance_scale 5; .* train\.guidance_scale=0")
+
+
+def test_a_decoder_that_overflows_ends_in_two_lines(mine, overrides, tmp_path):
+    """With the images, and with what to do."""
+    base = mine("flux")
+    path = base / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({key: value * (1e12 if "decoder" in key else 1) for key, value in load_file(path).items()}, path)
+    settings = overrides | {"pretrained.model": str(base), "pretrained.resolution": 64, "split_stop": 3}
+    ended = run_script(tmp_path, "sample", settings)
+    assert ended.code == 2
+    assert re.search(r"^error: .*the VAE decoded to non-finite values; use --config\.mixed_precision=", ended.stderr, re.M)
+    assert len(ended.stderr[ended.stderr.index("error: ") :].splitlines()) == 2
+
+
+@pytest.mark.parametrize("entry", [None, [], [None, None]])
+def test_t5_may_be_absent_in_any_words(mine, entry):
+    """model_index.json may say null, or nothing."""
+    base = mine("sd3_without_t5")
+    edit(base / "model_index.json", text_encoder_3=entry)
+    sd3.check(settings_of(base))
+    assert sd3.describe(settings_of(base)).absent == ("text_encoder_3", "tokenizer_3")
 
 
 def test_a_single_file_is_refused(tmp_path):

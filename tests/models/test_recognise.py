@@ -61,6 +61,7 @@ def test_a_single_file_says_what_it_is(tmp_path, names, found):
         ("WanPipeline", "is a WanPipeline; supported are StableDiffusionPipeline, .*Give another base"),
         ("StableDiffusionInpaintPipeline", "is an inpainting model, which also reads an image"),
         ("StableDiffusionXLInpaintPipeline", "is an inpainting model, which also reads an image"),
+        ("FluxFillPipeline", "is an inpainting model, which also reads an image"),
         ("StableDiffusionXLImg2ImgPipeline", "is a refiner, which only goes on with another model's images"),
         (["pipeline", "Evil"], r"is a \['pipeline', 'Evil'\]; supported are"),
         (None, "is a None; supported are"),

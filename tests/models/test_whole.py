@@ -369,6 +369,13 @@ def test_a_config_of_another_class(base):
         tiny.load_model(base)
 
 
+def test_a_config_with_a_value_of_another_type(base):
+    """transformers refuses it by an error of its own kind."""
+    change_config(base, "text_encoder", hidden_size="wide")
+    with pytest.raises(ValueError, match=r"text_encoder/config\.json describes no CLIPTextModel \(.*'hidden_size'.*'wide'"):
+        tiny.load_model(base)
+
+
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
 def test_a_config_with_brackets_in_brackets(base, part):
     """It is named before a library reads it, which would raise a RecursionError."""
@@ -378,10 +385,13 @@ def test_a_config_with_brackets_in_brackets(base, part):
 
 
 def test_a_pipeline_of_another_kind(base):
-    """Its name is given beside what it lacks."""
+    """Its name is given beside what it lacks; of another family, whatever it lacks."""
     shutil.move(base / "unet", base / "transformer")
+    (base / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
+    with pytest.raises(FileNotFoundError, match=r"base has no unet/\. .* It is a WanPipeline, which may not be supported"):
+        tiny.load_model(base)
     (base / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(FileNotFoundError, match=r"base has no unet/\. .* It is a FluxPipeline\. It may not be supported"):
+    with pytest.raises(ValueError, match=r"base is a FluxPipeline, and not a StableDiffusionPipeline\. Leave pretrained"):
         tiny.load_model(base)
 
 

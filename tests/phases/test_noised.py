@@ -263,11 +263,11 @@ def test_images_of_any_sampler_can_be_trained_on(stage_with, overrides, settings
     ("settings", "words"),
     [
         ({"sample.eta": 0.0}, "ddpo needs the log-probability of a step, and a step without noise has none"),
-        ({"sample.scheduler": "Euler"}, "ddpo is trained on the steps of DDIM"),
+        ({"sample.scheduler": "Euler"}, "ddpo is trained on steps with a log-probability"),
         ({"train.guidance_scale": 1.0}, "ddpo is trained on the steps that were sampled"),
         (NFT | {"sample.eta": 0.0}, "without noise the branches of a prefix are all alike"),
         (NFT | {"sample.scheduler": "Euler"}, "which cannot part into branches"),
-        (NFT | PLAIN | {"sample.scheduler": "Euler", "sample.prefix_eta": 0.0}, "must be -1: they are of DDIM"),
+        (NFT | PLAIN | {"sample.scheduler": "Euler", "sample.prefix_eta": 0.0}, "must be -1: it has no steps before"),
         (NFT | PLAIN | {"sample.scheduler": "Oiler"}, "unknown sample.scheduler 'Oiler'"),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import (
+    REAL_SIZE,
     ROOT,
     experiment,
     flags,
@@ -20,6 +21,7 @@ from conftest import (
 )
 
 from b2diffurl.configuration.budget import Budget
+from b2diffurl.configuration.keys import flatten
 from b2diffurl.configuration.settings import read_settings
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.models import Sizes, stable_diffusion
@@ -50,6 +52,17 @@ def test_what_is_loaded_by_hand(overrides):
     assert text.startswith("weights 5.5 GB (unet 5.1 GB, vae 335 MB), LoRA and optimizer 93 MB; ")
     text = dry_run.memory_text(read_settings(make_config(overrides | {"train.use_8bit_adam": True})), base, 4)
     assert text.startswith("weights 11 GB (unet 10 GB, vae 335 MB), LoRA and optimizer 58 MB; ")
+
+
+@pytest.mark.parametrize("preset", REAL_SIZE)
+def test_a_preset_whose_model_is_not_here_has_a_plan(tmp_path, preset):
+    """Of images, evaluations and updates; what depends on the model's files is said to be unknown."""
+    prompts = {key: f"{ROOT}/{flatten(get_config(preset).to_dict())[key]}" for key in ("prompt_file", "eval.prompt_file")}
+    ended = start(tmp_path, prompts, "--dry_run", preset=preset)
+    assert ended.code == 0, ended.stderr
+    assert f"\npreset       {preset}\n" in ended.stdout
+    assert "unknown until the base model is here" in ended.stdout
+    assert not snapshot(tmp_path)
 
 
 def test_the_base_model_is_looked_for_only_here(models, overrides, tmp_path, monkeypatch):
