@@ -54,7 +54,7 @@ for library in (diffusers, transformers):
 PROMPTS = ["a red circle", "a blue square", "a green cross"]
 VERBS = ("sample", "select", "train")
 REAL_SIZE = ("sd14", "sd14_10gb", "sd14_nft", "sdxl", "sdxl_24gb", "sd35", "sd35_24gb", "flux")
-PRESETS = ("shapes", "shapes_ddpo", *REAL_SIZE, "b2", "bs", "bpt", "ddpo", "b2_nft")
+PRESETS = ("shapes", "shapes_flow", "shapes_ddpo", *REAL_SIZE, "b2", "bs", "bpt", "ddpo", "b2_nft")
 CONFIG = f"--config={ROOT}/config/stage_process.py"
 
 # Two stages of 18 images that every selection rule meets: what the preset sd14 needs to run on a tiny model.

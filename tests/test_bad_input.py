@@ -135,7 +135,7 @@ def test_a_variant_that_is_not_there(empty, overrides):
 
 def test_unknown_preset(empty):
     """The presets there are, are named."""
-    refuse(empty, "sample", {}, "'sd15'", "shapes, shapes_ddpo, sd14", preset="sd15")
+    refuse(empty, "sample", {}, "'sd15'", "shapes, shapes_flow, shapes_ddpo, sd14", preset="sd15")
 
 
 @pytest.mark.parametrize(
