@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import tiny
 import torch
-from conftest import PROMPTS, experiment, make_config, refuse, run_stage, stage_of, updates_of
+from conftest import FEW_IMAGES, PROMPTS, experiment, make_config, refuse, run_stage, stage_of, updates_of
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from foreign import original_layout, output, random_lora, save_diffusers, save_kohya
 from safetensors.torch import load_file, save_file
@@ -31,6 +31,7 @@ from benchmarks.full_size import XL_UNET
 
 CPU = torch.device("cpu")
 RANK = 4
+LONG = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def settings_of(name: object, **more) -> ModelSettings:
 # ---- the pipeline's own functions ----
 
 
-@pytest.mark.parametrize("zeros", [True, False])
+@pytest.mark.parametrize("zeros", [pytest.param(True, marks=LONG), False])
 def test_encode_is_the_pipelines(model, mine, zeros):
     """Of prompts and of no prompt, which is zeros or "" as model_index.json says, and counts for the model's identity."""
     before = base_identity(settings_of(mine))
@@ -116,7 +117,7 @@ def test_predict_is_the_pipelines_call(model, stock):
         assert added["time_ids"][0].tolist() == [64, 64, 0, 0, 64, 64]
 
 
-@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("normalised", [pytest.param(False, marks=LONG), True])
 def test_decode_is_the_pipelines(mine, normalised):
     """By the VAE's scale, or by the mean and deviation of its latents if it has them."""
     if normalised:
@@ -129,7 +130,7 @@ def test_decode_is_the_pipelines(mine, normalised):
     assert np.ptp(images) > 20
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=LONG), torch.bfloat16])
 def test_the_vae_stays_float32_where_its_config_says_so(mine, dtype):
     """Its weights are the file's, unrounded; everything else has the precision asked for."""
     model = tiny.load_model(mine, dtype=dtype, family="sdxl")
@@ -195,7 +196,7 @@ def trained(base, overrides, tmp_path_factory) -> Path:
     """A folder with two stages of `ddpo`, sampled and trained in equal batch shapes. Not to be changed."""
     settings = overrides | {"pretrained.model": str(base), "split_step_left": 3, "split_step_right": 4, "split_stop": 3}
     settings |= {"train.num_epochs": 1, "train.learning_rate": 5e-2, "train.gradient_accumulation_steps": 64}
-    settings |= {"sample.micro_batch_size": 1, "train.micro_batch_size": 1}
+    settings |= {"sample.micro_batch_size": 1, "train.micro_batch_size": 1} | FEW_IMAGES
     folder = tmp_path_factory.mktemp("trained")
     for index in range(2):
         run_stage(folder, settings, index)
@@ -251,7 +252,7 @@ def test_stock_diffusers_draws_the_same(base, lora, stock):
     assert np.abs(draw(stock, eta=0.0) - by_ddim).max() <= 1.0
 
 
-@pytest.mark.parametrize("form", ["diffusers", "kohya", "pipeline"])
+@pytest.mark.parametrize("form", ["diffusers", pytest.param("kohya", marks=LONG), "pipeline"])
 def test_exports_draw_the_same(base, trained, lora, stock, tmp_path, form):
     """Every format, in stock diffusers, as the card says; the card is SDXL's."""
     out = export(experiment(trained), form=form, out=tmp_path / "out")
@@ -287,7 +288,10 @@ def test_kohyas_names_are_those_of_the_original_code(stock, tmp_path):
     assert all(torch.equal(read[key], value) for key, value in state.items())
 
 
-@pytest.mark.parametrize(("form", "alpha"), [("diffusers", 8), ("kohya", 8), ("original", RANK)])
+@pytest.mark.parametrize(
+    ("form", "alpha"),
+    [pytest.param("diffusers", 8, marks=LONG), pytest.param("kohya", 8, marks=LONG), ("original", RANK)],
+)
 def test_foreign_loras_act_as_where_they_come_from(base, stock, tmp_path, form, alpha):
     """diffusers' with its alpha, kohya's under either kind of names."""
     state = random_lora(stock, alpha=alpha)
@@ -308,7 +312,7 @@ def test_foreign_loras_act_as_where_they_come_from(base, stock, tmp_path, form, 
     assert (output(model) - untouched).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("encoder", ["lora_te1", "lora_te2"])
+@pytest.mark.parametrize("encoder", [pytest.param("lora_te1", marks=LONG), "lora_te2"])
 def test_a_lora_on_a_text_encoder_is_refused(stock, tmp_path, encoder):
     """Its part would be lost; the reason is given."""
     path = save_kohya(tmp_path / "x.safetensors", random_lora(stock), RANK)
@@ -387,7 +391,7 @@ def test_sizes(base, model):
     assert sizes.lora * RANK == sum(value.numel() for value in model.trainable().values())
 
 
-@pytest.mark.long
+@LONG
 def test_kohyas_layers_at_full_size():
     """A LoRA's layers are those that kohya's scripts name, in number."""
     with torch.device("meta"):
