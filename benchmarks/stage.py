@@ -259,6 +259,7 @@ class Ended:
     seconds: float  # until its end, or until the line that was waited for
     peak_bytes: int  # of main memory
     written_bytes: int  # to files and pipes
+    cpu_seconds: float = 0.0
 
 
 def run_process(arguments: Sequence[str], *, until: str = "") -> Ended:
@@ -283,7 +284,8 @@ def run_process(arguments: Sequence[str], *, until: str = "") -> Ended:
     process.stdout.close()
     if (arrived is None) if until else process.returncode:
         raise RuntimeError(f"{shlex.join(map(str, arguments))} ended with {process.returncode}:\n{''.join(lines[-20:])}")
-    return Ended(ended - started, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), written)
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Ended(ended - started, peak, written, usage.ru_utime + usage.ru_stime)
 
 
 def bytes_written(pid: int) -> int:
