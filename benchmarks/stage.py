@@ -2,6 +2,7 @@
 
     python -m benchmarks.stage --repeats 3                      # the small model, its default stage
     python -m benchmarks.stage --model sd14 --peer-images 80    # Stable Diffusion v1.4's architecture, random weights
+    python -m benchmarks.stage --model sdxl --no-peers          # SDXL at 1024 px; sd35_medium: Stable Diffusion 3.5 at 512
     python -m benchmarks.stage --startup                        # each script from command to first useful work
     python -m benchmarks.stage --network                        # the network alone, by batch size, compiled or not;
                                                                 # --compiled no blocks transformers whole: which parts
@@ -44,7 +45,16 @@ from benchmarks.stage_report import VERBS, Run, in_turn, markdown, network_markd
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "performance.json"
 # A model's preset with the paper's objective, which the peers have, too.
-PRESETS = {"shapes": "shapes_ddpo", "sd14": "sd14", "sd14_10gb": "sd14_10gb"}
+PRESETS = {"shapes": "shapes_ddpo", "sd14": "sd14", "sd14_10gb": "sd14_10gb", "sdxl": "sdxl", "sd35_medium": "sdxl"}
+WITH_PEERS = ("shapes", "sd14", "sd14_10gb")  # of one text encoder; only their FLOPs are counted, too
+# Settings over the preset's, which is for nft, for a stage with ratios. Its windows end before the step without noise.
+SETTINGS = {"sdxl": {"train.objective": "ddpo", "train.guidance_scale": 0.0}}
+SETTINGS["sd35_medium"] = SETTINGS["sdxl"] | {
+    "pretrained.resolution": 512,
+    "sample.eta": 0.7,
+    "sample.guidance_scale": 4.5,
+    "eval.deployed.scheduler": "",
+}
 # --quick: just enough to see that the benchmark works.
 QUICK = {
     "shapes": {"sample.batch_size": 4, "sample.num_batches_per_epoch": 1, "sample.num_steps": 3, "split_time": 3},
@@ -52,6 +62,7 @@ QUICK = {
 }
 QUICK["sd14_10gb"] = QUICK["sd14"]
 QUICK = {model: settings | {"split_step_left": 2, "split_step_right": 3} for model, settings in QUICK.items()}
+QUICK |= dict.fromkeys(("sdxl", "sd35_medium"), QUICK["sd14"] | {"split_step_right": 2, "pretrained.resolution": 256})
 # The log line of each script that marks its first useful work.
 FIRST_WORK = {"sample": "stage0 sample: S ", "select": "stage0 select: scoring ", "train": "stage0 train: training on "}
 STARTUP_REPEATS = 5
@@ -96,6 +107,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--write", action="store_true", help="put the figures into docs/results")
     given = parser.parse_args(arguments)
+    if given.model not in WITH_PEERS and (given.peers or given.network):
+        parser.error(f"the peers' shape and --network are of {', '.join(WITH_PEERS)} alone: add --no-peers")
     given.command = shlex.join(["python", "-m", "benchmarks.stage", *(sys.argv[1:] if arguments is None else arguments)])
     return given
 
@@ -125,12 +138,14 @@ def settings_of(given: argparse.Namespace, folder: Path) -> list[str]:
     settings = {"num_threads": given.threads}
     if given.batches:
         settings["sample.num_batches_per_epoch"] = given.batches
-    settings |= QUICK[given.model] if given.quick else {}
+    settings |= SETTINGS.get(given.model, {}) | (QUICK[given.model] if given.quick else {})
     settings |= dict(one.split("=", 1) for one in given.overrides)
     if given.model != "shapes":
+        from benchmarks.full_size import BUILDERS
         from benchmarks.sd14 import build, build_clip
 
-        for key, (name, builder) in {"pretrained.model": ("sd14", build), "reward.clip.model": ("clip", build_clip)}.items():
+        model = (given.model, BUILDERS[given.model]) if given.model in BUILDERS else ("sd14", build)
+        for key, (name, builder) in {"pretrained.model": model, "reward.clip.model": ("clip", build_clip)}.items():
             if key not in settings:
                 settings[key] = once(builder, folder / name)
     return [
@@ -183,7 +198,8 @@ def benchmark(given: argparse.Namespace, settings: list[str], folder: Path) -> d
         runs.setdefault(shape, []).append(run)
         files.write_json(folder / "runs.json", runs)  # so that a benchmark that is stopped leaves its figures
     device = torch.device(facts["device"]).type
-    machine = elsewhere(measure_machine, config.to_dict(), facts["mixed_precision"], facts["num_threads"], device)
+    counted = config.to_dict() if given.model in WITH_PEERS else None
+    machine = elsewhere(measure_machine, counted, facts["mixed_precision"], facts["num_threads"], device)
     return described(given, facts) | {"machine": machine, "runs": runs, "settings": settings[1:]}
 
 
@@ -243,6 +259,7 @@ class Ended:
     seconds: float  # until its end, or until the line that was waited for
     peak_bytes: int  # of main memory
     written_bytes: int  # to files and pipes
+    cpu_seconds: float = 0.0
 
 
 def run_process(arguments: Sequence[str], *, until: str = "") -> Ended:
@@ -267,7 +284,8 @@ def run_process(arguments: Sequence[str], *, until: str = "") -> Ended:
     process.stdout.close()
     if (arrived is None) if until else process.returncode:
         raise RuntimeError(f"{shlex.join(map(str, arguments))} ended with {process.returncode}:\n{''.join(lines[-20:])}")
-    return Ended(ended - started, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), written)
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Ended(ended - started, peak, written, usage.ru_utime + usage.ru_stime)
 
 
 def bytes_written(pid: int) -> int:
@@ -290,22 +308,28 @@ def summarise(processes: dict[str, Ended], manifests: dict[str, dict], num_evalu
         "num_images": manifests["sample"]["num_images"],
         "num_evaluations": num_evaluations,
         "num_transitions": manifests["train"]["num_transitions"],
+        "first_log_ratio": manifests["train"].get("max_abs_log_ratio_first_update"),
     }
 
 
 # --- the machine ----------------------------------------------------------------------------------
 
 
-def measure_machine(config: dict[str, Any], precision: str, num_threads: int, device: str) -> dict[str, float]:
-    """Measure the matmul peak in TFLOP/s, and count the FLOPs of a guided evaluation and of a trained transition."""
+def measure_machine(config: dict[str, Any] | None, precision: str, num_threads: int, device: str) -> dict[str, float]:
+    """Measure the matmul peak in TFLOP/s, and count the FLOPs of a guided evaluation and of a trained transition.
+
+    They are those of the Stable Diffusion of `config`; with None they are not counted.
+    """
     torch.set_num_threads(num_threads)
+    peak = matmul_tflops(device, DTYPES[precision])
+    if config is None:
+        return {"matmul_tflops": peak}
     root = Path(config["pretrained"]["model"])
     rows = 1 if config["sample"]["guidance_scale"] == 1 else 2
     num_tokens = files.read_json(root / "text_encoder" / "config.json")["max_position_embeddings"]
     unet = files.read_json(root / "unet" / "config.json")
     unet["sample_size"] = config["pretrained"]["resolution"] // 8 or unet["sample_size"]
     evaluation, transition = unet_flops(unet, rows, num_tokens, config["train"]["lora_rank"])
-    peak = matmul_tflops(device, DTYPES[precision])
     return {"matmul_tflops": peak, "evaluation_flops": evaluation, "transition_flops": transition}
 
 

@@ -8,6 +8,7 @@ A Run is what was measured in one stage, a dict:
     num_images
     num_evaluations               guided evaluations of the network, each for one image
     num_transitions               trained transitions
+    first_log_ratio               max |log-ratio| at the first update; None if it is not known
 """
 
 import math
@@ -75,11 +76,18 @@ def typical(facts: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def rates(run: Run, machine: dict[str, float]) -> dict[str, float]:
-    """Images/s, transitions/s, and TFLOP/s of sampling and training of one run; `machine` is from stage.measure_machine."""
+    """Images/s, transitions/s, and TFLOP/s of sampling and training of one run; `machine` is from stage.measure_machine.
+
+    TFLOP/s only if FLOPs were counted.
+    """
     found = phases(run)
-    return {
+    rates = {
         "images": run["num_images"] / run["seconds"]["sample"]["sample"],
         "transitions": run["num_transitions"] / found["training"],
+    }
+    if "evaluation_flops" not in machine:
+        return rates
+    return rates | {
         "sampling": run["num_evaluations"] * machine["evaluation_flops"] / found["sampling"] / 1e12,
         "training": run["num_transitions"] * machine["transition_flops"] / found["training"] / 1e12,
     }
@@ -152,8 +160,11 @@ def rate_table(facts: dict[str, Any]) -> str:
     rows = [
         row("images/s, sampled, decoded and written", lambda shape: number(middle(shape, "images"))),
         row("transitions/s, trained", lambda shape: number(middle(shape, "transitions"))),
-        row("TFLOP/s of sampling (of matmul peak)", flops("sampling")),
-        row("TFLOP/s of training (of matmul peak)", flops("training")),
+        *(
+            row(f"TFLOP/s of {phase} (of matmul peak)", flops(phase))
+            for phase in ("sampling", "training")
+            if phase in per_run["ours"][0]
+        ),
         *(row(f"peak memory of {verb}, MiB", memory(verb, "peak_bytes")) for verb in VERBS),
     ]
     if like["device_bytes"]:
@@ -161,13 +172,24 @@ def rate_table(facts: dict[str, Any]) -> str:
     if all(like["written_bytes"].values()):
         rows.append(row("written, MiB", lambda shape: number(median(written(run, like) for run in runs[shape]) / 2**20)))
         rows.append(row("written, against ours", lambda shape: times(written(runs[shape][0], like), written(like, like))))
+    if like.get("first_log_ratio") is not None:
+        rows.append(row("largest log-ratio, at the first update", lambda shape: first_log_ratio(runs[shape])))
     return table(["", *(SHAPES[shape] for shape in runs)], rows) + f"\n\n{peak_line(machine)}"
+
+
+def first_log_ratio(runs: list[Run]) -> str:
+    """The largest of a shape's runs; "" for the peers, who do not tell."""
+    found = [run["first_log_ratio"] for run in runs if run.get("first_log_ratio") is not None]
+    return f"{max(found):.1e}" if found else ""
 
 
 def peak_line(machine: dict[str, float]) -> str:
     """A sentence on the matmul peak and on how FLOPs were counted."""
-    peak = f"Matmul peak, measured in the same call: {number(machine['matmul_tflops'])} TFLOP/s. FLOPs are counted once, by "
-    peak += f"FlopCounterMode, attention included: {number(machine['evaluation_flops'] / 1e9)} GFLOP an evaluation, "
+    peak = f"Matmul peak, measured in the same call: {number(machine['matmul_tflops'])} TFLOP/s."
+    if "evaluation_flops" not in machine:
+        return peak
+    peak += " FLOPs are counted once, by FlopCounterMode, attention included: "
+    peak += f"{number(machine['evaluation_flops'] / 1e9)} GFLOP an evaluation, "
     return peak + f"{number(machine['transition_flops'] / 1e9)} GFLOP a transition, forward and backward."
 
 

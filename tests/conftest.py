@@ -81,6 +81,9 @@ TINY = {
     "keep.samples": True,
 }
 
+# Four images a stage, all of them selected: enough for an update, of a model whose images take long.
+FEW_IMAGES = {"split_time": 2, "sample.num_batches_per_epoch": 1, "eval.selection": "all"}
+
 JUDGED = {"eval.judge": "shapes", "eval.diversity": ("clip", "layout")}
 
 # What stages need beside TINY for the objectives that ask the base policy. Trained on all their steps siblings differ enough

@@ -42,12 +42,10 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
-    Qwen2TokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
-    T5TokenizerFast,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -56,44 +54,18 @@ from transformers import (
 from b2diffurl.configuration.settings import LoraSettings, ModelSettings
 from b2diffurl.models import Model
 from b2diffurl.models import family as family_of
+from benchmarks.full_size import (
+    FLUX_SCHEDULER,
+    KLEIN_SCHEDULER,
+    SCHNELL_SCHEDULER,
+    SD3_SCHEDULER,
+    XL_SCHEDULER,
+    qwen_tokenizer,
+    t5_tokenizer,
+)
 from benchmarks.sd14 import BOS, EOS, V1_4_SCHEDULER
 
 MAX_TOKENS, WIDTH, T5_WIDTH = 77, 16, 40
-# A literal copy of scheduler/scheduler_config.json of stabilityai/stable-diffusion-xl-base-1.0.
-XL_SCHEDULER = {
-    "_class_name": "EulerDiscreteScheduler",
-    "_diffusers_version": "0.19.0.dev0",
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "clip_sample": False,
-    "interpolation_type": "linear",
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "sample_max_value": 1.0,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-    "trained_betas": None,
-    "use_karras_sigmas": False,
-}
-# Literal copies of scheduler/scheduler_config.json of stable-diffusion-3.5-medium, FLUX.1-dev and FLUX.1-schnell.
-SD3_SCHEDULER = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "_diffusers_version": "0.29.0.dev0",
-    "num_train_timesteps": 1000,
-    "shift": 3.0,
-}
-FLUX_SCHEDULER = SD3_SCHEDULER | {
-    "_diffusers_version": "0.30.0.dev0",
-    "base_image_seq_len": 256,
-    "base_shift": 0.5,
-    "max_image_seq_len": 4096,
-    "max_shift": 1.15,
-    "use_dynamic_shifting": True,
-}
-SCHNELL_SCHEDULER = FLUX_SCHEDULER | {"shift": 1.0, "use_dynamic_shifting": False}
 WORDS = ["a", "red", "blue", "green", "circle", "square", "cross", "and", "what", "is", "in", "this", "picture", "?"]
 
 
@@ -225,11 +197,7 @@ def flux(root: Path, *, schnell: bool = False) -> Path:
 def flux2(root: Path, *, distilled: bool = False) -> Path:
     """A FLUX.2-klein-base in directory `root`, or one that is distilled. Its text encoder has the 27 layers in use."""
     torch.manual_seed(8)
-    letters = {letter: number for number, letter in enumerate(string.ascii_letters + "ĠĊ<>|_/?" + string.digits)}
-    tokens = Qwen2TokenizerFast(vocab=letters | {"<|endoftext|>": len(letters)}, merges=[])
-    tokens.chat_template = (
-        "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} {% endfor %}assistant "
-    )
+    tokens = qwen_tokenizer()
     small = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
     pipeline = Flux2KleinPipeline(
         transformer=Flux2Transformer2DModel(
@@ -248,20 +216,14 @@ def flux2(root: Path, *, distilled: bool = False) -> Path:
         ),
         text_encoder=Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokens), num_hidden_layers=27, **small)),
         tokenizer=tokens,
-        scheduler=FlowMatchEulerDiscreteScheduler.from_config(FLUX_SCHEDULER),
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(KLEIN_SCHEDULER),
         is_distilled=distilled,
     )
     pipeline.vae.bn.running_mean.normal_()
     pipeline.vae.bn.running_var.uniform_(0.5, 2.0)
     pipeline.save_pretrained(root)
-    write_scheduler(root, FLUX_SCHEDULER)
+    write_scheduler(root, KLEIN_SCHEDULER)
     return root
-
-
-def t5_tokenizer() -> T5TokenizerFast:
-    """One token a letter, and one for a blank."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((one, -3.0) for one in string.ascii_lowercase)]
-    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
 
 
 def t5_encoder() -> T5EncoderModel:

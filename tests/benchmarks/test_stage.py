@@ -3,9 +3,10 @@
 import pytest
 from conftest import experiment
 
+from b2diffurl.configuration.plan import checked_settings
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.runtime import files
-from benchmarks import stage, stage_report
+from benchmarks import full_size, stage, stage_report
 
 # ---- arithmetic ----
 
@@ -100,6 +101,17 @@ def test_startup_is_told_in_imports_of_torch():
     assert "medians of 3" in page
 
 
+def test_of_models_whose_flops_are_not_counted():
+    """The page of one has its seconds, memory and first ratio, and no FLOPs."""
+    runs = {"ours": [run_of(40) | {"first_log_ratio": 1.5e-5, "device_bytes": dict.fromkeys(stage_report.VERBS, 2**34)}]}
+    facts = dict.fromkeys(("command", "date", "hardware", "versions", "threads", "precision"), "so")
+    page = stage_report.markdown(facts | {"runs": runs, "machine": {"matmul_tflops": 2.0}})
+    assert "| largest log-ratio, at the first update | 1.5e-05 |" in page
+    assert "| peak GPU memory of train, MiB | 16,384 |" in page
+    assert "FLOPs are counted" not in page
+    assert "TFLOP/s of" not in page
+
+
 # ---- processes ----
 
 
@@ -124,6 +136,18 @@ def test_settings_become_the_configuration_of_the_scripts(tmp_path):
     assert (config.num_threads, config.split_time, config.sample.batch_size) == (2, 4, 4)
     assert config.train.learning_rate == 1e-3
     assert config.is_locked
+
+
+@pytest.mark.parametrize("model", ["sdxl", "sd35_medium"])
+def test_stages_of_the_large_models_may_run(tmp_path, model):
+    """Their settings are none that our scripts refuse, and the objective has ratios. The peers have no such models."""
+    full_size.write_holes(tmp_path / model, full_size.FULL_SIZE[model].with_shallow_encoders())
+    paths = [f"pretrained.model={tmp_path / model}", "reward.clip.model=here"]
+    given = stage.parse(["--model", model, "--no-peers", "--overrides", *paths])
+    settings = checked_settings(stage.resolve(stage.settings_of(given, tmp_path)))
+    assert not settings.training.objective.on_noised_images
+    with pytest.raises(SystemExit):
+        stage.parse(["--model", model])
 
 
 @pytest.fixture

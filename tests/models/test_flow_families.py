@@ -13,7 +13,18 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import PROMPTS, experiment, make_config, refuse, run_evaluation, run_script, run_stage, stage_of, updates_of
+from conftest import (
+    FEW_IMAGES,
+    PROMPTS,
+    experiment,
+    make_config,
+    refuse,
+    run_evaluation,
+    run_script,
+    run_stage,
+    stage_of,
+    updates_of,
+)
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -31,8 +42,11 @@ from b2diffurl.runtime import files
 RANK, GUIDANCE = 4, 3.5
 LONG = pytest.mark.long
 FAMILIES = {"sd3": sd3, "sd3_without_t5": sd3, "flux": flux, "flux2": flux2}
-ONE_LONG = [pytest.param(name, marks=LONG) if name == "flux2" else name for name in FAMILIES]
-SOME_LONG = [name if name in ("sd3", "flux") else pytest.param(name, marks=LONG) for name in FAMILIES]
+
+
+def fast(*names: str) -> list:
+    """All families as parameters of a test, those but `names` in the long suite."""
+    return [name if name in names else pytest.param(name, marks=LONG) for name in FAMILIES]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +62,7 @@ def bases(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=fast("sd3", "flux", "flux2"))
 def base(request, bases) -> Path:
     return bases / request.param
 
@@ -113,7 +127,7 @@ def ours(model: Model, num_steps: int = 6) -> np.ndarray:
 
 def test_the_sigmas_are_the_pipelines(model, stock):
     """Whatever the number of steps: shifted once, by the family's factor or that of the image's size."""
-    for num_steps in (1, 4, 28):
+    for num_steps in (1, 5):
         draw(stock, num_steps, "latent")
         table = model.sampler(num_steps, 0.7, sde="flow")
         assert torch.equal(table.timesteps, stock.scheduler.timesteps)
@@ -256,6 +270,7 @@ def run(overrides, bases, tmp_path_factory) -> Callable[..., Run]:
             settings |= {"sample.guidance_scale": GUIDANCE, "train.objective": objective, "train.num_epochs": 1}
             settings |= {"split_step_left": 3, "split_step_right": 4, "split_stop": 3, "train.learning_rate": 5e-2}
             settings |= {"sample.micro_batch_size": 1, "train.micro_batch_size": 1, "train.gradient_accumulation_steps": 64}
+            settings |= FEW_IMAGES
             folder = tmp_path_factory.mktemp("run")
             for index in range(2):
                 run_stage(folder, settings, index)
@@ -265,7 +280,7 @@ def run(overrides, bases, tmp_path_factory) -> Callable[..., Run]:
     return make
 
 
-@pytest.mark.parametrize("name", ONE_LONG)
+@pytest.mark.parametrize("name", fast("sd3_without_t5", "flux"))
 def test_two_stages_of_ddpo(run, name):
     """The ratio of each first update is exactly 1. The timesteps are on record as they were, fractions and all."""
     one = run(name, "ddpo")
@@ -284,7 +299,7 @@ def test_two_stages_of_ddpo(run, name):
     assert record["config"]["pretrained"]["family"] == name.split("_")[0]
 
 
-@pytest.mark.parametrize("name", SOME_LONG)
+@pytest.mark.parametrize("name", fast("sd3"))
 def test_two_stages_of_nft(run, name):
     one = run(name, "nft")
     for index in range(2):
@@ -293,7 +308,7 @@ def test_two_stages_of_nft(run, name):
     assert load_file(one.lora).keys() == load(one.base).adapter_state().keys()
 
 
-@pytest.mark.parametrize("name", ONE_LONG)
+@pytest.mark.parametrize("name", fast("sd3_without_t5", "flux"))
 def test_stock_diffusers_draws_the_same(run, name):
     """Within a level, with the LoRA and without; the LoRA changes the images."""
     one = run(name, "ddpo")
@@ -308,7 +323,7 @@ def test_stock_diffusers_draws_the_same(run, name):
 
 def test_judged_by_the_familys_own_scheduler(run):
     """Nobody has to name it; on the same noise it draws what training's sampler does without noise."""
-    one = run("sd3", "ddpo")
+    one = run("sd3_without_t5", "ddpo")
     settings = read_settings(make_config(one.settings))
     deployed, training = deployed_sampler(settings), training_sampler(settings)
     assert (deployed.scheduler, deployed.eta) == ("FlowMatchEulerDiscreteScheduler", None)
@@ -344,12 +359,17 @@ def test_exports(run, name, form, tmp_path):
     assert np.abs(draw(exported) - draw(stock)).max() <= 1e-4
 
 
-@pytest.mark.parametrize("name", SOME_LONG)
+@pytest.mark.parametrize("name", fast("flux"))
 def test_in_bf16_the_first_ratio_is_near_1(overrides, bases, tmp_path, new_accelerator, name):
     """At equal batch shapes it is 1 to the last bit here, too; other kernels may round, so the bound is wider."""
     settings = overrides | {"pretrained.model": str(bases / name), "pretrained.resolution": 64, "sample.eta": 0.7}
     settings |= {"sample.guidance_scale": GUIDANCE, "split_step_left": 2, "split_step_right": 2, "split_stop": 3}
-    settings |= {"mixed_precision": "bf16", "sample.micro_batch_size": 1, "train.micro_batch_size": 1, "train.num_epochs": 1}
+    settings |= FEW_IMAGES | {
+        "mixed_precision": "bf16",
+        "sample.micro_batch_size": 1,
+        "train.micro_batch_size": 1,
+        "train.num_epochs": 1,
+    }
     run_stage(tmp_path, settings)
     assert updates_of(stage_of(tmp_path))[0]["max_abs_log_ratio"] < 1e-3
 
@@ -377,7 +397,7 @@ def test_only_attention_is_trained(base, model):
     assert any("add_q_proj" in name for name in trained)
 
 
-@pytest.mark.parametrize("name", SOME_LONG)
+@pytest.mark.parametrize("name", fast("flux"))
 def test_the_mlps_are_trained_if_asked_for(bases, tmp_path, name):
     """Those of image and text. The file is read by stock diffusers, and acts there as here."""
     base = bases / name

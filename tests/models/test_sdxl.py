@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import tiny
 import torch
-from conftest import PROMPTS, experiment, make_config, refuse, run_stage, stage_of, updates_of
+from conftest import FEW_IMAGES, PROMPTS, experiment, make_config, refuse, run_stage, stage_of, updates_of
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from foreign import original_layout, output, random_lora, save_diffusers, save_kohya
 from safetensors.torch import load_file, save_file
@@ -27,9 +27,11 @@ from b2diffurl.models.lora import add_lora, lora_parameters
 from b2diffurl.models.policy import decode, predictor
 from b2diffurl.models.sdxl import SDXL
 from b2diffurl.runtime import files
+from benchmarks.full_size import XL_UNET
 
 CPU = torch.device("cpu")
 RANK = 4
+LONG = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,7 @@ def settings_of(name: object, **more) -> ModelSettings:
 # ---- the pipeline's own functions ----
 
 
-@pytest.mark.parametrize("zeros", [True, False])
+@pytest.mark.parametrize("zeros", [pytest.param(True, marks=LONG), False])
 def test_encode_is_the_pipelines(model, mine, zeros):
     """Of prompts and of no prompt, which is zeros or "" as model_index.json says, and counts for the model's identity."""
     before = base_identity(settings_of(mine))
@@ -96,18 +98,26 @@ def test_encode_is_the_pipelines(model, mine, zeros):
 
 
 def test_predict_is_the_pipelines_call(model, stock):
-    """Bit for bit what its UNet gives to guidance, sizes of the image and all."""
+    """Bit for bit what its UNet gives to guidance, sizes of the image and all.
+
+    With the pipeline's own conditions: it encodes all prompts in one batch, which rounds otherwise than one by one.
+    """
     calls = []
     stock.unet.register_forward_hook(lambda _, args, kwargs, out: calls.append((args, kwargs, out[0])), with_kwargs=True)
     stock(PROMPTS, latents=noise(3, 4, 8, 8), num_inference_steps=2, guidance_scale=5.0, output_type="latent")
     for (x_t, t), kwargs, out in calls:
         without, with_text = out.chunk(2)
-        ours = model.predict(x_t[:3], t, model.encode(PROMPTS), model.unconditional(), 5.0)
+        added = kwargs["added_cond_kwargs"]
+        nothing, text = (
+            {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+            for embeds, pooled in zip(kwargs["encoder_hidden_states"].chunk(2), added["text_embeds"].chunk(2), strict=True)
+        )
+        ours = model.predict(x_t[:3], t, text, {name: value[:1] for name, value in nothing.items()}, 5.0)
         assert torch.equal(ours, without + 5.0 * (with_text - without))
-        assert kwargs["added_cond_kwargs"]["time_ids"][0].tolist() == [64, 64, 0, 0, 64, 64]
+        assert added["time_ids"][0].tolist() == [64, 64, 0, 0, 64, 64]
 
 
-@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("normalised", [pytest.param(False, marks=LONG), True])
 def test_decode_is_the_pipelines(mine, normalised):
     """By the VAE's scale, or by the mean and deviation of its latents if it has them."""
     if normalised:
@@ -120,7 +130,7 @@ def test_decode_is_the_pipelines(mine, normalised):
     assert np.ptp(images) > 20
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=LONG), torch.bfloat16])
 def test_the_vae_stays_float32_where_its_config_says_so(mine, dtype):
     """Its weights are the file's, unrounded; everything else has the precision asked for."""
     model = tiny.load_model(mine, dtype=dtype, family="sdxl")
@@ -186,7 +196,7 @@ def trained(base, overrides, tmp_path_factory) -> Path:
     """A folder with two stages of `ddpo`, sampled and trained in equal batch shapes. Not to be changed."""
     settings = overrides | {"pretrained.model": str(base), "split_step_left": 3, "split_step_right": 4, "split_stop": 3}
     settings |= {"train.num_epochs": 1, "train.learning_rate": 5e-2, "train.gradient_accumulation_steps": 64}
-    settings |= {"sample.micro_batch_size": 1, "train.micro_batch_size": 1}
+    settings |= {"sample.micro_batch_size": 1, "train.micro_batch_size": 1} | FEW_IMAGES
     folder = tmp_path_factory.mktemp("trained")
     for index in range(2):
         run_stage(folder, settings, index)
@@ -242,7 +252,7 @@ def test_stock_diffusers_draws_the_same(base, lora, stock):
     assert np.abs(draw(stock, eta=0.0) - by_ddim).max() <= 1.0
 
 
-@pytest.mark.parametrize("form", ["diffusers", "kohya", "pipeline"])
+@pytest.mark.parametrize("form", ["diffusers", pytest.param("kohya", marks=LONG), "pipeline"])
 def test_exports_draw_the_same(base, trained, lora, stock, tmp_path, form):
     """Every format, in stock diffusers, as the card says; the card is SDXL's."""
     out = export(experiment(trained), form=form, out=tmp_path / "out")
@@ -278,7 +288,10 @@ def test_kohyas_names_are_those_of_the_original_code(stock, tmp_path):
     assert all(torch.equal(read[key], value) for key, value in state.items())
 
 
-@pytest.mark.parametrize(("form", "alpha"), [("diffusers", 8), ("kohya", 8), ("original", RANK)])
+@pytest.mark.parametrize(
+    ("form", "alpha"),
+    [pytest.param("diffusers", 8, marks=LONG), pytest.param("kohya", 8, marks=LONG), ("original", RANK)],
+)
 def test_foreign_loras_act_as_where_they_come_from(base, stock, tmp_path, form, alpha):
     """diffusers' with its alpha, kohya's under either kind of names."""
     state = random_lora(stock, alpha=alpha)
@@ -299,7 +312,7 @@ def test_foreign_loras_act_as_where_they_come_from(base, stock, tmp_path, form, 
     assert (output(model) - untouched).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("encoder", ["lora_te1", "lora_te2"])
+@pytest.mark.parametrize("encoder", [pytest.param("lora_te1", marks=LONG), "lora_te2"])
 def test_a_lora_on_a_text_encoder_is_refused(stock, tmp_path, encoder):
     """Its part would be lost; the reason is given."""
     path = save_kohya(tmp_path / "x.safetensors", random_lora(stock), RANK)
@@ -378,26 +391,13 @@ def test_sizes(base, model):
     assert sizes.lora * RANK == sum(value.numel() for value in model.trainable().values())
 
 
-@pytest.mark.long
-def test_full_size(tmp_path):
-    """SDXL's UNet has the published number of weights; a LoRA's layers are those that kohya's scripts name, in number."""
-    config = {
-        "sample_size": 128,
-        "block_out_channels": (320, 640, 1280),
-        "layers_per_block": 2,
-        "use_linear_projection": True,
-    }
-    config |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")}
-    config |= {"up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 2048}
-    config |= {"transformer_layers_per_block": [1, 2, 10], "attention_head_dim": [5, 10, 20]}
-    config |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
-    config |= {"projection_class_embeddings_input_dim": 2816}
+@LONG
+def test_kohyas_layers_at_full_size():
+    """A LoRA's layers are those that kohya's scripts name, in number."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**config)
-        assert sum(weight.numel() for weight in unet.parameters()) == 2_567_463_684
+        unet = UNet2DConditionModel(**XL_UNET)
         add_lora(unet, sdxl.LORA, rank=1, seed=0)
-    parameters = lora_parameters(unet)
-    keys = [sdxl.original_key(sdxl.LORA.key(name)) for name in parameters]
+    keys = [sdxl.original_key(sdxl.LORA.key(name)) for name in lora_parameters(unet)]
     depth = {}
     for key in keys:
         block, number = re.match(r"unet\.(.+)\.1\.transformer_blocks\.(\d+)\.", key).groups()
@@ -406,7 +406,6 @@ def test_full_size(tmp_path):
     expected |= {f"output_blocks.{n}": 10 if n < 3 else 2 for n in range(6)}
     assert depth == expected
     assert len(keys) == 70 * 8 * 2
-    assert sum(value.numel() for value in parameters.values()) == 1_451_520
 
 
 # ---- what is refused ----
