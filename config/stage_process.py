@@ -409,7 +409,7 @@ def shapes(config: ConfigDict) -> None:
 
 
 def shapes_flow(config: ConfigDict) -> None:
-    """The default run for flow matching, on a small model of Stable Diffusion 3's layout: 4 stages of 960 images, 3,840 in all.
+    """The default run on a flow-matching model of Stable Diffusion 3's layout: 4 stages of 960 images, 3,840 in all.
 
     Preset=shapes_flow bash run_process.sh, two CPU cores.
     """
