@@ -295,19 +295,18 @@ def qwen_tokenizer() -> Qwen2TokenizerFast:
     return tokens
 
 
-def build_sdxl(root: Path) -> Path:
-    return build(root, FULL_SIZE["sdxl"])
+MEASURED = {"sdxl": FULL_SIZE["sdxl"], "sd35_medium": FULL_SIZE["sd35_medium"].without_t5()}
 
 
-def build_sd35_medium(root: Path) -> Path:
-    return build(root, FULL_SIZE["sd35_medium"].without_t5())
+def build_measured(root: Path, name: str, *, shallow: bool = False) -> Path:
+    """Write one of MEASURED with random weights, its text encoders of one layer if `shallow`. Returns `root`."""
+    return build(root, MEASURED[name].with_shallow_encoders() if shallow else MEASURED[name])
 
-
-BUILDERS = {"sdxl": build_sdxl, "sd35_medium": build_sd35_medium}  # those that benchmarks.stage measures
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=BUILDERS)
+    parser.add_argument("model", choices=MEASURED)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--shallow", action="store_true", help="text encoders of one layer")
     given = parser.parse_args()
-    BUILDERS[given.model](given.folder)
+    build_measured(given.folder, given.model, shallow=given.shallow)

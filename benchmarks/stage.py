@@ -24,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -141,10 +142,11 @@ def settings_of(given: argparse.Namespace, folder: Path) -> list[str]:
     settings |= SETTINGS.get(given.model, {}) | (QUICK[given.model] if given.quick else {})
     settings |= dict(one.split("=", 1) for one in given.overrides)
     if given.model != "shapes":
-        from benchmarks.full_size import BUILDERS
+        from benchmarks.full_size import MEASURED, build_measured
         from benchmarks.sd14 import build, build_clip
 
-        model = (given.model, BUILDERS[given.model]) if given.model in BUILDERS else ("sd14", build)
+        large = given.model in MEASURED
+        model = (given.model, partial(build_measured, name=given.model)) if large else ("sd14", build)
         for key, (name, builder) in {"pretrained.model": model, "reward.clip.model": ("clip", build_clip)}.items():
             if key not in settings:
                 settings[key] = once(builder, folder / name)

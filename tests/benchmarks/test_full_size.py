@@ -21,7 +21,7 @@ from b2diffurl.models import base_sizes, family
 from b2diffurl.models.diffusers_files import class_of
 from b2diffurl.models.lora import add_lora, lora_parameters
 from b2diffurl.reporting import dry_run
-from benchmarks.full_size import FULL_SIZE, build, make, write_holes
+from benchmarks.full_size import FULL_SIZE, make, write_holes
 from benchmarks.stage import run_process
 
 LONG = pytest.mark.long
@@ -87,6 +87,8 @@ ONE_UPDATE = {
     "train.learning_rate": 1e-3,
     "train.lora_rank": RANK,
 }
+# The last block of Stable Diffusion 3 drops the text, so nothing comes of the text's queries.
+WITHOUT_GRADIENT = {"sdxl": [], "sd35_medium": ["transformer.transformer_blocks.23.attn.add_q_proj.lora_B.weight"]}
 
 
 @pytest.mark.slow
@@ -98,8 +100,9 @@ def test_one_update(tmp_path, name):
     The text encoders have one layer of the real widths, and Stable Diffusion 3.5 has no T5, as its pipeline allows: all
     embeddings have their real shapes. In bfloat16 the first update's ratio is 1 within 1e-3, at equal batch shapes.
     """
-    model = FULL_SIZE[name].with_shallow_encoders()
-    base = build(tmp_path / "base", model.without_t5() if name == "sd35_medium" else model)
+    base = tmp_path / "base"
+    # not in this process, whose memory would count in its children's peak
+    run_process(["-m", "benchmarks.full_size", name, str(base), "--shallow"])
     tiny.clip(tmp_path / "clip")
     (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS[:1]))
     settings = ONE_UPDATE | {"exp_name": name, "pretrained.model": base, "reward.clip.model": tmp_path / "clip"}
@@ -122,4 +125,5 @@ def test_one_update(tmp_path, name):
     assert 0 < update["grad_norm"] < math.inf
     state = load_file(stage.checkpoints()[-1] / LORA_FILE)
     assert sum(value.numel() for value in state.values()) == RANK * NUMBERS[name][2]
-    assert all(value.isfinite().all() and value.abs().max() > 0 for value in state.values())
+    assert all(value.isfinite().all() for value in state.values())
+    assert [key for key, value in state.items() if not value.any()] == WITHOUT_GRADIENT[name]
