@@ -5,7 +5,7 @@ The functions are those of `b2diffurl.models.Family`, the class is a `b2diffurl.
 N rows, P prompts, L tokens, E text width, latents [N,C,h,w]
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -148,6 +148,9 @@ class StableDiffusion(UNetModel):
                 mask = tokens.attention_mask.to(self.text_encoder.device)
             ids = tokens.input_ids.to(self.text_encoder.device)
             return {"prompt_embeds": self.text_encoder(ids, attention_mask=mask)[0]}
+
+    def prepare(self, prompts: Collection[str]) -> None:
+        """Nothing: its text encoder is small, and prompts are encoded together, as they always were."""
 
     def unconditional(self) -> Conditions:
         return self.encode([""])

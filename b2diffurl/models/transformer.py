@@ -72,17 +72,6 @@ class FlowModel(PipelineModel):
         self.layout = kind.read_layout(self.bare.config)
         self.latent_shape = (self.layout.channels, *latent_size(self.layout, read_vae(model, self.spec), model.resolution))
 
-    def encode(self, prompts: list[str]) -> Conditions:
-        """Each prompt by itself. With other numbers of rows products round differently, so its embedding would depend on the
-        prompts beside it; and training, which has one for all batches, would find other ratios than 1."""
-        with self.encoders_at_work():
-            each = [self.encode_one(prompt) for prompt in prompts]
-        return {name: torch.cat([conditions[name] for conditions in each]) for name in each[0]}
-
-    def encode_one(self, prompt: str) -> Conditions:
-        """What the network is conditioned on for a prompt, each tensor [1, ...], as its pipeline makes it."""
-        raise NotImplementedError
-
     def unconditional(self) -> Conditions:
         return self.encode([""])
 
