@@ -35,7 +35,7 @@ from b2diffurl.evaluation.statistics import paired_difference
 from b2diffurl.experiment.evaluation_table import evaluation_rows, every_evaluation
 from b2diffurl.experiment.metrics import read_events
 from b2diffurl.experiment.stage import LORA_FILE, Stage
-from b2diffurl.models import base_identity
+from b2diffurl.models import base_identity, family
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import set_up_logging
 from benchmarks.learning_figures import against, ends, failures, mean_gain, plain, with_gains
@@ -51,9 +51,7 @@ DEPLOYED_STEPS, DEPLOYED_IMAGES = 50, 576
 RESULTS = Path("docs/results")
 SETS = ("train", "test")
 BASE = "base"
-SWEPT = (
-    "shapes_ddpo"  # the preset whose page has the sweep. All presets have the same base model, so they take it from there.
-)
+SWEPT = "shapes_ddpo"  # the preset whose page has the sweep of its base model. Others of the same base take it from there
 
 log = logging.getLogger("b2diffurl")
 
@@ -67,7 +65,10 @@ def main() -> None:
     given = parser.parse_args()
     set_up_logging(Path("log/learning.log"))
     runs = [Run(given.preset, int(seed)) for seed in given.seeds.split(",")]
-    for part in PARTS if given.part == "all" else [given.part]:
+    chosen = [*PARTS] if given.part == "all" else [given.part]
+    if not has_sweep(given.preset):  # the other parts are for the base model that was swept
+        chosen = [part for part in chosen if part in ("run", "draw")]
+    for part in chosen:
         PARTS[part](runs, given.threads)
 
 
@@ -187,6 +188,7 @@ def draw(runs: Sequence[Run], _threads: int) -> None:
     from benchmarks.learning_report import draw_curves, write_tables
 
     preset, is_judged = runs[0].preset, all(map(was_judged, runs))
+    sweep = sweep_page() if has_sweep(preset) else {"sweep": [], "best": {"sampler": {}, BASE: {}}}
     courses = {one.name: with_gains(preset, judged_course(one) if is_judged else own_course(one)) for one in runs}
     settings = read_settings(get_config(preset))
     facts = {
@@ -203,10 +205,11 @@ def draw(runs: Sequence[Run], _threads: int) -> None:
         "curves": {name: [plain(result) for result in course] for name, course in courses.items()},
         "mean_gain": {prompts: mean_gain(list(courses.values()), prompts) for prompts in SETS},
         "failures": {name: {prompts: failures(course, prompts) for prompts in SETS} for name, course in courses.items()},
-        "best": best_comparison(preset, courses) if is_judged else without_runs(sweep_page()["best"]),
+        "best": best_comparison(preset, courses) if is_judged else without_runs(sweep["best"]),
         "sweep_images": SWEEP_IMAGES,
         "sweep_judged_images": NUM_IMAGES,
-        "sweep": [plain(result) for result in swept(preset)] if is_judged else sweep_page()["sweep"],
+        "sweep": [plain(result) for result in swept(preset)] if is_judged else sweep["sweep"],
+        "deployed_by": "Euler's method" if family(settings.model).describe(settings.model).is_flow else "deterministic DDIM",
     }
     facts |= stock_deployment(runs) if all(map(was_deployed, [runs[0].base, *runs])) else own_deployment(runs)
     page = RESULTS / page_name(preset)
@@ -286,6 +289,11 @@ def at_best(run: Run, threads: int = 0) -> list[dict]:
 def sweep_page() -> dict[str, Any]:
     """The committed figures of the preset that has the sweep."""
     return files.read_json(RESULTS / f"{page_name(SWEPT)}.json")
+
+
+def has_sweep(preset: str) -> bool:
+    """Whether the sweep is of this preset's base model."""
+    return get_config(preset).pretrained.model == get_config(SWEPT).pretrained.model
 
 
 @cache

@@ -38,18 +38,7 @@ these the share with the right relation. Mean over the seeds.
 
 {conditional}
 
-## Against the base at its best
-
-{best}
-
-## Base model over samplers
-
-Accuracy on training prompts, {sweep_images} images each. The best four were judged again, on {sweep_judged_images} images
-of other noise. The best of these is *the base's best sampler*.
-
-{sweep}
-
-## As it is deployed
+{best}{sweep}## As it is deployed
 
 {deployment}
 Each figure is of {deployed_images} images.
@@ -63,13 +52,26 @@ for which base and tuned model both have at least two such images.
 
 {diversity}
 """
+AT_BEST = """## Against the base at its best
+
+The base's best sampler of those below: {setting}. The tuned models were trained at {trained}.
+
+{rows}
+
+"""
+SWEEP = """## Base model over samplers
+
+Accuracy on training prompts, {sweep_images} images each. The best four were judged again, on {sweep_judged_images} images
+of other noise. The best of these is *the base's best sampler*.
+
+{rows}
+
+"""
 JUDGED = "Each figure is of {num_images} images, on noise that nothing else uses."
 NOT_JUDGED = """The figures are those that `run_process.sh` itself has made, each of {num_images} images.
 The runs were not judged again on more images and other noise."""
-IN_STOCK = (
-    "In stock diffusers, with deterministic DDIM and {deployed_steps} steps. The LoRA is loaded with `load_lora_weights`."
-)
-BY_THE_RUN = "By `run_process.sh` itself, with deterministic DDIM and {deployed_steps} steps, on held-out prompts."
+IN_STOCK = "In stock diffusers, with {deployed_by} and {deployed_steps} steps. The LoRA is loaded with `load_lora_weights`."
+BY_THE_RUN = "By `run_process.sh` itself, with {deployed_by} and {deployed_steps} steps, on held-out prompts."
 
 
 def write_tables(facts: dict[str, Any], path: Path) -> None:
@@ -144,16 +146,17 @@ def conditional(facts: dict[str, Any]) -> str:
 
 
 def best(facts: dict[str, Any]) -> str:
-    """The comparison with each tuned model; where they were not judged for it, the base alone."""
+    """The comparison with each tuned model; where they were not judged for it, the base alone; "" without a sweep."""
+    if not facts["sweep"]:
+        return ""
     compared = facts["best"]
     setting, trained = (
         "{num_steps} steps, guidance {guidance_scale:g}, eta {eta:g}".format(**one)
         for one in (compared["sampler"], facts["sampler"])
     )
-    note = f"The base's best sampler of those below: {setting}. The tuned models were trained at {trained}.\n\n"
     if not facts["judged"]:
         rows = [[words, percent(compared["base"][prompts]["accuracy"])] for prompts, words in SETS.items()]
-        return note + table(["prompts", "base at its best"], rows)
+        return AT_BEST.format(setting=setting, trained=trained, rows=table(["prompts", "base at its best"], rows))
     rows = []
     for prompts, words in SETS.items():
         base = compared["base"][prompts]
@@ -164,15 +167,19 @@ def best(facts: dict[str, Any]) -> str:
                 percent(same["accuracy"]), points(same["accuracy_gain"], same["accuracy_gain_se"]),
             ])  # fmt: skip
     header = ["prompts", "run", "base at its best", "gain of the tuned one as trained", "tuned at that sampler", "gain"]
-    return note + table(header, rows)
+    return AT_BEST.format(setting=setting, trained=trained, rows=table(header, rows))
 
 
 def sweep(facts: dict[str, Any]) -> str:
+    """The base by each sampler; "" if its samplers were not swept."""
+    if not facts["sweep"]:
+        return ""
     columns = list(dict.fromkeys((one["eta"], one["num_steps"]) for one in facts["sweep"]))
     found = {(one["guidance_scale"], one["eta"], one["num_steps"]): one["accuracy"] for one in facts["sweep"]}
     guidances = sorted({one["guidance_scale"] for one in facts["sweep"]})
     rows = [[f"{guidance:g}"] + [percent(found[guidance, *column]) for column in columns] for guidance in guidances]
-    return table(["guidance"] + [f"eta {eta:g}, {steps} steps" for eta, steps in columns], rows)
+    header = ["guidance"] + [f"eta {eta:g}, {steps} steps" for eta, steps in columns]
+    return SWEEP.format(**facts, rows=table(header, rows))
 
 
 def deployed(facts: dict[str, Any]) -> str:
@@ -261,8 +268,9 @@ def accuracy_panel(panel: plt.Axes, facts: dict[str, Any]) -> None:
         draw_mean(
             panel, [(x, [100 * value for value in y]) for x, y in curves], color=COLOURS[prompts], label=f"{words} prompts"
         )
-        best_base = 100 * facts["best"]["base"][prompts]["accuracy"]
-        panel.axhline(best_base, color=COLOURS[prompts], ls=":", lw=1.2, label=f"{words}: base at its best sampler")
+        if facts["sweep"]:
+            best_base = 100 * facts["best"]["base"][prompts]["accuracy"]
+            panel.axhline(best_base, color=COLOURS[prompts], ls=":", lw=1.2, label=f"{words}: base at its best sampler")
     panel.set(title="Accuracy (the exact checker, never trained on)", ylabel="images that show the prompt, %")
     panel.legend(framealpha=0.9, edgecolor="none", fontsize=9)
 

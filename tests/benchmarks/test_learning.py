@@ -245,6 +245,7 @@ def test_tables_and_curves_are_drawn_from_the_facts(tmp_path):
         "deployed_in_stock": True,
         "deployed_images": 5,
         "deployed_steps": 50,
+        "deployed_by": "Euler's method",
         "updates": {"seed1": 20, "seed2": 21},
         "mean_gain": {prompts: mean_gain([curve, curve], prompts) for prompts in SETS},
         "sampler": {"num_steps": 10, "eta": 1.0, "guidance_scale": 2.0},
@@ -272,7 +273,10 @@ def test_tables_and_curves_are_drawn_from_the_facts(tmp_path):
     assert "| held-out | malformed | 20.0 % | 0.0 % | -20.0 |" in text
     assert "| training | seed 1 | 55.0 % | +30.0 ± 3.0 | 80.0 % | +20.0 ± 2.0 |" in text
     assert "| 2 | held-out | seed 2 | 60.0 % | 70.0 % | +10.0 ± 2.0 |" in text
+    assert "with Euler's method and 50 steps" in text
     assert (tmp_path / "learning.png").stat().st_size > 20_000
+    write_tables(facts | {"sweep": []}, tmp_path / "other_base.md")
+    assert "best sampler" not in (tmp_path / "other_base.md").read_text()
 
 
 @pytest.mark.slow
