@@ -411,8 +411,8 @@ def shapes(config: ConfigDict) -> None:
 def shapes_flow(config: ConfigDict) -> None:
     """The default run on a flow-matching model of Stable Diffusion 3's layout: 4 stages of 960 images, 3,840 in all.
 
-    Preset=shapes_flow bash run_process.sh, two CPU cores, 3 minutes. Accuracy rises from 56 to 92 % on training prompts and from
-    54 to 90 % on held-out prompts (means of three seeds).
+    Preset=shapes_flow bash run_process.sh, two CPU cores, 3 minutes. Accuracy rises from 56 to 92 % on training prompts
+    and from 54 to 90 % on held-out prompts (means of three seeds).
     """
     shapes(config)
     config.exp_name = "shapes_flow"

@@ -3,7 +3,7 @@
 N rows, P prompts, latents [N,C,h,w]
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import tiny
@@ -52,6 +52,9 @@ class GaussianWorld:
 
     def encode(self, prompts: list[str]) -> Conditions:
         return {"mean": torch.tensor([float(prompt) for prompt in prompts]).view(-1, 1, 1, 1)}
+
+    def prepare(self, prompts: Collection[str]) -> None:
+        pass
 
     def predict(
         self,

@@ -55,6 +55,9 @@ class Model(Protocol):
     def encode(self, prompts: list[str]) -> Conditions:
         """Encode prompts into what the network is conditioned on, each tensor [P, ...]."""
 
+    def prepare(self, prompts: Collection[str]) -> None:
+        """Encode these prompts now, and forget others, so that `encode` need not call the text encoders for them."""
+
     def unconditional(self) -> Conditions:
         """What guidance takes for no prompt, each tensor [1, ...]: `encode` of "", or zeros if the model was trained so."""
 

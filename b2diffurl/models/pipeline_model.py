@@ -3,7 +3,7 @@
 N rows, P prompts, latents [N,C,h,w], images [N,H,W,3]
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -44,6 +44,7 @@ class PipelineModel:
         # Kept for `reset`: loading a checkpoint overwrites the fresh LoRA.
         self._fresh = {name: parameter.detach().clone() for name, parameter in self.trainable().items()}
         self.network: nn.Module = self.bare  # callers may wrap this one
+        self._encoded: dict[str, Conditions] = {}  # of prompts, each tensor [1, ...] in main memory
 
     @property
     def bare(self) -> Any:
@@ -68,6 +69,28 @@ class PipelineModel:
         With `resolution` 0, the images' side in pixels, they are the model's own. A ValueError says which ones it can draw.
         """
         raise NotImplementedError
+
+    def encode(self, prompts: list[str]) -> Conditions:
+        """Each prompt by itself, and once. With other numbers of rows products round differently, so its embedding would
+        depend on the prompts beside it; and training, which has one for all batches, would find other ratios than 1."""
+        if unknown := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]:
+            with self.encoders_at_work():
+                for prompt in unknown:
+                    self._encoded[prompt] = {name: value.cpu() for name, value in self.encode_one(prompt).items()}
+        each = [self._encoded[prompt] for prompt in prompts]
+        return {name: torch.cat([one[name] for one in each]).to(self.bare.device) for name in each[0]}
+
+    def encode_one(self, prompt: str) -> Conditions:
+        """What the network is conditioned on for a prompt, each tensor [1, ...], as its pipeline makes it."""
+        raise NotImplementedError
+
+    def unconditional(self) -> Conditions:
+        return self.encode([""])
+
+    def prepare(self, prompts: Collection[str]) -> None:
+        wanted = ["", *prompts]
+        self._encoded = {prompt: self._encoded[prompt] for prompt in wanted if prompt in self._encoded}
+        self.encode(wanted)
 
     def output(self, x_t: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """The network's own output [N,C,h,w] float32 for timesteps [N] and conditions [N, ...], without guidance."""

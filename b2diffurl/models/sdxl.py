@@ -132,19 +132,10 @@ class SDXL(UNetModel):
                 embeds, _ = self._hidden(encoder, ["", whole.some_word(self.parts[tokenizer])])
                 clip_text.require_words(name, encoder, *embeds)
 
-    def encode(self, prompts: list[str]) -> Conditions:
-        """prompt_embeds [P,L,E] and pooled_prompt_embeds [P,F], as SDXL's own pipeline makes them of each prompt.
-
-        One after another, so that a prompt has the same bits whatever is encoded beside it. Training takes a prompt's
-        embedding from any batch of the stage, and its first ratio is to be exactly 1.
-        """
-        embeds, pooled = [], []
-        with self.encoders_at_work():
-            for prompt in prompts:
-                (first, _), (second, output) = (self._hidden(encoder, [prompt]) for encoder in ENCODERS)
-                embeds.append(torch.cat([first, second], dim=-1))
-                pooled.append(output)
-        return {"prompt_embeds": torch.cat(embeds), "pooled_prompt_embeds": torch.cat(pooled)}
+    def encode_one(self, prompt: str) -> Conditions:
+        """prompt_embeds [1,L,E] and pooled_prompt_embeds [1,F]."""
+        (first, _), (second, pooled) = (self._hidden(encoder, [prompt]) for encoder in ENCODERS)
+        return {"prompt_embeds": torch.cat([first, second], dim=-1), "pooled_prompt_embeds": pooled}
 
     @torch.no_grad()
     def _hidden(self, encoder: str, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -154,7 +145,7 @@ class SDXL(UNetModel):
         return output.hidden_states[-2], output[0]
 
     def unconditional(self) -> Conditions:
-        embeds = self.encode([""])
+        embeds = super().unconditional()
         return {name: torch.zeros_like(value) for name, value in embeds.items()} if self._empty_is_zero else embeds
 
     def num_tokens_cut(self, prompts: Sequence[str]) -> list[int]:

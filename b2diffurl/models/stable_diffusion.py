@@ -3,7 +3,7 @@
 N rows, P prompts, L tokens, E text width, latents [N,C,h,w]
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -74,8 +74,8 @@ class StableDiffusion(UNetModel):
             ids = tokens.input_ids.to(self.text_encoder.device)
             return {"prompt_embeds": self.text_encoder(ids, attention_mask=mask)[0]}
 
-    def unconditional(self) -> Conditions:
-        return self.encode([""])
+    def prepare(self, prompts: Collection[str]) -> None:
+        """Nothing: its text encoder is small, and prompts are encoded together, as they always were."""
 
     def num_tokens_cut(self, prompts: Sequence[str]) -> list[int]:
         return clip_text.num_tokens_cut(self.tokenizer, prompts)

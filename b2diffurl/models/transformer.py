@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from b2diffurl.algorithm.noising import NoiseLevels
 from b2diffurl.algorithm.transition import Transitions
-from b2diffurl.algorithm.types import Conditions
 from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.settings import ModelSettings, Sampling
 from b2diffurl.models import diffusers_files, fit, flow_schedule, lora
@@ -100,20 +99,6 @@ class FlowModel(PipelineModel):
         layout = cls.read_layout(network)
         (height, width), px = latent_size(layout, vae, resolution), latent_px(vae) * layout.fold
         return (layout.channels, height, width), (height * px, width * px)
-
-    def encode(self, prompts: list[str]) -> Conditions:
-        """Each prompt by itself. With other numbers of rows products round differently, so its embedding would depend on the
-        prompts beside it; and training, which has one for all batches, would find other ratios than 1."""
-        with self.encoders_at_work():
-            each = [self.encode_one(prompt) for prompt in prompts]
-        return {name: torch.cat([conditions[name] for conditions in each]) for name in each[0]}
-
-    def encode_one(self, prompt: str) -> Conditions:
-        """What the network is conditioned on for a prompt, each tensor [1, ...], as its pipeline makes it."""
-        raise NotImplementedError
-
-    def unconditional(self) -> Conditions:
-        return self.encode([""])
 
     def sampler(self, num_steps: int, eta: float, steps: Sequence[int] | None = None, *, sde: str = "cps") -> Transitions:
         return self.schedule.table(num_steps, eta, sde, steps).to(self.bare.device)

@@ -147,18 +147,28 @@ def load(base: Path, device: torch.device, **more) -> SDXL:
 
 
 def test_offloaded_encoders_come_and_go(base, model, monkeypatch):
-    """With pretrained.offload each call of `encode` takes both to the network's device once, and back even if it fails."""
+    """With pretrained.offload a call of `encode` takes both to the network's device once, and back even if it fails. Prompts
+    that are known, such as those of a stage once it is prepared, need neither."""
     one, moves = load(base, CPU, offload=True), []
     assert torch.equal(one.encode(PROMPTS)["prompt_embeds"], model.encode(PROMPTS)["prompt_embeds"])
     one._encoders_rest = "main memory"
     for name in ("text_encoder", "text_encoder_2"):
         monkeypatch.setattr(one.parts[name], "to", lambda where, name=name: moves.append((name, str(where))))
     there, back = ([(name, where) for name in ("text_encoder", "text_encoder_2")] for where in ("cpu", "main memory"))
-    one.encode(PROMPTS)
+    one.prepare({*PROMPTS, "a blue cross"})
     assert moves == there + back
+    found = one.encode(["a blue cross", *PROMPTS]), one.unconditional()
+    assert moves == there + back
+    expected = model.encode(["a blue cross", *PROMPTS]), model.unconditional()
+    for ours, own in zip(found, expected, strict=True):
+        assert all(torch.equal(ours[name], value) for name, value in own.items())
     with pytest.raises(ValueError, match="text"):
         one.encode([None])
     assert moves == 2 * (there + back)
+    one.prepare(["a blue cross"])  # the others are forgotten, so that they do not pile up
+    assert moves == 2 * (there + back)
+    one.encode(PROMPTS)
+    assert moves == 3 * (there + back)
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import torch
 
 from b2diffurl.shapes.scene import CaptionErrors, random_scene
 
-BASE_DIR, CLIP_DIR = Path("model/shapes/base"), Path("model/shapes/clip")
+BASE_DIR, CLIP_DIR, FLOW_DIR = Path("model/shapes/base"), Path("model/shapes/clip"), Path("model/shapes_flow")
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +180,55 @@ def test_what_is_saved_is_a_stable_diffusion_3_pipeline(pipeline, transformer, t
         64,
         3,
     )
+
+
+# --- shipped weights ------------------------------------------------------------------------------
+
+
+def test_the_shipped_pipeline_is_what_its_training_would_save(pipeline):
+    """Its frozen parts are those of the world, to the bit, and its transformer is of the same kind."""
+    from b2diffurl.shapes.sampling import load_flow
+
+    shipped = load_flow(FLOW_DIR)
+    found, expected = (dict(one.transformer.config) for one in (shipped, pipeline))
+    for key in expected.keys() - {"_use_default_values", "_name_or_path", "dual_attention_layers"}:
+        assert found[key] == expected[key], key
+    assert not found["dual_attention_layers"] and not expected["dual_attention_layers"]
+    for part in ("vae", "text_encoder", "text_encoder_2"):
+        found, expected = getattr(shipped, part).state_dict(), getattr(pipeline, part).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert sum(file.stat().st_size for file in FLOW_DIR.rglob("*") if file.is_file()) <= 8e6
+
+
+def test_the_shipped_base_is_worth_tuning():
+    """Of 96 images of held-out prompts at least 85 % are well-formed, and 30 to 65 % right."""
+    from b2diffurl.shapes.sampling import accuracy, load_flow, sample_flow
+    from b2diffurl.shapes.scene import prompt_sets
+
+    prompts = prompt_sets()["shapes_relation_test"] * 2
+    shares = accuracy(sample_flow(load_flow(FLOW_DIR), prompts, seed=3), prompts)
+    assert len(prompts) == 96
+    assert shares["well_formed"] >= 0.85
+    assert 0.3 <= shares["correct"] <= 0.65
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_preset_learns(tmp_path):
+    """Two of the preset's four stages raise held-out accuracy by 15 points or more, on the same noise."""
+    import os
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+
+    from b2diffurl.runtime.files import read_json_lines
+
+    variables = {"Preset": "shapes_flow", "ExpName": "short", "StageCnt": "2", "Seed": "17", "SavePath": str(tmp_path)}
+    environment = os.environ | variables | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(["bash", ROOT / "run_process.sh", f"--config.log_path={tmp_path}"], env=environment, check=True)
+    rows = [row for row in read_json_lines(tmp_path / "short" / "eval.jsonl") if row["prompts"] == "test"]
+    gains = {row["sampler"]: row["accuracy_gain"] for row in rows if row["checkpoint"] == "stage1"}
+    assert min(gains.values()) >= 0.15
+    assert gains.keys() == {"training", "deployed"}
