@@ -10,10 +10,10 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from b2diffurl.models import Model, stable_diffusion
+from b2diffurl.models import Model, unet
 
 RANK = 4
-LORA_TARGETS = list(stable_diffusion.LORA.targets)
+LORA_TARGETS = list(unet.LORA.targets)
 
 
 def output(model: Model, *, guidance_scale: float = 3.0) -> Tensor:

@@ -27,7 +27,8 @@ from b2diffurl.experiment.evaluation_table import identity
 from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.export import export, main
 from b2diffurl.models.lora import add_lora, lora_parameters
-from b2diffurl.models.stable_diffusion import LORA, write_kohya
+from b2diffurl.models.stable_diffusion import FAMILY
+from b2diffurl.models.unet import LORA
 from b2diffurl.runtime import files
 
 
@@ -120,7 +121,7 @@ def test_kohya_file_has_the_keys_that_others_know(tmp_path):
     kinds = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "cross_attention_dim": 8, "attention_head_dim": 2}
     unet = UNet2DConditionModel(**kinds)
     add_lora(unet, LORA, rank=1, seed=0)
-    write_kohya(tmp_path / "x.safetensors", {LORA.key(name): value for name, value in lora_parameters(unet).items()})
+    FAMILY.write_kohya(tmp_path / "x.safetensors", {LORA.key(name): value for name, value in lora_parameters(unet).items()})
     modules = (ROOT / "tests" / "recorded" / "keys" / "kohya.txt").read_text().split()
     expected = {f"{module}.{part}" for module in modules for part in ("lora_up.weight", "lora_down.weight", "alpha")}
     assert safetensors.torch.load_file(tmp_path / "x.safetensors").keys() == expected
@@ -129,7 +130,9 @@ def test_kohya_file_has_the_keys_that_others_know(tmp_path):
 @pytest.mark.parametrize(("width", "expected"), [(768, "False"), (1024, "True")])
 def test_kohya_file_tells_sd2_from_sd1(tmp_path, width, expected):
     name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_"
-    write_kohya(tmp_path / "x.safetensors", {f"{name}A.weight": torch.ones(4, width), f"{name}B.weight": torch.ones(8, 4)})
+    FAMILY.write_kohya(
+        tmp_path / "x.safetensors", {f"{name}A.weight": torch.ones(4, width), f"{name}B.weight": torch.ones(8, 4)}
+    )
     with safetensors.safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert file.metadata() == {"ss_v2": expected}
 

@@ -231,7 +231,7 @@ def test_no_code_of_a_single_file_s_configs_runs(own, marker, tmp_path, monkeypa
     settings = own | {"pretrained.model": str(tmp_path / "single.safetensors"), "pretrained.config": str(sd)}
     plant(sd, marker)
     model = read_settings(make_config(settings)).model
-    stable_diffusion.load(model, device=CPU, dtype=torch.float32, seed=0, decoder=True)
+    stable_diffusion.FAMILY.load(model, device=CPU, dtype=torch.float32, seed=0, decoder=True)
     whole = (sd / "model_index.json").read_text()
     (work / "evil_module.py").write_bytes(hostile_code(marker))
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):

@@ -2,7 +2,7 @@
 
 `Model` is one loaded model: network, text encoder, sampler, decoder. `Family` is everything else that differs between
 families: files and whether they are whole, sizes, LoRA formats, schedulers, and the words of a model card. To add a family,
-write a module in this package with the functions of `Family`, and add a line to FAMILIES and to the tables of recognise.py.
+write a module in this package with FAMILY, a `Family`, and add a line to FAMILIES and to the tables of recognise.py.
 
 N rows, P prompts, latents [N,C,h,w], images [N,H,W,3]
 """
@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +138,7 @@ class Description:
 
 
 class Family(Protocol):
-    """The functions of a family's module. Importing it must be cheap: diffusers is imported when a model is loaded."""
+    """FAMILY of a family's module. Importing that must be cheap: diffusers is imported when a model is loaded."""
 
     def load(self, model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool) -> Model:
         """Load the base model, and add a fresh LoRA whose initial values follow from `seed`.
@@ -199,7 +199,7 @@ class Family(Protocol):
 
 
 def family(model: ModelSettings) -> Family:
-    """The module of a base model's family, recognised by its files if pretrained.family is auto.
+    """A base model's family, recognised by its files if pretrained.family is auto.
 
     Of a model that is not on this machine model_index.json is downloaded for that. A ValueError says that a model is of no
     family, or lists the families if the name is unknown.
@@ -210,7 +210,7 @@ def family(model: ModelSettings) -> Family:
 def family_of(name: str) -> Family:
     if name not in FAMILIES:
         raise ValueError(f"unknown pretrained.family {name!r}; known: {', '.join((recognise.AUTO, *FAMILIES))}")
-    return cast(Family, importlib.import_module(f"b2diffurl.models.{FAMILIES[name]}"))
+    return importlib.import_module(f"b2diffurl.models.{FAMILIES[name]}").FAMILY
 
 
 def family_here(model: ModelSettings) -> Family | None:

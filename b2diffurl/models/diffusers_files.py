@@ -27,6 +27,8 @@ from b2diffurl.models.noise_schedule import SCHEDULER_FILE
 from b2diffurl.runtime import files
 from b2diffurl.runtime.hub import MODEL_PARTS, checksum, find_local, locate, missing_tokenizer, require_no_holes
 
+# The weight file of a part, by the package of its class.
+WEIGHTS = {"diffusers": "diffusion_pytorch_model{}.safetensors", "transformers": "model{}.safetensors"}
 CONFIGS = ("config.json", "tokenizer_config.json")
 # Entries of a part's config that change nothing in its output.
 NOT_DECISIVE = (
@@ -45,13 +47,17 @@ class PipelineSpec:
     pipeline: str  # its class in diffusers
     network: str  # the part that is trained
     classes: Mapping[str, list[str]]  # {part: [package, class]} as in model_index.json, without the scheduler
-    weights: Mapping[str, str]  # {part: weight file}, for parts that have weights; {} in it stands for the variant
     unused: tuple[str, ...]  # parts that a pipeline may have and that are not loaded, such as a safety checker
     configs: str  # a model of the family from which a single file takes the configs of its parts, if none is given
     # Refuses parts of a directory that do not fit one another, or that the family cannot run. They may lack weights.
     check_fit: Callable[[Path, Mapping[str, nn.Module]], None]
     schedule: Any = noise_schedule  # the module that reads its scheduler's settings: noise_schedule or flow_schedule
     heeds_force_upcast: bool = False  # a VAE whose config has force_upcast is loaded in float32, whatever the precision
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """{part: weight file}, of the parts that have weights; {} in it stands for the variant."""
+        return {part: WEIGHTS[package] for part, (package, kind) in self.classes.items() if "Tokenizer" not in kind}
 
     @property
     def encoders(self) -> tuple[str, ...]:
@@ -177,6 +183,11 @@ def part_files(root: Path, part: str, model: ModelSettings, spec: PipelineSpec) 
 def scheduler_config(model: ModelSettings, spec: PipelineSpec) -> dict[str, Any]:
     """The settings of a base model's scheduler, with the entries of `pretrained.scheduler`."""
     return spec.schedule.read_config(locate_configs(model, spec), model.scheduler)
+
+
+def read_config(model: ModelSettings, spec: PipelineSpec, part: str) -> Mapping[str, Any]:
+    """The config of a base model's part."""
+    return files.read_object(locate_configs(model, spec) / part / "config.json")
 
 
 def fingerprint(model: ModelSettings, spec: PipelineSpec) -> str:

@@ -1,11 +1,10 @@
 """FLUX.1: dev, whose guidance is an input of its network, and schnell, which is distilled to a few steps and has none.
 
-The functions are those of `b2diffurl.models.Family`, the class is a `b2diffurl.models.Model`; both are documented there.
-
 N rows, P prompts, L tokens, E text width, F pooled width, latents [N,C,h,w]. The network sees tokens of 2 x 2 latents
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from b2diffurl.algorithm.types import Conditions
-from b2diffurl.algorithm.window import Window
-from b2diffurl.configuration.settings import ModelSettings, Sampling
-from b2diffurl.models import Description, Sizes, clip_text, diffusers_files, flow_schedule, lora, transformer, whole
+from b2diffurl.configuration.settings import ModelSettings
+from b2diffurl.models import clip_text, diffusers_files, fit, flow_schedule, transformer, whole
 from b2diffurl.models.diffusers_files import PipelineSpec
-from b2diffurl.models.lora import LoraSpec, State
-from b2diffurl.models.pipeline_model import write_fused
-from b2diffurl.models.transformer import FlowModel, Layout, schedulers, write_kohya
-from b2diffurl.runtime import files
-
-__all__ = ["schedulers", "write_kohya"]
+from b2diffurl.models.lora import State
+from b2diffurl.models.transformer import FlowFamily, FlowModel, Layout
 
 CLIP, CLIP_TOKENIZER = "text_encoder", "tokenizer"
 T5, T5_TOKENIZER, USUAL_TOKENS = "text_encoder_2", "tokenizer_2", 512  # as many tokens as the pipeline of diffusers takes
@@ -41,8 +35,10 @@ def check_fit(root: Path, parts: Mapping[str, nn.Module]) -> None:
     clip_text.check_tokenizer(root, CLIP_TOKENIZER, CLIP, parts, PIPELINE)
     whole.read_tokenizer(root / T5_TOKENIZER, diffusers_files.class_of(T5_TOKENIZER, PIPELINE), parts[T5].config.vocab_size)
     config, pooled, width = parts["transformer"].config, parts[CLIP].config.hidden_size, parts[T5].config.d_model
-    transformer.require_equal(root, "pooled_projection_dim", config.pooled_projection_dim, CLIP, {"hidden_size": pooled})
-    transformer.require_equal(root, "joint_attention_dim", config.joint_attention_dim, T5, {"d_model": width})
+    fit.require_equal(
+        root, "transformer", "pooled_projection_dim", config.pooled_projection_dim, CLIP, {"hidden_size": pooled}
+    )
+    fit.require_equal(root, "transformer", "joint_attention_dim", config.joint_attention_dim, T5, {"d_model": width})
 
 
 PIPELINE = PipelineSpec(
@@ -56,12 +52,6 @@ PIPELINE = PipelineSpec(
         "text_encoder_2": ["transformers", "T5EncoderModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "tokenizer_2": ["transformers", "T5TokenizerFast"],
-    },
-    weights={
-        "transformer": "diffusion_pytorch_model{}.safetensors",
-        "vae": "diffusion_pytorch_model{}.safetensors",
-        "text_encoder": "model{}.safetensors",
-        "text_encoder_2": "model{}.safetensors",
     },
     unused=("image_encoder", "feature_extractor"),
     configs="black-forest-labs/FLUX.1-dev",
@@ -79,85 +69,24 @@ def to_diffusers(state: State) -> State:
         return state
     try:
         return FluxPipeline.lora_state_dict(dict(state))
-    except (
-        AssertionError,
-        KeyError,
-        ValueError,
-        NotImplementedError,
-    ):  # names of no such network: they are refused as they are
-        return state
+    except (AssertionError, KeyError, ValueError, NotImplementedError):
+        return state  # names of no such network are refused as they are
 
 
-LORA = LoraSpec(
-    prefix="transformer",
-    title="transformer",
-    targets=transformer.TARGETS,
-    mlps=transformer.MLPS,
-    layers=rf"{transformer.BLOCKS}\.\d+|{transformer.OTHER_LAYERS}",
-    to_diffusers=to_diffusers,
-)
+LORA = replace(transformer.LORA, to_diffusers=to_diffusers)
 
 
-def describe(model: ModelSettings) -> Description:
-    return Description(
-        title="FLUX.1",
-        tags=("flux", "flux-diffusers"),
-        pipeline=PIPELINE.pipeline,
-        network=LORA.title,
-        scheduler=flow_schedule.SCHEDULER,
-    )
+def pack(latents: Tensor) -> Tensor:
+    """Tokens [N, h/2 * w/2, 4C] of latents [N,C,h,w]: each holds 2 x 2 of them, channel by channel."""
+    patches = latents.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # [N,C,h/2,2,w/2,2]
+    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
-def fingerprint(model: ModelSettings) -> str:
-    return diffusers_files.fingerprint(model, PIPELINE)
-
-
-def identity(model: ModelSettings) -> dict[str, str]:
-    return diffusers_files.identity(model, PIPELINE)
-
-
-def is_guided(model: ModelSettings) -> bool:
-    """Whether the scale of guidance is an input of the network, as of dev's."""
-    config = files.read_object(diffusers_files.locate_configs(model, PIPELINE) / "transformer" / "config.json")
-    return bool(config.get("guidance_embeds", False))
-
-
-def check_guidance(model: ModelSettings, scales: Mapping[str, float]) -> None:
-    refuse = transformer.require_same_guidance if is_guided(model) else transformer.require_no_guidance
-    refuse(model, scales)
-
-
-def check_sampler(model: ModelSettings, sampling: Sampling, window: Window | None) -> None:
-    if window:
-        transformer.require_many_steps(model, distilled=not is_guided(model))
-    schedule = transformer.find_schedule(model, PIPELINE, read_layout)
-    flow_schedule.require_trainable(schedule, model, sampling, window)
-
-
-def check(model: ModelSettings) -> None:
-    transformer.require_directory(model)
-    diffusers_files.check_here(model, PIPELINE)
-    sizes(model)  # refuses a resolution that does not divide
-
-
-def sizes(model: ModelSettings) -> Sizes | None:
-    def embedding(configs: Mapping[str, Mapping]) -> int:  # L * E + F
-        return transformer.num_text_tokens(model, USUAL_TOKENS) * configs[T5]["d_model"] + configs[CLIP]["hidden_size"]
-
-    return transformer.sizes(model, PIPELINE, LORA, read_layout, embedding)
-
-
-def read_lora(path: Path) -> State:
-    return lora.read_lora(path, LORA)
-
-
-def write_pipeline(folder: Path, model: ModelSettings, lora_file: Path, *, dtype: str) -> None:
-    tuned = load(model, device=torch.device("cpu"), dtype=torch.float32, seed=0, decoder=True)
-    write_fused(folder, model, tuned, lora_file, dtype=dtype)
-
-
-def load(model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool) -> "Flux":
-    return Flux(model, device=device, dtype=dtype, seed=seed, decoder=decoder)
+def unpack(tokens: Tensor, latent_shape: tuple[int, int, int]) -> Tensor:
+    """Latents [N,C,h,w] of their tokens."""
+    channels, height, width = latent_shape
+    patches = tokens.unflatten(1, (height // PATCH, width // PATCH)).unflatten(3, (channels, PATCH, PATCH))
+    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
 class Flux(FlowModel):
@@ -207,17 +136,19 @@ class Flux(FlowModel):
         conditions: Conditions,
         unconditional: Conditions,
         guidance_scale: float,
-        *,
-        unconditional_gradient: bool = True,
+        **_: Any,
     ) -> Tensor:
-        conditions = {name: value.expand(len(x_t), *value.shape[1:]) for name, value in conditions.items()}
-        embeds, guidance = conditions["prompt_embeds"], None
+        """In one pass: dev's network reads the scale of guidance, schnell's takes none."""
         if self.bare.config.guidance_embeds:
-            guidance = torch.full((len(x_t),), guidance_scale, device=x_t.device)
+            conditions = conditions | {"guidance": torch.full((1,), guidance_scale, device=x_t.device)}
+        return super().predict(x_t, timesteps, conditions, unconditional, 1)
+
+    def output(self, x_t: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        embeds = conditions["prompt_embeds"]
         output = self.network(
             hidden_states=pack(x_t),
-            timestep=timesteps.expand(len(x_t)) / 1000,
-            guidance=guidance,
+            timestep=timesteps / 1000,
+            guidance=conditions.get("guidance"),
             pooled_projections=conditions["pooled_prompt_embeds"],
             encoder_hidden_states=embeds,
             txt_ids=self._image_ids.new_zeros(embeds.shape[1], 3),
@@ -227,14 +158,21 @@ class Flux(FlowModel):
         return unpack(output.float(), self.latent_shape)
 
 
-def pack(latents: Tensor) -> Tensor:
-    """Tokens [N, h/2 * w/2, 4C] of latents [N,C,h,w]: each holds 2 x 2 of them, channel by channel."""
-    patches = latents.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # [N,C,h/2,2,w/2,2]
-    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+class FluxFamily(FlowFamily):
+    title, tags = "FLUX.1", ("flux", "flux-diffusers")
+    model_class = Flux
+
+    def embedding(self, model: ModelSettings, configs: Mapping[str, Mapping]) -> int:
+        """L * E + F."""
+        return transformer.num_text_tokens(model, USUAL_TOKENS) * configs[T5]["d_model"] + configs[CLIP]["hidden_size"]
+
+    def is_distilled(self, model: ModelSettings) -> bool:
+        """As schnell is, whose network has no input for the scale of guidance."""
+        return not diffusers_files.read_config(model, PIPELINE, "transformer").get("guidance_embeds", False)
+
+    def check_guidance(self, model: ModelSettings, scales: Mapping[str, float]) -> None:
+        refuse = transformer.require_no_guidance if self.is_distilled(model) else transformer.require_same_guidance
+        refuse(model, scales)
 
 
-def unpack(tokens: Tensor, latent_shape: tuple[int, int, int]) -> Tensor:
-    """Latents [N,C,h,w] of their tokens."""
-    channels, height, width = latent_shape
-    patches = tokens.unflatten(1, (height // PATCH, width // PATCH)).unflatten(3, (channels, PATCH, PATCH))
-    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+FAMILY = FluxFamily()

@@ -1,11 +1,10 @@
 """FLUX.2-klein, whose text encoder is a Qwen3. The base models have guidance by a second pass; others are distilled.
 
-The functions are those of `b2diffurl.models.Family`, the class is a `b2diffurl.models.Model`; both are documented there.
-
 N rows, P prompts, L tokens, E text width, latents [N,C,h,w]: each holds 2 x 2 of the VAE's, and is one token
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from b2diffurl.algorithm.types import Conditions
-from b2diffurl.algorithm.window import Window
-from b2diffurl.configuration.settings import ModelSettings, Sampling
-from b2diffurl.models import Description, Sizes, clip_text, diffusers_files, flow_schedule, lora, transformer, whole
+from b2diffurl.configuration.settings import ModelSettings
+from b2diffurl.models import clip_text, diffusers_files, fit, flow_schedule, transformer, whole
 from b2diffurl.models.diffusers_files import PipelineSpec
-from b2diffurl.models.lora import LoraSpec, State
-from b2diffurl.models.pipeline_model import write_fused
 from b2diffurl.models.recognise import INDEX
-from b2diffurl.models.transformer import FlowModel, Layout, schedulers, write_kohya
+from b2diffurl.models.transformer import FlowFamily, FlowModel, Layout
 from b2diffurl.runtime import files
-
-__all__ = ["schedulers", "write_kohya"]
 
 FOLD, SIDE = 2, 64  # the VAE's latents along a latent, and latents along an image whose size is not given
 USUAL_TOKENS, TEXT_LAYERS = 512, (9, 18, 27)  # of the text encoder, as in the pipeline of diffusers
@@ -41,7 +35,7 @@ def check_fit(root: Path, parts: Mapping[str, nn.Module]) -> None:
         config, text = parts["transformer"].config, parts["text_encoder"].config
         whole.read_tokenizer(root / "tokenizer", diffusers_files.class_of("tokenizer", PIPELINE), text.vocab_size)
         width = {f"hidden_size, times {len(TEXT_LAYERS)},": len(TEXT_LAYERS) * text.hidden_size}
-        transformer.require_equal(root, "joint_attention_dim", config.joint_attention_dim, "text_encoder", width)
+        fit.require_equal(root, "transformer", "joint_attention_dim", config.joint_attention_dim, "text_encoder", width)
         if text.num_hidden_layers < max(TEXT_LAYERS):
             raise ValueError(
                 f"{root}/text_encoder/config.json has {text.num_hidden_layers} layers; the embeddings are taken from layers "
@@ -59,87 +53,18 @@ PIPELINE = PipelineSpec(
         "text_encoder": ["transformers", "Qwen3ForCausalLM"],
         "tokenizer": ["transformers", "Qwen2TokenizerFast"],
     },
-    weights={
-        "transformer": "diffusion_pytorch_model{}.safetensors",
-        "vae": "diffusion_pytorch_model{}.safetensors",
-        "text_encoder": "model{}.safetensors",
-    },
     unused=(),
     configs="black-forest-labs/FLUX.2-klein-base-4B",
     check_fit=check_fit,
     schedule=flow_schedule,
 )
 # In its single blocks one layer makes queries, keys, values and the MLP's first half.
-LORA = LoraSpec(
-    prefix="transformer",
-    title="transformer",
-    targets=(*transformer.TARGETS, "to_qkv_mlp_proj"),
+LORA = replace(
+    transformer.LORA,
+    targets=(*transformer.LORA.targets, "to_qkv_mlp_proj"),
     mlps=("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),
-    layers=rf"{transformer.BLOCKS}\.\d+|{transformer.OTHER_LAYERS}|time_guidance_embed|(?:double|single)_stream_modulation\w*",
-    to_diffusers=transformer.unflatten,
+    layers=rf"{transformer.LORA.layers}|time_guidance_embed|(?:double|single)_stream_modulation\w*",
 )
-
-
-def describe(model: ModelSettings) -> Description:
-    return Description(
-        title="FLUX.2 klein",
-        tags=("flux2", "flux2-diffusers"),
-        pipeline=PIPELINE.pipeline,
-        network=LORA.title,
-        scheduler=flow_schedule.SCHEDULER,
-    )
-
-
-def fingerprint(model: ModelSettings) -> str:
-    return diffusers_files.fingerprint(model, PIPELINE)
-
-
-def identity(model: ModelSettings) -> dict[str, str]:
-    return diffusers_files.identity(model, PIPELINE)
-
-
-def is_distilled(model: ModelSettings) -> bool:
-    """Whether the model draws in a few steps without guidance, as its model_index.json says."""
-    index = diffusers_files.locate_configs(model, PIPELINE) / INDEX
-    return bool(files.read_object(index).get(IS_DISTILLED)) if index.is_file() else False
-
-
-def check_guidance(model: ModelSettings, scales: Mapping[str, float]) -> None:
-    if is_distilled(model):
-        transformer.require_no_guidance(model, scales)
-
-
-def check_sampler(model: ModelSettings, sampling: Sampling, window: Window | None) -> None:
-    schedule = transformer.find_schedule(model, PIPELINE, read_layout)
-    if window:
-        transformer.require_many_steps(model, distilled=is_distilled(model))
-    flow_schedule.require_trainable(schedule, model, sampling, window)
-
-
-def check(model: ModelSettings) -> None:
-    transformer.require_directory(model)
-    diffusers_files.check_here(model, PIPELINE)
-    sizes(model)  # refuses a resolution that does not divide
-
-
-def sizes(model: ModelSettings) -> Sizes | None:
-    def embedding(configs: Mapping[str, Mapping]) -> int:  # L * E
-        return transformer.num_text_tokens(model, USUAL_TOKENS) * len(TEXT_LAYERS) * configs["text_encoder"]["hidden_size"]
-
-    return transformer.sizes(model, PIPELINE, LORA, read_layout, embedding)
-
-
-def read_lora(path: Path) -> State:
-    return lora.read_lora(path, LORA)
-
-
-def write_pipeline(folder: Path, model: ModelSettings, lora_file: Path, *, dtype: str) -> None:
-    tuned = load(model, device=torch.device("cpu"), dtype=torch.float32, seed=0, decoder=True)
-    write_fused(folder, model, tuned, lora_file, dtype=dtype, **{IS_DISTILLED: is_distilled(model)})
-
-
-def load(model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool) -> "Flux2":
-    return Flux2(model, device=device, dtype=dtype, seed=seed, decoder=decoder)
 
 
 class Flux2(FlowModel):
@@ -201,3 +126,23 @@ class Flux2(FlowModel):
         latents = latents * (variance + vae.config.batch_norm_eps).sqrt().to(latents) + mean.to(latents)
         patches = latents.unflatten(1, (-1, FOLD, FOLD)).permute(0, 1, 4, 2, 5, 3)  # [N,C/4,h,2,w,2]
         return patches.flatten(4).flatten(2, 3)
+
+
+class Flux2Family(FlowFamily):
+    title, tags = "FLUX.2 klein", ("flux2", "flux2-diffusers")
+    model_class = Flux2
+
+    def embedding(self, model: ModelSettings, configs: Mapping[str, Mapping]) -> int:
+        """L * E."""
+        return transformer.num_text_tokens(model, USUAL_TOKENS) * len(TEXT_LAYERS) * configs["text_encoder"]["hidden_size"]
+
+    def is_distilled(self, model: ModelSettings) -> bool:
+        """As its model_index.json says."""
+        index = diffusers_files.locate_configs(model, PIPELINE) / INDEX
+        return bool(files.read_object(index).get(IS_DISTILLED)) if index.is_file() else False
+
+    def index_entries(self, model: ModelSettings) -> dict[str, bool]:
+        return {IS_DISTILLED: self.is_distilled(model)}
+
+
+FAMILY = Flux2Family()

@@ -17,6 +17,7 @@ from b2diffurl.models import diffusers_files, lora
 from b2diffurl.models.diffusers_files import PipelineSpec
 from b2diffurl.models.lora import LoraSpec, State
 
+Shape = tuple[int, int, int]
 MAX_GRAPHS = 256  # a block's graphs differ by number of rows, width, resolution, with and without gradient or LoRA
 
 
@@ -61,6 +62,14 @@ class PipelineModel:
             for name in self.spec.encoders:
                 self.parts[name].to(self._encoders_rest)
 
+    @classmethod
+    def measure(cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: int) -> tuple[Shape, tuple[int, int]]:
+        """C, h, w of latents, and height and width of images in pixels, by the configs of network and VAE.
+
+        With `resolution` 0, the images' side in pixels, they are the model's own. A ValueError says which ones it can draw.
+        """
+        raise NotImplementedError
+
     def encode(self, prompts: list[str]) -> Conditions:
         """Each prompt by itself, and once. With other numbers of rows products round differently, so its embedding would
         depend on the prompts beside it; and training, which has one for all batches, would find other ratios than 1."""
@@ -74,6 +83,9 @@ class PipelineModel:
     def encode_one(self, prompt: str) -> Conditions:
         """What the network is conditioned on for a prompt, each tensor [1, ...], as its pipeline makes it."""
         raise NotImplementedError
+
+    def unconditional(self) -> Conditions:
+        return self.encode([""])
 
     def prepare(self, prompts: Collection[str]) -> None:
         wanted = ["", *prompts]
@@ -175,22 +187,3 @@ class PipelineModel:
 
     def load_adapter(self, path: Path) -> None:
         lora.load_lora(self.bare, path, self.lora_spec)
-
-
-def check_guidance(model: ModelSettings, scales: Mapping[str, float]) -> None:
-    """Any scale will do where guidance is a second pass without the prompt."""
-
-
-def write_fused(
-    folder: Path, model: ModelSettings, tuned: PipelineModel, lora_file: Path, *, dtype: str, **more: Any
-) -> None:
-    """Write `tuned`, a float32 model on the CPU that was loaded by `model`, as a pipeline with the LoRA of a file fused in.
-
-    `more` are further arguments of the pipeline's class.
-    """
-    tuned.load_adapter(lora_file)
-    tuned.bare.fuse_lora()
-    tuned.bare.unload_lora()
-    for name in tuned.spec.weights:  # only now: the sum of base and LoRA is rounded once
-        nn.Module.to(tuned.parts[name], getattr(torch, dtype))  # torch's own: that of diffusers warns of layers to be kept
-    diffusers_files.write_pipeline(folder, tuned.parts, model, tuned.spec, **more)

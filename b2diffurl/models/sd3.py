@@ -1,7 +1,5 @@
 """Stable Diffusion 3 and 3.5, with three text encoders or without the third, T5.
 
-The functions are those of `b2diffurl.models.Family`, the class is a `b2diffurl.models.Model`; both are documented there.
-
 N rows, P prompts, L tokens, E text width, F pooled width, latents [N,C,h,w]
 """
 
@@ -15,18 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from b2diffurl.algorithm.types import Conditions
-from b2diffurl.algorithm.window import Window
-from b2diffurl.configuration.settings import ModelSettings, Sampling
-from b2diffurl.models import Description, Sizes, clip_text, diffusers_files, flow_schedule, lora, transformer, whole
+from b2diffurl.configuration.settings import ModelSettings
+from b2diffurl.models import clip_text, diffusers_files, fit, flow_schedule, transformer, whole
 from b2diffurl.models.diffusers_files import PipelineSpec
-from b2diffurl.models.lora import LoraSpec, State
-from b2diffurl.models.pipeline_model import check_guidance, write_fused
 from b2diffurl.models.recognise import INDEX
-from b2diffurl.models.transformer import FlowModel, Layout, schedulers, write_kohya
+from b2diffurl.models.transformer import FlowFamily, FlowModel, Layout
 from b2diffurl.runtime import files
 from b2diffurl.runtime.hub import find_local
-
-__all__ = ["check_guidance", "schedulers", "write_kohya"]
 
 CLIP = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}  # {encoder: its tokenizer}
 T5, T5_TOKENIZER, USUAL_TOKENS = "text_encoder_3", "tokenizer_3", 256  # as many tokens as the pipeline of diffusers takes
@@ -47,7 +40,9 @@ def check_fit(root: Path, parts: Mapping[str, nn.Module]) -> None:
         clip_text.check_tokenizer(root, tokenizer, encoder, parts, PIPELINE)
     config, text = parts["transformer"].config, [parts[encoder].config for encoder in CLIP]
     projections = {"projection_dim, of both": sum(one.projection_dim for one in text)}
-    transformer.require_equal(root, "pooled_projection_dim", config.pooled_projection_dim, " and ".join(CLIP), projections)
+    fit.require_equal(
+        root, "transformer", "pooled_projection_dim", config.pooled_projection_dim, " and ".join(CLIP), projections
+    )
     if sum(one.hidden_size for one in text) > config.joint_attention_dim:
         raise ValueError(
             f"{root}/transformer/config.json has joint_attention_dim {config.joint_attention_dim}, less than the "
@@ -58,7 +53,7 @@ def check_fit(root: Path, parts: Mapping[str, nn.Module]) -> None:
             root / T5_TOKENIZER, diffusers_files.class_of(T5_TOKENIZER, PIPELINE), parts[T5].config.vocab_size
         )
         width = {"d_model": parts[T5].config.d_model}
-        transformer.require_equal(root, "joint_attention_dim", config.joint_attention_dim, T5, width)
+        fit.require_equal(root, "transformer", "joint_attention_dim", config.joint_attention_dim, T5, width)
 
 
 PIPELINE = PipelineSpec(
@@ -75,13 +70,6 @@ PIPELINE = PipelineSpec(
         "tokenizer_2": ["transformers", "CLIPTokenizer"],
         "tokenizer_3": ["transformers", "T5TokenizerFast"],
     },
-    weights={
-        "transformer": "diffusion_pytorch_model{}.safetensors",
-        "vae": "diffusion_pytorch_model{}.safetensors",
-        "text_encoder": "model{}.safetensors",
-        "text_encoder_2": "model{}.safetensors",
-        "text_encoder_3": "model{}.safetensors",
-    },
     unused=("image_encoder", "feature_extractor"),
     configs="stabilityai/stable-diffusion-3.5-medium",
     check_fit=check_fit,
@@ -90,7 +78,6 @@ PIPELINE = PipelineSpec(
 WITHOUT_T5 = replace(
     PIPELINE,
     classes={name: kind for name, kind in PIPELINE.classes.items() if name not in (T5, T5_TOKENIZER)},
-    weights={name: file for name, file in PIPELINE.weights.items() if name != T5},
     unused=(*PIPELINE.unused, T5, T5_TOKENIZER),
 )
 
@@ -111,68 +98,6 @@ def num_t5_tokens(model: ModelSettings) -> int:
     return transformer.num_text_tokens(model, USUAL_TOKENS, encoder=T5 in spec_of(model).weights)
 
 
-LORA = LoraSpec(
-    prefix="transformer",
-    title="transformer",
-    targets=transformer.TARGETS,
-    mlps=transformer.MLPS,
-    layers=rf"{transformer.BLOCKS}\.\d+|{transformer.OTHER_LAYERS}",
-    to_diffusers=transformer.unflatten,
-)
-
-
-def describe(model: ModelSettings) -> Description:
-    return Description(
-        title="Stable Diffusion 3",
-        tags=("stable-diffusion-3", "stable-diffusion-3-diffusers"),
-        pipeline=PIPELINE.pipeline,
-        network=LORA.title,
-        scheduler=flow_schedule.SCHEDULER,
-        absent=tuple(part for part in (T5, T5_TOKENIZER) if part not in spec_of(model).classes),
-    )
-
-
-def fingerprint(model: ModelSettings) -> str:
-    return diffusers_files.fingerprint(model, spec_of(model))
-
-
-def identity(model: ModelSettings) -> dict[str, str]:
-    return diffusers_files.identity(model, spec_of(model))
-
-
-def check_sampler(model: ModelSettings, sampling: Sampling, window: Window | None) -> None:
-    if window:
-        transformer.require_many_steps(model, distilled=False)
-    schedule = transformer.find_schedule(model, spec_of(model), read_layout)
-    flow_schedule.require_trainable(schedule, model, sampling, window)
-
-
-def check(model: ModelSettings) -> None:
-    diffusers_files.check_here(model, spec_of(model))
-    sizes(model)  # refuses a resolution that does not divide
-
-
-def sizes(model: ModelSettings) -> Sizes | None:
-    def embedding(configs: Mapping[str, Mapping]) -> int:  # L * E + F
-        tokens = configs["text_encoder"]["max_position_embeddings"] + num_t5_tokens(model)
-        return tokens * configs["transformer"]["joint_attention_dim"] + configs["transformer"]["pooled_projection_dim"]
-
-    return transformer.sizes(model, spec_of(model), LORA, read_layout, embedding)
-
-
-def read_lora(path: Path) -> State:
-    return lora.read_lora(path, LORA)
-
-
-def write_pipeline(folder: Path, model: ModelSettings, lora_file: Path, *, dtype: str) -> None:
-    tuned = load(model, device=torch.device("cpu"), dtype=torch.float32, seed=0, decoder=True)
-    write_fused(folder, model, tuned, lora_file, dtype=dtype)
-
-
-def load(model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool) -> "SD3":
-    return SD3(model, device=device, dtype=dtype, seed=seed, decoder=decoder)
-
-
 class SD3(FlowModel):
     """A frozen Stable Diffusion 3 (arXiv 2403.03206) whose transformer carries a trainable LoRA.
 
@@ -180,7 +105,7 @@ class SD3(FlowModel):
     their place, and on the pooled outputs of the first two.
     """
 
-    spec, lora_spec, compiled = PIPELINE, LORA, ("JointTransformerBlock",)
+    spec, compiled = PIPELINE, ("JointTransformerBlock",)
     read_layout = staticmethod(read_layout)
 
     def __init__(self, model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool):
@@ -237,3 +162,19 @@ class SD3(FlowModel):
             pooled_projections=conditions["pooled_prompt_embeds"],
             return_dict=False,
         )[0].float()
+
+
+class SD3Family(FlowFamily):
+    title, tags = "Stable Diffusion 3", ("stable-diffusion-3", "stable-diffusion-3-diffusers")
+    model_class = SD3
+
+    def spec(self, model: ModelSettings) -> PipelineSpec:
+        return spec_of(model)
+
+    def embedding(self, model: ModelSettings, configs: Mapping[str, Mapping]) -> int:
+        """L * E + F."""
+        tokens = configs["text_encoder"]["max_position_embeddings"] + num_t5_tokens(model)
+        return tokens * configs["transformer"]["joint_attention_dim"] + configs["transformer"]["pooled_projection_dim"]
+
+
+FAMILY = SD3Family()

@@ -1,12 +1,11 @@
 """Stable Diffusion XL, the base model (arXiv 2307.01952), and every model of its layout. Not its refiner, not inpainting.
 
-The functions are those of `b2diffurl.models.Family`, the class is a `b2diffurl.models.Model`; both are documented there.
-
 N rows, P prompts, L tokens, E text width (of both encoders together), F pooled width, latents [N,C,h,w]
 """
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,18 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from b2diffurl.algorithm.types import Conditions
-from b2diffurl.algorithm.window import Window
-from b2diffurl.configuration.settings import ModelSettings, Sampling
-from b2diffurl.models import Description, Sizes, clip_text, diffusers_files, lora, noise_schedule, unet, whole
+from b2diffurl.configuration.settings import ModelSettings
+from b2diffurl.models import clip_text, diffusers_files, fit, lora, unet, whole
 from b2diffurl.models.diffusers_files import PipelineSpec
-from b2diffurl.models.lora import LoraSpec, State
-from b2diffurl.models.pipeline_model import check_guidance, write_fused
+from b2diffurl.models.lora import State
 from b2diffurl.models.recognise import INDEX
-from b2diffurl.models.unet import UNetModel, schedulers
+from b2diffurl.models.unet import UNetFamily, UNetModel
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import logger
-
-__all__ = ["check_guidance", "schedulers"]
 
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 # The hub's schedule ends at alpha_bar 0.99915, so DDIM's last step would leave noise in the image. Ours ends at the image
@@ -46,8 +41,7 @@ def check_fit(root: Path, parts: Mapping[str, nn.Module]) -> None:
             "Leave pretrained.family at auto, or give another base (pretrained.model)."
         )
     unet.check_inputs(root / "unet" / "config.json", config, {"encoder_hid_dim": (None,)})
-    if "vae" in parts:
-        unet.check_vae(root, config, parts["vae"].config)
+    fit.check_latents(root, "unet", parts, config.in_channels)
     if not ENCODERS.keys() <= parts.keys():
         return
     for encoder, tokenizer in ENCODERS.items():
@@ -61,7 +55,7 @@ def check_fit(root: Path, parts: Mapping[str, nn.Module]) -> None:
     # The pooled text, and six numbers of the image's size and place.
     pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     projection = {"projection_dim": parts["text_encoder_2"].config.projection_dim}
-    unet.require_equal(root, "room for a pooled text of", pooled, "text_encoder_2", projection)
+    fit.require_equal(root, "unet", "room for a pooled text of", pooled, "text_encoder_2", projection)
 
 
 PIPELINE = PipelineSpec(
@@ -75,12 +69,6 @@ PIPELINE = PipelineSpec(
         "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "tokenizer_2": ["transformers", "CLIPTokenizer"],
-    },
-    weights={
-        "unet": "diffusion_pytorch_model{}.safetensors",
-        "vae": "diffusion_pytorch_model{}.safetensors",
-        "text_encoder": "model{}.safetensors",
-        "text_encoder_2": "model{}.safetensors",
     },
     unused=("feature_extractor", "image_encoder"),
     configs="stabilityai/stable-diffusion-xl-base-1.0",
@@ -100,63 +88,13 @@ def to_diffusers(state: State) -> State:
         return state
 
 
-LORA = LoraSpec(
-    prefix="unet",
-    title="UNet",
-    targets=unet.TARGETS,
-    mlps=unet.MLPS,
-    layers=rf"{unet.LAYERS}|add_embedding",
-    to_diffusers=to_diffusers,
-)
-
-
-def describe(model: ModelSettings) -> Description:
-    tags = ("stable-diffusion-xl", "stable-diffusion-xl-diffusers")
-    return Description(title="Stable Diffusion XL", tags=tags, pipeline=PIPELINE.pipeline, network="UNet")
-
-
-def fingerprint(model: ModelSettings) -> str:
-    return diffusers_files.fingerprint(model, PIPELINE)
-
-
-def identity(model: ModelSettings) -> dict[str, str]:
-    empty = {EMPTY_IS_ZERO: empty_is_zero(model)}
-    return diffusers_files.identity(model, PIPELINE) | {"empty prompt": files.digest(empty)}
+LORA = replace(unet.LORA, layers=rf"{unet.LORA.layers}|add_embedding", to_diffusers=to_diffusers)
 
 
 def empty_is_zero(model: ModelSettings) -> bool:
     """Whether the model was trained with zeros for the embedding of no prompt, as its model_index.json says."""
     index = diffusers_files.locate_configs(model, PIPELINE) / INDEX
     return bool(files.read_object(index).get(EMPTY_IS_ZERO, True)) if index.is_file() else True
-
-
-def check_sampler(model: ModelSettings, sampling: Sampling, window: Window | None) -> None:
-    config = diffusers_files.scheduler_config(model, PIPELINE)
-    noise_schedule.require_trainable(config | LANDING | model.scheduler, model, sampling, window)
-
-
-def check(model: ModelSettings) -> None:
-    diffusers_files.check_here(model, PIPELINE)
-    sizes(model)  # refuses a resolution that does not divide
-
-
-def sizes(model: ModelSettings) -> Sizes | None:
-    def embedding(configs: Mapping[str, Mapping]) -> int:  # L * E + F
-        one, two = (configs[encoder] for encoder in ENCODERS)
-        return one["max_position_embeddings"] * (one["hidden_size"] + two["hidden_size"]) + two["projection_dim"]
-
-    return unet.sizes(model, PIPELINE, LORA, embedding)
-
-
-def read_lora(path: Path) -> State:
-    return lora.read_lora(path, LORA)
-
-
-def write_kohya(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write kohya's format with the original code's names of layers, as kohya's scripts do for SDXL."""
-    renamed = {original_key(key): value for key, value in state.items()}
-    # All or none: diffusers drops the one half of a file that has both kinds of names. ComfyUI and A1111 read either.
-    lora.write_kohya(path, state if "" in renamed else renamed, KOHYA)
 
 
 def original_key(key: str) -> str:
@@ -168,16 +106,6 @@ def original_key(key: str) -> str:
     number = level * BLOCKS_PER_LEVEL + block
     names = {"down": f"input_blocks.{number + 1}", "mid": "middle_block", "up": f"output_blocks.{number}"}
     return f"unet.{names[match[1]]}.1.{key[match.end() :]}"
-
-
-def write_pipeline(folder: Path, model: ModelSettings, lora_file: Path, *, dtype: str) -> None:
-    tuned = load(model, device=torch.device("cpu"), dtype=torch.float32, seed=0, decoder=True)
-    more = {EMPTY_IS_ZERO: empty_is_zero(model), "add_watermarker": False}
-    write_fused(folder, model, tuned, lora_file, dtype=dtype, **more)
-
-
-def load(model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool) -> "SDXL":
-    return SDXL(model, device=device, dtype=dtype, seed=seed, decoder=decoder)
 
 
 class SDXL(UNetModel):
@@ -217,7 +145,7 @@ class SDXL(UNetModel):
         return output.hidden_states[-2], output[0]
 
     def unconditional(self) -> Conditions:
-        embeds = self.encode([""])
+        embeds = super().unconditional()
         return {name: torch.zeros_like(value) for name, value in embeds.items()} if self._empty_is_zero else embeds
 
     def num_tokens_cut(self, prompts: Sequence[str]) -> list[int]:
@@ -235,3 +163,28 @@ class SDXL(UNetModel):
             return super().vae_latents(latents)
         mean, deviation = (torch.tensor(one).view(-1, 1, 1).to(latents) for one in (config.latents_mean, config.latents_std))
         return latents * deviation / config.scaling_factor + mean
+
+
+class SDXLFamily(UNetFamily):
+    title, tags = "Stable Diffusion XL", ("stable-diffusion-xl", "stable-diffusion-xl-diffusers")
+    model_class = SDXL
+
+    def embedding(self, model: ModelSettings, configs: Mapping[str, Mapping]) -> int:
+        """L * E + F."""
+        one, two = (configs[encoder] for encoder in ENCODERS)
+        return one["max_position_embeddings"] * (one["hidden_size"] + two["hidden_size"]) + two["projection_dim"]
+
+    def identity(self, model: ModelSettings) -> dict[str, str]:
+        return super().identity(model) | {"empty prompt": files.digest({EMPTY_IS_ZERO: empty_is_zero(model)})}
+
+    def index_entries(self, model: ModelSettings) -> dict[str, bool]:
+        return {EMPTY_IS_ZERO: empty_is_zero(model), "add_watermarker": False}
+
+    def write_kohya(self, path: Path, state: Mapping[str, Tensor]) -> None:
+        """With the original code's names of layers, as kohya's scripts write SDXL's."""
+        renamed = {original_key(key): value for key, value in state.items()}
+        # All or none: diffusers drops the one half of a file that has both kinds of names. ComfyUI and A1111 read either.
+        lora.write_kohya(path, state if "" in renamed else renamed, KOHYA)
+
+
+FAMILY = SDXLFamily()

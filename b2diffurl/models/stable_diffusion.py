@@ -1,7 +1,5 @@
 """Stable Diffusion 1.x and 2.x (epsilon and v-prediction), and every model of their layout.
 
-The functions are those of `b2diffurl.models.Family`, the class is a `b2diffurl.models.Model`; both are documented there.
-
 N rows, P prompts, L tokens, E text width, latents [N,C,h,w]
 """
 
@@ -12,15 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from b2diffurl.algorithm.types import Conditions
-from b2diffurl.algorithm.window import Window
-from b2diffurl.configuration.settings import ModelSettings, Sampling
-from b2diffurl.models import Description, Sizes, clip_text, diffusers_files, lora, noise_schedule, unet, whole
+from b2diffurl.configuration.settings import ModelSettings
+from b2diffurl.models import clip_text, fit, lora, unet, whole
 from b2diffurl.models.diffusers_files import PipelineSpec
-from b2diffurl.models.lora import LoraSpec, State
-from b2diffurl.models.pipeline_model import check_guidance, write_fused
-from b2diffurl.models.unet import UNetModel, schedulers
-
-__all__ = ["check_guidance", "schedulers"]
+from b2diffurl.models.unet import UNetFamily, UNetModel
 
 
 def check_fit(root: Path, parts: Mapping[str, nn.Module]) -> None:
@@ -28,14 +21,13 @@ def check_fit(root: Path, parts: Mapping[str, nn.Module]) -> None:
     config = parts["unet"].config
     # text_time: SDXL; others than "text": Kandinsky
     unet.check_inputs(root / "unet" / "config.json", config, {"addition_embed_type": (None, "text")})
-    if "vae" in parts:
-        unet.check_vae(root, config, parts["vae"].config)
+    fit.check_latents(root, "unet", parts, config.in_channels)
     if "text_encoder" in parts:
         key = "cross_attention_dim" if config.encoder_hid_dim is None else "encoder_hid_dim"
         widths = config[key] if isinstance(config[key], list | tuple) else [config[key]]
         hidden = {"hidden_size": parts["text_encoder"].config.hidden_size}
         for width in widths:
-            unet.require_equal(root, key, width, "text_encoder", hidden)
+            fit.require_equal(root, "unet", key, width, "text_encoder", hidden)
         clip_text.check_tokenizer(root, "tokenizer", "text_encoder", parts, PIPELINE)
 
 
@@ -49,77 +41,10 @@ PIPELINE = PipelineSpec(
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
     },
-    weights={
-        "unet": "diffusion_pytorch_model{}.safetensors",
-        "vae": "diffusion_pytorch_model{}.safetensors",
-        "text_encoder": "model{}.safetensors",
-    },
     unused=("safety_checker", "feature_extractor", "image_encoder"),
     configs="CompVis/stable-diffusion-v1-4",
     check_fit=check_fit,
 )
-
-
-def to_diffusers(state: State) -> State:
-    """A LoRA of another program under diffusers' keys: today's, or those of diffusers before it used peft."""
-    from diffusers import StableDiffusionPipeline
-
-    return StableDiffusionPipeline.lora_state_dict(state)[0]
-
-
-LORA = LoraSpec(
-    prefix="unet", title="UNet", targets=unet.TARGETS, mlps=unet.MLPS, layers=unet.LAYERS, to_diffusers=to_diffusers
-)
-
-
-def describe(model: ModelSettings) -> Description:
-    tags = ("stable-diffusion", "stable-diffusion-diffusers")
-    return Description(title="Stable Diffusion", tags=tags, pipeline=PIPELINE.pipeline, network=LORA.title)
-
-
-def fingerprint(model: ModelSettings) -> str:
-    return diffusers_files.fingerprint(model, PIPELINE)
-
-
-def identity(model: ModelSettings) -> dict[str, str]:
-    return diffusers_files.identity(model, PIPELINE)
-
-
-def check_sampler(model: ModelSettings, sampling: Sampling, window: Window | None) -> None:
-    config = diffusers_files.scheduler_config(model, PIPELINE)
-    noise_schedule.require_trainable(config, model, sampling, window)
-
-
-def check(model: ModelSettings) -> None:
-    diffusers_files.check_here(model, PIPELINE)
-    sizes(model)  # refuses a resolution that does not divide
-
-
-def sizes(model: ModelSettings) -> Sizes | None:
-    def embedding(configs: Mapping[str, Mapping]) -> int:  # L * E: prompts are padded to full length
-        return configs["text_encoder"]["max_position_embeddings"] * configs["text_encoder"]["hidden_size"]
-
-    return unet.sizes(model, PIPELINE, LORA, embedding)
-
-
-def read_lora(path: Path) -> State:
-    return lora.read_lora(path, LORA)
-
-
-def write_kohya(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write kohya's format, with its metadata `ss_v2`, by which A1111 tells 2.x from 1.x: 2.x has text 1,024 wide."""
-    text_width = next((value.shape[1] for key, value in state.items() if ".attn2.to_k.lora_A." in key), 0)
-    lora.write_kohya(path, state, {"ss_v2": str(text_width == 1024)})
-
-
-def write_pipeline(folder: Path, model: ModelSettings, lora_file: Path, *, dtype: str) -> None:
-    """Write the pipeline without a safety checker: none is loaded here."""
-    tuned = load(model, device=torch.device("cpu"), dtype=torch.float32, seed=0, decoder=True)
-    write_fused(folder, model, tuned, lora_file, dtype=dtype, requires_safety_checker=False)
-
-
-def load(model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool) -> "StableDiffusion":
-    return StableDiffusion(model, device=device, dtype=dtype, seed=seed, decoder=decoder)
 
 
 class StableDiffusion(UNetModel):
@@ -128,7 +53,7 @@ class StableDiffusion(UNetModel):
     The UNet is conditioned on the last hidden states [L,E] of CLIP's text encoder.
     """
 
-    spec, lora_spec = PIPELINE, LORA
+    spec = PIPELINE
 
     def __init__(self, model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool):
         super().__init__(model, device=device, dtype=dtype, seed=seed, decoder=decoder)
@@ -152,11 +77,29 @@ class StableDiffusion(UNetModel):
     def prepare(self, prompts: Collection[str]) -> None:
         """Nothing: its text encoder is small, and prompts are encoded together, as they always were."""
 
-    def unconditional(self) -> Conditions:
-        return self.encode([""])
-
     def num_tokens_cut(self, prompts: Sequence[str]) -> list[int]:
         return clip_text.num_tokens_cut(self.tokenizer, prompts)
 
     def output(self, x_t: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         return self.network(x_t, timesteps, conditions["prompt_embeds"], return_dict=False)[0].float()
+
+
+class StableDiffusionFamily(UNetFamily):
+    title, tags = "Stable Diffusion", ("stable-diffusion", "stable-diffusion-diffusers")
+    model_class = StableDiffusion
+
+    def embedding(self, model: ModelSettings, configs: Mapping[str, Mapping]) -> int:
+        """L * E: prompts are padded to full length."""
+        return configs["text_encoder"]["max_position_embeddings"] * configs["text_encoder"]["hidden_size"]
+
+    def index_entries(self, model: ModelSettings) -> dict[str, bool]:
+        """No safety checker is loaded here."""
+        return {"requires_safety_checker": False}
+
+    def write_kohya(self, path: Path, state: Mapping[str, Tensor]) -> None:
+        """With kohya's metadata `ss_v2`, by which A1111 tells 2.x from 1.x: 2.x has text 1,024 wide."""
+        text_width = next((value.shape[1] for key, value in state.items() if ".attn2.to_k.lora_A." in key), 0)
+        lora.write_kohya(path, state, {"ss_v2": str(text_width == 1024)})
+
+
+FAMILY = StableDiffusionFamily()

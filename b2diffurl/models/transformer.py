@@ -14,29 +14,51 @@ from torch import Tensor, nn
 
 from b2diffurl.algorithm.noising import NoiseLevels
 from b2diffurl.algorithm.transition import Transitions
-from b2diffurl.algorithm.types import Conditions
-from b2diffurl.configuration.settings import ModelSettings
-from b2diffurl.models import Sizes, diffusers_files, lora
-from b2diffurl.models.diffusers_files import ANOTHER_BASE, PipelineSpec
+from b2diffurl.algorithm.window import Window
+from b2diffurl.configuration.settings import ModelSettings, Sampling
+from b2diffurl.models import diffusers_files, fit, flow_schedule, lora
+from b2diffurl.models.diffusers_files import PipelineSpec
 from b2diffurl.models.flow_schedule import SCHEDULER, FlowSchedule
 from b2diffurl.models.lora import LoraSpec, State
-from b2diffurl.models.pipeline_model import PipelineModel
+from b2diffurl.models.pipeline_family import PipelineFamily
+from b2diffurl.models.pipeline_model import PipelineModel, Shape
 from b2diffurl.models.unet import latent_px
-from b2diffurl.runtime import files
 from b2diffurl.runtime.hub import find_local
 
 NETWORK = "transformer"
-# The layers that carry the LoRA: the attention's projections of the image, and those of the text beside it.
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-# The MLPs of image and text; of FLUX's single blocks the first half alone, as the second also reads the attention.
-MLPS = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp")
 BLOCKS = r"(?:single_)?transformer_blocks"
-OTHER_LAYERS = r"context_embedder|x_embedder|pos_embed|norm_out|proj_out|time_text_embed"
 # A layer of a block under OneTrainer's key, with _ for dots, and the names of layers in which dots stand.
 FLAT_KEY = re.compile(rf"lora_transformer_({BLOCKS})_(\d+)_(?:(attn2?|ff_context|ff)_)?(\w+)")
 DOTTED = {name.replace(".", "_"): name for name in ("to_out.0", "net.0.proj", "net.2")}
 # Models that their names on the hub call distilled to a few steps; of some no file tells it.
 DISTILLED = re.compile(r"schnell|turbo|lightning|hyper-sd|\blcm\b|flash", re.IGNORECASE)
+
+
+def unflatten(state: State) -> State:
+    """A LoRA under OneTrainer's keys under those of diffusers; other keys stay as they are."""
+    return {unflatten_key(key): value for key, value in state.items()}
+
+
+def unflatten_key(key: str) -> str:
+    flat, _, half = key.partition(".lora_")
+    match = FLAT_KEY.fullmatch(flat)
+    if match is None:
+        return key
+    block, number, part, layer = match.groups()
+    names = [NETWORK, block, number, *([part] if part else []), DOTTED.get(layer, layer)]
+    return f"{'.'.join(names)}.lora_{ {'down.weight': 'A', 'up.weight': 'B'}.get(half, half) }.weight"
+
+
+LORA = LoraSpec(
+    prefix=NETWORK,
+    title="transformer",
+    # The attention's projections of the image, and those of the text beside it.
+    targets=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    # Of image and text; of FLUX's single blocks the first half alone, as the second also reads the attention.
+    mlps=("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"),
+    layers=rf"{BLOCKS}\.\d+|context_embedder|x_embedder|pos_embed|norm_out|proj_out|time_text_embed",
+    to_diffusers=unflatten,
+)
 
 
 @dataclass(frozen=True)
@@ -60,20 +82,23 @@ class FlowModel(PipelineModel):
     own pipeline.
     """
 
+    lora_spec = LORA
     read_layout: ClassVar[ReadLayout]
 
     def __init__(self, model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool):
-        kind = type(self)
         # First, because it may be refused.
-        self.schedule = find_schedule(model, self.spec, kind.read_layout)
+        self.schedule = find_schedule(model, self.spec, type(self).read_layout)
         resolved = self.schedule.scheduler(1).config
         self.scheduler_config = {key: value for key, value in resolved.items() if not key.startswith("_")}
         super().__init__(model, device=device, dtype=dtype, seed=seed, decoder=decoder)
-        self.layout = kind.read_layout(self.bare.config)
-        self.latent_shape = (self.layout.channels, *latent_size(self.layout, read_vae(model, self.spec), model.resolution))
+        vae = diffusers_files.read_config(model, self.spec, "vae")
+        self.latent_shape, _ = self.measure(self.bare.config, vae, model.resolution)
 
-    def unconditional(self) -> Conditions:
-        return self.encode([""])
+    @classmethod
+    def measure(cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: int) -> tuple[Shape, tuple[int, int]]:
+        layout = cls.read_layout(network)
+        (height, width), px = latent_size(layout, vae, resolution), latent_px(vae) * layout.fold
+        return (layout.channels, height, width), (height * px, width * px)
 
     def sampler(self, num_steps: int, eta: float, steps: Sequence[int] | None = None, *, sde: str = "cps") -> Transitions:
         return self.schedule.table(num_steps, eta, sde, steps).to(self.bare.device)
@@ -89,23 +114,54 @@ class FlowModel(PipelineModel):
         return super().vae_latents(latents) + (self.parts["vae"].config.shift_factor or 0)
 
 
-def schedulers() -> list[str]:
-    return [SCHEDULER]
+class FlowFamily(PipelineFamily):
+    """A family whose models are FlowModels."""
+
+    model_class: ClassVar[type[FlowModel]]
+    scheduler = SCHEDULER
+
+    def is_distilled(self, model: ModelSettings) -> bool:
+        """Whether its files say that the model is distilled to draw in a few steps without guidance."""
+        return False
+
+    def schedulers(self) -> list[str]:
+        return [SCHEDULER]
+
+    def check(self, model: ModelSettings) -> None:
+        require_directory(model)
+        super().check(model)
+
+    def check_guidance(self, model: ModelSettings, scales: Mapping[str, float]) -> None:
+        if self.is_distilled(model):
+            require_no_guidance(model, scales)
+
+    def check_sampler(self, model: ModelSettings, sampling: Sampling, window: Window | None) -> None:
+        if window:
+            require_many_steps(model, distilled=self.is_distilled(model))
+        schedule = find_schedule(model, self.spec(model), self.model_class.read_layout)
+        flow_schedule.require_trainable(schedule, model, sampling, window)
+
+    def write_kohya(self, path: Path, state: Mapping[str, Tensor]) -> None:
+        """Write a LoRA under OneTrainer's keys: kohya's form with diffusers' names of layers.
+
+        ComfyUI reads them for all families, as well as diffusers' own keys. Other programs read the original code's names.
+        """
+        renamed: State = {}
+        for key, value in state.items():
+            layer, _, half = key.removeprefix(f"{NETWORK}.").partition(".lora_")
+            flat = f"lora_transformer_{layer.replace('.', '_')}"
+            renamed[f"{flat}.lora_{'down' if half.startswith('A') else 'up'}.weight"] = value
+            renamed[f"{flat}.alpha"] = torch.tensor(float(lora.rank_of(state)))
+        lora.write_tensors(path, renamed, {"format": "pt"})
 
 
 def find_schedule(model: ModelSettings, spec: PipelineSpec, read_layout: ReadLayout) -> FlowSchedule:
     """The sigmas of a model for images of its size, from its files."""
     require_directory(model)
-    config = files.read_object(diffusers_files.locate_configs(model, spec) / NETWORK / "config.json")
-    layout = read_layout(config)
-    height, width = latent_size(layout, read_vae(model, spec), model.resolution)
+    layout = read_layout(diffusers_files.read_config(model, spec, NETWORK))
+    height, width = latent_size(layout, diffusers_files.read_config(model, spec, "vae"), model.resolution)
     tokens = (height // layout.patch) * (width // layout.patch)
     return FlowSchedule(diffusers_files.scheduler_config(model, spec), tokens, spec.family)
-
-
-def read_vae(model: ModelSettings, spec: PipelineSpec) -> Mapping[str, Any]:
-    """The config of a model's VAE."""
-    return files.read_object(diffusers_files.locate_configs(model, spec) / "vae" / "config.json")
 
 
 def num_text_tokens(model: ModelSettings, usual: int, *, encoder: bool = True) -> int:
@@ -167,63 +223,11 @@ def require_directory(model: ModelSettings) -> None:
 
 def check_latents(root: Path, parts: Mapping[str, nn.Module], read_layout: ReadLayout) -> None:
     """Refuse a transformer that reads more than latents, and a VAE of other latents or without a scale."""
-    config = parts[NETWORK].config
-    inputs, outputs = config.in_channels, config.out_channels or config.in_channels
-    if inputs != outputs:
-        raise ValueError(
-            f"{root}/{NETWORK}/config.json has in_channels {inputs} and out_channels {outputs}; models that also read an "
-            f"image, such as for inpainting, are not supported. {ANOTHER_BASE}"
-        )
-    if "vae" in parts:
-        vae, layout = parts["vae"].config, read_layout(config)
-        factor = vae.get("scaling_factor", 1)  # FLUX.2's has mean and deviation instead
-        if not isinstance(factor, int | float) or not factor > 0:
-            raise ValueError(f"{root}/vae/config.json has scaling_factor {factor!r}; it must be a number. {ANOTHER_BASE}")
-        shift = vae.get("shift_factor")
-        if not isinstance(shift, int | float | None):
-            raise ValueError(f"{root}/vae/config.json has shift_factor {shift!r}; it must be a number. {ANOTHER_BASE}")
-        latent = {"latent_channels": vae.latent_channels}
-        require_equal(root, "room for latent channels", layout.channels // layout.fold**2, "vae", latent)
-
-
-def require_equal(root: Path, key: str, value: Any, part: str, entry: Mapping[str, Any]) -> None:
-    """Refuse a transformer whose `key` is another than the entry of another part's config."""
-    (other_key, other), *_ = entry.items()
-    if value != other:
-        raise ValueError(
-            f"{root}/{NETWORK}/config.json has {key} {value}, but {part}/config.json has {other_key} {other}. "
-            "Get both parts from the same model."
-        )
+    layout = read_layout(parts[NETWORK].config)
+    fit.check_latents(root, NETWORK, parts, layout.channels // layout.fold**2)
 
 
 # ---- sizes ----
-
-
-def sizes(
-    model: ModelSettings,
-    spec: PipelineSpec,
-    lora_spec: LoraSpec,
-    read_layout: ReadLayout,
-    embedding: Callable[[Mapping[str, Mapping]], int],
-) -> Sizes | None:
-    """A model's sizes, from its files; None if they are not on this machine. Downloads nothing.
-
-    `embedding` counts the numbers of a prompt's embedding, from {part: its config.json}.
-    """
-    local = diffusers_files.find_here(model, spec)
-    if local is None:
-        return None
-    weights, configs = local
-    layout = read_layout(configs[NETWORK])
-    px = latent_px(configs["vae"]) * layout.fold
-    height, width = latent_size(layout, configs["vae"], model.resolution)
-    return Sizes(
-        latent_shape=(layout.channels, height, width),
-        image_px=(height * px, width * px),
-        embedding=embedding(configs),
-        lora=lora.count_numbers(weights, lora_spec.chosen(mlp=model.lora.mlp)),
-        weights=diffusers_files.count_weights(model, spec),
-    )
 
 
 def latent_size(layout: Layout, vae: Mapping[str, Any], resolution: int) -> tuple[int, int]:
@@ -236,35 +240,3 @@ def latent_size(layout: Layout, vae: Mapping[str, Any], resolution: int) -> tupl
     if layout.largest and resolution > layout.largest * px:
         raise ValueError(f"pretrained.resolution is {resolution}; this model draws at most {layout.largest * px} pixels")
     return resolution // px, resolution // px
-
-
-# ---- LoRA files ----
-
-
-def write_kohya(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write a LoRA under OneTrainer's keys: kohya's form with diffusers' names of layers.
-
-    ComfyUI reads them for both families, as well as diffusers' own keys. Other programs read the original code's names.
-    """
-    renamed: State = {}
-    for key, value in state.items():
-        layer, _, half = key.removeprefix(f"{NETWORK}.").partition(".lora_")
-        flat = f"lora_transformer_{layer.replace('.', '_')}"
-        renamed[f"{flat}.lora_{'down' if half.startswith('A') else 'up'}.weight"] = value
-        renamed[f"{flat}.alpha"] = torch.tensor(float(lora.rank_of(state)))
-    lora.write_tensors(path, renamed, {"format": "pt"})
-
-
-def unflatten(state: State) -> State:
-    """A LoRA under OneTrainer's keys under those of diffusers; other keys stay as they are."""
-    return {unflatten_key(key): value for key, value in state.items()}
-
-
-def unflatten_key(key: str) -> str:
-    flat, _, half = key.partition(".lora_")
-    match = FLAT_KEY.fullmatch(flat)
-    if match is None:
-        return key
-    block, number, part, layer = match.groups()
-    names = [NETWORK, block, number, *([part] if part else []), DOTTED.get(layer, layer)]
-    return f"{'.'.join(names)}.lora_{ {'down.weight': 'A', 'up.weight': 'B'}.get(half, half) }.weight"

@@ -3,7 +3,7 @@
 N rows, latents [N,C,h,w]
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,19 +11,14 @@ import torch
 
 from b2diffurl.algorithm.noising import NoiseLevels
 from b2diffurl.algorithm.transition import Transitions
-from b2diffurl.configuration.settings import ModelSettings
-from b2diffurl.models import Sizes, diffusers_files, lora, noise_schedule
-from b2diffurl.models.diffusers_files import ANOTHER_BASE, PipelineSpec
-from b2diffurl.models.lora import LoraSpec
-from b2diffurl.models.pipeline_model import PipelineModel
-from b2diffurl.runtime import files
+from b2diffurl.algorithm.window import Window
+from b2diffurl.configuration.settings import ModelSettings, Sampling
+from b2diffurl.models import diffusers_files, noise_schedule
+from b2diffurl.models.diffusers_files import ANOTHER_BASE
+from b2diffurl.models.lora import LoraSpec, State
+from b2diffurl.models.pipeline_family import PipelineFamily
+from b2diffurl.models.pipeline_model import PipelineModel, Shape
 
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the layers that carry the LoRA
-MLPS = ("ff.net.0.proj", "ff.net.2")  # those that may carry it beside
-# How the names of a UNet's layers begin.
-LAYERS = (
-    r"(?:(?:down|up)_blocks\.\d+|mid_block)\.(?:attentions|resnets|(?:down|up)samplers)\.\d+|conv_(?:in|out)|time_embedding"
-)
 # The first needs a network conditioned on sigma. The second draws noise that no generator controls, so it cannot be seeded.
 UNFIT_SCHEDULERS = ("EDMEulerScheduler", "DPMSolverSDEScheduler")
 # The values of a UNet's config with which it reads latents, timesteps and text alone. Nothing else is given to it.
@@ -36,10 +31,28 @@ FED: dict[str, tuple[Any, ...]] = {
 }
 
 
+def to_diffusers(state: State) -> State:
+    """A LoRA of another program under diffusers' keys: today's, or those of diffusers before it used peft."""
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline.lora_state_dict(state)[0]
+
+
+LORA = LoraSpec(
+    prefix="unet",
+    title="UNet",
+    targets=("to_q", "to_k", "to_v", "to_out.0"),
+    mlps=("ff.net.0.proj", "ff.net.2"),
+    layers=r"(?:(?:down|up)_blocks\.\d+|mid_block)\.(?:attentions|resnets|(?:down|up)samplers)\.\d+"
+    r"|conv_(?:in|out)|time_embedding",
+    to_diffusers=to_diffusers,
+)
+
+
 class UNetModel(PipelineModel):
     """A frozen pipeline whose UNet carries a trainable LoRA."""
 
-    compiled = ("ResnetBlock2D", "BasicTransformerBlock")
+    lora_spec, compiled = LORA, ("ResnetBlock2D", "BasicTransformerBlock")
     landing: ClassVar[Mapping[str, Any]] = {}  # entries of the schedule that training samples by, over those of the file
 
     def __init__(self, model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool):
@@ -49,10 +62,13 @@ class UNetModel(PipelineModel):
         self._scheduler = noise_schedule.make_ddim(schedule | self.landing | model.scheduler)
         super().__init__(model, device=device, dtype=dtype, seed=seed, decoder=decoder)
         self.scheduler_config = {key: value for key, value in self._scheduler.config.items() if not key.startswith("_")}
-        vae_config = files.read_json(diffusers_files.locate_configs(model, self.spec) / "vae" / "config.json")
-        size = latent_size(self.unet.config, vae_config, model.resolution)
-        self.latent_shape = (self.unet.config.in_channels, *size)
-        self.image_px = tuple(side * latent_px(vae_config) for side in size)  # height, width
+        vae = diffusers_files.read_config(model, self.spec, "vae")
+        self.latent_shape, self.image_px = self.measure(self.unet.config, vae, model.resolution)
+
+    @classmethod
+    def measure(cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: int) -> tuple[Shape, tuple[int, int]]:
+        (height, width), px = latent_size(network, vae, resolution), latent_px(vae)
+        return (network["in_channels"], height, width), (height * px, width * px)
 
     @property
     def unet(self) -> Any:
@@ -72,14 +88,24 @@ class UNetModel(PipelineModel):
         return scheduler
 
 
-def schedulers() -> list[str]:
-    from diffusers.schedulers import KarrasDiffusionSchedulers
+class UNetFamily(PipelineFamily):
+    """A family whose models are UNetModels."""
 
-    # Diffusers' list of the schedulers that may replace one another in a Stable Diffusion pipeline.
-    return sorted(scheduler.name for scheduler in KarrasDiffusionSchedulers if scheduler.name not in UNFIT_SCHEDULERS)
+    model_class: ClassVar[type[UNetModel]]
+    scheduler = "DDIMScheduler"
+
+    def schedulers(self) -> list[str]:
+        from diffusers.schedulers import KarrasDiffusionSchedulers
+
+        # Diffusers' list of the schedulers that may replace one another in a Stable Diffusion pipeline.
+        return sorted(scheduler.name for scheduler in KarrasDiffusionSchedulers if scheduler.name not in UNFIT_SCHEDULERS)
+
+    def check_sampler(self, model: ModelSettings, sampling: Sampling, window: Window | None) -> None:
+        schedule = diffusers_files.scheduler_config(model, self.spec(model)) | self.model_class.landing | model.scheduler
+        noise_schedule.require_trainable(schedule, model, sampling, window)
 
 
-# ---- whether the UNet fits the other parts ----
+# ---- what a UNet reads ----
 
 
 def check_inputs(file: Path, unet: Mapping[str, Any], fed: Mapping[str, tuple[Any, ...]]) -> None:
@@ -90,57 +116,9 @@ def check_inputs(file: Path, unet: Mapping[str, Any], fed: Mapping[str, tuple[An
     for key, values in {**fed, **FED}.items():
         if unet[key] not in values:
             raise ValueError(f"{file} has {key} {unet[key]!r}, for an input that is never given here. {ANOTHER_BASE}")
-    if unet["in_channels"] != unet["out_channels"]:
-        raise ValueError(
-            f"{file} has in_channels {unet['in_channels']} and out_channels {unet['out_channels']}; models that also read "
-            f"an image, such as for inpainting, are not supported. {ANOTHER_BASE}"
-        )
-
-
-def check_vae(root: Path, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
-    """Refuse a VAE without a scale, or of other latents than the UNet's, by the parts' configs in directory `root`."""
-    factor = vae["scaling_factor"]
-    if not isinstance(factor, int | float) or not factor > 0:
-        raise ValueError(f"{root}/vae/config.json has scaling_factor {factor!r}; it must be a number. {ANOTHER_BASE}")
-    latent = {"latent_channels": vae["latent_channels"]}
-    require_equal(root, "in_channels", unet["in_channels"], "vae", latent)
-
-
-def require_equal(root: Path, key: str, value: Any, part: str, entry: Mapping[str, Any]) -> None:
-    """Refuse a UNet whose entry `key` of its config is another than the one that another part's config has."""
-    (other_key, other), *_ = entry.items()
-    if value != other:
-        raise ValueError(
-            f"{root}/unet/config.json has {key} {value}, but {part}/config.json has {other_key} {other}. "
-            "Get both parts from the same model."
-        )
 
 
 # ---- sizes ----
-
-
-def sizes(
-    model: ModelSettings, spec: PipelineSpec, lora_spec: LoraSpec, embedding: Callable[[Mapping[str, Mapping]], int]
-) -> Sizes | None:
-    """A model's sizes, from its files; None if they are not on this machine. Downloads nothing.
-
-    `embedding` counts the numbers of a prompt's embedding, from {part: its config.json}.
-    """
-    local = diffusers_files.find_here(model, spec)
-    if local is None:
-        return None
-    weights, configs = local
-    unet, vae = configs["unet"], configs["vae"]
-    height, width = latent_size(unet, vae, model.resolution)
-    px = latent_px(vae)
-    return Sizes(
-        latent_shape=(unet["in_channels"], height, width),
-        image_px=(height * px, width * px),
-        embedding=embedding(configs),
-        lora=lora.count_numbers(weights, lora_spec.chosen(mlp=model.lora.mlp)),
-        weights=diffusers_files.count_weights(model, spec),
-        float32=diffusers_files.upcast_parts(vae, spec),
-    )
 
 
 def latent_size(unet: Mapping[str, Any], vae: Mapping[str, Any], resolution: int) -> tuple[int, int]:

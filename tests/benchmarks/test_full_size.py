@@ -58,7 +58,7 @@ def test_without_weights(tmp_path, name):
     with torch.device("meta"):
         bare = make(class_of(network, model.spec), model.configs[network])
         num_parameters = sum(weight.numel() for weight in bare.parameters())
-        add_lora(bare, family(settings.model).LORA, rank=RANK, seed=0)
+        add_lora(bare, family(settings.model).model_class.lora_spec, rank=RANK, seed=0)
     assert (num_parameters, sizes.weights[network], sizes.lora, sizes.embedding) == NUMBERS[name]
     assert sizes.image_px == (1024, 1024)
     assert sum(value.numel() for value in lora_parameters(bare).values()) == RANK * sizes.lora

@@ -12,7 +12,7 @@ from b2diffurl.models import stable_diffusion
 from b2diffurl.models.policy import load_policy
 from b2diffurl.runtime.device import make_accelerator
 
-KNOWN = stable_diffusion.schedulers()
+KNOWN = stable_diffusion.FAMILY.schedulers()
 
 
 def test_evaluation_noise_is_its_own(overrides, tmp_path):

@@ -138,7 +138,7 @@ def test_written_pipeline_has_the_hubs_names(models, single_file, finished, tmp_
         safetensors.torch.save_file(tensors, path, {"format": "pt"})
     settings = ModelSettings("stable_diffusion", str(base), "main", "", config, resolution=0, lora=LoraSettings(4))
     lora = stage_of(finished).checkpoints()[-1] / LORA_FILE
-    stable_diffusion.write_pipeline(tmp_path / "out", settings, lora, dtype="float32")
+    stable_diffusion.FAMILY.write_pipeline(tmp_path / "out", settings, lora, dtype="float32")
     written = safetensors.torch.load_file(tmp_path / "out" / "text_encoder" / "model.safetensors")
     original = safetensors.torch.load_file(models / "sd" / "text_encoder" / "model.safetensors")
     assert written.keys() == {prefix + key.removeprefix(prefix) for key in original}

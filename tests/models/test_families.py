@@ -1,6 +1,5 @@
 """What depends on the model family is asked of the family, so that a new one is a module and a line in FAMILIES."""
 
-import importlib
 import inspect
 import re
 import subprocess
@@ -24,11 +23,11 @@ ASKED = {name: value for name, value in vars(Family).items() if inspect.isfuncti
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_answers_all_that_is_asked(name):
-    """By functions of the same parameters."""
-    module = importlib.import_module(f"b2diffurl.models.{FAMILIES[name]}")
+    """By methods of the same parameters."""
+    found = models.family_of(name)
     assert ASKED.keys() >= {"load", "fingerprint", "sizes", "schedulers", "read_lora", "write_kohya", "describe"}
     for function, asked in ASKED.items():
-        given, expected = (inspect.signature(one).parameters.values() for one in (getattr(module, function), asked))
+        given, expected = (inspect.signature(one).parameters.values() for one in (getattr(found, function), asked))
         assert [(one.name, one.kind) for one in given] == [(one.name, one.kind) for one in expected if one.name != "self"]
 
 
@@ -51,17 +50,16 @@ def test_only_the_families_know_stable_diffusion():
 
 
 @pytest.fixture
-def mine(monkeypatch) -> ModuleType:
+def mine(monkeypatch) -> Family:
     """A family `mine` beside Stable Diffusion, which is like it but for its words, schedulers and kohya's metadata."""
     module = ModuleType("b2diffurl.models.mine")
-    for function in ASKED:
-        setattr(module, function, getattr(stable_diffusion, function))
-    module.describe = lambda model: Description("My Diffusion", ("my-diffusion",), "MyPipeline", "transformer")
-    module.schedulers = lambda: ["FlowMatchEulerDiscreteScheduler"]
-    module.write_kohya = lambda path, state: models.lora.write_kohya(path, state, {"mine": "yes"})
+    module.FAMILY = stable_diffusion.StableDiffusionFamily()
+    module.FAMILY.describe = lambda model: Description("My Diffusion", ("my-diffusion",), "MyPipeline", "transformer")
+    module.FAMILY.schedulers = lambda: ["FlowMatchEulerDiscreteScheduler"]
+    module.FAMILY.write_kohya = lambda path, state: models.lora.write_kohya(path, state, {"mine": "yes"})
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(FAMILIES, "mine", "mine")
-    return module
+    return module.FAMILY
 
 
 def test_a_new_family_is_a_module(mine, workplace, overrides, config):
@@ -94,18 +92,20 @@ def test_a_new_family_is_sampled(mine, overrides, tmp_path):
     settings = overrides | {"pretrained.family": "mine"}
     ended = run_script(tmp_path, "sample", settings)
     assert (ended.code, "known: FlowMatchEulerDiscreteScheduler" in ended.stderr) == (2, True)
-    mine.schedulers = stable_diffusion.schedulers
+    mine.schedulers = stable_diffusion.FAMILY.schedulers
     ended = run_script(tmp_path, "sample", settings)
     assert ended.code == 0, ended.stderr
     assert files.read_json(experiment(tmp_path) / "config.json")["config"]["pretrained"]["family"] == "mine"
 
 
 def test_what_is_downloaded():
-    """Configs, tokenizers, and of the weights one variant, in one file or in shards."""
-    spec = replace(stable_diffusion.PIPELINE, weights={"unet": "model{}-*.safetensors", "vae": "vae{}.safetensors"})
-    common = ["model_index.json", "README.md", "*/*.json", "text_encoder/*", "tokenizer/*"]
-    assert diffusers_files.file_patterns("", spec) == [*common, "unet/model-*.safetensors", "vae/vae.safetensors"]
-    assert diffusers_files.file_patterns("fp16", spec)[-2:] == ["unet/model.fp16-*.safetensors", "vae/vae.fp16.safetensors"]
+    """Configs, tokenizers, and one variant of the weights, under the names that diffusers and transformers give them."""
+    *common, unet, vae, text = diffusers_files.file_patterns("", stable_diffusion.PIPELINE)
+    assert common == ["model_index.json", "README.md", "*/*.json", "tokenizer/*"]
+    assert (unet, vae) == tuple(f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae"))
+    assert text == "text_encoder/model.safetensors"
+    variant = diffusers_files.file_patterns("fp16", stable_diffusion.PIPELINE)
+    assert variant[-2:] == ["vae/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16.safetensors"]
 
 
 def test_asking_a_family_costs_little():

@@ -41,7 +41,7 @@ from b2diffurl.runtime import files
 
 RANK, GUIDANCE = 4, 3.5
 LONG = pytest.mark.long
-FAMILIES = {"sd3": sd3, "sd3_without_t5": sd3, "flux": flux, "flux2": flux2}
+FAMILIES = {"sd3": sd3.FAMILY, "sd3_without_t5": sd3.FAMILY, "flux": flux.FAMILY, "flux2": flux2.FAMILY}
 
 
 def fast(*names: str) -> list:
@@ -437,7 +437,7 @@ def test_kohyas_own_names_of_flux_are_read(bases, tmp_path):
         state[f"lora_unet_{name}.lora_up.weight"] = noise(width, 4)
         state[f"lora_unet_{name}.alpha"] = torch.tensor(2.0)
     save_file(state, tmp_path / "kohya.safetensors")
-    read = flux.read_lora(tmp_path / "kohya.safetensors")
+    read = flux.FAMILY.read_lora(tmp_path / "kohya.safetensors")
     query = "transformer.transformer_blocks.0.attn.to_q.lora_"
     torch.testing.assert_close(
         read[f"{query}B.weight"] @ read[f"{query}A.weight"], 0.5 * noise(96, 4)[:32] @ noise(4, 32), rtol=1e-5, atol=1e-5
@@ -594,8 +594,8 @@ def test_t5_may_be_absent_in_any_words(mine, entry):
     """model_index.json may say null, or nothing."""
     base = mine("sd3_without_t5")
     edit(base / "model_index.json", text_encoder_3=entry)
-    sd3.check(settings_of(base))
-    assert sd3.describe(settings_of(base)).absent == ("text_encoder_3", "tokenizer_3")
+    sd3.FAMILY.check(settings_of(base))
+    assert sd3.FAMILY.describe(settings_of(base)).absent == ("text_encoder_3", "tokenizer_3")
 
 
 def test_a_single_file_is_refused(tmp_path):

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
-from b2diffurl.models import stable_diffusion
+from b2diffurl.models.stable_diffusion import FAMILY
 from b2diffurl.runtime import files
 
 
@@ -155,7 +155,7 @@ def test_another_kind_is_named(tmp_path, end, kind, alone):
     halves = {} if alone else {f"{LAYER}.lora_{one}.weight": torch.ones(4, 4) for one in ("up", "down")}
     safetensors.torch.save_file(halves | {f"{LAYER}.{end}": torch.ones(4, 4), f"{LAYER}.alpha": torch.tensor(4.0)}, path)
     with pytest.raises(ValueError, match=rf"x\.safetensors is a {kind} \(lora_unet.*\); only a plain LoRA"):
-        stable_diffusion.read_lora(path)
+        FAMILY.read_lora(path)
 
 
 @pytest.mark.parametrize("missing", ["lora_up.weight", "lora_down.weight"])
@@ -163,9 +163,9 @@ def test_half_a_layer_is_refused(pipeline, tmp_path, missing):
     """With its alpha or without it."""
     path = altered(save("kohya", tmp_path, pipeline, random_lora(pipeline)), **{missing: None})
     with pytest.raises(ValueError, match=r"is not whole: .*lacks the layer's other matrix"):
-        stable_diffusion.read_lora(path)
+        FAMILY.read_lora(path)
     with pytest.raises(ValueError, match=r"is not whole: .*lacks the layer's other matrix"):
-        stable_diffusion.read_lora(altered(path, alpha=None))
+        FAMILY.read_lora(altered(path, alpha=None))
 
 
 def test_alpha_alone_is_refused(pipeline, tmp_path):
@@ -173,24 +173,24 @@ def test_alpha_alone_is_refused(pipeline, tmp_path):
         save("kohya", tmp_path, pipeline, random_lora(pipeline)), **{"lora_up.weight": None, "lora_down.weight": None}
     )
     with pytest.raises(ValueError, match=rf"is not whole: {LAYER}\.alpha is not one number beside"):
-        stable_diffusion.read_lora(path)
+        FAMILY.read_lora(path)
 
 
 def test_alpha_that_is_no_single_number_is_refused(pipeline, tmp_path):
     path = altered(save("kohya", tmp_path, pipeline, random_lora(pipeline)), alpha=torch.ones(2))
     with pytest.raises(ValueError, match=rf"is not whole: {LAYER}\.alpha"):
-        stable_diffusion.read_lora(path)
+        FAMILY.read_lora(path)
 
 
 @pytest.mark.parametrize("form", ["diffusers", "attn_procs"])
 def test_alpha_beside_any_pair_counts(pipeline, tmp_path, form):
     """As kohya's: B is multiplied by alpha / rank, here 2, in that layer alone."""
     path = save(form, tmp_path, pipeline, random_lora(pipeline))
-    plain, state = stable_diffusion.read_lora(path), safetensors.torch.load_file(path)
+    plain, state = FAMILY.read_lora(path), safetensors.torch.load_file(path)
     layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
     name = f"unet.{layer}.to_q.alpha" if form == "diffusers" else f"{layer}.processor.to_q.alpha"
     safetensors.torch.save_file(state | {name: torch.tensor(8.0)}, path)
-    scaled = stable_diffusion.read_lora(path)
+    scaled = FAMILY.read_lora(path)
     factors = {key: (scaled[key] / plain[key]).unique().tolist() for key in plain}
     assert factors == {key: [2.0 if key == f"unet.{layer}.to_q.lora_B.weight" else 1.0] for key in plain}
 
@@ -212,7 +212,7 @@ def test_what_peft_records_and_one_factor_cannot_say(pipeline, tmp_path, changed
     described = path.with_name("adapter_config.json")
     described.write_text(json.dumps(json.loads(described.read_text()) | changed))
     with pytest.raises(ValueError, match=rf"adapter_model\.safetensors {re.escape(said)}"):
-        stable_diffusion.read_lora(path)
+        FAMILY.read_lora(path)
 
 
 def test_peft_without_its_config(pipeline, tmp_path):
@@ -220,7 +220,7 @@ def test_peft_without_its_config(pipeline, tmp_path):
     path = save("peft", tmp_path, pipeline, random_lora(pipeline))
     path.with_name("adapter_config.json").unlink()
     with pytest.raises(ValueError, match=r"whose alpha is in adapter_config\.json\. Put that file beside it"):
-        stable_diffusion.read_lora(path)
+        FAMILY.read_lora(path)
 
 
 @pytest.mark.parametrize("prefix", ["lora_unet_", "unet."])
@@ -232,7 +232,7 @@ def test_layers_of_another_network_are_refused(tmp_path, prefix):
     path = tmp_path / "x.safetensors"
     safetensors.torch.save_file({f"{prefix}{name}.lora_{half}.weight": torch.ones(4, 4) for half in halves}, path)
     with pytest.raises(ValueError, match=r"x\.safetensors is no LoRA on a UNet: it holds .*blocks\.1\.1\."):
-        stable_diffusion.read_lora(path)
+        FAMILY.read_lora(path)
 
 
 @pytest.mark.parametrize("form", ["diffusers", "kohya", "peft"])
@@ -245,7 +245,7 @@ def test_not_finite_is_refused(models, pipeline, tmp_path, form, value):
     with pytest.raises(ValueError, match="holds NaN or infinite values, in unet"):
         tiny.load_model(models / "sd").load_adapter(path)
     with pytest.raises(ValueError, match="holds NaN or infinite values, in unet"):
-        stable_diffusion.read_lora(path)
+        FAMILY.read_lora(path)
 
 
 def test_lora_of_another_width_is_refused(models, pipeline, tmp_path):
@@ -283,7 +283,7 @@ def test_metadata_that_describes_no_lora(pipeline, tmp_path, metadata):
     path = tmp_path / "x.safetensors"
     safetensors.torch.save_file(random_lora(pipeline), path, {"format": "pt", "lora_adapter_metadata": metadata})
     with pytest.raises(ValueError, match=r"x\.safetensors is d|x\.safetensors has rank"):
-        stable_diffusion.read_lora(path)
+        FAMILY.read_lora(path)
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (0, 4)])
@@ -292,4 +292,4 @@ def test_a_tensor_that_is_no_matrix(tmp_path, shape):
     path = tmp_path / "x.safetensors"
     safetensors.torch.save_file({f"{name}A.weight": torch.ones(shape), f"{name}B.weight": torch.ones(shape)}, path)
     with pytest.raises(ValueError, match="is no matrix"):
-        stable_diffusion.read_lora(path)
+        FAMILY.read_lora(path)

@@ -143,7 +143,7 @@ def test_the_vae_stays_float32_where_its_config_says_so(mine, dtype):
 
 def load(base: Path, device: torch.device, **more) -> SDXL:
     settings = settings_of(base, **{f"pretrained.{key}": value for key, value in more.items()})
-    return sdxl.load(settings, device=device, dtype=torch.float32, seed=0, decoder=True)
+    return sdxl.FAMILY.load(settings, device=device, dtype=torch.float32, seed=0, decoder=True)
 
 
 def test_offloaded_encoders_come_and_go(base, model, monkeypatch):
@@ -286,14 +286,14 @@ def test_exports_draw_the_same(base, trained, lora, stock, tmp_path, form):
 def test_kohyas_names_are_those_of_the_original_code(stock, tmp_path):
     """Which kohya's scripts write for SDXL; with its mark, and read back as it was."""
     state = {f"unet.{key}": value for key, value in random_lora(stock).items()}
-    sdxl.write_kohya(tmp_path / "x.safetensors", state)
+    sdxl.FAMILY.write_kohya(tmp_path / "x.safetensors", state)
     written = load_file(tmp_path / "x.safetensors")
     layers = {key.split("_transformer_blocks")[0] for key in written}
     blocks = [f"input_blocks_{n}_1" for n in (4, 5, 7, 8)] + [f"output_blocks_{n}_1" for n in range(6)]
     assert layers == {f"lora_unet_{block}" for block in (*blocks, "middle_block_1")}
     with safetensors.safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert file.metadata() == {"ss_base_model_version": "sdxl_base_v1-0"}
-    read = sdxl.read_lora(tmp_path / "x.safetensors")
+    read = sdxl.FAMILY.read_lora(tmp_path / "x.safetensors")
     assert read.keys() == state.keys()
     assert all(torch.equal(read[key], value) for key, value in state.items())
 
@@ -312,7 +312,7 @@ def test_foreign_loras_act_as_where_they_come_from(base, stock, tmp_path, form, 
             path = save_kohya(tmp_path / "x.safetensors", state, alpha)
         case _:
             path = tmp_path / "x.safetensors"
-            sdxl.write_kohya(path, {f"unet.{key}": value for key, value in state.items()})
+            sdxl.FAMILY.write_kohya(path, {f"unet.{key}": value for key, value in state.items()})
     model = tiny.load_model(base, rank=RANK, family="sdxl")
     untouched = output(model)
     model.load_adapter(path)
@@ -329,7 +329,7 @@ def test_a_lora_on_a_text_encoder_is_refused(stock, tmp_path, encoder):
     text = {f"{encoder}_text_model_encoder_layers_0_mlp_fc1.lora_{half}.weight": torch.ones(4, 4) for half in ("up", "down")}
     save_file(load_file(path) | text, path)
     with pytest.raises(ValueError, match=r"also changes the text encoder \(text_encoder.*only a LoRA on the UNet"):
-        sdxl.read_lora(path)
+        sdxl.FAMILY.read_lora(path)
 
 
 def test_a_lora_of_another_family_is_refused(models, base, tmp_path):
@@ -344,7 +344,7 @@ def test_layers_of_no_unet_are_refused(tmp_path, name):
     halves = {f"lora_unet_{name}.lora_{half}.weight": torch.ones(4, 4) for half in ("up", "down")}
     save_file(halves, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"x\.safetensors is no LoRA on a UNet: it holds "):
-        sdxl.read_lora(tmp_path / "x.safetensors")
+        sdxl.FAMILY.read_lora(tmp_path / "x.safetensors")
 
 
 # ---- files ----
@@ -361,7 +361,7 @@ def test_single_file_is_the_directory(base, model, single_file):
     """Recognised by its keys, checked, and the same bits; in half precision its VAE is float32, too."""
     settings = settings_of(single_file, **{"pretrained.config": str(base)})
     assert recognise.find_family(settings) == "sdxl"
-    sdxl.check(settings)
+    sdxl.FAMILY.check(settings)
     one = tiny.load_model(single_file, config=str(base), family="sdxl")
     assert torch.equal(output(one), output(model))
     assert all(torch.equal(one.encode(PROMPTS)[name], value) for name, value in model.encode(PROMPTS).items())
@@ -396,7 +396,7 @@ def test_single_files_of_others_are_named(base, single_file, tmp_path):
 
 
 def test_sizes(base, model):
-    sizes = sdxl.sizes(settings_of(base))
+    sizes = sdxl.FAMILY.sizes(settings_of(base))
     assert (sizes.latent_shape, sizes.image_px, sizes.embedding) == ((4, 8, 8), (64, 64), 77 * 40 + 12)
     assert sizes.lora * RANK == sum(value.numel() for value in model.trainable().values())
 
@@ -447,14 +447,14 @@ def test_kohyas_layers_at_full_size():
 def test_parts_that_do_not_fit(mine, part, entries, said):
     edit(mine / part / "config.json", **entries)
     with pytest.raises(ValueError, match=said):
-        sdxl.check(settings_of(mine))
+        sdxl.FAMILY.check(settings_of(mine))
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "tokenizer_2"])
 def test_a_missing_part(mine, part):
     shutil.rmtree(mine / part)
     with pytest.raises(FileNotFoundError, match=rf"mine has no {part}/\. A model directory holds unet, vae, text_encoder, "):
-        sdxl.check(settings_of(mine))
+        sdxl.FAMILY.check(settings_of(mine))
 
 
 def test_a_missing_tensor_of_the_second_encoder(mine):
@@ -464,7 +464,7 @@ def test_a_missing_tensor_of_the_second_encoder(mine):
     del tensors["text_projection.weight"]
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(ValueError, match=r"is not a whole CLIPTextModelWithProjection: it lacks tensors \(text_projection"):
-        sdxl.check(settings_of(mine))
+        sdxl.FAMILY.check(settings_of(mine))
 
 
 def test_refused_before_any_work(mine, overrides, empty):

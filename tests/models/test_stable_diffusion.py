@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 def test_no_gradient_through_the_unconditional_half(models):
     """The same output within rounding; its derivative is that of the text half alone, times the scale."""
     config = make_config({"pretrained.model": str(models / "sd")})
-    model = stable_diffusion.load(read_settings(config).model, device=CPU, dtype=torch.float32, seed=0, decoder=True)
+    model = stable_diffusion.FAMILY.load(read_settings(config).model, device=CPU, dtype=torch.float32, seed=0, decoder=True)
     torch.manual_seed(0)
     for parameter in model.trainable().values():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -49,7 +49,7 @@ def gradient_of_inner(model: StableDiffusion, output: Tensor, weight: Tensor) ->
 def test_a_deterministic_prefix(models):
     """sigma is stock DDIM's at eta 0 before the window, which is 0, and at eta 1 in it."""
     config = make_config({"pretrained.model": str(models / "sd")})
-    model = stable_diffusion.load(read_settings(config).model, device=CPU, dtype=torch.float32, seed=0, decoder=False)
+    model = stable_diffusion.FAMILY.load(read_settings(config).model, device=CPU, dtype=torch.float32, seed=0, decoder=False)
     whole, nothing = model.sampler(4, 1.0), model.sampler(4, 1.0, [])
     mixed = put_together(model.sampler(4, 0.0), whole, nothing, Window(1, 4))
     stock = DDIMScheduler.from_config(model.scheduler_config)
@@ -110,7 +110,7 @@ def test_long_prompts_are_counted_in_one_call_of_the_tokenizer(models, caplog):
     """As many as a call for each says, whatever the blanks and letters. Of those cut the log names five, and the number of
     the others."""
     config = make_config({"pretrained.model": str(models / "sd")})
-    model = stable_diffusion.load(read_settings(config).model, device=CPU, dtype=torch.float32, seed=0, decoder=True)
+    model = stable_diffusion.FAMILY.load(read_settings(config).model, device=CPU, dtype=torch.float32, seed=0, decoder=True)
     tokenizer, asked = model.tokenizer, []
     longest = tokenizer.model_max_length
     prompts = [

@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from b2diffurl.configuration.settings import ModelSettings, read_settings
-from b2diffurl.models import stable_diffusion, unet, whole
-from b2diffurl.models.stable_diffusion import StableDiffusion
+from b2diffurl.models import unet, whole
+from b2diffurl.models.stable_diffusion import FAMILY, StableDiffusion
 
 SHAPES = ROOT / "model" / "shapes" / "base"
 WEIGHTS = {
@@ -241,7 +241,7 @@ def test_images_that_are_not_square(base, overrides, tmp_path):
     drawn = stock("a red circle", num_inference_steps=1).images[0].size
     images = [Image.open(path).size for path in experiment(tmp_path).rglob("*.png") if path.name != "tree.png"]
     assert (drawn, set(images)) == ((128, 64), {(128, 64)})
-    sizes = stable_diffusion.sizes(read_settings(make_config(settings)).model)
+    sizes = FAMILY.sizes(read_settings(make_config(settings)).model)
     assert (sizes.latent_shape, sizes.image_px) == ((4, 8, 16), (64, 128))
 
 
@@ -275,7 +275,7 @@ def settings_of(name: object, variant: str = "") -> ModelSettings:
 
 
 def load(settings: ModelSettings) -> StableDiffusion:
-    return stable_diffusion.load(settings, device=torch.device("cpu"), dtype=torch.float32, seed=0, decoder=True)
+    return FAMILY.load(settings, device=torch.device("cpu"), dtype=torch.float32, seed=0, decoder=True)
 
 
 def test_a_variant_that_only_some_parts_have(base, models, in_the_hub):
@@ -287,7 +287,7 @@ def test_a_variant_that_only_some_parts_have(base, models, in_the_hub):
     for name in (base, "somebody/model"):
         assert torch.equal(output(load(settings_of(name, "fp16"))), expected)
     with pytest.raises(FileNotFoundError, match=r"base has no \*\.fp32\.safetensors in any part\. Set pretrained\.variant"):
-        stable_diffusion.check(settings_of(base, "fp32"))
+        FAMILY.check(settings_of(base, "fp32"))
 
 
 def test_a_download_that_was_cut_off(models, in_the_hub):
@@ -296,7 +296,7 @@ def test_a_download_that_was_cut_off(models, in_the_hub):
     settings = settings_of("somebody/model")
     assert torch.equal(output(load(settings)), output(tiny.load_model(models / "sd")))
     lose_vocabulary(snapshot)
-    stable_diffusion.check(settings)
+    FAMILY.check(settings)
     with pytest.raises(FileNotFoundError, match=r"somebody/model is not, or not whole, in the local cache.* hf download"):
         load(settings)
 
@@ -409,7 +409,7 @@ def configure(folder: Path, **entries) -> None:
 
 
 def check_files(base: Path) -> None:
-    stable_diffusion.check(read_settings(make_config({"pretrained.model": str(base)})).model)
+    FAMILY.check(read_settings(make_config({"pretrained.model": str(base)})).model)
 
 
 @pytest.mark.parametrize("content", ["{}", "", "[1]"])
@@ -456,9 +456,7 @@ def test_a_config_that_is_no_object(base, file):
     """It is named by whatever reads it first: the sizes, the identity or the check."""
     (base / file).write_text("[1]")
     model = read_settings(make_config({"pretrained.model": str(base)})).model
-    reads = (
-        [stable_diffusion.identity] if file.startswith("scheduler") else [stable_diffusion.sizes, stable_diffusion.identity]
-    )
+    reads = [FAMILY.identity] if file.startswith("scheduler") else [FAMILY.sizes, FAMILY.identity]
     for read in reads:
         with pytest.raises(ValueError, match=f"{file} holds no JSON object"):
             read(model)
@@ -467,6 +465,6 @@ def test_a_config_that_is_no_object(base, file):
 def test_a_stray_file_is_no_part_of_the_model(base):
     """What is not loaded counts neither for the identity nor for which LoRAs fit."""
     model = read_settings(make_config({"pretrained.model": str(base)})).model
-    before = stable_diffusion.identity(model), stable_diffusion.fingerprint(model)
+    before = FAMILY.identity(model), FAMILY.fingerprint(model)
     shutil.copy(base / WEIGHTS["vae"], base / "unet" / "backup.safetensors")
-    assert (stable_diffusion.identity(model), stable_diffusion.fingerprint(model)) == before
+    assert (FAMILY.identity(model), FAMILY.fingerprint(model)) == before

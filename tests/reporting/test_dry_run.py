@@ -72,7 +72,7 @@ def test_the_base_model_is_looked_for_only_here(models, overrides, tmp_path, mon
 
     def sizes(**pretrained) -> Sizes | None:
         settings = overrides | {f"pretrained.{key}": value for key, value in pretrained.items()}
-        return stable_diffusion.sizes(read_settings(make_config(settings)).model)
+        return stable_diffusion.FAMILY.sizes(read_settings(make_config(settings)).model)
 
     assert sizes(model="somebody/model") is None
     root = tmp_path / "hub" / "models--somebody--model"

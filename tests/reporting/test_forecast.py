@@ -183,7 +183,7 @@ def test_durations_and_sizes():
 def test_sizes_of_files(finished, overrides):
     """Against the finished experiment's: trajectories but for their headers, checkpoints to the number, images."""
     settings = read_settings(make_config(overrides))
-    base = stable_diffusion.sizes(settings.model)
+    base = stable_diffusion.FAMILY.sizes(settings.model)
     assert (base.latent_shape, base.image_px, base.embedding) == ((4, 8, 8), (64, 64), 77 * 16)
     for stage in finished_stages(experiment(finished), "train"):
         num_steps = stage.manifest("sample")["num_trained_steps"]
