@@ -77,9 +77,7 @@ def locate_base(model: ModelSettings, spec: PipelineSpec) -> Path:
     """The directory or single file of a base model. Its files are downloaded if they are not on this machine."""
 
     try:
-        patterns = file_patterns(model.variant, spec)
-        missing = partial(missing_file, spec=spec)
-        root = locate(model.name, revision=model.revision, patterns=patterns, missing=missing)
+        root = fetch(model, spec, plain=())
     except FileNotFoundError:  # the hub cannot be asked whether some parts have no such variant; they may be here without it
         root = find_local(model.name, f"{spec.network}/config.json", revision=model.revision) if model.variant else None
         if root is None:
@@ -87,7 +85,14 @@ def locate_base(model: ModelSettings, spec: PipelineSpec) -> Path:
     plain = [part for part in spec.weights if model.variant and not has_variant(root / part, model.variant)]
     if not plain or len(plain) == len(spec.weights):
         return root
-    return locate(model.name, revision=model.revision, patterns=file_patterns(model.variant, spec, plain))
+    return fetch(model, spec, plain)
+
+
+def fetch(model: ModelSettings, spec: PipelineSpec, plain: Sequence[str]) -> Path:
+    """The path of a model whose parts, but for those in `plain`, have its variant. What is missing is downloaded."""
+    missing = partial(missing_file, spec=spec, variant=model.variant, plain=plain)
+    patterns = file_patterns(model.variant, spec, plain)
+    return locate(model.name, revision=model.revision, patterns=patterns, missing=missing)
 
 
 def locate_configs(model: ModelSettings, spec: PipelineSpec) -> Path:
@@ -104,12 +109,17 @@ def locate_configs(model: ModelSettings, spec: PipelineSpec) -> Path:
 
 
 def file_patterns(variant: str, spec: PipelineSpec, plain: Sequence[str] = ()) -> list[str]:
-    """What to download: configs, tokenizers, and one variant of the weights, as safetensors.
+    """What to download: configs, tokenizers, and one variant of the weights, as safetensors, in one file or in shards.
 
     Parts in `plain` have no such variant, and are downloaded without it.
     """
-    suffixes = {part: f".{variant}" if variant and part not in plain else "" for part in spec.weights}
-    return [*config_patterns(spec), *(f"{part}/{name.format(suffixes[part])}" for part, name in spec.weights.items())]
+    patterns, number = config_patterns(spec), f"[0-9]*-of-{5 * '[0-9]'}"
+    for part, name in spec.weights.items():
+        suffix = f".{variant}" if variant and part not in plain else ""
+        # Before and behind the variant: libraries changed the order.
+        names = (suffix, f"{suffix}-{number}", f"-{number}{suffix}")
+        patterns += dict.fromkeys(f"{part}/{name.format(one)}" for one in names)
+    return patterns
 
 
 def config_patterns(spec: PipelineSpec) -> list[str]:
@@ -127,15 +137,18 @@ def missing_config(root: Path, spec: PipelineSpec) -> str:
     return next((lacks for part in tokenizers if (lacks := missing_tokenizer(root / part))), "")
 
 
-def missing_file(root: Path, spec: PipelineSpec) -> str:
-    """The same, or weights: those of any variant will do."""
-    weights = (part for part in spec.weights if not any((root / part).glob("*.safetensors")))
-    return missing_config(root, spec) or next(weights, "")
+def missing_file(root: Path, spec: PipelineSpec, variant: str, plain: Sequence[str] | None = None) -> str:
+    """The same, or a weight file. Parts in `plain`, by default those that have nothing else, may lack the variant."""
+    if plain is None:
+        plain = [part for part in spec.weights if not has_variant(root / part, variant)]
+    for part, name in spec.weights.items():
+        wanted = listed_files(root / part, name, f".{variant}" if variant and part not in plain else "")
+        if lacks := next((path for path in wanted if not path.is_file()), None):
+            return str(lacks.relative_to(root))
+    return missing_config(root, spec)
 
 
-def find_whole(
-    name: str, spec: PipelineSpec, missing: Callable[[Path, PipelineSpec], str], revision: str = "main"
-) -> Path | None:
+def find_whole(name: str, spec: PipelineSpec, missing: Callable[..., str], revision: str = "main") -> Path | None:
     """A model's local path or, if nothing is missing there, its snapshot in the hub's cache; None if there is neither.
 
     Loading a model of the hub that is here in part downloads the rest, so nothing can be said of it yet.
@@ -150,15 +163,23 @@ def has_variant(folder: Path, variant: str) -> bool:
 
 
 def loaded_files(folder: Path, name: str, variant: str) -> list[Path]:
-    """The weight files of a part that are loaded: file `name`, or the shards that its index lists."""
-    suffix = f".{variant}" if variant and has_variant(folder, variant) else ""
-    single, index = folder / name.format(suffix), folder / f"{name.format('')}.index{suffix}.json"
+    """The weight files of a part that are loaded: file `name`, or the shards that its index lists.
+
+    A FileNotFoundError says that there is neither.
+    """
+    found = listed_files(folder, name, f".{variant}" if variant and has_variant(folder, variant) else "")
+    if len(found) == 1 and not found[0].is_file():
+        weight_files(folder, variant)  # says so if there are none at all
+        raise FileNotFoundError(f"{folder} has no {found[0].name}, the name under which libraries look for its weights.")
+    return found
+
+
+def listed_files(folder: Path, name: str, suffix: str) -> list[Path]:
+    """The shards that a part's index lists or, if it has no index, its one weight file. They need not be there."""
+    index = folder / f"{name.format('')}.index{suffix}.json"
     if index.is_file():
         return [folder / shard for shard in sorted({*files.read_object(index).get("weight_map", {}).values()})]
-    if not single.is_file():
-        weight_files(folder, variant)  # says so if there are none at all
-        raise FileNotFoundError(f"{folder} has no {single.name}, the name under which libraries look for its weights.")
-    return [single]
+    return [folder / name.format(suffix)]
 
 
 def weight_files(folder: Path, variant: str) -> list[Path]:
@@ -255,7 +276,7 @@ def count_weights(model: ModelSettings, spec: PipelineSpec) -> dict[str, int]:
 
 def check_here(model: ModelSettings, spec: PipelineSpec) -> None:
     """Refuse a model that is on this machine and not whole. Downloads nothing, and loads no weights."""
-    root = find_whole(model.name, spec, missing_file, model.revision)
+    root = find_whole(model.name, spec, partial(missing_file, variant=model.variant), model.revision)
     if root is None:
         return
     if root.is_dir():

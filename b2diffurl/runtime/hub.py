@@ -40,8 +40,8 @@ def locate(
     weights   further patterns, of which one is enough; the first one that the hub has is downloaded
     missing   names a part that a cached model lacks, "" if none: a model with a missing part is downloaded
 
-    A model counts as cached if the cache has every .safetensors file of `patterns` and one of `weights`. A FileNotFoundError
-    says what is missing and how to get it.
+    A model counts as cached if `missing` names nothing and the cache has one of `weights`. A FileNotFoundError says what is
+    missing and how to get it.
     """
     path = Path(os.path.expanduser(name))
     if os.path.exists(path):  # not path.exists(), which raises for a name that is too long
@@ -60,10 +60,9 @@ def locate(
     alternatives = [[pattern] for pattern in weights] or [[]]
     # The cache first, without the network: a run must not depend on the hub for files that are here.
     for alternative in alternatives:
-        required = [*(pattern for pattern in patterns if pattern.endswith(".safetensors")), *alternative]
         with contextlib.suppress(LocalEntryNotFoundError):
             path = download(alternative, offline=True)
-            if all(any(path.glob(pattern)) for pattern in required) and not missing(path):
+            if all(any(path.glob(pattern)) for pattern in alternative) and not missing(path):
                 return path
     # Hub clients retry an unreachable hub for most of a minute, so one probe comes first.
     if constants.is_offline_mode() or not reachable(constants.ENDPOINT):

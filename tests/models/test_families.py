@@ -15,7 +15,7 @@ from b2diffurl import models
 from b2diffurl.configuration.settings import read_settings
 from b2diffurl.evaluation.generate import deployed_sampler
 from b2diffurl.export import export
-from b2diffurl.models import FAMILIES, Description, Family, diffusers_files, family, stable_diffusion
+from b2diffurl.models import FAMILIES, Description, Family, family, stable_diffusion
 from b2diffurl.runtime import files
 
 ASKED = {name: value for name, value in vars(Family).items() if inspect.isfunction(value) and not name.startswith("_")}
@@ -96,16 +96,6 @@ def test_a_new_family_is_sampled(mine, overrides, tmp_path):
     ended = run_script(tmp_path, "sample", settings)
     assert ended.code == 0, ended.stderr
     assert files.read_json(experiment(tmp_path) / "config.json")["config"]["pretrained"]["family"] == "mine"
-
-
-def test_what_is_downloaded():
-    """Configs, tokenizers, and one variant of the weights, under the names that diffusers and transformers give them."""
-    *common, unet, vae, text = diffusers_files.file_patterns("", stable_diffusion.PIPELINE)
-    assert common == ["model_index.json", "README.md", "*/*.json", "tokenizer/*"]
-    assert (unet, vae) == tuple(f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae"))
-    assert text == "text_encoder/model.safetensors"
-    variant = diffusers_files.file_patterns("fp16", stable_diffusion.PIPELINE)
-    assert variant[-2:] == ["vae/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16.safetensors"]
 
 
 def test_asking_a_family_costs_little():

@@ -280,6 +280,40 @@ def run(overrides, bases, tmp_path_factory) -> Callable[..., Run]:
     return make
 
 
+WAYS = {
+    "reinforce": {"train.objective": "reinforce", "eval.selection": "all"},
+    "dpok": {"train.objective": "dpok"},
+    "d3po": {"train.objective": "d3po", "eval.selection": "pairs", "eval.advantage": "group", "eval.neg_threshold": 0.0}
+    | {"eval.pos_threshold": 0.0, "sample.micro_batch_size": 2, "train.micro_batch_size": 2},  # a pair is computed at once
+    "awm": {"train.objective": "awm", "eval.selection": "all"},
+    "flow": {"sample.sde": "flow", "split_stop": 0},  # its last step has noise, too
+    "dance": {"sample.sde": "dance", "split_stop": 0, "sample.eta": 0.3},
+    "tree": {"split_times": (2, 2), "split_after": (1,), "split_step_left": 3, "split_step_right": 3},
+    "tail": {
+        "sample.prefix_eta": 0.0,
+        "sample.suffix_eta": 0.0,
+        "sample.suffix_steps": 1,
+        "curriculum": "early",
+        "split_stop": 0,
+    },
+    "sliding": {"curriculum": "sliding", "split_stop": 0, "sample.sde": "flow"},
+}
+
+
+@pytest.mark.parametrize("way", [way if way in ("dpok", "dance") else pytest.param(way, marks=LONG) for way in WAYS])
+def test_everything_else_works_on_flow_steps(overrides, bases, tmp_path, way):
+    """Objectives, other SDEs, trees and windows: the first ratio is exactly 1, and the LoRA has changed."""
+    settings = overrides | {"pretrained.model": str(bases / "sd3_without_t5"), "sample.eta": 0.7, "train.num_epochs": 1}
+    settings |= {"split_step_left": 2, "split_step_right": 2, "split_stop": 3, "sample.micro_batch_size": 1}
+    settings |= {"pretrained.resolution": 64, "train.micro_batch_size": 1, "train.gradient_accumulation_steps": 64}
+    run_stage(tmp_path, settings | FEW_IMAGES | WAYS[way])
+    first = updates_of(stage_of(tmp_path))[0]
+    assert first["max_abs_log_ratio"] == 0.0
+    assert first["grad_norm"] > 0
+    lora = load_file(stage_of(tmp_path).checkpoints()[-1] / LORA_FILE)
+    assert any(value.any() for key, value in lora.items() if "lora_B" in key)
+
+
 @pytest.mark.parametrize("name", fast("sd3_without_t5", "flux"))
 def test_two_stages_of_ddpo(run, name):
     """The ratio of each first update is exactly 1. The timesteps are on record as they were, fractions and all."""
