@@ -148,8 +148,10 @@ def stopping_in_order() -> Iterator[None]:
     os.set_blocking(write_end, False)
 
     def stop(number: int, _frame: object) -> None:
-        for each in stops:  # ignore further signals: a second Ctrl-C must not interrupt the cleaning up
-            signal.signal(each, signal.SIG_IGN)
+        # A second Ctrl-C must not interrupt the cleaning up. Not SIG_IGN: Python complains of it, with a traceback, if the
+        # second signal is there already, as after a Ctrl-C in a terminal, which run_process.sh passes on.
+        for each in stops:
+            signal.signal(each, lambda *_: None)
         raise KeyboardInterrupt(number)
 
     # A thread, because a signal handler runs only between two bytecodes of the main thread, which may be stuck in C code.

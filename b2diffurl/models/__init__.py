@@ -23,6 +23,7 @@ from b2diffurl.algorithm.types import Conditions
 from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.settings import ModelSettings, Sampling
 from b2diffurl.models import recognise
+from b2diffurl.runtime.hub import require_path_or_id
 
 # Family name -> module of this package, which is imported when the family is first used.
 FAMILIES = {name: name for name in ("stable_diffusion", "sdxl", "sd3", "flux", "flux2")}
@@ -130,6 +131,7 @@ class Description:
     network: str  # the network that carries the LoRA, such as UNet
     scheduler: str = "DDIMScheduler"  # of diffusers, with which checkpoints are judged if the user names no other
     absent: tuple[str, ...] = ()  # parts that a model may lack, and lacks: diffusers has to be told of them
+    readers: tuple[str, ...] = ("ComfyUI", "A1111", "Forge", "diffusers")  # programs that read what `write_kohya` writes
 
     @property
     def is_flow(self) -> bool:
@@ -235,7 +237,16 @@ def base_sizes(model: ModelSettings) -> Sizes | None:
     return found.sizes(model) if found else None
 
 
+def describe_base(model: ModelSettings) -> Description:
+    """The base model's family in words."""
+    return family(model).describe(model)
+
+
 def check_base(model: ModelSettings) -> None:
-    """Refuse a base model on this machine that is not whole, or that its family cannot run. Downloads nothing."""
+    """Refuse a base model on this machine that is not whole, or that its family cannot run. Downloads nothing.
+
+    A path at which there is nothing is refused, too.
+    """
+    require_path_or_id(model.name)
     if found := family_here(model):
         found.check(model)

@@ -161,6 +161,7 @@ class Flux(FlowModel):
 class FluxFamily(FlowFamily):
     title, tags = "FLUX.1", ("flux", "flux-diffusers")
     model_class = Flux
+    readers = ("ComfyUI", "diffusers")
 
     def embedding(self, model: ModelSettings, configs: Mapping[str, Mapping]) -> int:
         """L * E + F."""

@@ -23,6 +23,7 @@ class PipelineFamily:
 
     title: ClassVar[str]  # such as Stable Diffusion
     tags: ClassVar[tuple[str, ...]]  # its tags on the Hugging Face hub
+    readers: ClassVar[tuple[str, ...]] = Description.readers
     scheduler: ClassVar[str]  # of diffusers, with which checkpoints are judged if the user names no other
     model_class: ClassVar[type[PipelineModel]]  # what `load` returns
 
@@ -41,7 +42,8 @@ class PipelineFamily:
     def describe(self, model: ModelSettings) -> Description:
         kind, here = self.model_class, self.spec(model).classes
         absent = tuple(part for part in kind.spec.classes if part not in here)
-        return Description(self.title, self.tags, kind.spec.pipeline, kind.lora_spec.title, self.scheduler, absent)
+        words = self.title, self.tags, kind.spec.pipeline, kind.lora_spec.title, self.scheduler
+        return Description(*words, absent, self.readers)
 
     def load(
         self, model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool

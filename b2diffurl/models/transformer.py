@@ -119,6 +119,7 @@ class FlowFamily(PipelineFamily):
 
     model_class: ClassVar[type[FlowModel]]
     scheduler = SCHEDULER
+    readers = ("ComfyUI",)
 
     def is_distilled(self, model: ModelSettings) -> bool:
         """Whether its files say that the model is distilled to draw in a few steps without guidance."""

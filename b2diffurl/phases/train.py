@@ -24,7 +24,7 @@ from b2diffurl.experiment.origin import require_origin, selection_sha256
 from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.experiment.stage_table import updates_before
 from b2diffurl.experiment.trajectories import SelectedTrajectories, Trajectories
-from b2diffurl.models import Model
+from b2diffurl.models import Model, describe_base
 from b2diffurl.models.policy import compiling, load_lora, load_policy
 from b2diffurl.phases.health import WINDOW, UpdateHealth, in_words
 from b2diffurl.phases.inputs import identified
@@ -331,8 +331,9 @@ def finish(plan: Plan, trainer: Trainer, log: UpdateLog, data: TrainingData, sam
     )
     logger.info(
         "stage%d train: done in %.1f s, %d updates, gradient norm %.3g, clipped %.1f %%, to stage%d/%s, for diffusers "
-        "(for ComfyUI, A1111, Forge: python -m b2diffurl.export %s --format kohya)",
-        stage.index, seconds["train"], len(updates), norm, 100 * clipped, stage.index, last.name, stage.root,
+        "(for %s: python -m b2diffurl.export %s --format kohya)",
+        stage.index, seconds["train"], len(updates), norm, 100 * clipped, stage.index, last.name,
+        ", ".join(name for name in describe_base(plan.settings.model).readers if name != "diffusers"), stage.root,
     )  # fmt: skip
     logger.info(stage_done_line(plan.settings, stage))
 

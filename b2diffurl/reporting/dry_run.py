@@ -12,10 +12,10 @@ from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.budget import Budget
 from b2diffurl.configuration.plan import Plan
 from b2diffurl.configuration.prompts import load_prompts
-from b2diffurl.configuration.settings import Settings
+from b2diffurl.configuration.settings import ModelSettings, Settings
 from b2diffurl.experiment.folder import find_lora
 from b2diffurl.experiment.stage import LORA_FILE, PHASES, Stage, finished_stages
-from b2diffurl.models import Sizes, base_sizes
+from b2diffurl.models import Sizes, base_sizes, family_here
 from b2diffurl.reporting.forecast import evaluations_left, num_done, number, time_text
 from b2diffurl.runtime.device import Compute, choose_device
 
@@ -47,7 +47,7 @@ def plan_facts(plan: Plan, budget: Budget) -> dict[str, str]:
     return {
         "experiment": f"{settings.output.name} in {plan.stage.root}, {state_text(settings)}",
         "preset": settings.output.preset or "none",
-        "base model": f"{settings.model.name}, LoRA of rank {settings.model.lora.rank}",
+        "base model": f"{settings.model.name} ({base_text(settings.model)}), LoRA of rank {settings.model.lora.rank}",
         "starts from": start_text(plan),
         "reward": settings.rewards.description + watched,
         "prompts": f"{len(plan.prompts)} of {trained}; held-out: {held_out} of {prompts.held_out_file}",
@@ -57,6 +57,12 @@ def plan_facts(plan: Plan, budget: Budget) -> dict[str, str]:
         f"trained on {budget.at_most}"
         f"{budget.most_selected}, {settings.training.num_trajectories} an update, epochs: {settings.training.num_epochs}",
     }
+
+
+def base_text(model: ModelSettings) -> str:
+    """What kind of model it is."""
+    here = family_here(model) if base_sizes(model) else None
+    return here.describe(model).title if here else "not on this machine, so its files were not checked"
 
 
 def device_text(compute: Compute) -> tuple[str, str]:

@@ -43,13 +43,10 @@ def locate(
     A model counts as cached if `missing` names nothing and the cache has one of `weights`. A FileNotFoundError says what is
     missing and how to get it.
     """
+    require_path_or_id(name)
     path = Path(os.path.expanduser(name))
-    if os.path.exists(path):  # not path.exists(), which raises for a name that is too long
+    if os.path.exists(path):
         return path
-    if not is_hub_id(name):
-        raise FileNotFoundError(
-            f"no model at {path.absolute()}. Give a local path to an existing model, or a hub id (owner/name)."
-        )
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
@@ -84,6 +81,15 @@ def locate(
     except HfHubHTTPError as error:
         raise FileNotFoundError(f"the hub has no {name} (revision {revision}) for you: {error}") from None
     raise FileNotFoundError(f"{name} on the hub has none of the files {', '.join(weights)}")
+
+
+def require_path_or_id(name: str) -> None:
+    """Refuse a model's name that is no hub id, and a path at which there is nothing."""
+    path = Path(os.path.expanduser(name))
+    if not is_hub_id(name) and not os.path.exists(path):  # not path.exists(), which raises for a name that is too long
+        raise FileNotFoundError(
+            f"no model at {path.absolute()}. Give a local path to an existing model, or a hub id (owner/name)."
+        )
 
 
 def find_local(name: str, file: str, *, revision: str = "main") -> Path | None:
