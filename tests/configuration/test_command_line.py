@@ -120,6 +120,19 @@ def test_a_signal_ends_a_script_in_order(overrides, tmp_path, number):
     assert_same(tmp_path / "lora", whole / "model" / "lora")
 
 
+def test_two_signals_at_once_are_one(monkeypatch):
+    """As after a Ctrl-C in a terminal, which run_process.sh passes on: nothing is printed of the second."""
+    complaints, both = [], {signal.SIGINT, signal.SIGTERM}
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    with pytest.raises(KeyboardInterrupt) as stopped, command_line.stopping_in_order():
+        signal.pthread_sigmask(signal.SIG_BLOCK, both)
+        for number in both:
+            os.kill(os.getpid(), number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+    assert stopped.value.args == (signal.SIGINT,)
+    assert complaints == []
+
+
 def test_what_does_not_listen_ends_all_the_same(monkeypatch):
     """A script that is deep in a library, where Python's handlers do not run, ends after the time of grace."""
     ended, done = [], threading.Event()
