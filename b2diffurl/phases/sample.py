@@ -349,8 +349,8 @@ def sample_batches(batch_sampler: BatchSampler, batches: Sequence[int], accelera
 
     The forecast is left out where a stage has been trained before: it has logged a better one.
     """
-    plan, started = batch_sampler.plan, time.perf_counter()
     batch_sampler.model.prepare({prompt for batch in batches for prompt in batch_sampler.prompts(batch)})
+    plan, started = batch_sampler.plan, time.perf_counter()  # after encoding, which is done once
     for batch in batches:
         batch_sampler.sample(batch, record=accelerator.is_main_process)
         if batch == batches[0] and not finished_stages(plan.stage.root, "train"):
