@@ -318,6 +318,16 @@ class Settings:
     judging: Judging
     output: Output
 
+    @property
+    def guidance_scales(self) -> dict[str, float]:
+        """{key: the scale of guidance} of sampling, of training and of the sampler that users will take."""
+        sampled, deployed = self.sampling.guidance_scale, self.judging.deployed.guidance_scale
+        return {
+            "sample.guidance_scale": sampled,
+            "train.guidance_scale": self.training.guidance.scale,
+            "eval.deployed.guidance_scale": deployed or sampled,
+        }
+
 
 def read_settings(config: Mapping[str, Any]) -> Settings:
     """The values of a configuration. Call `rules.check` first: nothing is checked here."""

@@ -31,9 +31,10 @@ def training_sampler(settings: Settings) -> SamplerSettings:
 
 def deployed_sampler(settings: Settings) -> SamplerSettings:
     """The sampler that people will use the tuned model with, from `eval.deployed`."""
-    deployed = settings.judging.deployed
-    scheduler = deployed.scheduler or family(settings.model).describe(settings.model).scheduler
-    guidance_scale = deployed.guidance_scale or settings.sampling.guidance_scale
+    deployed, base = settings.judging.deployed, family(settings.model)
+    scheduler = deployed.scheduler or base.describe(settings.model).scheduler
+    base.check_guidance(settings.model, settings.guidance_scales)
+    guidance_scale = settings.guidance_scales["eval.deployed.guidance_scale"]
     chosen = replace(deployed, scheduler=scheduler, guidance_scale=guidance_scale)
     return of_diffusers(settings, chosen, "eval.deployed.scheduler")
 

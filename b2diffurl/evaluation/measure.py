@@ -199,6 +199,8 @@ class Evaluation:
             [self.accelerator.device.type, self.accelerator.mixed_precision, self.settings.compute.allow_tf32],
             self.base,
             model.resolution,
+            # As results of earlier versions have it, unless it was chosen.
+            *([{"max_sequence_length": model.max_sequence_length}] if model.max_sequence_length >= 0 else []),
             {package: installed[package] for package in DECISIVE_PACKAGES},
         ]
         return files.digest([sampler.facts, prompts, *decisive])
@@ -215,6 +217,7 @@ class Evaluation:
         result.json comes last, so a folder without it is unfinished and is made again.
         """
         judging = self.settings.judging
+        model.prepare(prompts[: judging.num_images])
         for watched in self.watched.values():
             watched.begin(f"eval {folder.name}")
         scored: dict[str, list[tuple[Tensor, Parts]]] = {key: [] for key in self.rewards}

@@ -1,12 +1,17 @@
-"""Whether the parts of a pipeline fit one another, by their configs in directory `root`."""
+"""Whether the parts of a pipeline fit one another, by their configs in directory `root`, and the model its objective."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from b2diffurl.configuration.settings import ModelSettings
 from b2diffurl.models.diffusers_files import ANOTHER_BASE
+
+# Models that their names on the hub call distilled to a few steps; of some no file tells it.
+DISTILLED = re.compile(r"schnell|turbo|lightning|hyper-sd|\blcm\b|flash", re.IGNORECASE)
 
 
 def require_equal(root: Path, network: str, key: str, value: Any, part: str, entry: Mapping[str, Any]) -> None:
@@ -38,3 +43,13 @@ def check_latents(root: Path, network: str, parts: Mapping[str, nn.Module], chan
         raise ValueError(f"{root}/vae/config.json has shift_factor {shift!r}; it must be a number. {ANOTHER_BASE}")
     key = "in_channels" if channels == inputs else "room for latent channels"
     require_equal(root, network, key, channels, "vae", {"latent_channels": vae.latent_channels})
+
+
+def require_many_steps(model: ModelSettings, *, distilled: bool = False) -> None:
+    """Refuse to train the steps of a model that is `distilled` to draw in a few of them, or that its name calls so."""
+    if distilled or DISTILLED.search(Path(model.name).name):
+        raise ValueError(
+            f"{model.name} is distilled to draw an image in a few steps without noise between them, so it has not the many "
+            "small stochastic steps that this objective trains. Take train.objective=nft or awm, which train on the images, "
+            "or the model from which it was distilled (pretrained.model). If its name misleads, give its directory another."
+        )

@@ -18,6 +18,7 @@ from b2diffurl.models.diffusers_files import PipelineSpec
 from b2diffurl.models.lora import LoraSpec, State
 
 Shape = tuple[int, int, int]
+ALIGNMENT = 64  # bytes, of torch's memory on the CPU
 MAX_GRAPHS = 256  # a block's graphs differ by number of rows, width, resolution, with and without gradient or LoRA
 
 
@@ -38,7 +39,7 @@ class PipelineModel:
         self._encoders_rest = torch.device("cpu") if model.offload else device
         for name in self.spec.weights.keys() & self.parts.keys():
             where = self._encoders_rest if name in self.spec.encoders else device
-            self.parts[name].to(where).eval().requires_grad_(False)
+            align(self.parts[name].to(where).eval().requires_grad_(False))
         lora.add_lora(self.bare, self.lora_spec, rank=model.lora.rank, seed=seed)
         self._trainable = lora.lora_parameters(self.bare)  # looked up once: it walks through the whole network
         # Kept for `reset`: loading a checkpoint overwrites the fresh LoRA.
@@ -187,3 +188,13 @@ class PipelineModel:
 
     def load_adapter(self, path: Path) -> None:
         lora.load_lora(self.bare, path, self.lora_spec)
+
+
+def align(part: nn.Module) -> None:
+    """Move tensors that lie in memory as in a file, which may begin anywhere, to where torch would put them.
+
+    Products of the same numbers round differently by where they lie; and some launchers make torch copy them, others not.
+    """
+    for tensor in (*part.parameters(), *part.buffers()):
+        if tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()

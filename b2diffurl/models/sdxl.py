@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from b2diffurl.algorithm.types import Conditions
-from b2diffurl.configuration.settings import ModelSettings
+from b2diffurl.algorithm.window import Window
+from b2diffurl.configuration.settings import ModelSettings, Sampling
 from b2diffurl.models import clip_text, diffusers_files, fit, lora, unet, whole
 from b2diffurl.models.diffusers_files import PipelineSpec
 from b2diffurl.models.lora import State
@@ -173,6 +174,11 @@ class SDXLFamily(UNetFamily):
         """L * E + F."""
         one, two = (configs[encoder] for encoder in ENCODERS)
         return one["max_position_embeddings"] * (one["hidden_size"] + two["hidden_size"]) + two["projection_dim"]
+
+    def check_sampler(self, model: ModelSettings, sampling: Sampling, window: Window | None) -> None:
+        if window:
+            fit.require_many_steps(model)
+        super().check_sampler(model, sampling, window)
 
     def identity(self, model: ModelSettings) -> dict[str, str]:
         return super().identity(model) | {"empty prompt": files.digest({EMPTY_IS_ZERO: empty_is_zero(model)})}

@@ -30,8 +30,6 @@ BLOCKS = r"(?:single_)?transformer_blocks"
 # A layer of a block under OneTrainer's key, with _ for dots, and the names of layers in which dots stand.
 FLAT_KEY = re.compile(rf"lora_transformer_({BLOCKS})_(\d+)_(?:(attn2?|ff_context|ff)_)?(\w+)")
 DOTTED = {name.replace(".", "_"): name for name in ("to_out.0", "net.0.proj", "net.2")}
-# Models that their names on the hub call distilled to a few steps; of some no file tells it.
-DISTILLED = re.compile(r"schnell|turbo|lightning|hyper-sd|\blcm\b|flash", re.IGNORECASE)
 
 
 def unflatten(state: State) -> State:
@@ -88,7 +86,7 @@ class FlowModel(PipelineModel):
     def __init__(self, model: ModelSettings, *, device: torch.device, dtype: torch.dtype, seed: int, decoder: bool):
         # First, because it may be refused.
         self.schedule = find_schedule(model, self.spec, type(self).read_layout)
-        resolved = self.schedule.scheduler(1).config
+        resolved = flow_schedule.make_scheduler(self.schedule.config).config
         self.scheduler_config = {key: value for key, value in resolved.items() if not key.startswith("_")}
         super().__init__(model, device=device, dtype=dtype, seed=seed, decoder=decoder)
         vae = diffusers_files.read_config(model, self.spec, "vae")
@@ -138,7 +136,7 @@ class FlowFamily(PipelineFamily):
 
     def check_sampler(self, model: ModelSettings, sampling: Sampling, window: Window | None) -> None:
         if window:
-            require_many_steps(model, distilled=self.is_distilled(model))
+            fit.require_many_steps(model, distilled=self.is_distilled(model))
         schedule = find_schedule(model, self.spec(model), self.model_class.read_layout)
         flow_schedule.require_trainable(schedule, model, sampling, window)
 
@@ -177,16 +175,6 @@ def num_text_tokens(model: ModelSettings, usual: int, *, encoder: bool = True) -
             "tokens as its pipeline takes."
         )
     return usual if chosen < 0 else chosen
-
-
-def require_many_steps(model: ModelSettings, *, distilled: bool) -> None:
-    """Refuse to train the steps of a model that is `distilled` to draw in a few of them, or that its name calls so."""
-    if distilled or DISTILLED.search(Path(model.name).name):
-        raise ValueError(
-            f"{model.name} is distilled to draw an image in a few steps without noise between them, so it has not the many "
-            "small stochastic steps that this objective trains. Take train.objective=nft or awm, which train on the images, "
-            "or the model from which it was distilled (pretrained.model)."
-        )
 
 
 def require_no_guidance(model: ModelSettings, scales: Mapping[str, float]) -> None:

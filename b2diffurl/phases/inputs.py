@@ -31,11 +31,9 @@ def check_sampler(plan: Plan, window: Window) -> None:
     """Raise a ValueError if the base model cannot be sampled so, or if a step in `window` cannot be trained."""
     settings = plan.settings
     needed = None if settings.training.objective.on_noised_images else window
-    base, sampled = family(settings.model), settings.sampling.guidance_scale
+    base = family(settings.model)
     base.check_sampler(settings.model, settings.sampling, needed)
-    scales = {"sample": sampled, "train": settings.training.guidance.scale}
-    scales["eval.deployed"] = settings.judging.deployed.guidance_scale or sampled
-    base.check_guidance(settings.model, {f"{section}.guidance_scale": scale for section, scale in scales.items()})
+    base.check_guidance(settings.model, settings.guidance_scales)
 
 
 def identified(plan: Plan) -> Plan:

@@ -167,7 +167,8 @@ def memory_text(settings: Settings, base: Sizes, number_bytes: int) -> str:
     moment = 1 if settings.training.optimizer.use_8bit else 4
     trained = settings.model.lora.rank * base.lora * (8 + 2 * moment)  # in float32: weights, gradients; AdamW's two moments
     total = size(sum(parts.values()))
-    return f"weights {total} ({named}), LoRA and optimizer {size(trained)}; and activations, by the micro-batches"
+    encoders = ", text encoders only while prompts are encoded" if settings.model.offload else ""
+    return f"weights {total} ({named}){encoders}, LoRA and optimizer {size(trained)}; and activations, by the micro-batches"
 
 
 def trajectory_bytes(settings: Settings, base: Sizes, num_trained_steps: int, num_prompts: int, embedding_bytes: int) -> int:

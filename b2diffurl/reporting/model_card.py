@@ -296,10 +296,11 @@ def usage(exported: Exported) -> dict[str, Any]:
     scheduler = deployed.get("scheduler") or exported.family.scheduler
     size = exported.model.resolution
     options = {"num_inference_steps": chosen["num_steps"], "guidance_scale": chosen["guidance_scale"]}
-    options |= {"eta": eta} if eta else {}  # 0 is the pipeline's default
+    is_flow = exported.family.is_flow
+    options |= {"eta": eta} if eta and not is_flow else {}  # 0 is the pipeline's default; those of flow matching have none
     options |= {"height": size, "width": size} if size else {}  # else the pipeline's own size, which is training's
     tokens = exported.model.max_sequence_length
-    options |= {"max_sequence_length": tokens} if tokens >= 0 else {}  # likewise
+    options |= {"max_sequence_length": tokens} if is_flow and tokens >= 0 else {}  # of effect there alone
     single = exported.base.endswith(".safetensors")
     # Without it transformers takes the type that is stored, and diffusers float32. Older diffusers know no `dtype`.
     dtype = {"torch_dtype": f"torch.{exported.dtype}"} | dict.fromkeys(exported.family.absent)

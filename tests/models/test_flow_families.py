@@ -34,7 +34,7 @@ from b2diffurl.configuration.settings import ModelSettings, read_settings
 from b2diffurl.evaluation.generate import deployed_sampler, training_sampler
 from b2diffurl.experiment.stage import LORA_FILE
 from b2diffurl.export import export
-from b2diffurl.models import Model, base_sizes, check_base, flux, flux2, recognise, sd3, transformer
+from b2diffurl.models import Model, base_sizes, check_base, fit, flux, flux2, recognise, sd3
 from b2diffurl.models import family as family_of
 from b2diffurl.models.policy import decode, predictor
 from b2diffurl.runtime import files
@@ -647,10 +647,46 @@ def test_a_single_file_is_refused(tmp_path):
 def test_step_distilled_models_are_known_by_name():
     for name in ("stabilityai/stable-diffusion-3.5-large-turbo", "/models/FLUX.1-schnell", "x/SD3-Flash"):
         with pytest.raises(ValueError, match="is distilled to draw an image in a few steps"):
-            transformer.require_many_steps(settings_of(name), distilled=False)
-    transformer.require_many_steps(settings_of("/models/turbo/stable-diffusion-3.5-medium"), distilled=False)
+            fit.require_many_steps(settings_of(name), distilled=False)
+    fit.require_many_steps(settings_of("/models/turbo/stable-diffusion-3.5-medium"), distilled=False)
 
 
 def test_recognised(bases):
     for name in FAMILIES:
         assert recognise.find_family(settings_of(bases / name)) == name.split("_")[0]
+
+
+def test_weights_lie_where_torch_puts_its_own(bases):
+    """By where they lie products round differently, and torchrun has them copied: results would depend on the launcher."""
+    parts = [part for part in load(bases / "flux").parts.values() if isinstance(part, torch.nn.Module)]
+    assert len(parts) == 4
+    assert {tensor.data_ptr() % 64 for part in parts for tensor in (*part.parameters(), *part.buffers())} == {0}
+
+
+def test_judging_refuses_guidance_that_a_model_does_not_take(bases):
+    """As sampling does; and results depend on how many text tokens there are."""
+    settings = {"pretrained.model": str(bases / "klein"), "pretrained.resolution": 64, "sample.guidance_scale": 1.0}
+    deployed_sampler(read_settings(make_config(settings)))
+    with pytest.raises(ValueError, match=r"eval\.deployed\.guidance_scale is 4, and .* takes no guidance"):
+        deployed_sampler(read_settings(make_config(settings | {"eval.deployed.guidance_scale": 4.0})))
+
+
+def test_results_are_of_so_many_text_tokens(run, bases):
+    """Those of another number are made anew, and the card has no eta that the pipeline would not take."""
+    one = run("sd3_without_t5", "ddpo")
+    folders = set()
+    for tokens in (-1, 3):
+        settings = one.settings | {"pretrained.max_sequence_length": tokens, "allow_config_change": True}
+        (result,) = run_evaluation(one.folder, settings, ["base"])
+        folders.add(result["folder"])
+    assert len(folders) == 2
+
+
+def test_sdxl_turbo_is_known_by_its_name(tmp_path):
+    """Its steps are not trained; nft, which needs none, takes it."""
+    base = tiny.sdxl(tmp_path / "sdxl-turbo")
+    settings = read_settings(make_config({"pretrained.model": str(base), "sample.guidance_scale": 1.0}))
+    found = family_of(settings.model)
+    with pytest.raises(ValueError, match=r"sdxl-turbo is distilled to draw an image in a few steps"):
+        found.check_sampler(settings.model, settings.sampling, settings.schedule.window(0))
+    found.check_sampler(settings.model, settings.sampling, None)
