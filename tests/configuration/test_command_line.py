@@ -125,10 +125,13 @@ def test_two_signals_at_once_are_one(monkeypatch):
     complaints, both = [], {signal.SIGINT, signal.SIGTERM}
     monkeypatch.setattr(sys, "unraisablehook", complaints.append)
     with pytest.raises(KeyboardInterrupt) as stopped, command_line.stopping_in_order():
-        signal.pthread_sigmask(signal.SIG_BLOCK, both)
-        for number in both:
-            os.kill(os.getpid(), number)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+        signal.pthread_sigmask(signal.SIG_BLOCK, both)  # inherited by children, so it must not outlast the test
+        try:
+            for number in both:
+                signal.pthread_kill(threading.get_ident(), number)  # another thread would take what is sent to the process
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+    assert not both & signal.pthread_sigmask(signal.SIG_BLOCK, [])
     assert stopped.value.args == (signal.SIGINT,)
     assert complaints == []
 
