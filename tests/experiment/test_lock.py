@@ -91,7 +91,8 @@ def test_a_run_that_was_taken_for_dead_stops(tmp_path, other_run, monkeypatch):
         time.sleep(0.3)
         assert path.stat().st_mtime_ns > marked
         theirs = json.loads(path.read_text()) | {"processes": [[other_run.pid, lock.started(other_run.pid)]]}
-        path.write_text(json.dumps(theirs))
+        (tmp_path / "new").write_text(json.dumps(theirs))
+        (tmp_path / "new").replace(path)  # at once, as a run does: the signal could come before a text is written
         time.sleep(10)
     marked = path.stat().st_mtime_ns
     time.sleep(0.3)
