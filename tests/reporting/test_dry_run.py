@@ -153,6 +153,7 @@ def test_a_dry_run_that_finds_a_mistake(workplace, overrides):
     assert not (workplace / "log").exists()
 
 
+@pytest.mark.long
 def test_the_shell_script_only_plans(overrides, tmp_path):
     """bash run_process.sh --dry_run: the same plan, from one process that loads no model; nothing is written."""
     settings = flags(overrides | {"save_path": tmp_path / "out", "log_path": tmp_path / "log"})

@@ -34,6 +34,7 @@ from b2diffurl.experiment.stage import Stage
 from b2diffurl.runtime import files
 
 
+@pytest.mark.long
 def test_every_flipped_bit_of_a_record_is_found(tmp_path):
     """Whichever bit of a manifest or of an evaluation's rows it is: the file is named, or the same values are read."""
     rows = [{"seed": 3, "name": 'é "x" {}', "seconds": {"load": 0.25}, "steps": [1, None], "scale": 1e-3}, {"n": 1}]

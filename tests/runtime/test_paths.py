@@ -128,6 +128,7 @@ def test_errors_say_where_a_file_was_looked_for(elsewhere, overrides, tmp_path):
         locate(paths.user_model("owner/name"), patterns=[])
 
 
+@pytest.mark.long
 def test_scripts_that_are_started_elsewhere_work_in_the_repository(tmp_path):
     """As run_process.sh does: the default configuration, its prompts, model and folder of experiments are the repository's,
     what is given lies in the user's directory."""
