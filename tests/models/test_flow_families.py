@@ -270,7 +270,7 @@ def run(overrides, bases, tmp_path_factory) -> Callable[..., Run]:
             settings |= {"sample.guidance_scale": GUIDANCE, "train.objective": objective, "train.num_epochs": 1}
             settings |= {"split_step_left": 3, "split_step_right": 4, "split_stop": 3, "train.learning_rate": 5e-2}
             settings |= {"sample.micro_batch_size": 1, "train.micro_batch_size": 1, "train.gradient_accumulation_steps": 64}
-            settings |= FEW_IMAGES
+            settings |= FEW_IMAGES | {"eval.deployed.eta": 0.5}  # which the deployed scheduler does not take
             folder = tmp_path_factory.mktemp("run")
             for index in range(2):
                 run_stage(folder, settings, index)
@@ -378,6 +378,7 @@ def test_exports(run, name, form, tmp_path):
     assert f"{type(stock).__name__}.from_pretrained" in card or form == "kohya"
     assert ("text_encoder_3=None, tokenizer_3=None" in card) == (name == "sd3_without_t5" and form != "kohya")
     assert "cps, η 0.7" in card
+    assert "eta=" not in card
     assert ("OneTrainer's keys" in card, "kohya's scripts" in card) == (form == "kohya", False)
     if form == "kohya":
         path = out / "tiny.safetensors"
