@@ -144,6 +144,19 @@ def rewards() -> ConfigDict:
     http.url = ""  # URL of a reward server, http://HOST:PORT/ (docs/reward_server.py is one)
     http.timeout_sec = 60.0  # longest wait for the scores of a batch, in seconds
     http.num_retries = 3  # how often a batch is sent again if the server is down, too slow, or has an internal error
+    reward.vlm = vlm = ConfigDict()
+    vlm.url = ""  # an OpenAI-compatible server, up to its version: http://HOST:PORT/v1
+    vlm.model = ""  # the vision-language model, as the server calls it
+    vlm.score = "yes"  # yes: probability of this answer, from log-probabilities | rating: a number that it writes
+    vlm.questions = ()  # asked about each image, {prompt} stands for its prompt; (): whether, or how well, it is shown
+    vlm.question_weights = ()  # of the questions' scores in the reward; (): all alike
+    vlm.scale = (0, 10)  # the lowest and the highest rating, which count as 0 and 1
+    vlm.max_tokens = 256  # longest answer with a rating, in tokens; models that think first need more
+    vlm.unreadable = "stop"  # stop | mean: an image whose answer cannot be read gets the mean score of its prompt's others
+    vlm.extra_body = config_dict.placeholder(object)  # further fields of a request, such as {"top_p": 1}
+    vlm.concurrency = 8  # requests at once
+    vlm.timeout_sec = 60.0  # longest wait for an answer, in seconds
+    vlm.num_retries = 3  # how often a request is sent again if the server is down, too slow, busy, or has an internal error
     return reward
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import string
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -318,10 +319,10 @@ def image_processor() -> CLIPImageProcessor:
     return CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
 
 
-def llava(root: Path, *, seed: int = 2) -> Path:
-    """A LLaVA with its processor and chat template in directory `root`; it says words of the tests' prompts."""
+def llava(root: Path, *, seed: int = 2, answers: Sequence[str] = ()) -> Path:
+    """A LLaVA with its processor and chat template in directory `root`; it says words of the tests' prompts or `answers`."""
     torch.manual_seed(seed)
-    words = ["<pad>", "<s>", "</s>", "<unk>", "<image>", *WORDS, "USER:", "ASSISTANT:"]
+    words = ["<pad>", "<s>", "</s>", "<unk>", "<image>", *WORDS, *answers, "USER:", "ASSISTANT:"]
     tokens = PreTrainedTokenizerFast(
         tokenizer_object=word_level(words, "<unk>"),
         pad_token="<pad>",
@@ -341,6 +342,15 @@ def llava(root: Path, *, seed: int = 2) -> Path:
     for name, weight in model.named_parameters():  # as drawn, all pictures get one caption: enlarge what tells them apart
         if "projector" in name or "patch_embedding" in name or "lm_head" in name:
             weight.data *= 20
+    if answers:
+        said = tokens.convert_tokens_to_ids(list(answers))
+        weight = model.lm_head.weight.data
+        weight[[n for n in range(len(weight)) if n not in said]] = 0  # so that others are never the likeliest
+        weight /= 20
+        for layer in model.model.language_model.layers:  # the image decides what is said
+            layer.self_attn.v_proj.weight.data *= 20
+            layer.self_attn.o_proj.weight.data *= 20
+        weight[said[len(said) // 2 :]] = -weight[said[: len(said) // 2]]
     model.save_pretrained(root)
     LlavaProcessor(
         image_processor(),

@@ -1,5 +1,6 @@
 """Kinds of limits for a key's value: a number in an interval, one of some names, a kind of text. keys.py uses them."""
 
+import json
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -173,6 +174,19 @@ class Entries:
 
 
 @dataclass(frozen=True)
+class JsonObject:
+    """{name: anything that JSON has}, or None for nothing."""
+
+    def check(self, key: str, value: Any) -> None:
+        try:
+            if value is None or isinstance(json.loads(json.dumps(value, allow_nan=False)), dict):
+                return
+        except (TypeError, ValueError, RecursionError):
+            pass
+        raise ValueError(f'{key} is {shown(value)}; it must be an object as JSON has it, like {{"top_p": 1}}')
+
+
+@dataclass(frozen=True)
 class Unknown:
     """Any value, of a key that we do not know: users may add keys in a config file of their own. Text must be printable."""
 
@@ -182,8 +196,8 @@ class Unknown:
 
 
 def check_value(key: str, value: Any, limit: Limit) -> None:
-    """Raise a ValueError if the value is not within `limit`. Only a mixture and entries may be None."""
-    if value is None and not isinstance(limit, (Mixture, Entries)):
+    """Raise a ValueError if the value is not within `limit`. Only a mixture, entries and an object may be None."""
+    if value is None and not isinstance(limit, (Mixture, Entries, JsonObject)):
         raise ValueError(f"{key} is None; it must have a value")
     limit.check(key, value)
 

@@ -20,6 +20,10 @@ SECRET = re.compile(
     re.IGNORECASE,
 )
 
+WHERE_SECRETS_BELONG = (
+    "what reward http is to send as its header Authorization belongs into the variable REWARD_HTTP_AUTHORIZATION, the key "
+    "of reward vlm into REWARD_VLM_API_KEY."
+)
 MOVING_ENDS = ("early", "sliding")  # curricula whose windows do not end at split_stop
 
 
@@ -51,13 +55,12 @@ def check_secrets(settings: Mapping[str, Any]) -> None:
         if name := secret_in_url(str(value)):
             raise ValueError(
                 f"{key} has in its URL a value of {shown(name)}, which reads like a secret, and config.json and log would "
-                "keep it. Take it out; what reward http is to send as its header Authorization belongs into the variable "
-                "REWARD_HTTP_AUTHORIZATION."
+                f"keep it. Take it out; {WHERE_SECRETS_BELONG}"
             )
         if re.search(r"://[^/\s]*@", str(value)):
             raise ValueError(
-                f"{key} has a user name or a password in its URL, which config.json and log would keep. Take them out; what "
-                "reward http is to send as its header Authorization belongs into the variable REWARD_HTTP_AUTHORIZATION."
+                f"{key} has a user name or a password in its URL, which config.json and log would keep. Take them out; "
+                f"{WHERE_SECRETS_BELONG}"
             )
         if found := [name for token, name in tokens.items() if token in str(value)]:
             raise ValueError(

@@ -7,7 +7,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -35,18 +35,24 @@ from b2diffurl.rewards import (
     Reward,
     by_name,
     check_rewards,
+    cost_text,
+    filled,
+    fills_holes,
     join,
     load_reward,
     noting,
     require_finite,
     reward_identity,
     score,
+    spent_by,
+    waits,
 )
 from b2diffurl.rewards.mixture import Scales, recorded_scales
 from b2diffurl.rewards.watched import Watched
 from b2diffurl.runtime import files
 from b2diffurl.runtime.device import make_accelerator
 from b2diffurl.runtime.logs import logger, progress
+from b2diffurl.runtime.threads import Behind
 
 RESULT_FORMAT = 4  # raise it when result.json holds something new: results of an older format are then made again
 # Packages whose version may change an image or a score. Results made with other versions are not read back.
@@ -223,26 +229,52 @@ class Evaluation:
         scored: dict[str, list[tuple[Tensor, Parts]]] = {key: [] for key in self.rewards}
         features: dict[str, list[Tensor]] = {key: [] for key in self.features}
         pixels = hashlib.sha256()
-        for batch in progress(range(math.ceil(judging.num_images / judging.batch_size)), "eval"):
-            start = batch * judging.batch_size
-            # All batches have the same size, which rounding depends on; what the last one has too much is dropped.
-            count = min(judging.batch_size, judging.num_images - start)
-            batch_of_prompts = batch_prompts(prompts, judging.batch_size, batch, None)
-            images = sample_images(self.settings, model, batch_of_prompts, sampler, batch)
-            for n, image in enumerate(images[:count]):
-                files.write_image(folder / f"{start + n:05d}.png", image)
-                pixels.update(image.numpy().tobytes())
-            for key, reward in self.rewards.items():
-                with noting(f"reward {key}, batch {batch}: images {start} to {start + count - 1} of the evaluation"):
-                    scored[key].append(score(reward, images, batch_of_prompts, count))
-                if key not in self.watched:
-                    require_finite(key, scored[key][-1][0], f"of batch {batch}, prompts {batch_of_prompts[:3]} …")
-            for key, feature in self.features.items():
-                features[key].append(feature.embed(images.clone(), list(batch_of_prompts))[:count])
-        for key, watched in self.watched.items():
-            watched.warn_of_holes(join(scored[key])[0])
+        with ExitStack() as threads:
+            # A reward that waits for another program scores a batch while the next one is drawn.
+            beside = {key: threads.enter_context(Behind()) for key in self.rewards if waits(key)}
+            for batch in progress(range(math.ceil(judging.num_images / judging.batch_size)), "eval"):
+                start = batch * judging.batch_size
+                # All batches have the same size, which rounding depends on; what the last one has too much is dropped.
+                count = min(judging.batch_size, judging.num_images - start)
+                batch_of_prompts = batch_prompts(prompts, judging.batch_size, batch, None)
+                images = sample_images(self.settings, model, batch_of_prompts, sampler, batch)
+                for n, image in enumerate(images[:count]):
+                    files.write_image(folder / f"{start + n:05d}.png", image)
+                    pixels.update(image.numpy().tobytes())
+                for key in self.rewards:
+                    work = partial(self.score_batch, key, images, batch_of_prompts, batch, count, scored[key])
+                    beside[key].do(work) if key in beside else work()
+                for key, feature in self.features.items():
+                    features[key].append(feature.embed(images.clone(), list(batch_of_prompts))[:count])
+            for thread in beside.values():
+                thread.wait()
+        self.finish_scores(folder.name, scored, batch_prompts(prompts, judging.num_images, 0, None))
         summary = self.summarise(prompts, scored, features)
         files.write_record(folder / "result.json", summary | {"images_sha256": pixels.hexdigest()})
+
+    def score_batch(
+        self, key: str, images: Tensor, prompts: list[str], batch: int, count: int, scored: list[tuple[Tensor, Parts]]
+    ) -> None:
+        """Score the first `count` images of a batch by one reward, and add the scores to `scored`."""
+        start = batch * self.settings.judging.batch_size
+        with noting(f"reward {key}, batch {batch}: images {start} to {start + count - 1} of the evaluation"):
+            scored.append(score(self.rewards[key], images, prompts, count))
+        if key not in self.watched and not fills_holes(key, self.settings.rewards):
+            require_finite(key, scored[-1][0], f"of batch {batch}, prompts {prompts[:3]} …")
+
+    def finish_scores(self, where: str, scored: dict[str, list[tuple[Tensor, Parts]]], prompts: list[str]) -> None:
+        """Once all images [N] are scored: say what it has cost and what is missing, and fill what may be filled."""
+        for key, batches in scored.items():
+            if spent := spent_by(self.rewards[key]):
+                logger.info("eval %s: reward %s has cost %s", where, key, cost_text(spent))
+            rewards, parts = join(batches)
+            if fills_holes(key, self.settings.rewards):
+                rewards = filled(rewards, prompts)
+                scored[key] = [(rewards, parts)]
+            if key in self.watched:
+                self.watched[key].warn_of_holes(rewards)
+            else:
+                require_finite(key, rewards, f"of {where}")
 
     def summarise(
         self, prompts: list[str], scored: dict[str, list[tuple[Tensor, Parts]]], features: dict[str, list[Tensor]]

@@ -17,6 +17,8 @@ sample.json                    sample  its manifest (see below)
 
 scores_wanted.csv              select  reward `file` only: a table of images and prompts to fill
 scores_given.csv               people  the same with scores; people or another program write it
+scored/<reward>_<id>.json      sample, a batch that a reward behind a server has scored          when select is finished
+                               select  (scored_batches.py); id = its first image's
 scores.jsonl                   select  a line an image: reward, its parts, watched rewards
 selection.json                 select  the images to train on: id, group, branch, score,
                                        advantage (in a tree a list, one for each edge)
@@ -66,7 +68,7 @@ AVERAGE = "ema"  # the folder in a checkpoint that holds the exponential average
 OURS = re.compile(
     r"((samples|selected)/batch_\d+|debug/\w+)\.safetensors|images/\d+\.png|tree\.(png|json)|checkpoints/checkpoint_\d+"
     r"|(metrics/)?(sample|select|train)\.jsonl?|(prompts|selection|scores_of_process_\d+)\.json|scores\.jsonl"
-    r"|scores_wanted\.csv"
+    r"|scores_wanted\.csv|scored/\w+_\d+\.json"
 )
 
 
@@ -102,6 +104,10 @@ class Stage:
         return self.folder / "scores.jsonl"
 
     @property
+    def scored(self) -> Path:
+        return self.folder / "scored"
+
+    @property
     def wanted_scores(self) -> Path:
         return self.folder / "scores_wanted.csv"
 
@@ -121,6 +127,9 @@ class Stage:
 
     def batch(self, index: int) -> Path:
         return self.samples / f"batch_{index:05d}.safetensors"
+
+    def scored_batch(self, reward: str, start: int) -> Path:
+        return self.scored / f"{reward}_{start:05d}.json"
 
     def selected_batch(self, index: int) -> Path:
         return self.selected / f"batch_{index:05d}.safetensors"

@@ -29,7 +29,7 @@ from b2diffurl.configuration.budget import Budget
 from b2diffurl.configuration.plan import Plan
 from b2diffurl.configuration.prompts import batch_prompts, named_prompts
 from b2diffurl.configuration.recorded import lasting_settings, record_experiment
-from b2diffurl.configuration.settings import Sampling
+from b2diffurl.configuration.settings import Sampling, Settings
 from b2diffurl.evaluation.generate import denoise_by, deployed_sampler, training_sampler
 from b2diffurl.experiment.branch_picture import decode_tree, recording_prefix, save_tree
 from b2diffurl.experiment.metrics import Metrics, timed
@@ -41,7 +41,9 @@ from b2diffurl.models import Model
 from b2diffurl.models.policy import compiling, decode, load_policy, predictor, warn_of_cut_prompts
 from b2diffurl.phases.inputs import identified, reward_checksums
 from b2diffurl.phases.preflight import check_later_phases
+from b2diffurl.phases.scoring_beside import Beside
 from b2diffurl.reporting.forecast import first_batch_text
+from b2diffurl.rewards import probe_rewards
 from b2diffurl.runtime import files
 from b2diffurl.runtime.batch_sizes import BatchSizes, peak_memory, sampling_sizes
 from b2diffurl.runtime.device import make_accelerator, set_defaults
@@ -64,6 +66,7 @@ def sample_stage(plan: Plan) -> None:
         return
     plan = identified(plan)
     reward_checksums(plan)  # refuses what would only be refused after hours of sampling
+    probe_rewards(used_rewards(plan.settings), plan.settings.rewards)
     history_stages(stage, plan.settings.selection.num_history_stages)  # what select will need is there
     files.require_writable(stage.folder)
     started = time.perf_counter()
@@ -89,17 +92,18 @@ def sample_stage(plan: Plan) -> None:
         if accelerator.is_main_process:
             record_experiment(plan.record, torch.get_num_threads())
         accelerator.wait_for_everyone()
-    batches = missing[accelerator.process_index :: accelerator.num_processes]
-    num_images = len(batches) * images_per_batch(plan)
-    with progress_bar(num_images, f"stage{stage.index} sample", "images") as bar, Behind() as writer:
-        batch_sampler = BatchSampler(plan, model, sampler, sizes, facts["policy"], writer, bar, seconds)
-        sample_batches(batch_sampler, batches, accelerator)
-    accelerator.wait_for_everyone()  # the manifest lists the batches of all processes
-    if accelerator.is_main_process:
-        seconds["sample"] = time.perf_counter() - loaded
-        finish(
-            plan, facts | {"batch_sizes": sizes.sizes} | peak_memory(accelerator.device), seconds, num_sampled=len(missing)
-        )
+    # Until the manifest is written, images on disk are scored, if the reward waits for another program.
+    with scoring_beside(plan, missing, accelerator) as beside:
+        batches = missing[accelerator.process_index :: accelerator.num_processes]
+        num_images = len(batches) * images_per_batch(plan)
+        with progress_bar(num_images, f"stage{stage.index} sample", "images") as bar, Behind() as writer:
+            batch_sampler = BatchSampler(plan, model, sampler, sizes, facts["policy"], writer, beside, bar, seconds)
+            sample_batches(batch_sampler, batches, accelerator)
+        accelerator.wait_for_everyone()  # the manifest lists the batches of all processes
+        if accelerator.is_main_process:
+            seconds["sample"] = time.perf_counter() - loaded
+            facts |= {"batch_sizes": sizes.sizes} | peak_memory(accelerator.device)
+            finish(plan, facts, seconds, num_sampled=len(missing))
     accelerator.wait_for_everyone()  # no process goes on to the next phase before the manifest is written
     accelerator.end_training()
 
@@ -109,6 +113,12 @@ def restore_record(plan: Plan) -> None:
     # The rank is torchrun's: a finished phase starts no accelerator to ask.
     if int(os.environ.get("RANK", 0)) == 0 and not (plan.stage.root / "config.json").is_file():
         record_experiment(identified(plan).record, plan.stage.manifest("sample")["num_threads"])
+
+
+def used_rewards(settings: Settings) -> list[str]:
+    """The rewards that a run uses: those trained on, those watched, and the judge."""
+    judge = settings.judging.judge
+    return list(dict.fromkeys([*settings.rewards.weights, *settings.rewards.watched, *([judge] if judge else [])]))
 
 
 def load_sampled_policy(plan: Plan, accelerator: Accelerator) -> tuple[Model, Transitions]:
@@ -166,6 +176,32 @@ def images_per_batch(plan: Plan) -> int:
     return plan.settings.sampling.num_groups * plan.settings.sampling.num_branches
 
 
+def ids_of(plan: Plan, batch: int) -> range:
+    """The ids of a batch's images."""
+    return range(batch * images_per_batch(plan), (batch + 1) * images_per_batch(plan))
+
+
+def scoring_beside(plan: Plan, missing: Sequence[int], accelerator: Accelerator) -> Beside:
+    """What scores the stage's images as they are written. Those that are on disk are this process's by turns."""
+    sampling = plan.settings.sampling
+    batches = range(sampling.num_batches) if missing else ()  # nothing is sampled, beside which to score
+    prompts = [one for batch in batches for one in stage_prompts(plan, batch) for _ in range(sampling.num_branches)]
+    beside = Beside(plan.settings.rewards, plan.stage, prompts)
+    there = [batch for batch in batches if batch not in missing]
+    for batch in there[accelerator.process_index :: accelerator.num_processes]:
+        beside.written(ids_of(plan, batch))
+    return beside
+
+
+def stage_prompts(plan: Plan, batch: int) -> list[str]:
+    """The prompts of a batch of the stage, one for each group."""
+    settings, index = plan.settings, plan.stage.index
+    rng = generator(settings.schedule.seed, index, "prompts", batch) if settings.prompts.at_random else None
+    # Without `rng` prompts are taken in turn. Batches are counted over stages, so that each stage continues the list.
+    global_batch = index * settings.sampling.num_batches + batch
+    return batch_prompts(list(plan.prompts), settings.sampling.num_groups, global_batch, rng)
+
+
 def batch_sizes(plan: Plan, accelerator: Accelerator) -> BatchSizes:
     """How many images the network and the decoder take at once: as configured, or what has been found to fit."""
     settings = plan.settings
@@ -212,6 +248,7 @@ class BatchSampler:
     sizes: BatchSizes
     policy: dict[str, Any]  # what identifies the policy, for the metadata of every batch's file
     writer: Behind  # writes a batch's files while the next batch is sampled
+    beside: Beside  # scores images that are on disk
     bar: tqdm  # counts images; each network evaluation adds a fraction of one
     seconds: dict[str, float]  # adds up: decode; write, the time spent waiting for the writer
 
@@ -225,7 +262,7 @@ class BatchSampler:
         The batch's own file is written after its images, so where it exists they do. With `record` the experiment's
         config.json is written first.
         """
-        prompts, sampling = self.prompts(batch), self.plan.settings.sampling
+        prompts, sampling = stage_prompts(self.plan, batch), self.plan.settings.sampling
         # Groups may share a prompt: each distinct one is encoded, and stored, once.
         distinct = list(dict.fromkeys(prompts))
         conditions = self.model.encode(distinct)
@@ -253,25 +290,18 @@ class BatchSampler:
         timesteps = self.sampler.timesteps[window.start : window.start + log_probs.shape[2]]
 
         def write() -> None:
-            written = [stage.image(batch * len(images) + n) for n in range(len(images))]
+            written = [stage.image(n) for n in ids_of(self.plan, batch)]
             for path, image in zip(written, images, strict=True):
                 files.write_image(path, image)
             written += save_tree(stage, tree) if tree else []
             trajectories = latents, log_probs, timesteps
             of_batch = prompts, conditions, self.unconditional, self.policy, written
             save_batch(stage.batch(batch), *trajectories, *of_batch, tree=stored_tree)
+            self.beside.written(ids_of(self.plan, batch))
 
         # Waits until the batch before is written, so that at most two batches are in memory.
         with timed(self.seconds, "write"):
             self.writer.do(write)
-
-    def prompts(self, batch: int) -> list[str]:
-        """The batch's prompts, one for each group."""
-        settings, index = self.plan.settings, self.plan.stage.index
-        rng = generator(settings.schedule.seed, index, "prompts", batch) if settings.prompts.at_random else None
-        # Without `rng` prompts are taken in turn. Batches are counted over stages, so that each stage continues the list.
-        global_batch = index * settings.sampling.num_batches + batch
-        return batch_prompts(list(self.plan.prompts), settings.sampling.num_groups, global_batch, rng)
 
     def trajectories(
         self, batch: int, conditions: Conditions, micro_batch_size: int
@@ -349,7 +379,7 @@ def sample_batches(batch_sampler: BatchSampler, batches: Sequence[int], accelera
 
     The forecast is left out where a stage has been trained before: it has logged a better one.
     """
-    batch_sampler.model.prepare({prompt for batch in batches for prompt in batch_sampler.prompts(batch)})
+    batch_sampler.model.prepare({prompt for batch in batches for prompt in stage_prompts(batch_sampler.plan, batch)})
     plan, started = batch_sampler.plan, time.perf_counter()  # after encoding, which is done once
     for batch in batches:
         batch_sampler.sample(batch, record=accelerator.is_main_process)

@@ -5,10 +5,13 @@ N images
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,8 +19,25 @@ from torch import Tensor
 
 from b2diffurl.configuration.settings import Rewards
 from b2diffurl.experiment.not_finite import not_finite
+from b2diffurl.experiment.scored_batches import ScoredBatches
 from b2diffurl.experiment.stage import Stage
-from b2diffurl.rewards import Parts, Reward, by_name, join, load_reward, noting, require_finite, score
+from b2diffurl.rewards import (
+    Parts,
+    Reward,
+    by_name,
+    cost_text,
+    filled,
+    fills_holes,
+    join,
+    load_reward,
+    noting,
+    require_finite,
+    reward_identity,
+    reward_module,
+    score,
+    spent_by,
+    waits,
+)
 from b2diffurl.rewards.file import read_scores
 from b2diffurl.rewards.mixture import Scales, combine, measure_scales, recorded_scales
 from b2diffurl.rewards.watched import Watched
@@ -37,6 +57,7 @@ class Scores:
     scales: Scales | None  # mean and deviation by which a mixture's rewards were standardised; None: they were not
     seconds: dict[str, float]  # load: for loading the models; score: for scoring
     batch_sizes: dict[str, int]  # images that a reward saw at once, by its name
+    spent: dict[str, dict[str, int]]  # what a reward's requests have cost, by its name; without those that make none
 
 
 @dataclass(frozen=True)
@@ -48,10 +69,36 @@ class Scored:
     load_sec: float = 0.0
     score_sec: float = 0.0
     batch_size: int = 0  # images that the reward saw at once; 0: its scores were made elsewhere
+    spent: Mapping[str, int] = field(default_factory=dict)  # requests, tokens and the like
 
     def by_name(self, name: str) -> Parts:
         """The rewards under `name`, and their parts under name/part."""
         return by_name(name, self.rewards, self.parts)
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """The scores of one batch by one reward."""
+
+    rewards: Tensor  # float32 [N]
+    parts: Parts
+    spent: Mapping[str, int]  # what its requests have cost
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON keeps every bit of a float32."""
+        parts = {key: value if isinstance(value, list) else value.tolist() for key, value in self.parts.items()}
+        return {"rewards": self.rewards.tolist(), "parts": parts, "spent": dict(self.spent)}
+
+    @classmethod
+    def from_json(cls, kept: Mapping[str, Any]) -> "ScoredBatch":
+        parts = {key: as_part(value) for key, value in kept["parts"].items()}
+        return cls(as_tensor(kept["rewards"]), parts, kept["spent"])
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all of its numbers are."""
+        numbers = [value for value in (self.rewards, *self.parts.values()) if isinstance(value, Tensor)]
+        return all(value.isfinite().all() for value in numbers)
 
 
 @dataclass(frozen=True)
@@ -116,6 +163,7 @@ def score_stage(rewards: Rewards, stage: Stage, prompts: list[str], accelerator:
         scales=scales,
         seconds={"load": load_sec, "score": score_sec},
         batch_sizes={name: one.batch_size for name, one in scored.items() if one.batch_size},
+        spent={name: dict(one.spent) for name, one in scored.items() if one.spent},
     )
     # Written before they are checked, so that the user can see the scores that stop the run.
     write_scores(stage, prompts, scores)
@@ -157,15 +205,52 @@ def score_by(name: str, rewards: Rewards, stage: Stage, prompts: list[str], acce
     # `given`: what fits depends on the reward's model, so a size is kept for each reward.
     sizes = BatchSizes(stage.root, accelerator.device, wanted, alone=accelerator.num_processes == 1, given=[name])
 
-    def score_share(batch_size: int) -> list[tuple[Tensor, Parts]]:
-        batches = Batches(stage, prompts, batch_size, accelerator.process_index, accelerator.num_processes)
-        return score_images(name, reward, batches, num_workers=rewards.num_workers)
+    kept = kept_batches(name, rewards, stage)
 
-    scored = gather(stage, sizes.fit("reward.batch_size", score_share), accelerator)
-    values, parts = join(scored) if accelerator.is_main_process else (torch.empty(0), {})
+    def score_share(batch_size: int) -> list[ScoredBatch]:
+        batches = Batches(stage, prompts, batch_size, accelerator.process_index, accelerator.num_processes)
+        return score_images(name, reward, batches, kept, num_workers=rewards.num_workers)
+
+    with forgetting(kept):
+        scored = gather(stage, sizes.fit("reward.batch_size", score_share), accelerator)
+    seconds = (loaded - started, time.perf_counter() - loaded)
+    if not accelerator.is_main_process:
+        return Scored(torch.empty(0), {}, *seconds)
+    values, parts = join([(batch.rewards, batch.parts) for batch in scored])
+    if kept and not kept.may_lack_scores and not values.isfinite().all():
+        kept.clear()
+    spent = sum((Counter(batch.spent) for batch in scored), Counter())
+    if fills_holes(name, rewards) and (holes := int((~values.isfinite()).sum())):
+        values, spent["unreadable"] = filled(values, prompts), holes
+    if spent:
+        logger.info("stage%d select: reward %s has cost %s", stage.index, name, cost_text(spent))
     if isinstance(reward, Watched):
         reward.warn_of_holes(values)
-    return Scored(values, parts, loaded - started, time.perf_counter() - loaded, batch_size=sizes.sizes["reward.batch_size"])
+    return Scored(values, parts, *seconds, batch_size=sizes.sizes["reward.batch_size"], spent=spent)
+
+
+def kept_batches(name: str, rewards: Rewards, stage: Stage) -> ScoredBatches | None:
+    """Where a reward's batches are kept until the stage is scored; None for one that waits for no other program."""
+    if not waits(name):
+        return None
+    identity = reward_identity(name, replace(rewards, own={**rewards.own, name: decisive_for_a_score(name, rewards)}))
+    return ScoredBatches(stage, name, files.digest(identity), hasattr(reward_module(name), "NOT_FINITE"))
+
+
+def decisive_for_a_score(name: str, rewards: Rewards) -> dict[str, Any]:
+    """A reward's settings without what is done about an image that has no score."""
+    return {key: value for key, value in rewards.own.get(name, {}).items() if key != "unreadable"}
+
+
+@contextmanager
+def forgetting(kept: ScoredBatches | None) -> Iterator[None]:
+    """Forget the batches of a reward if it gives a wrong answer in the block."""
+    try:
+        yield
+    except ValueError:
+        if kept:
+            kept.clear()
+        raise
 
 
 def load(name: str, rewards: Rewards, stage: Stage, device: torch.device) -> Reward:
@@ -177,8 +262,10 @@ def load(name: str, rewards: Rewards, stage: Stage, device: torch.device) -> Rew
     return watched
 
 
-def score_images(name: str, reward: Reward, batches: Batches, *, num_workers: int) -> list[tuple[Tensor, Parts]]:
-    """Rewards and parts of each batch. While one is scored, `num_workers` threads read the images of the next."""
+def score_images(
+    name: str, reward: Reward, batches: Batches, kept: ScoredBatches | None = None, *, num_workers: int
+) -> list[ScoredBatch]:
+    """The scores of each batch. While one is scored, `num_workers` threads read the images of the next."""
     scored = []
     title, num_images = f"stage{batches.stage.index} score {name}", sum(map(batches.count, batches.starts))
     here = Path.cwd()  # a reward of the user's may be in another directory while the next images are read
@@ -189,33 +276,42 @@ def score_images(name: str, reward: Reward, batches: Batches, *, num_workers: in
                 return torch.stack([*pool.map(files.read_image, [here / path for path in batches.paths(start)])])
 
         for start, images in ahead(read, batches.starts):
-            prompts = [batches.prompts[n] for n in batches.ids(start)]
-            with noting(f"reward {name}, {batches.place(start)}"):
-                scored.append(score(reward, images, prompts, batches.count(start)))
+            scored.append(score_batch(name, reward, batches, start, images, kept))
             bar.update(batches.count(start))
     return scored
 
 
-def gather(stage: Stage, batches: list[tuple[Tensor, Parts]], accelerator: Accelerator) -> list[tuple[Tensor, Parts]]:
+def score_batch(
+    name: str, reward: Reward, batches: Batches, start: int, images: Tensor, kept: ScoredBatches | None
+) -> ScoredBatch:
+    """The scores of the batch that begins with image `start`, images uint8 [N,H,W,3]. With `kept` it is scored once only."""
+    prompts = [batches.prompts[n] for n in batches.ids(start)]
+    key = kept.key(images, prompts) if kept else ""
+    if kept and (found := kept.find(start, key)):
+        return ScoredBatch.from_json(found)
+    with noting(f"reward {name}, {batches.place(start)}"):
+        scored = ScoredBatch(*score(reward, images, prompts, batches.count(start)), spent_by(reward))
+    if kept and scored.is_finite:
+        kept.keep(start, key, scored.as_json())
+    return scored
+
+
+def gather(stage: Stage, batches: list[ScoredBatch], accelerator: Accelerator) -> list[ScoredBatch]:
     """The batches of all processes, in order, in the first process. The other processes get their own back.
 
-    They pass through JSON files, because parts may be text, which a collective operation cannot send. JSON keeps every bit
-    of a float32.
+    They pass through JSON files, because parts may be text, which a collective operation cannot send.
     """
     if accelerator.num_processes == 1:
         return batches
     paths = [stage.folder / f"scores_of_process_{rank}.json{files.TEMPORARY}" for rank in range(accelerator.num_processes)]
-    own = [
-        [rewards.tolist(), {key: value if isinstance(value, list) else value.tolist() for key, value in parts.items()}]
-        for rewards, parts in batches
-    ]
+    own = [batch.as_json() for batch in batches]
     files.write_bytes(paths[accelerator.process_index], json.dumps(own).encode(), durable=False)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shares = [json.loads(path.read_text()) for path in paths]
         # Processes took the batches in turn, so the first batch of each comes before the second of any.
         ordered = [share[turn] for turn in range(len(shares[0])) for share in shares if turn < len(share)]
-        batches = [(as_tensor(rewards), {key: as_part(value) for key, value in parts.items()}) for rewards, parts in ordered]
+        batches = [ScoredBatch.from_json(batch) for batch in ordered]
         for path in paths:
             path.unlink()
     accelerator.wait_for_everyone()  # before another process writes its scores by the next reward

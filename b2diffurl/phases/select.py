@@ -104,6 +104,7 @@ def finish(
         "seed": sampled["seed"],
         "num_processes": accelerator.num_processes,
         "batch_sizes": scores.batch_sizes,
+        **({"spent": scores.spent} if scores.spent else {}),
         "warnings": warnings,
         **peak_memory(accelerator.device),
     }
@@ -173,7 +174,8 @@ def log_summary(plan: Plan, summary: dict[str, Any], seconds: float) -> None:
 
 
 def clean_up(plan: Plan) -> None:
-    """Delete the stage's trajectories, unless the user keeps them. The selected ones have been copied."""
+    """Delete the scores of single batches and, unless the user keeps them, the trajectories; the selected are copied."""
+    plan.stage.delete_ours(plan.stage.scored)
     if not plan.settings.output.keep_samples:
         plan.stage.delete_ours(plan.stage.samples)
 

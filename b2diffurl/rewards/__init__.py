@@ -31,8 +31,17 @@ class RewardModule(Protocol):
     One module may serve several rewards, so each function is told the reward's `name`. `own` is the reward's section of the
     configuration, config.reward.<name>, or {} if it has none.
 
-    A module may also define NOT_DECISIVE: the keys of `own` that do not change a score. Examples are the path of a model,
-    which is identified by the checksums of its files, and a timeout.
+    A module may also define:
+
+    - NOT_DECISIVE, the keys of `own` that do not change a score. Examples are the path of a model, which is identified by
+      the checksums of its files, and a timeout.
+    - WAITS = True, if the reward only waits for another program, and reads nothing that may change in the process. Its
+      batches are then scored in a thread while the next images are sampled.
+    - NOT_FINITE, what the user can do where a score is NaN.
+    - probe(name, own), which tries the program that the reward waits for, before any work. It raises as `check` does.
+
+    The function that `load` returns may have a method `spent`, which returns what its requests have cost since it was last
+    called, {"requests": 32, …}.
     """
 
     def check(self, name: str, own: Mapping[str, Any], prompts: Sequence[str]) -> None:
@@ -70,6 +79,7 @@ REWARDS = {
     "vqascore": "imscore",
     "shapes": "shapes",
     "http": "http",
+    "vlm": "vlm",
     "file": "file",
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -79,6 +89,18 @@ def check_rewards(names: Sequence[str], rewards: Rewards, prompts: Sequence[str]
     """Raise an error, before any work, if a reward is unknown, lacks its model, or cannot score one of the prompts."""
     for name in names:
         reward_module(name).check(name, rewards.own.get(name, {}), prompts)
+
+
+def probe_rewards(names: Sequence[str], rewards: Rewards) -> None:
+    """Raise an error, before any work, if the program that a reward waits for is not there or cannot do what it should."""
+    for name in names:
+        if hasattr(reward_module(name), "probe"):
+            reward_module(name).probe(name, rewards.own.get(name, {}))
+
+
+def waits(name: str) -> bool:
+    """Whether a reward waits for another program, so that it can be scored in a thread beside other work."""
+    return getattr(reward_module(name), "WAITS", False)
 
 
 def load_reward(name: str, rewards: Rewards, device: torch.device) -> Reward:
@@ -126,8 +148,9 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], count: int | N
     a ValueError says what is wrong with it.
     """
     with torch.no_grad():
-        # Copies, because a user's function may change what it is given, and others read the same images and prompts.
-        result = reward(images.clone(), list(prompts))
+        # Copies, because a user's function may change what it is given, and others read the same images and prompts. NumPy
+        # copies them: see phases/scoring_beside.py.
+        result = reward(torch.from_numpy(images.numpy().copy()), list(prompts))
     rewards, parts = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
     # The function may be a user's own, so check everything it returned.
     if not isinstance(rewards, Tensor) or not isinstance(parts, Mapping):
@@ -190,4 +213,31 @@ def require_finite(name: str, rewards: Tensor, where: str) -> None:
     """Raise a FloatingPointError that lists the images whose reward is NaN or infinite; `where` says in which batch."""
     bad = (~rewards.isfinite()).nonzero().flatten().tolist()
     if bad:
-        raise FloatingPointError(f"reward {name} is not finite for images {listed(bad)} {where}")
+        module = reward_module(name) if name in REWARDS else None
+        remedy = f"; {module.NOT_FINITE}" if hasattr(module, "NOT_FINITE") else ""
+        raise FloatingPointError(f"reward {name} is not finite for images {listed(bad)} {where}{remedy}")
+
+
+def spent_by(reward: Reward) -> dict[str, int]:
+    """What a reward's requests have cost since this was last asked; {} if it makes none."""
+    return reward.spent() if hasattr(reward, "spent") else {}
+
+
+def cost_text(spent: Mapping[str, int]) -> str:
+    """What requests have cost, for people: `1,280 requests, 2 retries, 512,000 prompt tokens`."""
+    return ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in spent.items())
+
+
+def fills_holes(name: str, rewards: Rewards) -> bool:
+    """Whether an image that the reward could not score gets the mean of its prompt's other images."""
+    return rewards.own.get(name, {}).get("unreadable") == "mean"
+
+
+def filled(scores: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The scores [N] with the mean of its prompt's others instead of a NaN, or with NaN if the prompt has none."""
+    known = scores.isfinite()
+    result = scores.clone()
+    for prompt in {prompts[n] for n in (~known).nonzero().flatten().tolist()}:
+        of_prompt = torch.tensor([one == prompt for one in prompts])
+        result[of_prompt & ~known] = scores[of_prompt & known].double().mean().float()
+    return result

@@ -29,6 +29,7 @@ from torch import Tensor
 from b2diffurl.rewards import Reward
 from b2diffurl.runtime.logs import logger, printable
 
+WAITS = True  # for a server: a batch can be scored while the next images are sampled
 NOT_DECISIVE = ("timeout_sec", "num_retries")
 FIRST_WAIT_SEC = 0.5  # before the first retry; each further wait is twice as long
 AUTHORIZATION = "REWARD_HTTP_AUTHORIZATION"
@@ -89,10 +90,13 @@ def post(body: bytes, *, url: str, timeout_sec: float, num_retries: int) -> byte
     raise ConnectionError(f"reward http: {problem}; asked {attempt + 1} time{'s' if attempt else ''}")
 
 
-def shown(said: bytes | str) -> str:
-    """What a server said, for an error: cut, without control characters, and with *** for our secret if it repeats that."""
+def shown(said: bytes | str, secret: str | None = None) -> str:
+    """What a server said, for an error: cut, without control characters, and with *** for the secret if it repeats that.
+
+    Without a `secret` it is the one of this reward.
+    """
     text = said[: 4 * MAX_SHOWN].decode(errors="replace") if isinstance(said, bytes) else said
-    for word in os.environ.get(AUTHORIZATION, "").split()[-1:]:
+    for word in (os.environ.get(AUTHORIZATION, "") if secret is None else secret).split()[-1:]:
         text = text.replace(word, "***")
     text = printable(text[:MAX_SHOWN])
     return text if len(text) < MAX_SHOWN else f"{text[:MAX_SHOWN]}…"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from b2diffurl.experiment.not_finite import listed
-from b2diffurl.rewards import Parts, Reward, score
+from b2diffurl.rewards import Parts, Reward, score, spent_by
 from b2diffurl.runtime.batch_sizes import is_out_of_memory
 from b2diffurl.runtime.logs import logger
 
@@ -34,6 +34,9 @@ class Watched:
             with self.forgiving():
                 return score(self.reward, images, prompts)
         return torch.full((len(prompts),), torch.nan), {}
+
+    def spent(self) -> dict[str, int]:
+        return spent_by(self.reward)
 
     def warn_of_holes(self, rewards: Tensor) -> None:
         """Log which of the images [N] have a reward that is NaN or infinite, unless the reward was lost, which is logged."""

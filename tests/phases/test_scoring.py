@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from b2diffurl.configuration.settings import read_settings
 from b2diffurl.phases.scoring import Batches, score_images
-from b2diffurl.rewards import join, load_reward
+from b2diffurl.rewards import load_reward
 from b2diffurl.runtime import files
 
 CPU = torch.device("cpu")
@@ -132,7 +132,8 @@ def scored(begin, overrides) -> Callable:
 
     def run(batch_size: int, num_workers: int, reward=reward) -> list[float]:
         prompts = json.loads(stage.prompts.read_text())
-        return join(score_images("jpeg", reward, Batches(stage, prompts, batch_size), num_workers=num_workers))[0].tolist()
+        found = score_images("jpeg", reward, Batches(stage, prompts, batch_size), num_workers=num_workers)
+        return torch.cat([batch.rewards for batch in found]).tolist()
 
     run.stage = stage
     return run

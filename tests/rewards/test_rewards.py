@@ -599,6 +599,10 @@ DECISIVE = {
         "max_new_tokens": 6, "num_layers": 2, "question": QUESTION, "reference": "The image contains {prompt}",
     },
     "http": {"url": "http://a/"},
+    "vlm": {
+        "model": "", "score": "yes", "questions": (), "question_weights": (), "scale": (0, 10), "max_tokens": 256,
+        "unreadable": "stop", "extra_body": None,
+    },
 }  # fmt: skip
 
 
