@@ -62,8 +62,8 @@ def test_bad_files_are_named_before_anything_is_served(begin):
 
 
 def test_one_at_a_time_judges_a_stage(begin):
-    """While a page is open another one is refused, with the process that has it, and the run's own lock is not touched. (That
-    a killed page is not in the way is tested below.)"""
+    """While a page is open another one is refused, with the process that has it, and the run's own lock is not touched. That
+    a killed page is not in the way is tested below."""
     folder, _ = begin(FILE)
     stage = stage_of(folder)
     with subprocess.Popen(["sleep", "60"]) as other:
