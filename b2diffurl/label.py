@@ -50,7 +50,7 @@ def label(experiment: str, index: int | None, port: int) -> None:
             except KeyboardInterrupt:
                 show(f"label: stopped; {session.progress}, and the same command goes on from there")
                 raise
-    show(f"label: {stage.given_scores} has the scores. Run the command of the run again: {run_command(root)} …")
+    show(f"label: {stage.given_scores} has the scores. Run the command of the run again: {run_command(root)}")
 
 
 if __name__ == "__main__":

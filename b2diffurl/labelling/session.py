@@ -148,9 +148,19 @@ def read_votes(stage: Stage, none: Votes, images_sha256: str) -> Votes:
 
 
 def run_command(root: Path) -> str:
-    """The command with which the run of the experiment in `root` goes on, without the settings that only its user knows."""
-    config = files.read_json(root / "config.json")["config"]
-    reward = config["reward"]
-    words = {"Preset": config.get("preset"), "ExpName": config.get("exp_name") or root.name}
-    words |= {"RewardWeights": str(reward["weights"])} if reward.get("weights") else {"Reward": reward["name"]}
-    return " ".join(f"{name}={shlex.quote(value)}" for name, value in words.items() if value) + " bash run_process.sh"
+    """The command with which the run of the experiment in `root` was begun, and goes on, without what was changed since."""
+    record = files.read_json(root / "config.json")
+    config, reward = record["config"], record["config"]["reward"]
+    changed = {key: here for key, (here, _) in (record.get("differs_from_preset") or {}).items()}
+    changed |= {"reward.weights": reward["weights"]} if reward.get("weights") else {}
+    short = {"preset": "Preset", "exp_name": "ExpName", "reward.name": "Reward"}
+    named = {"preset": config.get("preset"), "exp_name": config["exp_name"]}
+    named |= {} if reward.get("weights") else {"reward.name": reward["name"]}
+    variables = [f"{short[key]}={shlex.quote(value)}" for key, value in named.items() if value]
+    flags = [f"--config.{key}={as_flag(value)}" for key, value in changed.items() if key not in short and value is not None]
+    return " ".join([*variables, "bash run_process.sh", *map(shlex.quote, flags)])
+
+
+def as_flag(value: Any) -> str:
+    """A setting of config.json as a flag takes it: lists there are tuples."""
+    return str(tuple(value) if isinstance(value, list) else value)

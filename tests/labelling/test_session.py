@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import experiment, snapshot, stage_of
+from conftest import CONFIG, experiment, get_config, make_config, parse_command, snapshot, stage_of
 from scored import NUM_IMAGES
 
+from b2diffurl.configuration.recorded import preset_differences
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.labelling import session as sessions
 from b2diffurl.labelling.session import Session, TooLateError, run_command, waiting_stage
@@ -207,14 +208,17 @@ def test_nothing_waits(stage):
         waiting_stage(stage.root, None)
 
 
-def test_the_command_with_which_the_run_goes_on(begin):
-    """Preset, name and reward as they were; what a shell would read otherwise is quoted."""
+def test_the_command_with_which_the_run_goes_on(begin, models):
+    """A shell reads it as variables and flags of run_process.sh, and these give every setting that the run began with."""
     root = experiment(begin(FILE)[0])
-    record = read_json(root / "config.json")
     assert run_command(root).endswith(" ExpName=tiny Reward=file bash run_process.sh")
-    record["config"] |= {"preset": "shapes", "exp_name": "my run"}
-    record["config"]["reward"]["weights"] = {"file": 1.0, "jpeg_compressibility": 0.5}
-    write_json(root / "config.json", record)
-    *variables, shell, script = shlex.split(run_command(root))
-    weights = "RewardWeights={'file': 1.0, 'jpeg_compressibility': 0.5}"
-    assert (variables, shell, script) == (["Preset=shapes", "ExpName=my run", weights], "bash", "run_process.sh")
+    asked = {"exp_name": "my_run", "reward.weights": {"file": 1.0, "clip": 0.5}, "split_time": 4, "train.ema": 0.5}
+    asked |= {"eval.diversity": ("clip", "layout"), "prompt_file": str(models / "prompts.json")}
+    config = make_config(asked).to_dict()
+    differs = preset_differences(config, get_config("sd14").to_dict())
+    write_json(root / "config.json", {"config": config | {"preset": "sd14"}, "differs_from_preset": differs})
+    preset, name, shell, script, *flags = shlex.split(run_command(root))
+    assert (preset, name, shell, script) == ("Preset=sd14", "ExpName=my_run", "bash", "run_process.sh")
+    ended = parse_command(root, ["run_train.py", f"{CONFIG}:sd14", "--config.exp_name=my_run", *flags])
+    assert ended.code == 0, ended.stderr
+    assert json.loads(ended.stdout) == json.loads(json.dumps(config))
