@@ -13,9 +13,9 @@ from conftest import ROOT
 PACKAGE = ROOT / "b2diffurl"
 # Top down. What stands in one line may import each other, as long as no two modules do so in a circle.
 FLOORS = (
-    ("start", "resident", "report", "export"),
+    ("start", "resident", "report", "label", "export"),
     ("phases",),
-    ("reporting", "evaluation"),
+    ("reporting", "evaluation", "labelling"),
     ("models", "rewards"),
     ("configuration", "experiment"),
     ("objectives",),

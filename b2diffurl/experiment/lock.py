@@ -34,6 +34,7 @@ HEARTBEAT_SEC, SILENCE_SEC = 20, 180  # a run touches its lock so often; a silen
 def holding(root: Path) -> Iterator[None]:
     """Hold the lock of the experiment in `root` while the block runs; a ValueError names another run that holds it.
 
+    A stage's folder has a lock of its own, for the page on which people judge its images: one at a time.
     A script of run_process.sh leaves the lock behind for the next script; run_process.sh deletes it in the end. A process
     without an owner (see `owner`) holds nothing.
     """

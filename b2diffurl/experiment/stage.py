@@ -16,9 +16,11 @@ metrics/sample.jsonl           sample  one event: counts, and seconds of loading
 sample.json                    sample  its manifest (see below)
 
 scores_wanted.csv              select  reward `file` only: a table of images and prompts to fill
-scores_given.csv               people  the same with scores; people or another program write it
 scored/<reward>_<id>.json      sample, a batch that a reward behind a server has scored          when select is finished
                                select  (scored_batches.py); id = its first image's
+labels.json                    people  the answers that they gave on the page of b2diffurl.label
+scores_given.csv               people  the same table with scores; that page, people or another
+                                       program write it
 scores.jsonl                   select  a line an image: reward, its parts, watched rewards
 selection.json                 select  the images to train on: id, group, branch, score,
                                        advantage (in a tree a list, one for each edge)
@@ -32,6 +34,8 @@ checkpoints/checkpoint_<n>/    train   LoRA, its average, optimizer, state
                                        rounded up
 metrics/train.jsonl            train   an event an update: loss, gradient norm, log-ratios, …
 train.json                     train   its manifest
+
+run.lock                       people  the page that is at work, as lock.py has it               when it ends
 
 debug/<name>.safetensors       any     what a NaN or an infinity came from (not_finite.py)       when the phase is finished
 <any of these>.tmp,            any     half-written files and folders of an interrupted phase    when the phase starts again
@@ -68,7 +72,7 @@ AVERAGE = "ema"  # the folder in a checkpoint that holds the exponential average
 OURS = re.compile(
     r"((samples|selected)/batch_\d+|debug/\w+)\.safetensors|images/\d+\.png|tree\.(png|json)|checkpoints/checkpoint_\d+"
     r"|(metrics/)?(sample|select|train)\.jsonl?|(prompts|selection|scores_of_process_\d+)\.json|scores\.jsonl"
-    r"|scores_wanted\.csv|scored/\w+_\d+\.json"
+    r"|scores_wanted\.csv|labels\.json|scored/\w+_\d+\.json"
 )
 
 
@@ -114,6 +118,10 @@ class Stage:
     @property
     def given_scores(self) -> Path:
         return self.folder / "scores_given.csv"
+
+    @property
+    def labels(self) -> Path:
+        return self.folder / "labels.json"
 
     @property
     def selection(self) -> Path:

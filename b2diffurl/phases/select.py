@@ -201,12 +201,13 @@ def num_twin_groups(stage: Stage, sampled: dict, num_images: int, num_siblings: 
 
 
 def ask_for_scores(stage: Stage, prompts: list[str]) -> None:
-    """Write the table that people fill with scores, and log where it is."""
+    """Write the table that people fill with scores, and log where it is, and which command shows them the images."""
     write_template(stage, prompts)
     logger.info(
-        "stage%d select: waiting for the scores of %d images. Images: %s; ids and prompts: %s. Fill its column "
-        "`score`, save it as %s, and run the same command again.",
-        stage.index, len(prompts), stage.images, stage.wanted_scores, stage.given_scores,
+        "stage%d select: waiting for the scores of %d images. Judge them in a browser: python -m b2diffurl.label %s. "
+        "Or score the images of %s in a table: %s has ids and prompts, fill its column `score` and save it as %s. "
+        "Then run the same command again.",
+        stage.index, len(prompts), stage.root, stage.images, stage.wanted_scores, stage.given_scores,
     )  # fmt: skip
 
 

@@ -18,7 +18,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
@@ -39,6 +38,7 @@ from b2diffurl.experiment.evaluation_table import (
 from b2diffurl.experiment.folder import in_words, is_average
 from b2diffurl.experiment.stage import PHASES, Stage, finished_stages
 from b2diffurl.experiment.stage_table import Row, stage_list, stage_row, stage_warnings, step_means, with_queries
+from b2diffurl.reporting.markup import render, visible
 from b2diffurl.reporting.plots import (
     STYLE,
     Pair,
@@ -52,18 +52,16 @@ from b2diffurl.reporting.plots import (
     prompt_figure,
     save_png,
     short,
-    shorten,
     to_svg,
     tree_figure,
 )
 from b2diffurl.runtime import files
-from b2diffurl.runtime.logs import logger, printable
+from b2diffurl.runtime.logs import logger
 
 PRESETS = Path(__file__).parents[2] / "config" / "stage_process.py"
 NUM_PAIRS = 12  # how many images of a prompt set are shown: the first ones, not picked
 NUM_WARNINGS = 3  # how many warnings of a kind are shown
 NUM_EXTREMES = 6  # how many of the largest losses, and of the largest gains, are shown
-MAX_LETTERS = 400  # of a prompt that are shown
 KEPT_VERSION = 2  # raise it when a picture or `summary` changes: what an older report kept is then made again
 HEAT_MAPS = {"log_ratio": "Mean |log-ratio|", "clip_fraction": "Clip fraction"}
 # The names of the report's pictures.
@@ -118,15 +116,7 @@ def write_report(root: Path) -> Path:
             "gaps": stage_list(gaps) if (gaps := missing_stages(stages)) else "",
         }
     kept.finish()
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("b2diffurl.reporting"),
-        autoescape=True,  # prompts may hold HTML
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
-    environment.filters["visible"] = visible
-    html = environment.get_template("report.html").render(page)
-    files.write_bytes(root / "report.html", html.encode(errors="replace"))
+    files.write_bytes(root / "report.html", render("report.html", page))
     return root / "report.html"
 
 
@@ -134,11 +124,6 @@ def missing_stages(stages: Sequence[Row]) -> list[int]:
     """The stages between the first and the last that the page has no row of."""
     here = {row["stage"] for row in stages}
     return [index for index in range(min(here), max(here)) if index not in here]
-
-
-def visible(text: str, length: int = MAX_LETTERS) -> str:
-    """A text for the page: its beginning, with control characters and those that turn the direction of writing as codes."""
-    return shorten("\n".join(map(printable, text[: length + 1].split("\n"))), length)
 
 
 # ---- what is kept from one report to the next ----

@@ -21,6 +21,7 @@ from b2diffurl.experiment.branch_picture import GroupPicture
 from b2diffurl.experiment.evaluation_table import SETS, set_title
 from b2diffurl.experiment.stage_table import Row
 from b2diffurl.runtime import files
+from b2diffurl.runtime.logs import shorten
 
 INK, FAINT, GRID = "#1b1d20", "#6a6f77", "#dfe2e6"  # `to_svg` replaces these by the page's colours, light or dark
 BLUE, ORANGE, GREEN, PURPLE, RED = "#3b7dd8", "#e07b39", "#2f9e5f", "#a05cc0", "#d0453f"
@@ -416,11 +417,6 @@ def prompt_figure(prompt: str, labels: Sequence[str], rows: Sequence[np.ndarray]
         for column, image in enumerate(images):
             place(axes, image, column * 1.08, row * 1.08, GRID, 0.8)
     return figure
-
-
-def shorten(prompt: str, length: int) -> str:
-    """The beginning of a text, at most `length` characters."""
-    return prompt if len(prompt) <= length else prompt[: length - 1] + "…"
 
 
 def ending(name: str, length: int) -> str:

@@ -31,13 +31,18 @@ def load(name: str, own: Mapping[str, Any], device: torch.device, dtype: torch.d
 
 def write_template(stage: Stage, prompts: Sequence[str]) -> None:
     """Write scores_wanted.csv with a row (id, empty score, image, prompt) for each image, unless it exists."""
-    if stage.wanted_scores.is_file():
-        return
+    if not stage.wanted_scores.is_file():
+        write_table(stage.wanted_scores, stage, prompts, [""] * len(prompts))
+
+
+def write_table(path: Path, stage: Stage, prompts: Sequence[str], scores: Sequence[float | str]) -> None:
+    """Write a row (id, score, image, prompt) for each image of the stage; an empty text is a score that is still to come."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(("id", "score", "image", "prompt"))
-    table.writerows((n, "", stage.image(n).relative_to(stage.folder), prompt) for n, prompt in enumerate(prompts))
-    write_bytes(stage.wanted_scores, text.getvalue().encode())
+    rows = enumerate(zip(scores, prompts, strict=True))
+    table.writerows((n, score, stage.image(n).relative_to(stage.folder), prompt) for n, (score, prompt) in rows)
+    write_bytes(path, text.getvalue().encode())
 
 
 def read_scores(path: Path, count: int) -> Tensor:

@@ -109,6 +109,11 @@ def printable(text: str) -> str:
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
+def shorten(text: str, length: int) -> str:
+    """The beginning of a text, at most `length` characters."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
 class Printable(logging.Formatter):
     """Log lines in which everything can be printed. Only a traceback has several lines."""
 

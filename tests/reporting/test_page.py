@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 import re
 import shutil
 import struct
@@ -15,6 +14,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from browsing import browser, screenshot, set_window
 from conftest import ROOT, experiment, run_script, snapshot
 from PIL import Image
 
@@ -433,24 +433,6 @@ def test_facts_are_on_the_page(root):
 # ---- in a browser ----
 
 
-def browser():
-    """Headless Chromium from Debian's packages; without it the test is skipped, but not under CI."""
-    missing = [name for name in ("chromium", "chromedriver") if not shutil.which(name)]
-    if missing:
-        message = f"no {' and '.join(missing)}: apt-get install chromium chromium-driver"
-        assert not os.environ.get("CI"), message
-        pytest.skip(message)
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    return webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-
-
 @pytest.mark.usefixtures("no_pngs")
 @pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.long)])
 def test_a_browser_shows_it_whole(root, tmp_path, scheme):
@@ -465,10 +447,8 @@ def test_a_browser_shows_it_whole(root, tmp_path, scheme):
     write_report(root)
     driver = browser()
     try:
-        emulate(driver, "setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
         for width in (390, 1280):
-            metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-            emulate(driver, "setDeviceMetricsOverride", metrics)
+            set_window(driver, width, scheme)
             driver.get((root / "report.html").as_uri())
             images = driver.execute_script("return [...document.images].map(image => image.complete && image.naturalWidth)")
             assert min(images) == 64
@@ -483,11 +463,8 @@ def test_a_browser_shows_it_whole(root, tmp_path, scheme):
             assert driver.execute_script("return document.documentElement.scrollWidth") <= width
             top = "return document.querySelector('.warnings h2').getBoundingClientRect().top"
             assert 0 < driver.execute_script(top) < 300
-            height = driver.execute_script("return document.documentElement.scrollHeight")
-            emulate(driver, "setDeviceMetricsOverride", metrics | {"height": height})
-            shot = base64.b64decode(driver.execute_cdp_cmd("Page.captureScreenshot", {})["data"])
             picture = tmp_path / f"{scheme}_{width}.png"
-            picture.write_bytes(shot)
+            height = screenshot(driver, width, picture)
             pixels = np.asarray(Image.open(picture).convert("L"))
             assert pixels.shape == (height, width)
             assert (pixels[:20].mean() > 240) if scheme == "light" else (pixels[:20].mean() < 40)
@@ -495,10 +472,6 @@ def test_a_browser_shows_it_whole(root, tmp_path, scheme):
         assert driver.get_log("browser") == []
     finally:
         driver.quit()
-
-
-def emulate(driver, what: str, settings: dict) -> None:
-    driver.execute_cdp_cmd(f"Emulation.{what}", settings)
 
 
 def test_reading_a_report_s_files_needs_no_model():
