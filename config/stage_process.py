@@ -140,6 +140,15 @@ def rewards() -> ConfigDict:
     hps_v2.model = "RE-N-Y/hpsv21"  # Human Preference Score v2.1
     reward.vqascore = vqascore = ConfigDict()
     vqascore.model = "RE-N-Y/clip-t5-xxl"  # VQAScore: probability of "yes" to "does this show the prompt?"
+    reward.compose = compose = ConfigDict()
+    compose.detector = "google/owlv2-base-patch16-ensemble"  # finds objects: an OWLv2, OWL-ViT or Grounding DINO
+    compose.clip = "openai/clip-vit-large-patch14"  # CLIP model that tells their colours, as in GenEval
+    compose.metadata = ""  # JSON lines in GenEval's format; "": those in .jsonl prompt files, else by the prompt's words
+    compose.score = "fraction"  # fraction of a prompt's questions that are answered rightly | all: 1 if all are, else 0
+    compose.threshold = 0.2  # an object counts if the detector's score is above this
+    compose.count_threshold = 0.3  # the same for prompts that ask for a number of objects
+    compose.overlap = 0.5  # of boxes of one class with more intersection over union than this the surest stays; 1: all stay
+    compose.margin = 0.1  # part of the objects' sizes by which they must be apart, to be left of or above another
     reward.http = http = ConfigDict()
     http.url = ""  # URL of a reward server, http://HOST:PORT/ (docs/reward_server.py is one)
     http.timeout_sec = 60.0  # longest wait for the scores of a batch, in seconds

@@ -229,6 +229,7 @@ RUNNABLE = {
     "eval.diversity": [(), ("layout",), ("clip", "layout")], "track_with": [(), ("tensorboard",), ("wandb", "tensorboard")],
     "reward.weights": [None, {JPEG: 1.0}, {JPEG: 0.5, OTHER_JPEG: -2}, {"clip": 1e6}], "resume_from": [""],
     "compile": [False], "train.use_8bit_adam": [False], "reward.standardise": [False],
+    "reward.compose.score": ["fraction", "all"],
     "eval.deployed.scheduler": ["", "DDIMScheduler", "DDIM", "EulerDiscreteScheduler"],
     "exp_name": ["x", "größe", "实验", "a.b-c_1", "..a", "-x", "n" * 200],
     "save_path": ["model/lora", "a b/ü", ".", "a/../b", "n" * 250], "log_path": ["log", "log/a b", "."],
@@ -271,7 +272,7 @@ REFUSED = {
     "eval.neg_threshold": [1.0], "train.use_8bit_adam": [True], "reward.standardise": [True],
 }  # fmt: skip
 CHOICES = ("mixed_precision", "curriculum", "sampling", "eval.selection", "eval.advantage", "train.objective",
-           "train.step_weight", "wandb_mode", "reward.dtype", "sample.sde")  # fmt: skip
+           "train.step_weight", "wandb_mode", "reward.dtype", "sample.sde", "reward.compose.score")  # fmt: skip
 PLACES = ("pretrained.model", "reward.clip.model", "prompt_file", "eval.prompt_file")  # for which the world has a path
 # What makes a value count where it would not with SMALL.
 BESIDE = {

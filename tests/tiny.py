@@ -28,6 +28,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertTokenizer,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
@@ -38,13 +40,22 @@ from transformers import (
     CLIPVisionConfig,
     DebertaConfig,
     DebertaModel,
+    GroundingDinoConfig,
+    GroundingDinoForObjectDetection,
+    GroundingDinoImageProcessorPil,
+    GroundingDinoProcessor,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    Owlv2Config,
+    Owlv2ForObjectDetection,
+    Owlv2ImageProcessorPil,
+    Owlv2Processor,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SwinConfig,
     T5Config,
     T5EncoderModel,
     ViTConfig,
@@ -312,6 +323,47 @@ def classifier(root: Path) -> Path:
     )  # fmt: skip
     ViTForImageClassification(config).save_pretrained(root)
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(root)
+    return root
+
+
+def owlv2(root: Path) -> Path:
+    """An OWLv2 of 16 boxes an image with its processor in directory `root`; they differ from image to image."""
+    torch.manual_seed(9)
+    tokens = tokenizer()
+    vision = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = text_config(tokens) | {"pad_token_id": tokens.eos_token_id}
+    vision |= {"image_size": 32, "patch_size": 8}
+    config = Owlv2Config(text_config=text, vision_config=vision, projection_dim=WIDTH)
+    model = Owlv2ForObjectDetection(config)
+    model.box_head.dense2.weight.data *= 0.02  # as drawn, it makes boxes without any width
+    model.save_pretrained(root)
+    Owlv2Processor(Owlv2ImageProcessorPil(size={"height": 32, "width": 32}), tokens).save_pretrained(root)
+    return root
+
+
+def grounding_dino(root: Path) -> Path:
+    """A Grounding DINO of 12 boxes an image with its processor in directory `root`, likewise."""
+    torch.manual_seed(10)
+    words = ["[PAD]", "[UNK]", "[MASK]", *string.ascii_lowercase, *(f"##{letter}" for letter in string.ascii_lowercase)]
+    numbers = {word: number for number, word in enumerate(words)}
+    # The model knows marks and full stops by BERT's own numbers.
+    numbers |= {f"[unused{number}]": number for number in range(len(words), 1030)}
+    for mark, number in {"[CLS]": 101, "[SEP]": 102, ".": 1012, "?": 1029}.items():
+        del numbers[f"[unused{number}]"]
+        numbers[mark] = number
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": WIDTH, "intermediate_size": 32}
+    config = GroundingDinoConfig(
+        backbone_config=SwinConfig(
+            image_size=32, patch_size=4, embed_dim=8, depths=[1, 1, 1], num_heads=[1, 2, 2], window_size=4,
+            out_indices=[2, 3],
+        ),
+        text_config=BertConfig(vocab_size=len(numbers), **heads),
+        num_queries=12, encoder_layers=1, encoder_ffn_dim=32, encoder_attention_heads=2,
+        decoder_layers=2, decoder_ffn_dim=32, decoder_attention_heads=2, d_model=32, num_feature_levels=3, max_text_len=64,
+    )  # fmt: skip
+    GroundingDinoForObjectDetection(config).save_pretrained(root)
+    processor = GroundingDinoImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 96})
+    GroundingDinoProcessor(processor, BertTokenizer(vocab=numbers)).save_pretrained(root)
     return root
 
 

@@ -342,7 +342,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
             at_random=bool(config["prompt_random_choose"]),
         ),
         sampling=read_sampling(config),
-        rewards=read_rewards(config["reward"]),
+        rewards=read_rewards(config["reward"], (config["prompt_file"], config["eval"]["prompt_file"])),
         selection=read_selection(config["eval"], config["train"]),
         training=read_training(config["train"], config["sample"]["guidance_scale"]),
         judging=read_judging(config["eval"]),
@@ -453,8 +453,12 @@ def read_model(pretrained: Mapping[str, Any], train: Mapping[str, Any]) -> Model
     )
 
 
-def read_rewards(reward: Mapping[str, Any]) -> Rewards:
-    """The section `reward` of a configuration."""
+def read_rewards(reward: Mapping[str, Any], prompt_files: tuple[str, ...] = ()) -> Rewards:
+    """The section `reward` of a configuration. `prompt_files` are the run's: some say more of a prompt than its words."""
+    # Every section but `weights` belongs to a reward. A ConfigDict is not a Mapping, so look for its method `keys`.
+    own = {name: dict(section) for name, section in reward.items() if hasattr(section, "keys") and name != "weights"}
+    if "compose" in own:  # not in a configuration of the user's own, made before there was this reward
+        own["compose"]["prompt_files"] = prompt_files
     return Rewards(
         weights=reward_weights(reward),
         mixed=bool(reward["weights"]),
@@ -463,8 +467,7 @@ def read_rewards(reward: Mapping[str, Any]) -> Rewards:
         dtype=reward["dtype"],
         batch_size=reward["batch_size"],
         num_workers=reward["num_workers"],
-        # Every section but `weights` belongs to a reward. A ConfigDict is not a Mapping, so look for its method `keys`.
-        own={name: dict(section) for name, section in reward.items() if hasattr(section, "keys") and name != "weights"},
+        own=own,
     )
 
 

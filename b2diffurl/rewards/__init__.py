@@ -77,6 +77,7 @@ REWARDS = {
     "image_reward": "imscore",
     "hps_v2": "imscore",
     "vqascore": "imscore",
+    "compose": "compose",
     "shapes": "shapes",
     "http": "http",
     "vlm": "vlm",

@@ -59,7 +59,7 @@ HALF_ATOL = {"float16": 2e-3, "bfloat16": 1.5e-2}
 
 @pytest.fixture(scope="session")
 def zoo(models, tmp_path_factory) -> Path:
-    """A folder with `clip`, `llava` and `deberta`, another of each, and the aesthetic `head`."""
+    """A folder with `clip`, `llava` and `deberta`, another of each of the latter, the aesthetic `head`, and `owlv2`."""
     root = tmp_path_factory.mktemp("zoo")
     shutil.copytree(models / "clip", root / "clip")
     tiny.llava(root / "llava")
@@ -67,6 +67,7 @@ def zoo(models, tmp_path_factory) -> Path:
     tiny.deberta(root / "deberta")
     tiny.deberta(root / "deberta_other", seed=6)
     tiny.aesthetic_head(root / "head", tiny.WIDTH)
+    tiny.owlv2(root / "owlv2")
     return root
 
 
@@ -95,6 +96,8 @@ def settings(zoo) -> Callable[..., Rewards]:
         "bertscore.question": QUESTION,
         "bertscore.max_new_tokens": 6,
         "bertscore.num_layers": 2,
+        "compose.detector": zoo / "owlv2",
+        "compose.clip": zoo / "clip",
     }
 
     def make(changed: dict | None = None) -> Rewards:
@@ -564,7 +567,7 @@ def test_the_real_imscore_has_that_interface():
 @pytest.mark.parametrize(
     "key",
     ["clip.model", "pickscore.model", "aesthetic.clip", "aesthetic.head", "bertscore.captioner",
-     "bertscore.scorer", "image_reward.model", "hps_v2.model", "vqascore.model"],
+     "bertscore.scorer", "compose.detector", "compose.clip", "image_reward.model", "hps_v2.model", "vqascore.model"],
 )  # fmt: skip
 def test_a_model_neither_here_nor_on_a_hub_in_reach(settings, stand_in, key):
     """The id is named, and the command that gets it; a folder that holds no model is named, too."""
@@ -598,6 +601,7 @@ DECISIVE = {
     "bertscore": {
         "max_new_tokens": 6, "num_layers": 2, "question": QUESTION, "reference": "The image contains {prompt}",
     },
+    "compose": {"score": "fraction", "threshold": 0.2, "count_threshold": 0.3, "overlap": 0.5, "margin": 0.1},
     "http": {"url": "http://a/"},
     "vlm": {
         "model": "", "score": "yes", "questions": (), "question_weights": (), "scale": (0, 10), "max_tokens": 256,
@@ -614,6 +618,7 @@ def test_identity_is_name_settings_and_checksums(zoo, stand_in, settings, name):
         "pickscore": ["clip"],
         "aesthetic": ["head/head.pth", "clip"],
         "bertscore": ["llava", "deberta"],
+        "compose": ["owlv2", "clip"],
     }
     changed = {f"{name}.model": zoo / "clip"} if name in IMSCORE else {}
     expected = []
