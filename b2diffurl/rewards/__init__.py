@@ -68,6 +68,7 @@ REWARDS = {
     "image_reward": "imscore",
     "hps_v2": "imscore",
     "vqascore": "imscore",
+    "ocr": "ocr",
     "shapes": "shapes",
     "http": "http",
     "file": "file",
