@@ -21,9 +21,10 @@ from unittest import mock
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-# Child processes inherit these, and the libraries read them on import: one thread, and no network. Scripts work in the
-# folder where they are started, as if run_process.sh had gone there.
+# Child processes inherit these, and the libraries read them on import: one thread, no network, no reports to their makers.
+# Scripts work in the folder where they are started, as if run_process.sh had gone there.
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "B2DIFFURL_STARTED_IN": "."}
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 import diffusers  # noqa: E402
 import pytest  # noqa: E402

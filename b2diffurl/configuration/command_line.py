@@ -64,6 +64,7 @@ def set_up_command(verb: str) -> None:
     """What every command needs before anything else: streams, a usable environment, the repository as its directory."""
     set_up_streams()
     ambient.calm_warnings()
+    ambient.refuse_telemetry()
     try:
         ambient.require_usable()
     except ValueError as error:

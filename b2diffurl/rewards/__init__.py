@@ -78,6 +78,7 @@ REWARDS = {
     "hps_v2": "imscore",
     "vqascore": "imscore",
     "compose": "compose",
+    "ocr": "ocr",
     "shapes": "shapes",
     "http": "http",
     "vlm": "vlm",

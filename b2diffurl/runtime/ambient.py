@@ -68,6 +68,14 @@ def calm_warnings() -> None:
         warnings.simplefilter("default")
 
 
+def refuse_telemetry() -> None:
+    """Have onnxruntime report nothing to its makers, and leave no files in ~/.cache, unless the user has said otherwise.
+
+    It looks at the variable once, when it is imported. Where it is installed diffusers may import it.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+
 def recorded() -> dict[str, str]:
     """The variables of RECORDED that are set, for manifests."""
     return {name: os.environ[name] for name in RECORDED if name in os.environ}

@@ -1,5 +1,6 @@
 """Each reward alone: against stock processor and forward one image at a time, Pillow's bytes, numbers by hand."""
 
+import importlib.util
 import inspect
 import io
 import json
@@ -609,6 +610,17 @@ DECISIVE = {
     },
 }  # fmt: skip
 
+# What the reader of the reward ocr is made of: the models in the package, and the thresholds between them.
+OF_RAPIDOCR = [
+    Path(importlib.util.find_spec("rapidocr").origin).parent / name
+    for name in (
+        "models/PP-OCRv6_det_small.onnx",
+        "models/ch_ppocr_mobile_v2.0_cls_mobile.onnx",
+        "models/PP-OCRv6_rec_small.onnx",
+        "config.yaml",
+    )
+]
+
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_identity_is_name_settings_and_checksums(zoo, stand_in, settings, name):
@@ -626,6 +638,7 @@ def test_identity_is_name_settings_and_checksums(zoo, stand_in, settings, name):
         kinds = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
         expected += [path for kind in kinds for path in sorted(folder.glob(kind))] if folder.is_dir() else [folder]
     expected += [zoo / "clip" / "model.safetensors"] if name in IMSCORE else []
+    expected += OF_RAPIDOCR if name == "ocr" else []
     found = reward_identity(name, settings(changed | {"http.url": "http://a/"}))
     assert found == [name, DECISIVE.get(name, {}), [sha256(path) for path in expected]]
 

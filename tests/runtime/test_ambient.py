@@ -1,6 +1,7 @@
 """What a process finds around it changes no result: it is set, refused or recorded."""
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -104,6 +105,16 @@ def test_warnings_are_no_errors(monkeypatch):
         ambient.calm_warnings()
         warnings.warn("soon gone", DeprecationWarning, stacklevel=1)
     assert len(said) == 1
+
+
+def test_onnxruntime_reports_nothing(empty, monkeypatch):
+    """Every script sees to it, before a library that imports onnxruntime; what the user has set stays."""
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY")
+    assert run_script(empty, "sample", {"stage_cnt": -1}).code == 2
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
+    ambient.refuse_telemetry()
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "0"
 
 
 def test_variables_that_choose_kernels_are_recorded(workplace, overrides, monkeypatch):
