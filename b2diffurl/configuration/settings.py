@@ -180,6 +180,7 @@ class Rewards:
 
     weights: Mapping[str, float]  # name -> weight of each reward trained on; without a mixture one name with weight 1
     mixed: bool  # whether the weights were given as a mixture
+    combine: str  # a mixture's rewards are added up as they are (sum), or each normalised by its prompt first (advantages)
     standardise: bool  # whether a mixture's rewards are first standardised, by their mean and deviation in the first stage
     watched: tuple[str, ...]  # rewards that are scored and logged, never trained on
     dtype: str  # of reward models: auto | float32 | float16 | bfloat16
@@ -458,6 +459,7 @@ def read_rewards(reward: Mapping[str, Any]) -> Rewards:
     return Rewards(
         weights=reward_weights(reward),
         mixed=bool(reward["weights"]),
+        combine=reward["combine"],
         standardise=reward["standardise"],
         watched=tuple(reward["watch"]),
         dtype=reward["dtype"],
