@@ -508,3 +508,8 @@ def describe_reward(reward: Mapping[str, Any]) -> str:
 def describe_mixture(weights: Mapping[str, float]) -> str:
     """A weighted sum for people to read: `1 clip + 0.1 aesthetic`."""
     return " + ".join(f"{weight:g} {name}" for name, weight in weights.items())
+
+
+def combined_text(combine: str) -> str:
+    """How a mixture's rewards are combined, to be said after the mixture; "" where they are added up as they are."""
+    return {"sum": "", "advantages": ", each normalised by itself"}[combine]

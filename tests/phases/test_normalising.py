@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from conftest import experiment, json_lines, make_config, ran, refuse, stage_of
+from conftest import experiment, json_lines, make_config, plan, ran, refuse, stage_of
 from scored import CLIP, JPEG, NUM_IMAGES, scores
 
 from b2diffurl.configuration.settings import read_settings
 from b2diffurl.phases.normalising import history, normalise_scores
 from b2diffurl.phases.scoring import Scores
+from b2diffurl.reporting.dry_run import describe
+from b2diffurl.reporting.model_card import reward_with_models
 from b2diffurl.runtime import files
 
 WEIGHTS = {"x": 3.0, "y": 4.0}
@@ -93,6 +95,7 @@ def test_two_stages_with_the_history_of_each_reward(overrides, tmp_path):
     manifest says how rewards are combined, and the way cannot be changed."""
     weights = {CLIP: 1.0, JPEG: -2.0}
     mixture = overrides | {"reward.weights": weights, "reward.combine": "advantages", "eval.selection": "all"}
+    assert f"1 {CLIP} + -2 {JPEG}, each normalised by itself" in describe(plan(tmp_path, mixture))
     for verb in ("sample", "select", "train"):
         ran(tmp_path, verb, mixture)
     second = mixture | {"run_name": "stage1"}
@@ -119,4 +122,7 @@ def test_two_stages_with_the_history_of_each_reward(overrides, tmp_path):
         assert f"share of {name} {share:.2f}" in said
     for one in now:  # the reward that is reported is the weighted sum
         assert one["reward"] == pytest.approx(one["parts"][CLIP] - 2 * one["parts"][JPEG], abs=1e-6)
-    assert files.read_json(experiment(tmp_path) / "config.json")["config"]["reward"]["combine"] == "advantages"
+    recorded = files.read_json(experiment(tmp_path) / "config.json")["config"]["reward"]
+    assert recorded["combine"] == "advantages"
+    assert reward_with_models(recorded).endswith(f"-2 × `{JPEG}`, each normalised by itself")
+    assert reward_with_models(recorded | {"combine": "sum"}).endswith(f"`{JPEG}`")
