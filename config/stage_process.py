@@ -115,6 +115,7 @@ def rewards() -> ConfigDict:
     reward = ConfigDict()
     reward.name = "clip"  # a reward of docs/rewards.md, or your own as package.module:function
     reward.weights = config_dict.placeholder(object)  # a mixture instead of name: {"clip": 1.0, "aesthetic": 0.1}
+    reward.combine = "sum"  # sum | advantages: normalise a mixture's rewards each by its own prompt statistics, then weigh
     reward.standardise = False  # True: standardise the rewards of a mixture, by mean and deviation in the first stage
     reward.watch = ()  # rewards that are scored and logged but never trained on: ("pickscore",)
     reward.batch_size = 32  # images scored at once

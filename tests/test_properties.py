@@ -228,8 +228,9 @@ RUNNABLE = {
     "reward.watch": [(), (OTHER_JPEG,)], "eval.judge": ["", "shapes", OTHER_JPEG], "run_name": ["stage0"],
     "eval.diversity": [(), ("layout",), ("clip", "layout")], "track_with": [(), ("tensorboard",), ("wandb", "tensorboard")],
     "reward.weights": [None, {JPEG: 1.0}, {JPEG: 0.5, OTHER_JPEG: -2}, {"clip": 1e6}], "resume_from": [""],
-    "compile": [False], "train.use_8bit_adam": [False], "reward.standardise": [False],
-    "reward.compose.score": ["fraction", "all"],
+    "compile": [False], "train.use_8bit_adam": [False], "reward.standardise": [False], "reward.combine": ["sum"],
+    "reward.compose.score": ["fraction", "all"], "reward.vlm.score": ["yes", "rating"],
+    "reward.vlm.unreadable": ["stop", "mean"], "reward.vlm.extra_body": [None, {"top_p": 1, "stop": ["a"]}],
     "eval.deployed.scheduler": ["", "DDIMScheduler", "DDIM", "EulerDiscreteScheduler"],
     "exp_name": ["x", "größe", "实验", "a.b-c_1", "..a", "-x", "n" * 200],
     "save_path": ["model/lora", "a b/ü", ".", "a/../b", "n" * 250], "log_path": ["log", "log/a b", "."],
@@ -270,9 +271,11 @@ REFUSED = {
     "resume_from": ["no/such/lora", ".", "n" * 300, "a\0b", "~no-such-user/x", "file", "/dev/null"],
     "eval.deployed.scheduler": ["Magic", "os.system", "x" * 300], "eval.pos_threshold": [-1.0],
     "eval.neg_threshold": [1.0], "train.use_8bit_adam": [True], "reward.standardise": [True],
+    "reward.combine": ["advantages"],
 }  # fmt: skip
 CHOICES = ("mixed_precision", "curriculum", "sampling", "eval.selection", "eval.advantage", "train.objective",
-           "train.step_weight", "wandb_mode", "reward.dtype", "sample.sde", "reward.compose.score")  # fmt: skip
+           "train.step_weight", "wandb_mode", "reward.dtype", "reward.combine", "sample.sde", "reward.compose.score",
+           "reward.vlm.score", "reward.vlm.unreadable")  # fmt: skip
 PLACES = ("pretrained.model", "reward.clip.model", "prompt_file", "eval.prompt_file")  # for which the world has a path
 # What makes a value count where it would not with SMALL.
 BESIDE = {

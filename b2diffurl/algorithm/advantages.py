@@ -6,7 +6,7 @@ D depths of the tree in which a group's trajectories part
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -71,6 +71,24 @@ def standards(
     else:
         baseline = torch.stack([mean[prompt] for prompt in prompts])
     return baseline, torch.tensor([std[prompt] for prompt in prompts])
+
+
+def weigh(scores: Collection[Tensor], weights: Collection[float]) -> Tensor:
+    """The scores of several rewards as one, sum_k w_k s_k / sqrt(sum_k w_k^2); each s_k, and the result, is of one shape.
+
+    After GDPO (arXiv 2601.05242), whose last step, by mean and deviation of the batch, is left out (docs/method.md). If the
+    rewards do not correlate the result has the spread of a single score, so thresholds and clipping keep their meaning.
+    """
+    unit = math.hypot(*weights)
+    first, *others = (weight / unit * score.double() for score, weight in zip(scores, weights, strict=True))
+    return sum(others, first).float()  # begun with the first: of one reward every bit is kept, the sign of a 0 too
+
+
+def correlation(x: Tensor, y: Tensor) -> float:
+    """Pearson's correlation of x [N] and y [N]; 0 if either does not vary."""
+    x, y = (values.double() - values.double().mean() for values in (x, y))
+    size = (x.norm() * y.norm()).item()
+    return (x @ y).item() / size if size else 0.0
 
 
 def advantages(scores: Tensor, *, clip: float, positive_weight: float, negative_weight: float) -> Tensor:

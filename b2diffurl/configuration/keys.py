@@ -115,6 +115,7 @@ KEYS = {
     # ---- reward; settings of a reward that is not trained on may always change (recorded.unused_settings) ----
     "reward.name": Key(TEXT),
     "reward.weights": Key(Mixture(), before=None, not_beside=("reward.name",)),
+    "reward.combine": Key(Choice(("sum", "advantages")), before="sum", not_beside=("reward.name", "reward.weights")),
     "reward.standardise": Key(SWITCH, before=False, not_beside=("reward.name", "reward.weights")),
     "reward.watch": Key(Names(), may_change=True),
     "reward.batch_size": Key(COUNT, may_change=True),

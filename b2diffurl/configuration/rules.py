@@ -172,11 +172,16 @@ def smallest_window(settings: Mapping[str, Any]) -> int:
 
 
 def check_rewards(settings: Mapping[str, Any]) -> None:
-    """Refuse a judge or a watched reward that cannot be one, and reward.standardise where it has no effect."""
+    """Refuse a judge or a watched reward that cannot be one, and settings of a mixture where there is none."""
     weights, watch = settings["reward.weights"], settings["reward.watch"]
     if settings["reward.standardise"] and weights is None:
         raise ValueError(
             "reward.standardise is on without reward.weights; it must be off: a single reward's scale has no effect"
+        )
+    if settings["reward.combine"] != "sum" and weights is None:
+        raise ValueError(
+            f"reward.combine is {settings['reward.combine']} without reward.weights; it must be sum: a single reward is "
+            "normalised by its own prompt statistics anyway"
         )
     if settings["eval.judge"] == "file":
         raise ValueError("eval.judge is file; it must be a reward that can score the images that are judged")

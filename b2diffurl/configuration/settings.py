@@ -180,6 +180,7 @@ class Rewards:
 
     weights: Mapping[str, float]  # name -> weight of each reward trained on; without a mixture one name with weight 1
     mixed: bool  # whether the weights were given as a mixture
+    combine: str  # a mixture's rewards are added up as they are (sum), or each normalised by its prompt first (advantages)
     standardise: bool  # whether a mixture's rewards are first standardised, by their mean and deviation in the first stage
     watched: tuple[str, ...]  # rewards that are scored and logged, never trained on
     dtype: str  # of reward models: auto | float32 | float16 | bfloat16
@@ -462,6 +463,7 @@ def read_rewards(reward: Mapping[str, Any], prompt_files: tuple[str, ...] = ()) 
     return Rewards(
         weights=reward_weights(reward),
         mixed=bool(reward["weights"]),
+        combine=reward["combine"],
         standardise=reward["standardise"],
         watched=tuple(reward["watch"]),
         dtype=reward["dtype"],
@@ -509,3 +511,8 @@ def describe_reward(reward: Mapping[str, Any]) -> str:
 def describe_mixture(weights: Mapping[str, float]) -> str:
     """A weighted sum for people to read: `1 clip + 0.1 aesthetic`."""
     return " + ".join(f"{weight:g} {name}" for name, weight in weights.items())
+
+
+def combined_text(combine: str) -> str:
+    """How a mixture's rewards are combined, to be said after the mixture; "" where they are added up as they are."""
+    return {"sum": "", "advantages": ", each normalised by itself"}[combine]

@@ -29,8 +29,9 @@ from b2diffurl.configuration.budget import Budget
 from b2diffurl.configuration.plan import Plan
 from b2diffurl.configuration.prompts import batch_prompts, named_prompts
 from b2diffurl.configuration.recorded import lasting_settings, record_experiment
-from b2diffurl.configuration.settings import Sampling, Settings
+from b2diffurl.configuration.settings import Sampling
 from b2diffurl.evaluation.generate import denoise_by, deployed_sampler, training_sampler
+from b2diffurl.evaluation.measure import named_scorers
 from b2diffurl.experiment.branch_picture import decode_tree, recording_prefix, save_tree
 from b2diffurl.experiment.metrics import Metrics, timed
 from b2diffurl.experiment.not_finite import listed, not_finite
@@ -66,7 +67,7 @@ def sample_stage(plan: Plan) -> None:
         return
     plan = identified(plan)
     reward_checksums(plan)  # refuses what would only be refused after hours of sampling
-    probe_rewards(used_rewards(plan.settings), plan.settings.rewards)
+    probe_rewards(named_scorers(plan.settings), plan.settings.rewards)
     history_stages(stage, plan.settings.selection.num_history_stages)  # what select will need is there
     files.require_writable(stage.folder)
     started = time.perf_counter()
@@ -113,12 +114,6 @@ def restore_record(plan: Plan) -> None:
     # The rank is torchrun's: a finished phase starts no accelerator to ask.
     if int(os.environ.get("RANK", 0)) == 0 and not (plan.stage.root / "config.json").is_file():
         record_experiment(identified(plan).record, plan.stage.manifest("sample")["num_threads"])
-
-
-def used_rewards(settings: Settings) -> list[str]:
-    """The rewards that a run uses: those trained on, those watched, and the judge."""
-    judge = settings.judging.judge
-    return list(dict.fromkeys([*settings.rewards.weights, *settings.rewards.watched, *([judge] if judge else [])]))
 
 
 def load_sampled_policy(plan: Plan, accelerator: Accelerator) -> tuple[Model, Transitions]:

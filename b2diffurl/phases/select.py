@@ -4,7 +4,6 @@ G groups, K branches (siblings) in a group, N = G*K images
 D depths of the tree in which the branches of a group part, 1 if they part at once
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from b2diffurl.algorithm.advantages import advantages, edge_scores, normalise
+from b2diffurl.algorithm.advantages import advantages
 from b2diffurl.algorithm.selection import Selected, select_all, select_pairs
-from b2diffurl.algorithm.tree import Tree
 from b2diffurl.configuration.plan import Plan
 from b2diffurl.configuration.settings import Selection
 from b2diffurl.experiment.metrics import Metrics, timed
@@ -24,6 +22,7 @@ from b2diffurl.experiment.stage import Stage, finished_stages
 from b2diffurl.experiment.trajectories import save_selected
 from b2diffurl.phases.health import in_words, stage_warnings
 from b2diffurl.phases.inputs import reward_checksums
+from b2diffurl.phases.normalising import normalise_scores, read_rows
 from b2diffurl.phases.scoring import Scores, score_stage
 from b2diffurl.rewards import check_rewards
 from b2diffurl.rewards.file import write_template
@@ -55,12 +54,12 @@ def select_stage(plan: Plan) -> None:
     earlier = history_stages(stage, plan.settings.selection.num_history_stages)
     if rewards.standardise:
         require_scales(stage)
-    history = []
+    earlier_rows = []
     if accelerator.is_main_process:
         stage.remove_temporaries()
         stage.verify("sample", stage.images.name, stage.prompts.name, stage.samples.name)
         # Read before scoring: a damaged file is then refused before the work and not after it.
-        history = read_history(earlier)
+        earlier_rows = read_rows(earlier)
     accelerator.wait_for_everyone()
     prompts = files.read_json(stage.prompts)
     if rewards.made_elsewhere and not stage.given_scores.is_file():
@@ -68,7 +67,7 @@ def select_stage(plan: Plan) -> None:
             ask_for_scores(stage, prompts)
     elif scores := score_stage(rewards, stage, prompts, accelerator):
         origin = {"made_from": made_from(stage, earlier), "reward_files": reward_files}
-        finish(plan, prompts, scores, history, origin, sampled, accelerator)
+        finish(plan, prompts, scores, earlier_rows, origin, sampled, accelerator)
     accelerator.wait_for_everyone()  # no process goes on to the next phase before the manifest is written
     accelerator.end_training()
 
@@ -77,26 +76,29 @@ def finish(
     plan: Plan,
     prompts: list[str],
     scores: Scores,
-    history: list[tuple[str, float]],
+    earlier_rows: list[dict[str, Any]],
     origin: dict[str, Any],
     sampled: dict[str, Any],
     accelerator: Accelerator,
 ) -> None:
     """Select, copy the selected trajectories, log and write metrics, and write the manifest after all other files."""
     stage, num_branches = plan.stage, plan.settings.sampling.num_branches
-    chosen = select_trajectories(plan.settings.selection, plan.settings.sampling.tree, scores.rewards, prompts, history)
-    selected, written = chosen[0], write_selection(plan, *chosen)
+    normalised = normalise_scores(plan.settings, prompts, scores, earlier_rows)
+    selected = select_trajectories(plan.settings.selection, normalised.scores, num_branches)
+    written = write_selection(plan, selected, normalised.edges)
     with timed(scores.seconds, "write"):
         written += save_selected(stage, selected, plan.settings.sampling.num_groups)
     summary = summarise(scores, selected, num_branches, plan.settings.selection)
+    summary |= {f"{name}_share": share for name, share in normalised.shares.items()}
     summary |= {"num_twin_groups": num_twin_groups(stage, sampled, len(prompts), num_branches)}
     Metrics(stage.metrics("select")).log("select", stage=stage.index, **summary, **scores.seconds)
     warnings = stage_warnings(earlier_summaries(stage), summary)
     facts = {
         "seconds": scores.seconds,
         "reward": dict(plan.settings.rewards.weights),
+        "combine": plan.settings.rewards.combine,
         "scales": scores.scales,
-        "num_history": len(history),
+        "num_history": len(earlier_rows),
         **origin,
         **summary,
         "device": str(accelerator.device),
@@ -115,35 +117,27 @@ def finish(
         logger.warning("stage%d select: %s", stage.index, in_words(warning))
 
 
-def select_trajectories(
-    selection: Selection, tree: Tree, rewards: Tensor, prompts: list[str], history: list[tuple[str, float]]
-) -> tuple[list[Selected], Tensor]:
-    """The trajectories to train on: of each group the best and the worst if they pass the thresholds, or all; and the scores
-    of their edges [selected,D].
-
-    Scores are normalised rewards, relative to the prompt's mean or to that of the siblings.
-    """
-    num_siblings = {"prompt": 0, "group": tree.num_leaves}[selection.baseline]
-    scores = normalise(rewards, prompts, history, num_siblings=num_siblings).unflatten(0, (-1, tree.num_leaves))
-    selected = select_all(scores) if selection.which == "all" else select_pairs(scores, **selection.thresholds)
-    edges = edge_scores(rewards, prompts, history, num_siblings=num_siblings, tree=tree)
-    return selected, edges[[one.group * tree.num_leaves + one.branch for one in selected]]
+def select_trajectories(selection: Selection, scores: Tensor, num_siblings: int) -> list[Selected]:
+    """The trajectories to train on, by their scores [N]: of each group the best and the worst if they pass the thresholds,
+    or all."""
+    grouped = scores.unflatten(0, (-1, num_siblings))
+    return select_all(grouped) if selection.which == "all" else select_pairs(grouped, **selection.thresholds)
 
 
 def write_selection(plan: Plan, selected: list[Selected], edges: Tensor) -> list[Path]:
     """Write selection.json, each selected image with its score and its advantage: in a tree a list, one for each edge.
 
-    `edges` [selected,D] are the scores of the edges. Returns the file in a list. Deletes the trajectories that an
-    interrupted selection has copied.
+    `edges` [N,D] are the scores of the edges on each image's way. Returns the file in a list. Deletes the trajectories that
+    an interrupted selection has copied.
     """
     stage, selection = plan.stage, plan.settings.selection
+    ids = [one.group * plan.settings.sampling.num_branches + one.branch for one in selected]
     weighted = advantages(
-        edges,
+        edges[ids],
         clip=selection.max_advantage,
         positive_weight=selection.positive_weight,
         negative_weight=selection.negative_weight,
     ).squeeze(1)  # of one depth: [selected]
-    ids = [one.group * plan.settings.sampling.num_branches + one.branch for one in selected]
     require_finite_advantages(stage, weighted, ids)
     rows = [
         {"id": image, "group": one.group, "branch": one.branch, "score": one.score, "advantage": advantage}
@@ -163,12 +157,16 @@ def earlier_summaries(stage: Stage) -> list[dict[str, Any]]:
 
 
 def log_summary(plan: Plan, summary: dict[str, Any], seconds: float) -> None:
-    """The line that ends the phase. A watched reward is given by its mean, or by `none` where it has scored nothing."""
-    means = {name: summary[f"watch/{name}_mean"] for name in plan.settings.rewards.watched}
-    watched = "".join(f", {name} " + ("none" if mean is None else f"{mean:.4f}") for name, mean in means.items())
+    """The line that ends the phase, of a mixture with its shares. A watched reward is given by its mean, or by `none` where
+    it has scored nothing."""
+    rewards = plan.settings.rewards
+    means = {name: summary[f"watch/{name}_mean"] for name in rewards.watched}
+    others = [f"{name} " + ("none" if mean is None else f"{mean:.4f}") for name, mean in means.items()]
+    others += [f"share of {name} {summary[f'{name}_share']:.2f}" for name in rewards.weights if rewards.mixed]
     logger.info(
         "stage%d select: done in %.1f s, reward %.4f (sd %.4f, in groups %.4f)%s, kept %d of %d images, %d good, %d bad",
-        plan.stage.index, seconds, summary["reward_mean"], summary["reward_std"], summary["reward_group_std"], watched,
+        plan.stage.index, seconds, summary["reward_mean"], summary["reward_std"], summary["reward_group_std"],
+        "".join(f", {other}" for other in others),
         summary["num_selected"], summary["num_images"], summary["num_best"], summary["num_worst"],
     )  # fmt: skip
 
@@ -209,15 +207,6 @@ def ask_for_scores(stage: Stage, prompts: list[str]) -> None:
         "Then run the same command again.",
         stage.index, len(prompts), stage.root, stage.images, stage.wanted_scores, stage.given_scores,
     )  # fmt: skip
-
-
-def read_history(stages: Sequence[Stage]) -> list[tuple[str, float]]:
-    """(prompt, reward) of every image of these stages."""
-    history = []
-    for earlier in stages:
-        earlier.verify("select", earlier.scores.name)
-        history += [(row["prompt"], row["reward"]) for row in files.read_json_lines(earlier.scores)]
-    return history
 
 
 def summarise(scores: Scores, selected: list[Selected], num_siblings: int, selection: Selection) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.budget import Budget
 from b2diffurl.configuration.plan import Plan
 from b2diffurl.configuration.prompts import load_prompts
-from b2diffurl.configuration.settings import ModelSettings, Settings
+from b2diffurl.configuration.settings import ModelSettings, Settings, combined_text
 from b2diffurl.experiment.folder import find_lora
 from b2diffurl.experiment.stage import LORA_FILE, PHASES, Stage, finished_stages
 from b2diffurl.models import Sizes, base_sizes, family_here
@@ -49,7 +49,7 @@ def plan_facts(plan: Plan, budget: Budget) -> dict[str, str]:
         "preset": settings.output.preset or "none",
         "base model": f"{settings.model.name} ({base_text(settings.model)}), LoRA of rank {settings.model.lora.rank}",
         "starts from": start_text(plan),
-        "reward": settings.rewards.description + watched,
+        "reward": settings.rewards.description + combined_text(settings.rewards.combine) + watched,
         "prompts": f"{len(plan.prompts)} of {trained}; held-out: {held_out} of {prompts.held_out_file}",
         "device": "",  # `describe` fills it in; it has its place here
         "seeds": f"{settings.schedule.seed} of the experiment, {settings.judging.seed} of the evaluations",

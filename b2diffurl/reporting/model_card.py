@@ -16,7 +16,7 @@ from yaml import YAMLError
 
 from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.recorded import recorded_settings, setting_changes
-from b2diffurl.configuration.settings import ModelSettings, read_tree, reward_weights
+from b2diffurl.configuration.settings import ModelSettings, combined_text, read_tree, reward_weights
 from b2diffurl.experiment.checkpoints import read_state
 from b2diffurl.experiment.evaluation_table import (
     SETS,
@@ -334,7 +334,7 @@ def reward_with_models(settings: Mapping) -> str:
         named = [inline(public(own[key])) for key in MODEL_KEYS if own.get(key)]
         models = f" ({', '.join(f'`{model}`' for model in named)})" if named else ""
         parts.append(f"`{name}`{models}" if weight == 1 else f"{weight:g} × `{name}`{models}")
-    return " + ".join(parts)
+    return " + ".join(parts) + combined_text(settings.get("combine", "sum"))  # older experiments have no such key
 
 
 def drawn_prompts(exported: Exported) -> list[str]:

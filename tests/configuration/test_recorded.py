@@ -236,7 +236,7 @@ def test_a_reward_that_is_given_stands_alone(workplace, overrides):
     path = experiment(workplace) / "config.json"
     record = read_json(path)
     mixture = {"clip": 1.0, "jpeg_compressibility": 0.5}
-    record["config"]["reward"] |= {"weights": mixture, "standardise": True, "model": "another/clip"}
+    record["config"]["reward"] |= {"weights": mixture, "combine": "advantages", "standardise": True, "model": "another/clip"}
     record["config"]["prompt"] = "a red circle"
     del record["config"]["reward"]["clip"], record["config"]["reward"]["dtype"], record["config"]["sample"]["eta"]
     write_record(path, record)
@@ -250,12 +250,14 @@ def test_a_reward_that_is_given_stands_alone(workplace, overrides):
 
     alone = begun("reward.name", "prompt_file")
     assert (alone["reward.name"], alone["reward.weights"], alone["reward.standardise"]) == ("aesthetic", None, False)
+    assert (alone["reward.combine"], begun("reward.weights")["reward.combine"]) == ("sum", "sum")
     assert alone["prompt"] == ""
     assert begun("reward.weights")["reward.standardise"] is False
     assert begun("reward.standardise")["reward.weights"] == mixture
     recorded = begun("eval.seed")
     assert recorded["reward.weights"] == mixture
-    assert (recorded["reward.standardise"], recorded["prompt"]) == (True, "a red circle")
+    assert (recorded["reward.combine"], recorded["reward.standardise"]) == ("advantages", True)
+    assert recorded["prompt"] == "a red circle"
     for found in (alone, recorded):
         assert (found["reward.clip.model"], found["reward.dtype"]) == ("another/clip", "auto")
         assert (found["sample.num_steps"], found["sample.eta"], found["eval.seed"]) == (4, 0.5, 7)

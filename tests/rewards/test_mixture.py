@@ -113,6 +113,11 @@ def test_standardised_parts_keep_the_first_stages_scales(overrides, module, tmp_
         ({"reward.weights": "{'clip': 1.0, 'beauty': 1.0}"}, "beauty.*clip, pickscore.*shapes, http, file"),
         ({"reward.weights": "{1: 1.0}"}, "1"),
         ({"reward.standardise": True}, "standardise is on without reward.weights"),
+        ({"reward.combine": "advantages"}, "combine is advantages without reward.weights; it must be sum"),
+        (
+            {"reward.combine": "product", "reward.weights": "{'clip': 1.0}"},
+            "combine is 'product'; known: 'sum', 'advantages'",
+        ),
         ({"reward.watch": "('clip',)"}, "watch names 'clip', which is trained on"),
         ({"reward.weights": "{'shapes': 1.0}", "reward.watch": "('shapes',)"}, "watch names 'shapes', which is trained on"),
         ({"reward.watch": f"('{JPEG}', '{JPEG}')"}, f"watch names '{JPEG}' twice"),
