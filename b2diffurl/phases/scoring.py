@@ -57,7 +57,7 @@ class Scores:
     scales: Scales | None  # mean and deviation by which a mixture's rewards were standardised; None: they were not
     seconds: dict[str, float]  # load: for loading the models; score: for scoring
     batch_sizes: dict[str, int]  # images that a reward saw at once, by its name
-    spent: dict[str, dict[str, int]]  # what a reward's requests have cost, by its name; without those that make none
+    spent: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # what a reward's requests have cost, by its name
 
 
 @dataclass(frozen=True)

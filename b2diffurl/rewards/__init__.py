@@ -77,11 +77,11 @@ REWARDS = {
     "image_reward": "imscore",
     "hps_v2": "imscore",
     "vqascore": "imscore",
+    "vlm": "vlm",
     "compose": "compose",
     "ocr": "ocr",
     "shapes": "shapes",
     "http": "http",
-    "vlm": "vlm",
     "file": "file",
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
