@@ -35,7 +35,7 @@ def test_every_path_of_the_configuration_is_known_as_one():
     config = flatten(make_config({}, "shapes").to_dict()) | flatten(make_config({}).to_dict())
     assert {key for key, value in config.items() if "/" in str(value)} <= set(PLACES)
     assert {"save_path", "log_path", "prompt_file", "eval.prompt_file", "resume_from", "pretrained.config"} <= set(PLACES)
-    assert len(PLACES) == 17
+    assert len(PLACES) == 20
 
 
 @pytest.mark.parametrize("key", PLACES)
