@@ -598,10 +598,11 @@ NOT_IN_TRAINING = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("verb", "unwanted"),
     [
-        pytest.param("sample", ["wandb", "matplotlib", "tensorboard"], marks=pytest.mark.long),
+        ("sample", ["wandb", "matplotlib", "tensorboard"]),
         (
             "select",
             [
@@ -614,7 +615,7 @@ NOT_IN_TRAINING = [
                 "b2diffurl.phases.trainer",
             ],
         ),
-        pytest.param("train", [*NOT_IN_TRAINING, "wandb", "matplotlib", "tensorboard"], marks=pytest.mark.long),
+        ("train", [*NOT_IN_TRAINING, "wandb", "matplotlib", "tensorboard"]),
     ],
 )
 def test_a_script_imports_what_it_uses(workplace, overrides, verb, unwanted):

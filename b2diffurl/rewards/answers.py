@@ -5,20 +5,21 @@ import math
 import re
 from collections.abc import Mapping
 
+WORD = re.compile(r"^[^a-z]*(yes|no)[^a-z]*$")
 NUMBER = r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
 
 
 def yes_probability(first_token: Mapping[str, float]) -> float:
     """The probability of yes, if the answer is yes or no; `first_token` has log-probabilities of its possible first tokens.
 
-    Tokens count whatever their case and the blanks around them: "Yes" and " yes" are added up. NaN if neither yes nor no is
-    among the tokens.
+    Tokens count whatever their case and what stands around them: "Yes", " yes" and "\u2581yes." are added up. NaN if neither
+    yes nor no is among the tokens.
     """
     chances = {"yes": 0.0, "no": 0.0}
     for token, log_prob in first_token.items():
-        word = token.strip().lower()
-        if word in chances and math.isfinite(log_prob):
-            chances[word] += math.exp(log_prob)
+        word = WORD.search(token.lower())
+        if word and math.isfinite(log_prob):
+            chances[word[1]] += math.exp(log_prob)
     total = sum(chances.values())
     return chances["yes"] / total if total > 0 else math.nan
 

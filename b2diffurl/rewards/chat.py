@@ -7,6 +7,7 @@ own endpoint in OPENAI_API_KEY. It is never written to disk, and OPENAI_API_KEY 
 import asyncio
 import json
 import os
+import re
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -157,9 +158,7 @@ class Chat:
         try:
             completion = json.loads(body)
             choice = completion["choices"][0]
-            text = choice["message"].get("content") or ""
-            if not isinstance(text, str):
-                raise TypeError
+            text = text_of(choice["message"].get("content") or "")
             usage = {key: value for key, value in (completion.get("usage") or {}).items() if type(value) is int}
             first_token = read_first_token(choice.get("logprobs"))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -226,14 +225,20 @@ def run(work: Coroutine) -> Any:
         return pool.submit(asyncio.run, work).result()
 
 
+def text_of(content: str | list[dict[str, Any]]) -> str:
+    """The text of a message, which some servers give in parts; a TypeError if it is neither."""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content if part.get("type") == "text")
+
+
 def read_first_token(logprobs: Any) -> dict[str, float] | None:
-    """{token: log-probability} of the first token that is not blank, from a choice's `logprobs`; None if there are none."""
+    """{token: log-probability} of the first token with a letter, from a choice's `logprobs`; None if there are none."""
     positions = (logprobs or {}).get("content") or []
     if not positions:
         return None
-    worded = [one for one in positions if one["token"].strip()] or positions
+    worded = [one for one in positions if re.search("[A-Za-z]", one["token"])] or positions
     # The chosen token is not always among the likeliest, which a server may leave out.
-    return {one["token"]: float(one["logprob"]) for one in [*(worded[0].get("top_logprobs") or []), worded[0]]}
+    likeliest = [*(worded[0].get("top_logprobs") or []), worded[0]]
+    return {one["token"]: float(one["logprob"]) for one in likeliest if one.get("logprob") is not None}
 
 
 def said_by(error: Any) -> str:

@@ -37,12 +37,13 @@ SCHEMA = {
 }
 LONGEST_ANSWER = 2_000  # characters that are read and kept
 NUM_LIKELIEST = 20  # first tokens whose log-probabilities are asked for; servers allow no more
+MOST_NAMED = 10  # models that an error names
 NUM_REPEATS = 3  # of one request at the start, which show whether the server repeats itself
 SIDE_PX = 112  # of the images of these requests
 
 NOT_FINITE = (
     "the answers there, which scores.jsonl has, cannot be read. Set reward.vlm.unreadable=mean, which gives such images the "
-    "mean of their prompt's others, or allow longer answers by reward.vlm.max_tokens"
+    "mean of their prompt's others if it has any, or allow longer answers by reward.vlm.max_tokens"
 )
 
 probed: set[str] = set()  # settings with which this process has tried the server
@@ -60,8 +61,9 @@ def check(name: str, own: Mapping[str, Any], prompts: Sequence[str]) -> None:
     if not endpoint(own).key.isprintable():
         raise ValueError(f"the variable {API_KEY} or {OPENAI_API_KEY} has a character in it that no header can have")
     if not own["model"]:
-        served = ", ".join(Chat(endpoint(own), {}).models())
-        there = f"; {url} serves {served}" if served else ""
+        served = Chat(endpoint(own), {}).models()
+        more = f" and {len(served) - MOST_NAMED} more" if len(served) > MOST_NAMED else ""
+        there = f"; {url} serves {', '.join(served[:MOST_NAMED])}{more}" if served else ""
         raise ValueError(f"reward.vlm.model is empty; name the model as the server calls it{there}")
     if not lowest < highest:
         raise ValueError(f"reward.vlm.scale is {tuple(own['scale'])}; it must be the lowest and the highest rating")

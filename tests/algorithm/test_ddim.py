@@ -224,6 +224,7 @@ def stock_of(model: Model) -> DDIMScheduler:
     return model.scheduler("DDIMScheduler", 10)
 
 
+@pytest.mark.long
 def test_rounding_on_the_embedded_model():
     """What the table moves by rounding, against the way over x_0 and against everything in float64; before the first update
     every ratio is 1 exactly. To see the figures: python -m pytest -s tests/algorithm/test_ddim.py -k rounding"""

@@ -141,6 +141,7 @@ def test_a_folder_in_a_records_place_is_refused(work, overrides):
     assert snapshot(experiment(work)) == before
 
 
+@pytest.mark.long
 def test_what_decides_shapes_and_what_was_judged(work, overrides):
     """batch_sizes.json, an evaluation's result and the table of all: named; deleted, they are made again as they were."""
     root = experiment(work)

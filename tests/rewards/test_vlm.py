@@ -125,7 +125,40 @@ def test_the_probability_of_yes():
     log = math.log
     assert yes_probability({"Yes": log(0.5), " yes": log(0.1), "No": log(0.2), "The": log(0.2)}) == pytest.approx(0.75)
     assert yes_probability({"no": log(0.5), "YES": -math.inf}) == 0.0
-    assert math.isnan(yes_probability({"Sure": -0.1}))
+    assert yes_probability(
+        {"\u0120yes": log(0.3), "\u2581Yes.": log(0.3), "**No": log(0.2), "not": log(0.2)}
+    ) == pytest.approx(0.75)
+    assert math.isnan(yes_probability({"Sure": -0.1, "nope": -0.2}))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [{"content": [{"type": "text", "text": "7"}, {"type": "image"}]}, {"content": "7", "reasoning_content": "9 or 7?"}],
+    ids=["parts", "reasoning"],
+)
+def test_the_text_of_an_answer(reward, images, message):
+    """Some servers give it in parts, or with thoughts beside it, which are not read."""
+
+    def answer(request: Request) -> dict:
+        found = completion("")
+        found["choices"][0]["message"] |= message
+        return found | {"usage": {"prompt_tokens": 10 if image_of(request) else 5}}
+
+    with chat_server(answer) as (url, _):
+        assert score(reward(url, score="rating"), images, PROMPTS)[0].tolist() == pytest.approx([0.7] * 5)
+
+
+def test_log_probabilities_as_servers_give_them(reward, images):
+    """A first token without a letter is passed over, a null is left out, and the chosen token counts where no others are."""
+
+    def answer(request: Request) -> dict:
+        found = completion("**Yes", {"**": -0.1})
+        chosen = {"token": "Yes", "logprob": math.log(red(request)), "top_logprobs": [{"token": "no", "logprob": None}]}
+        found["choices"][0]["logprobs"]["content"].append(chosen)
+        return found
+
+    with chat_server(answer) as (url, _):
+        assert score(reward(url), images, PROMPTS)[0].tolist() == [1.0] * 5
 
 
 # ---- what is asked ----

@@ -88,6 +88,7 @@ def test_without_docstrings_nothing_is_begun(overrides, tmp_path):
     assert "PYTHONOPTIMIZE" in ended.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", ["export", "report"])
 def test_other_commands_refuse_it_too(command):
     ended = subprocess.run(
