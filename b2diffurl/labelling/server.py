@@ -9,6 +9,8 @@ other users of the machine and other pages in the browser get nothing. A host's 
     GET  /<token>/image/<n>   image n of the stage
     POST /<token>/answer      {"group": 3, "pick": [2, 0]} and the like (`Votes.changed`)
     POST /<token>/finish      {}: write the scores, answer with what to do next, and end
+
+With either the page sends `num_answers`, how many it knows of; one that has missed another window's is refused.
 """
 
 import json
@@ -97,7 +99,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def get(self, asked: str) -> None:
         session = self.server.session
-        if asked == "":
+        if asked == "" and not self.path.endswith("/"):  # lost when the address was copied; the page's own paths need it
+            self.send(HTTPStatus.TEMPORARY_REDIRECT, "text/plain", b"", {"Location": f"{self.path}/"})
+        elif asked == "":
             self.send_page()
         elif asked == "state":
             self.send_json(session.state())
@@ -108,13 +112,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def post(self, asked: str, content: dict[str, Any]) -> None:
         session = self.server.session
+        known = content.pop("num_answers", None)
         if asked == "answer":
-            session.change(content)
+            session.change(content, known)
             self.send_json({"saved": True})
         elif asked == "finish":
-            session.finish()
-            self.send_json({"file": str(session.stage.given_scores), "command": run_command(session.stage.root)})
-            threading.Thread(target=self.server.shutdown).start()  # it waits for the loop that has started this thread
+            command = run_command(session.stage.root)
+            session.finish(known)
+            try:
+                self.send_json({"file": str(session.stage.given_scores), "command": command})
+            finally:  # also if the browser has gone: the scores are there
+                threading.Thread(target=self.server.shutdown).start()  # it waits for the loop that has started this thread
         else:
             self.refuse(HTTPStatus.NOT_FOUND, "there is nothing to be answered here")
 

@@ -21,7 +21,7 @@ from b2diffurl.runtime.logs import printable
 
 
 class TooLateError(ValueError):
-    """The stage has got its scores in another way, so answers count no more."""
+    """Something else has happened meanwhile, such as scores from elsewhere, so an answer does not count."""
 
 
 class Session:
@@ -39,24 +39,33 @@ class Session:
         self.votes = read_votes(stage, Votes.none(len(self.prompts) // num_siblings, num_siblings), self.images_sha256)
         with Image.open(stage.image(0)) as image:
             self.image_size = image.size  # width and height of every image [px]
+        self.num_answers = 0  # that this session has taken
         self.lock = threading.Lock()
 
-    def change(self, change: Any) -> None:
-        """Take an answer (`Votes.changed`). It is on the disk when this returns; if it raises, nothing has changed."""
+    def change(self, change: Any, known: int | None = None) -> None:
+        """Take an answer (`Votes.changed`). It is on the disk when this returns; if it raises, nothing has changed.
+
+        `known` is how many answers of this session a page knows of, if it says so: one that has missed some is refused.
+        """
         with self.lock:
-            require_waiting(self.stage)
+            self.require_current(known)
             votes = self.votes.changed(change)
             files.write_record(self.stage.labels, {"images_sha256": self.images_sha256} | votes.to_json())
-            self.votes = votes
+            self.votes, self.num_answers = votes, self.num_answers + 1
 
-    def finish(self) -> None:
-        """Write scores_given.csv; a ValueError, and no file, if a group is open or the stage has other images by now."""
+    def finish(self, known: int | None = None) -> None:
+        """Write scores_given.csv; a ValueError, and no file, if a group is open."""
         with self.lock:
-            require_waiting(self.stage)
-            scores = self.votes.scores()
-            if images_checksum(self.stage.manifest("sample")) != self.images_sha256:
-                raise TooLateError(f"{self.stage.folder} has been sampled again meanwhile, so its images are others")
-            write_table(self.stage.given_scores, self.stage, self.prompts, scores)
+            self.require_current(known)
+            write_table(self.stage.given_scores, self.stage, self.prompts, self.votes.scores())
+
+    def require_current(self, known: int | None) -> None:
+        """Refuse a page that does not show all answers, or other images than the stage has by now, or one with scores."""
+        if known not in (None, self.num_answers):
+            raise TooLateError("in another window something else has been answered meanwhile")
+        require_waiting(self.stage)
+        if images_checksum(self.stage.manifest("sample")) != self.images_sha256:
+            raise TooLateError(f"{self.stage.folder} has been sampled again meanwhile, so its images are others")
 
     def image(self, number: int) -> bytes | None:
         """The PNG of an image of this stage; None if there is no such image."""
@@ -65,11 +74,14 @@ class Session:
 
     def state(self) -> dict[str, Any]:
         """What the page shows: of each group the prompt, the size of an image [px], and the answers."""
-        prompts = ["\n".join(map(printable, one.split("\n"))) for one in self.prompts[:: self.votes.num_siblings]]
-        return self.votes.to_json() | {
+        prompts = [printable(one, keep="\n") for one in self.prompts[:: self.votes.num_siblings]]
+        with self.lock:
+            votes, num_answers = self.votes, self.num_answers
+        return votes.to_json() | {
             "prompts": prompts,
-            "num_siblings": self.votes.num_siblings,
+            "num_siblings": votes.num_siblings,
             "image_size": self.image_size,
+            "num_answers": num_answers,
         }
 
     @property

@@ -24,4 +24,4 @@ def render(template: str, values: Mapping[str, Any]) -> bytes:
 
 def visible(text: str, length: int = MAX_LETTERS) -> str:
     """A text for a page: its beginning, with control characters and those that turn the direction of writing as codes."""
-    return shorten("\n".join(map(printable, text[: length + 1].split("\n"))), length)
+    return shorten(printable(text[: length + 1], keep="\n"), length)

@@ -51,8 +51,9 @@ class Detector:
     def __call__(self, image: Tensor, classes: Sequence[str], threshold: float) -> list[Seen]:
         """The objects with a score above `threshold`. A box counts for one class, the one that fits it best."""
         texts = list(classes) if self.by_tokens else [f"a photo of a {name}" for name in classes]
+        self.require_readable(texts)
         picture = image.permute(2, 0, 1).cpu()
-        inputs = self.processor(images=[picture], text=[texts], return_tensors="pt", truncation=True)
+        inputs = self.processor(images=[picture], text=[texts], return_tensors="pt")
         inputs = inputs.to(self.device, self.dtype)
         outputs = self.model(**inputs)
         if self.by_tokens:
@@ -65,6 +66,17 @@ class Detector:
         )
         rows = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)
         return [Seen(classes[label], score, tuple(box)) for label, score, box in rows]
+
+    def require_readable(self, texts: Sequence[str]) -> None:
+        """Refuse texts that the model would cut: it would look for something else than it is told."""
+        config = self.model.config
+        texts = [". ".join(texts) + "."] if self.by_tokens else texts
+        most = config.max_text_len if self.by_tokens else config.text_config.max_position_embeddings
+        for text, tokens in zip(texts, self.processor.tokenizer(texts).input_ids, strict=True):
+            if len(tokens) > most:
+                raise ValueError(
+                    f"the detector reads {most} tokens, and {text!r} has {len(tokens)}; give fewer classes, or shorter names"
+                )
 
     def class_logits(self, logits: Tensor, tokens: Sequence[int], num_classes: int) -> Tensor:
         """Logits of classes [1,B,C] from logits of tokens [1,B,L]: the largest of a class's own tokens.

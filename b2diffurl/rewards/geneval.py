@@ -17,6 +17,7 @@ COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown",
 RELATIONS = ("left of", "right of", "above", "below")
 KINDS = ("objects", "count", "color", "position")  # of questions
 MAX_OBJECTS = 16  # of a class in an image
+MAX_CLASSES, MAX_LETTERS = 16, 40  # of a scene, and of a class's name: detectors read short texts only
 ALONG = 0.5  # part of the way from one centre to the other that must lie along a relation's axis
 
 
@@ -114,17 +115,29 @@ def read_limit(entry: Mapping[str, Any], known: Sequence[str] = ("class", "count
     if unknown := sorted(entry.keys() - set(known)):
         raise ValueError(f"an entry has {shown(unknown[0])}; known: {', '.join(known)}")
     name, count = entry.get("class"), entry.get("count", 1)
-    if not isinstance(name, str) or not name.strip() or "." in name:
-        raise ValueError(f"a class is {shown(name)}; it must be the name of a kind of object, without full stops")
+    if not isinstance(name, str) or not is_name(name):
+        raise ValueError(
+            f"a class is {shown(name)}; it must be the name of a kind of object, of at most {MAX_LETTERS} letters, without "
+            "full stops"
+        )
     if type(count) is not int or not 1 <= count <= MAX_OBJECTS:
         raise ValueError(f"the count of {name} is {shown(count)}; it must be a whole number from 1 to {MAX_OBJECTS}")
     return name, count
 
 
+def is_name(text: str) -> bool:
+    """Whether a detector can look for a class of this name."""
+    return any(map(str.isalnum, text)) and text.isprintable() and "." not in text and len(text) <= MAX_LETTERS
+
+
 def require_possible(scene: Scene) -> None:
-    """Refuse a scene that asks for nothing, or that no image can show."""
+    """Refuse a scene that asks for nothing, or for more than a detector reads, or that no image can show."""
     if not scene.classes:
         raise ValueError("it asks for nothing: include and exclude are empty")
+    if len(scene.classes) > MAX_CLASSES:
+        raise ValueError(f"it has {len(scene.classes)} classes; a detector is told {MAX_CLASSES} at most")
+    if unreadable := [name for name in scene.classes if not is_name(name)]:
+        raise ValueError(f"{shown(unreadable[0])} is no name of a class, which has at most {MAX_LETTERS} letters")
     names = Counter(wanted.name for wanted in scene.include)
     if twice := [name for name, count in names.items() if count > 1]:
         raise ValueError(

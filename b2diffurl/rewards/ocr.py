@@ -37,6 +37,7 @@ QUOTED = re.compile(
     r"|«([^«»]+)»|»([^«»]+)«|‹([^‹›]+)›|›([^‹›]+)‹|「([^「」]+)」|『([^『』]+)』"
 )
 SINGLE = re.compile(r"(?<!\w)(?:'(?=\S)(.+?)(?<=\S)'|‘(.+?)’|‚(.+?)[‘’])(?!\w)")
+OPENING = re.compile(r"(?<!\w)['‘‚](?=\w)")
 MARK = re.compile(r'(?<!\d)"|[“”„«»‹›「」『』]')
 SCRIPTS = ("LATIN", "GREEK", "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA")  # that the reader knows
 MAX_ORDERED = 4  # quotes that may stand in the image in any order: 24 orders
@@ -82,13 +83,19 @@ def quoted(prompt: str) -> list[str]:
     """The texts between quotation marks, in order: those between single ones only if there are no others.
 
     An apostrophe is taken for a quotation mark only outside words. A ValueError names a prompt that leaves a quotation mark
-    open, or quotes nothing, nothing with letters or digits, or what cannot be read.
+    open, or has one that may open or be an apostrophe, or quotes nothing, nothing with letters or digits, or what cannot be
+    read.
     """
     hint = 'Put the text that the image should show in quotation marks: a sign that says "OPEN"'
     if MARK.search(QUOTED.sub(" ", prompt)):
         raise ValueError(f"reward ocr: the prompt {prompt!r} has a quotation mark without its partner. {hint}")
     found = QUOTED.findall(prompt) or SINGLE.findall(prompt)
     texts = ["".join(groups) for groups in found]  # of the groups, one for each kind of marks, one has matched
+    if not QUOTED.search(prompt) and OPENING.search(" ".join([SINGLE.sub(" ", prompt), *texts])):
+        raise ValueError(
+            f"reward ocr: the prompt {prompt!r} has an apostrophe that may be a quotation mark without its partner. Put the "
+            'text that the image should show in quotation marks that are none: a sign that says "OPEN"'
+        )
     if not texts:
         raise ValueError(f"reward ocr: the prompt {prompt!r} quotes no text. {hint}")
     if not letters("".join(texts)):
@@ -123,23 +130,24 @@ def compare(quotes: Sequence[str], text: str) -> tuple[float, bool]:
     Quotes may stand in any order if they are few (MAX_ORDERED), else in the prompt's.
     """
     wanted, read = [one for one in map(letters, quotes) if one], letters(text)
-    orders = permutations(wanted) if len(wanted) <= MAX_ORDERED else [wanted]
-    joined = sorted({"".join(order) for order in orders})
-    length = len(joined[0])
-    if has_all(wanted, read):
-        return 1.0, read in joined
+    orders = sorted(set(permutations(wanted))) if len(wanted) <= MAX_ORDERED else [wanted]
+    exact = read in map("".join, orders)
+    length = sum(map(len, wanted))
+    if any(has_in_order(order, read) for order in orders):
+        return 1.0, exact
     if len(read) >= 2 * length:  # then as many letters at least are too many
-        return 0.0, False
-    return max(0.0, 1 - min(edit_distance(one, read) for one in joined) / length), False
+        return 0.0, exact
+    return max(0.0, 1 - min(edit_distance("".join(order), read) for order in orders) / length), exact
 
 
-def has_all(wanted: Sequence[str], read: str) -> bool:
-    """Whether each text can be found in `read` in a place of its own, looked for longest first."""
-    for text in sorted(wanted, key=len, reverse=True):
-        before, found, after = read.partition(text)
-        if not found:
+def has_in_order(wanted: Sequence[str], read: str) -> bool:
+    """Whether all these texts are in `read`, one behind the other; there may be others between them."""
+    end = 0
+    for text in wanted:
+        start = read.find(text, end)
+        if start < 0:
             return False
-        read = f"{before}\n{after}"
+        end = start + len(text)
     return True
 
 

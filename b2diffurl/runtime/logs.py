@@ -102,11 +102,11 @@ def abandon(stream: TextIO) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def printable(text: str) -> str:
-    """The text with an escape such as `\\x1b` or `\\n` for each character that cannot be printed."""
+def printable(text: str, keep: str = "") -> str:
+    """The text with an escape such as `\\x1b` or `\\n` for each character that cannot be printed, but for those to keep."""
     if text.isprintable():
         return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    return "".join(one if one.isprintable() or one in keep else one.encode("unicode_escape").decode() for one in text)
 
 
 def shorten(text: str, length: int) -> str:

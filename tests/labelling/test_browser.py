@@ -204,6 +204,37 @@ def test_what_is_not_saved_is_said(begun, page):
     assert Session(stage).votes.picks == {0: (0, None)}
 
 
+def test_two_windows_at_once(begun, page):
+    """The scores are those that the person sees: a window that lacks another's answers takes no more, and says so."""
+    _, _, stage = begun
+    with serving(stage) as server:
+        page.open(server.url)
+        first = page.driver.current_window_handle
+        page.driver.switch_to.new_window("tab")
+        page.open(server.url)
+        page.press("2", "3", "m")
+        page.driver.close()
+        page.driver.switch_to.window(first)
+        page.press("1")
+        page.wait("return !document.getElementById('alert').hidden")
+        assert "in another window something else has been answered" in page.text("#alert")
+        assert Session(stage).votes.picks == {0: (1, 2)}
+        page.open(server.url)
+        assert page.text("#count") == "Group 1 of 6 · 0 answered"
+        page.press("4")
+        assert Session(stage).votes.ratings == {0: 4}
+
+
+def test_digits_in_the_upper_row_of_their_keys(begun, page):
+    """On a French keyboard the key of 2 gives é, and is the second image all the same."""
+    _, _, stage = begun
+    with serving(stage) as server:
+        page.open(server.url)
+        page.driver.execute_script("document.dispatchEvent(new KeyboardEvent('keydown', {key: 'é', code: 'Digit2'}))")
+        page.settle()
+    assert Session(stage).votes.picks == {0: (1, None)}
+
+
 def test_hostile_prompts_are_text(begun, page):
     """Markup in a prompt is shown, and does nothing; letters that turn the direction of writing are shown as codes."""
     _, _, stage = begun
@@ -213,6 +244,9 @@ def test_hostile_prompts_are_text(begun, page):
         page.open(server.url)
         assert page.text("#prompt").startswith("<img src=x onerror=alert(1)></script>\\u202elong long")
         assert page.driver.execute_script("return document.documentElement.scrollWidth") <= 1280
+        page.press("z")
+        height = "return document.querySelector('#zoom {}').clientHeight"
+        assert page.driver.execute_script(height.format(".badge")) < page.driver.execute_script(height.format("img")) / 10
     assert page.driver.get_log("browser") == []
 
 

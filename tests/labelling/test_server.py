@@ -1,15 +1,17 @@
 """Who may ask the server of the page for judging, and for what: all else is refused and changes nothing."""
 
+import http.client
 import json
 import re
 import socket
+import threading
 
 import pytest
 from conftest import snapshot, stage_of
 from serving import ask, ask_raw, serving
 
 from b2diffurl.experiment.stage import Stage
-from b2diffurl.labelling.server import MAX_BYTES, Server
+from b2diffurl.labelling.server import MAX_BYTES, Handler, Server
 from b2diffurl.labelling.session import Session
 
 ANSWER = {"group": 0, "pick": [0, 1]}
@@ -192,6 +194,45 @@ def test_finishing_needs_every_answer_and_ends_the_server(stage, server):
     assert json.loads(body)["file"] == str(stage.given_scores)
     assert json.loads(body)["command"].endswith("ExpName=tiny Reward=file bash run_process.sh")
     assert stage.given_scores.is_file()
+
+
+def test_it_ends_with_the_scores_also_if_the_browser_has_gone(stage, server, monkeypatch):
+    """Who asked for the scores may close the window at once. They are written, so the command ends."""
+    for group in range(6):
+        server.session.change({"group": group, "pick": []})
+
+    def gone(*given, **named):
+        raise BrokenPipeError
+
+    ended = threading.Event()
+    monkeypatch.setattr(server, "shutdown", ended.set)
+    monkeypatch.setattr(Handler, "send_json", gone)
+    with pytest.raises(http.client.HTTPException):
+        ask(server, "finish", {})
+    assert ended.wait(10)
+    assert stage.given_scores.is_file()
+    monkeypatch.undo()
+
+
+def test_a_window_that_has_missed_answers_is_refused(stage, server):
+    """Of two windows the one that does not show what was answered in the other may not answer, nor write the scores."""
+    status, _, body = ask(server, "answer", {"group": 0, "pick": [0, 1], "num_answers": 0})
+    assert (status, json.loads(body)) == (200, {"saved": True})
+    before = snapshot(stage.folder)
+    for where, content in (("answer", {"group": 0, "pick": [1, 0]}), ("finish", {})):
+        status, _, body = ask(server, where, content | {"num_answers": 0})
+        assert status == 409
+        assert "in another window" in json.loads(body)["error"]
+    assert snapshot(stage.folder) == before
+    assert json.loads(ask(server, "state")[2])["num_answers"] == 1
+
+
+def test_an_address_that_has_lost_its_end(server):
+    """Without the last stroke it leads to the page, whose own paths need it; another token leads nowhere."""
+    host = f"127.0.0.1:{server.server_address[1]}"
+    status, headers, _ = ask_raw(server, f"/{server.token}", Host=host)
+    assert (status, headers["Location"]) == (307, f"/{server.token}/")
+    assert ask_raw(server, "/other", Host=host)[0] == 403
 
 
 def test_scores_that_came_another_way_are_said_to_the_page(stage, server):

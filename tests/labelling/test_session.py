@@ -121,8 +121,11 @@ def test_answers_about_other_images_are_not_taken(stage):
     session = Session(stage)
     answer_all(session)
     sample_again(stage)
-    with pytest.raises(TooLateError, match="sampled again meanwhile"):
-        session.finish()
+    before = snapshot(stage.folder)
+    for act in (session.finish, lambda: session.change({"group": 0, "pick": []})):
+        with pytest.raises(TooLateError, match="sampled again meanwhile"):
+            act()
+    assert snapshot(stage.folder) == before
     assert not stage.given_scores.exists()
     with pytest.raises(ValueError, match=r"labels\.json cannot be taken \(it is about other images.*\)\. Move it away"):
         Session(stage)

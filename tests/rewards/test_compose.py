@@ -252,6 +252,15 @@ def test_an_overflow_is_no_empty_image(detectors, images):
         detector(images[0], CLASSES, 0.3)
 
 
+@pytest.mark.parametrize(("name", "classes"), [("owlv2", ["x" * 40]), ("grounding_dino", ["wine glass"] * 7)])
+def test_texts_are_not_cut(detectors, images, name, classes):
+    """A class of which the model would read the beginning only, or not at all, stops the run with the remedy."""
+    detector = Detector(str(detectors / name), CPU, torch.float32)
+    detector.model.config.text_config.max_position_embeddings = 16  # as OWLv2 has it
+    with pytest.raises(ValueError, match=r"reads \d+ tokens, and '.*' has \d+; give fewer classes, or shorter names"):
+        detector(images[0], classes, 0.3)
+
+
 @pytest.mark.parametrize("name", ["owlv2", "grounding_dino"])
 def test_a_score_does_not_depend_on_neighbours_or_batch_size(detectors, load, images, name):
     """With neighbours that ask for more classes or fewer, or alone: the same bits in every part."""

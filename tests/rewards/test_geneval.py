@@ -265,6 +265,10 @@ BENCH = {"class": "bench", "count": 1}
         ({"include": [{"count": 1}]}, "a class is None"),
         ({"include": [{"class": " "}]}, "a class is ' '"),
         ({"include": [{"class": "no. 5"}]}, "without full stops"),
+        ({"include": [{"class": "a" * 41}]}, "of at most 40 letters"),
+        ({"include": [{"class": "\ud800"}]}, "a class is"),  # half of a character, at which tokenizers fail
+        ({"include": [{"class": "?"}]}, "a class is"),
+        ({"include": [{"class": f"c{n}"} for n in range(17)]}, "it has 17 classes; a detector is told 16 at most"),
         ({"include": [{"class": "bench", "count": 0}]}, "the count of bench is 0"),
         ({"include": [{"class": "bench", "count": 17}]}, "the count of bench is 17; .* from 1 to 16"),
         ({"include": [{"class": "bench", "count": 1.0}]}, "the count of bench is 1.0"),

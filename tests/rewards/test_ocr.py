@@ -72,6 +72,9 @@ REFUSED = {
     'a sign that says "OPEN': "without its partner",
     'a sign that says "OPEN and one that says "CLOSED"': "without its partner",
     "a sign that says “OPEN": "without its partner",
+    "a sign that says 'OPEN": "may be a quotation mark",
+    "a sign that says 'OPEN' and one that says 'CLOSED": "may be a quotation mark",
+    "a sign of the '90s that says 'OPEN'": "may be a quotation mark",
     'a sign that says "?!"': "no letter and no digit",
     'a sign that says " "': "no letter and no digit",
     'a sign that says ""': "without its partner",
@@ -166,6 +169,8 @@ COMPARED = [
     (["ART", "PART"], "part", 4 / 7, False),  # in a place of its own
     (["ART", "PART"], "part art", 1, True),
     (["!", "STOP"], "stop", 1, True),
+    (["TOM", "OTTO"], "ottotom", 1, True),  # TOM is there a second time, across both
+    (["TOM", "OTTO"], "we are ottotom", 1, False),
     (["A", "B", "C", "D", "E"], "abcde", 1, True),  # more than four
 ]
 
