@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 Request = dict[str, Any]
+MODELS = json.dumps({"object": "list", "data": [{"id": "m", "object": "model"}]}).encode()
 
 
 def completion(text: str, likeliest: dict[str, float] | None = None, *, tokens: int = 0) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def chat_server(answer: Callable[[Request], Any]) -> Iterator[tuple[str, list[Re
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send(200, {}, json.dumps({"object": "list", "data": [{"id": "m", "object": "model"}]}).encode())
+            self.send(200, {}, MODELS)
 
         def do_POST(self):
             requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))

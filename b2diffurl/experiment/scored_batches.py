@@ -23,6 +23,7 @@ class ScoredBatches:
     reward: str
     identity: str  # of everything but images and prompts that decides a score
     may_lack_scores: bool  # whether an image may have none; otherwise a NaN says that the other program is wrong
+    keeps_holes: bool  # whether a batch is kept though an image of it has no score: it gets one from its prompt's others
 
     def key(self, images: Tensor, prompts: Sequence[str]) -> str:
         """A checksum of what decides the scores of a batch: images uint8 [N,H,W,3], prompts [N], and the reward."""

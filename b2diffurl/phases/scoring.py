@@ -4,6 +4,7 @@ N images
 """
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -85,9 +86,9 @@ class ScoredBatch:
     spent: Mapping[str, int]  # what its requests have cost
 
     def as_json(self) -> dict[str, Any]:
-        """JSON keeps every bit of a float32."""
-        parts = {key: value if isinstance(value, list) else value.tolist() for key, value in self.parts.items()}
-        return {"rewards": self.rewards.tolist(), "parts": parts, "spent": dict(self.spent)}
+        """JSON keeps every bit of a float32. A NaN becomes null."""
+        parts = {key: value if isinstance(value, list) else as_list(value) for key, value in self.parts.items()}
+        return {"rewards": as_list(self.rewards), "parts": parts, "spent": dict(self.spent)}
 
     @classmethod
     def from_json(cls, kept: Mapping[str, Any]) -> "ScoredBatch":
@@ -234,7 +235,10 @@ def kept_batches(name: str, rewards: Rewards, stage: Stage) -> ScoredBatches | N
     if not waits(name):
         return None
     identity = reward_identity(name, replace(rewards, own={**rewards.own, name: decisive_for_a_score(name, rewards)}))
-    return ScoredBatches(stage, name, files.digest(identity), hasattr(reward_module(name), "NOT_FINITE"))
+    may_lack_scores = hasattr(reward_module(name), "NOT_FINITE")
+    # A watched reward has no score either where its server is away.
+    keeps_holes = fills_holes(name, rewards) and name not in rewards.watched
+    return ScoredBatches(stage, name, files.digest(identity), may_lack_scores, keeps_holes)
 
 
 def decisive_for_a_score(name: str, rewards: Rewards) -> dict[str, Any]:
@@ -244,11 +248,14 @@ def decisive_for_a_score(name: str, rewards: Rewards) -> dict[str, Any]:
 
 @contextmanager
 def forgetting(kept: ScoredBatches | None) -> Iterator[None]:
-    """Forget the batches of a reward if it gives a wrong answer in the block."""
+    """Forget the batches of a reward if it gives a wrong answer in the block.
+
+    Not of one that may lack scores: it has none of a wrong answer, and its errors are those of keys, credits and the like.
+    """
     try:
         yield
     except ValueError:
-        if kept:
+        if kept and not kept.may_lack_scores:
             kept.clear()
         raise
 
@@ -291,7 +298,7 @@ def score_batch(
         return ScoredBatch.from_json(found)
     with noting(f"reward {name}, {batches.place(start)}"):
         scored = ScoredBatch(*score(reward, images, prompts, batches.count(start)), spent_by(reward))
-    if kept and scored.is_finite:
+    if kept and (scored.is_finite or kept.keeps_holes):
         kept.keep(start, key, scored.as_json())
     return scored
 
@@ -318,8 +325,12 @@ def gather(stage: Stage, batches: list[ScoredBatch], accelerator: Accelerator) -
     return batches
 
 
-def as_tensor(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32)
+def as_list(values: Tensor) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values.tolist()]
+
+
+def as_tensor(values: list[float | None]) -> Tensor:
+    return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)
 
 
 def as_part(values: list) -> Tensor | list[str]:

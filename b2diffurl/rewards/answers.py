@@ -1,61 +1,55 @@
 """What a vision-language model has answered, as a number from 0 to 1, or NaN where it cannot be read."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
 
-WORD = re.compile(r"^[^a-z]*(yes|no)[^a-z]*$")
+LONGEST = 2_000  # characters of an answer that are kept, and that are read of its end
+LEAST_CHANCE = 0.01  # of yes and no together; below, the model was about to say something else
 NUMBER = r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
+SCORE = rf"""["']score["']\s*:\s*["']?({NUMBER})["']?\s*[,}}]"""  # so a number that was cut off is not read
+# Around a word: blanks, Markdown, brackets, quotes. Ġ and Ċ are a blank and a line's end where a server shows bytes.
+AROUND = re.compile(r"^[\W_ĠĊ]+|[\W_]+$")
+
+
+def word(token: str) -> str:
+    """The word in a token, in small letters, without what stands around it: yes of "Yes", " yes", "**Yes", "Ġyes"."""
+    return AROUND.sub("", token).lower()
 
 
 def yes_probability(first_token: Mapping[str, float]) -> float:
     """The probability of yes, if the answer is yes or no; `first_token` has log-probabilities of its possible first tokens.
 
-    Tokens count whatever their case and what stands around them: "Yes", " yes" and "\u2581yes." are added up. NaN if neither
-    yes nor no is among the tokens.
+    Tokens that are the same `word` are added up. NaN if neither yes nor no is likely.
     """
     chances = {"yes": 0.0, "no": 0.0}
     for token, log_prob in first_token.items():
-        word = WORD.search(token.lower())
-        if word and math.isfinite(log_prob):
-            chances[word[1]] += math.exp(log_prob)
+        if word(token) in chances and math.isfinite(log_prob):
+            chances[word(token)] += math.exp(min(log_prob, 0.0))
     total = sum(chances.values())
-    return chances["yes"] / total if total > 0 else math.nan
+    return chances["yes"] / total if total >= LEAST_CHANCE else math.nan
 
 
-def rating(text: str, lowest: float, highest: float) -> float:
+def rating(text: str, lowest: float, highest: float, *, is_cut: bool = False) -> float:
     """The number from `lowest` to `highest` that the text gives, as a share of the way from one to the other.
 
-    It is the entry "score" of a JSON object anywhere in the text. A text without one must have a single number in it, as in
-    "Score: 7" or "7/10". NaN if there is none, if there are several, or if the number lies outside.
+    It is the entry "score" of a JSON object anywhere in the text. A text without an object must have a single number in it,
+    as in "Score: 7" or "7/10"; if it `is_cut`, that number must be all of it. What the model has thought before, up to
+    </think>, does not count. NaN if there is no number, if there are several, or if it lies outside.
     """
-    found = [one for one in json_scores(text)] or plain_numbers(text, highest)
-    value = found[-1] if len(set(found)) == 1 else math.nan
+    said = text.rpartition("</think>")[2]
+    is_cut = is_cut or len(said) > LONGEST
+    said = re.sub(r"[*`]", "", said[-LONGEST:])  # Markdown
+    # Of "7/10" and "7 out of 10" the first, if the second is the highest rating.
+    said = re.sub(rf"({NUMBER})\s*\(?(?:/|out of)\s*{highest:g}(?![\d.]*\d)", r"\1", said)
+    found = re.findall(SCORE, said, re.IGNORECASE)
+    if not found and "{" not in said and not (is_cut and not re.fullmatch(NUMBER, said.strip())):
+        found = re.findall(NUMBER, said)
+    values = {float(number) for number in found}
+    value = values.pop() if len(values) == 1 else math.nan
     return (value - lowest) / (highest - lowest) if lowest <= value <= highest else math.nan
 
 
-def json_scores(text: str) -> list[float]:
-    """The entry "score" of each JSON object in the text; NaN for one that is no number."""
-    scores = []
-    for part in re.findall(r"\{[^{}]*\}", text):
-        try:
-            entries = json.loads(part, parse_constant=lambda _: math.nan)
-        except ValueError:
-            continue
-        if "score" in entries:
-            scores.append(as_number(entries["score"]))
-    return scores
-
-
-def as_number(value: object) -> float:
-    """A number, or a text that is one, as a float; else NaN."""
-    if isinstance(value, str) and re.fullmatch(NUMBER, value.strip()):
-        return float(value)
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
-
-
-def plain_numbers(text: str, highest: float) -> list[float]:
-    """The numbers in a text; of "7/10" and "7 out of 10" the first, if the second is `highest`."""
-    out_of = rf"\s*(?:/|out of)\s*{highest:g}(?![\d.]*\d)"
-    return [float(number) for number in re.findall(NUMBER, re.sub(rf"({NUMBER}){out_of}", r"\1", text))]
+def shortened(text: str) -> str:
+    """An answer as it is kept: of a long one the beginning and the end, where the number is."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}…{text[1 - LONGEST // 2 :]}"

@@ -7,13 +7,13 @@ own endpoint in OPENAI_API_KEY. It is never written to disk, and OPENAI_API_KEY 
 import asyncio
 import json
 import os
-import re
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from b2diffurl.rewards.answers import word
 from b2diffurl.rewards.http import MAX_ANSWER_BYTES, is_local, shown
 from b2diffurl.runtime.logs import logger
 
@@ -21,6 +21,9 @@ API_KEY, OPENAI_API_KEY, OPENAI_HOST = "REWARD_VLM_API_KEY", "OPENAI_API_KEY", "
 FIRST_WAIT_SEC, LONGEST_WAIT_SEC = 0.5, 60.0  # before the first retry, each further wait is twice as long; and before any
 # Fields that a server may refuse, and what is sent in their place. The others are sent always.
 REPLACED_BY = {"temperature": "", "seed": "", "response_format": "", "max_tokens": "max_completion_tokens"}
+CALLED = {"response_format": ("response_format", "response format", "json_schema")}  # by servers; others by their own names
+# Codes of a server that will not look at this one image or prompt.
+WILL_NOT_LOOK = ("content_filter", "content_policy_violation", "moderation_blocked", "data_inspection_failed")
 
 Message = dict[str, Any]
 
@@ -49,6 +52,7 @@ class Answer:
     text: str
     first_token: Mapping[str, float] | None  # log-probabilities of the likeliest first tokens; None: the server gives none
     prompt_tokens: int | None  # tokens that it has read, images among them; None: the server does not say
+    is_cut: bool = False  # whether it has reached its longest length
 
 
 class PassingError(Exception):
@@ -99,7 +103,10 @@ class Chat:
             trust_env=not is_local(urlsplit(self.endpoint.url).hostname or ""), follow_redirects=False
         )
         options = {"timeout": self.endpoint.timeout_sec, "max_retries": 0, "http_client": web}
-        return openai.AsyncOpenAI(base_url=self.endpoint.url, api_key=self.endpoint.key or "none", **options)
+        client = openai.AsyncOpenAI(base_url=self.endpoint.url, api_key=self.endpoint.key or "none", **options)
+        if urlsplit(self.endpoint.url).hostname != OPENAI_HOST:
+            client.organization = client.project = None  # the package takes them from the environment, for any host
+        return client
 
     async def ask_again(self, client: Any, messages: list[Message]) -> Answer:
         """Send one conversation until it is answered, or until it has been sent often enough."""
@@ -110,9 +117,10 @@ class Chat:
                 problem, wait_sec = str(error), error.wait_sec
             if attempt < self.endpoint.num_retries:
                 self.count("retries", 1)
-                told = "reward vlm: %s; asking again (%d of %d)"
-                logger.warning(told, problem, attempt + 1, self.endpoint.num_retries)
-                await asyncio.sleep(min(wait_sec or FIRST_WAIT_SEC * 2**attempt, LONGEST_WAIT_SEC))
+                wait_sec = min(wait_sec or FIRST_WAIT_SEC * 2**attempt, LONGEST_WAIT_SEC)
+                told = "reward vlm: %s; asking again (%d of %d) in %.3g s"
+                logger.warning(told, problem, attempt + 1, self.endpoint.num_retries, wait_sec)
+                await asyncio.sleep(wait_sec)
         times = f"asked {self.endpoint.num_retries + 1} time{'s' if self.endpoint.num_retries else ''}"
         raise ConnectionError(f"reward vlm: {problem}; {times}")
 
@@ -139,8 +147,10 @@ class Chat:
                 cut = shown(str(error) or type(error).__name__, self.endpoint.key)
                 raise PassingError(f"{url} has cut its answer off ({cut})") from None
             except openai.APIStatusError as error:
+                if error.status_code == 400 and error.code in WILL_NOT_LOOK:
+                    return Answer(said_by(error), None, None)
                 if not self.give_up_field(error, fields):
-                    raise self.refusal(error) from None
+                    raise self.refusal(error.status_code, said_by(error), wait_asked_for(error)) from None
 
     async def exchange(self, client: Any, messages: list[Message], fields: dict[str, Any]) -> bytes:
         """Send a request and read the whole answer; `PassingError` if it is cut off or far too long."""
@@ -158,15 +168,17 @@ class Chat:
         try:
             completion = json.loads(body)
             choice = completion["choices"][0]
-            text = text_of(choice["message"].get("content") or "")
+            text = written(choice["message"])
             usage = {key: value for key, value in (completion.get("usage") or {}).items() if type(value) is int}
             first_token = read_first_token(choice.get("logprobs"))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            if fault := read_fault(body):
+                raise self.refusal(*fault) from None
             answered = shown(body, self.endpoint.key)
             raise PassingError(f"{self.endpoint.url} answered what is no chat completion: '{answered}'") from None
         for key in ("prompt_tokens", "completion_tokens"):
             self.count(key, usage.get(key, 0))
-        return Answer(text, first_token, usage.get("prompt_tokens"))
+        return Answer(text, first_token, usage.get("prompt_tokens"), choice.get("finish_reason") == "length")
 
     def give_up_field(self, error: Any, fields: dict[str, Any]) -> bool:
         """Leave out the field that the server refuses, from now on; whether there is one.
@@ -175,7 +187,8 @@ class Chat:
         """
         if error.status_code not in (400, 422):
             return False
-        refused = [key for key in REPLACED_BY if key in fields and key in said_by(error)]
+        said = said_by(error)
+        refused = [key for key in REPLACED_BY if key in fields and any(name in said for name in CALLED.get(key, (key,)))]
         for key in refused:
             if key in self.fields:  # another conversation may have left it out in the meantime
                 value, instead = self.fields.pop(key), REPLACED_BY[key]
@@ -184,23 +197,24 @@ class Chat:
                 logger.info("reward vlm: %s takes no %s, and %s", self.endpoint.url, key, told)
         return bool(refused)
 
-    def refusal(self, error: Any) -> Exception:
-        """What an error status means to the user, or `PassingError` if it may pass."""
-        status, url, model = error.status_code, self.endpoint.url, self.endpoint.model
-        said = shown(said_by(error), self.endpoint.key)
+    def refusal(self, status: int, said: str, wait_sec: float | None = None) -> Exception:
+        """What an error status means to the user, or `PassingError` if it may pass; `said` by the server."""
+        url, model, said = self.endpoint.url, self.endpoint.model, shown(said, self.endpoint.key)
         if status in (408, 409, 429) or status >= 500:
             too_many = " Lower reward.vlm.concurrency if it says so often." if status == 429 else ""
-            return PassingError(f"{url} answered {status}: {said}.{too_many}".replace("..", "."), wait_asked_for(error))
+            return PassingError(f"{url} answered {status}: {said}.{too_many}".replace("..", "."), wait_sec)
         if status in (401, 403):
             have = f"refuses the key in {API_KEY}" if self.endpoint.key else f"wants a key; set the variable {API_KEY}"
             return ValueError(f"reward vlm: {url} {have} ({status}: {said})")
         if status == 404:
             return ValueError(f"reward vlm: {url} has no model {model!r}, or no chat there (404: {said})")
-        return ValueError(f"reward vlm: {url} refuses the request ({status}: {said})")
+        remedy = "; reward.vlm.score=rating asks for none, and reward.vlm.extra_body={'top_logprobs': 5} for fewer"
+        remedy = remedy if "logprobs" in said else ""
+        return ValueError(f"reward vlm: {url} refuses the request ({status}: {said}){remedy}")
 
     async def list_models(self) -> list[str]:
         async with self.client() as client:
-            return [model.id async for model in client.models.list()]
+            return [model.id async for model in client.models.list() if isinstance(model.id, str)]
 
     def models(self) -> list[str]:
         """The names of the models that the server lists; [] if it does not say."""
@@ -208,7 +222,7 @@ class Chat:
 
         try:
             return run(asyncio.wait_for(self.list_models(), self.endpoint.timeout_sec))
-        except (openai.OpenAIError, TimeoutError, ValueError, AttributeError):
+        except (openai.OpenAIError, TimeoutError, ValueError, TypeError, AttributeError, RecursionError):
             return []
 
     def count(self, what: str, number: int) -> None:
@@ -225,20 +239,35 @@ def run(work: Coroutine) -> Any:
         return pool.submit(asyncio.run, work).result()
 
 
-def text_of(content: str | list[dict[str, Any]]) -> str:
-    """The text of a message, which some servers give in parts; a TypeError if it is neither."""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content if part.get("type") == "text")
+def read_fault(body: bytes) -> tuple[int, str] | None:
+    """(status, what is said) of an error in a response of status 200, as some routers send them; None if there is none."""
+    try:
+        fault = json.loads(body)["error"]
+        return (fault["code"], str(fault["message"])) if type(fault["code"]) is int else None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def written(message: Mapping[str, Any]) -> str:
+    """The text of a message, or why the model has refused. Some servers send it in parts, of which some are thoughts."""
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if isinstance(part.get("text"), str))
+    text = content or message.get("refusal") or ""
+    if not isinstance(text, str):
+        raise TypeError
+    return text
 
 
 def read_first_token(logprobs: Any) -> dict[str, float] | None:
-    """{token: log-probability} of the first token with a letter, from a choice's `logprobs`; None if there are none."""
+    """{token: log-probability} of the first token with a word in it, from a choice's `logprobs`; None if there are none."""
     positions = (logprobs or {}).get("content") or []
     if not positions:
         return None
-    worded = [one for one in positions if re.search("[A-Za-z]", one["token"])] or positions
+    first = next((one for one in positions if word(one["token"])), positions[0])
     # The chosen token is not always among the likeliest, which a server may leave out.
-    likeliest = [*(worded[0].get("top_logprobs") or []), worded[0]]
-    return {one["token"]: float(one["logprob"]) for one in likeliest if one.get("logprob") is not None}
+    likeliest = [*(first.get("top_logprobs") or []), first]
+    return {one["token"]: float(one["logprob"]) for one in likeliest if one["logprob"] is not None}
 
 
 def said_by(error: Any) -> str:

@@ -12,12 +12,13 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
 
 from b2diffurl.rewards import Parts, Reward
-from b2diffurl.rewards.answers import rating, yes_probability
+from b2diffurl.rewards.answers import rating, shortened, yes_probability
 from b2diffurl.rewards.chat import API_KEY, OPENAI_API_KEY, Answer, Chat, Endpoint, Message
 from b2diffurl.rewards.http import encode
 from b2diffurl.runtime.logs import logger, printable
@@ -35,9 +36,8 @@ SCHEMA = {
     "required": ["reason", "score"],
     "additionalProperties": False,
 }
-LONGEST_ANSWER = 2_000  # characters that are read and kept
 NUM_LIKELIEST = 20  # first tokens whose log-probabilities are asked for; servers allow no more
-MOST_NAMED = 10  # models that an error names
+NUM_NAMED = 20  # models that an error names
 NUM_REPEATS = 3  # of one request at the start, which show whether the server repeats itself
 SIDE_PX = 112  # of the images of these requests
 
@@ -53,17 +53,18 @@ def check(name: str, own: Mapping[str, Any], prompts: Sequence[str]) -> None:
     if importlib.util.find_spec("openai") is None:
         raise ModuleNotFoundError("reward vlm needs the package openai: pip install -r requirements-rewards.txt")
     url, (lowest, highest) = own["url"], two_numbers(own["scale"])
-    if not url.startswith(("http://", "https://")) or url.rstrip("/").endswith("/completions"):
+    if not is_base(url):
         raise ValueError(
             f"reward.vlm.url is {url!r}; give the address of an OpenAI-compatible server up to its version, such as "
             "http://localhost:8000/v1 or https://api.openai.com/v1"
         )
-    if not endpoint(own).key.isprintable():
+    key = endpoint(own).key
+    if not key.isascii() or not key.isprintable() or " " in key:
         raise ValueError(f"the variable {API_KEY} or {OPENAI_API_KEY} has a character in it that no header can have")
     if not own["model"]:
         served = Chat(endpoint(own), {}).models()
-        more = f" and {len(served) - MOST_NAMED} more" if len(served) > MOST_NAMED else ""
-        there = f"; {url} serves {', '.join(served[:MOST_NAMED])}{more}" if served else ""
+        more = f" and {len(served) - NUM_NAMED} more" if len(served) > NUM_NAMED else ""
+        there = f"; {url} serves {printable(', '.join(served[:NUM_NAMED]))}{more}" if served else ""
         raise ValueError(f"reward.vlm.model is empty; name the model as the server calls it{there}")
     if not lowest < highest:
         raise ValueError(f"reward.vlm.scale is {tuple(own['scale'])}; it must be the lowest and the highest rating")
@@ -77,6 +78,17 @@ def check(name: str, own: Mapping[str, Any], prompts: Sequence[str]) -> None:
         )
     if not all(type(weight) in (int, float) and math.isfinite(weight) and weight for weight in weights):
         raise ValueError(f"reward.vlm.question_weights is {weights!r}; it must be numbers, none of them 0")
+
+
+def is_base(url: str) -> bool:
+    """Whether a request's path can be added to a URL."""
+    try:
+        parts = urlsplit(url)
+        is_whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # half an IPv6 address, or no such port
+        return False
+    is_clean = not (parts.query or parts.fragment) and url.isprintable() and " " not in url
+    return bool(is_whole and is_clean) and not url.rstrip("/").endswith("/completions")
 
 
 def two_numbers(scale: Sequence[float]) -> tuple[float, float]:
@@ -112,7 +124,7 @@ class Judge:
         self.weights = weights / weights.abs().sum()  # [Q]
         lowest, highest = two_numbers(own["scale"])
         if self.rates:
-            self.read = lambda answer: rating(answer.text[:LONGEST_ANSWER], lowest, highest)
+            self.read = lambda answer: rating(answer.text, lowest, highest, is_cut=answer.is_cut)
             self.order = (
                 'Answer with a JSON object that has "reason", one short sentence, and then "score", a number from '
                 f"{lowest} (worst) to {highest} (best)."
@@ -138,7 +150,7 @@ class Judge:
         parts: Parts = {}
         for n in range(len(self.questions)):
             number = n + 1 if len(self.questions) > 1 else ""
-            texts = [answers[row * len(self.questions) + n].text[:LONGEST_ANSWER] for row in rows]
+            texts = [shortened(answers[row * len(self.questions) + n].text) for row in rows]
             parts |= {f"answer{number}": [printable(text) for text in texts]}
             parts |= {f"question{number}": by_question[:, n].float()} if number else {}
         return (by_question @ self.weights).float(), parts
@@ -164,7 +176,7 @@ class Judge:
 
     def once_more(self, messages: list[Message], answer: Answer) -> list[Message]:
         """The conversation goes on: the same request would get the same answer."""
-        said = {"role": "assistant", "content": answer.text[:LONGEST_ANSWER] or "…"}
+        said = {"role": "assistant", "content": shortened(answer.text) or "…"}
         return [*messages, said, {"role": "user", "content": [{"type": "text", "text": self.order}]}]
 
     def spent(self) -> dict[str, int]:

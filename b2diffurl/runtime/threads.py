@@ -3,31 +3,47 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Thread
 from typing import Any, TypeVar
 
 T, R = TypeVar("T"), TypeVar("R")
 
 
 class Behind:
-    """Runs one job at a time in a thread. `do` waits for the job before, so that jobs do not pile up in memory."""
+    """Runs one job at a time in a thread. `do` waits for the job before, so that jobs do not pile up in memory.
 
-    def __init__(self) -> None:
-        self.pool, self.job = ThreadPoolExecutor(1), None
+    If the block ends by an error the last job is waited for, unless it is one to `abandon`: a request to a slow server.
+    """
+
+    def __init__(self, *, abandon: bool = False) -> None:
+        self.abandon = abandon
+        self.job: Future[Any] | None = None
 
     def __enter__(self) -> "Behind":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.pool.shutdown()
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self.job and not (kind and self.abandon):
+            self.job.exception()
 
     def do(self, work: Callable[[], Any]) -> None:
         """Start `work` once the job before is done. If that job failed, its error is raised here."""
         self.wait()
-        self.job = self.pool.submit(work)
+        self.job = Future()
+        # A daemon, which does not keep the process from ending.
+        Thread(target=finish, args=(self.job, work), daemon=True).start()
 
     def wait(self) -> Any:
         """Wait for the last job; returns what it returned, or raises its error."""
         return self.job.result() if self.job else None
+
+
+def finish(job: Future, work: Callable[[], Any]) -> None:
+    """Do the work; the job then has its result, or its error."""
+    try:
+        job.set_result(work())
+    except BaseException as error:
+        job.set_exception(error)
 
 
 def ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:

@@ -24,7 +24,7 @@ from scored import BATCH, pixels, redness, scores
 
 from b2diffurl.configuration.settings import read_settings
 from b2diffurl.rewards import chat, load_reward, score, vlm
-from b2diffurl.rewards.answers import rating, yes_probability
+from b2diffurl.rewards.answers import LONGEST, rating, shortened, yes_probability
 from b2diffurl.rewards.http import encode
 
 CPU = torch.device("cpu")
@@ -105,6 +105,18 @@ def reward() -> Callable:
         ('{"score": null}', None),
         ('{"score": NaN}', None),
         ('{"score": 1e999}', None),
+        ('{"score": ' + "1" * 400 + "}", None),
+        ('{"score": "7/10"}', 0.7),
+        ('{"reason": "the "2" is {red}", "score": 7,}', 0.7),
+        ("{'reason': '2 apples', 'score': 7}", 0.7),
+        ('{"reason": "There are 2 apples of the', None),
+        ('{"reason": "red", "score": 1', None),
+        ("<think>2 apples, so 4?</think>\n7", 0.7),
+        ("Score: **7**/10", 0.7),
+        ("7 (out of 10)", 0.7),
+        ("There are 2 apples. " + "They are red. " * 200, None),
+        ("Hm. " * 1000 + '{"score": 7}', 0.7),
+        ("9" * 100_000, None),
         ("good", None),
         ("", None),
     ],
@@ -120,45 +132,32 @@ def test_a_rating_of_another_scale():
     assert math.isnan(rating("0", 1, 5))
 
 
+def test_a_number_in_an_answer_that_was_cut_off_is_no_rating():
+    """It may be part of the reason, or of a longer number. The whole object counts, and so does a bare number."""
+    texts = ["<think>The image has 2 apples", "There are 2", '{"score": 7} I say so bec', " 7"]
+    found = [rating(text, 0, 10, is_cut=True) for text in texts]
+    assert found == pytest.approx([math.nan, math.nan, 0.7, 0.7], nan_ok=True)
+
+
+def test_of_a_long_answer_beginning_and_end_are_kept():
+    assert shortened("a" * LONGEST) == "a" * LONGEST
+    kept = shortened("a" * 3000 + "b" * 3000)
+    assert (len(kept), kept.strip("ab")) == (LONGEST, "…")
+
+
 def test_the_probability_of_yes():
     """Spellings add up, what is neither is left out, and without either there is none."""
     log = math.log
     assert yes_probability({"Yes": log(0.5), " yes": log(0.1), "No": log(0.2), "The": log(0.2)}) == pytest.approx(0.75)
     assert yes_probability({"no": log(0.5), "YES": -math.inf}) == 0.0
-    assert yes_probability(
-        {"\u0120yes": log(0.3), "\u2581Yes.": log(0.3), "**No": log(0.2), "not": log(0.2)}
-    ) == pytest.approx(0.75)
-    assert math.isnan(yes_probability({"Sure": -0.1, "nope": -0.2}))
+    assert math.isnan(yes_probability({"Sure": -0.1}))
+    assert yes_probability({"Ġyes": log(0.5), "▁Yes.": log(0.1), "**no": log(0.2)}) == pytest.approx(0.75)
+    assert yes_probability({"yes": 1e9, "no": -9999.0}) == 1.0
 
 
-@pytest.mark.parametrize(
-    "message",
-    [{"content": [{"type": "text", "text": "7"}, {"type": "image"}]}, {"content": "7", "reasoning_content": "9 or 7?"}],
-    ids=["parts", "reasoning"],
-)
-def test_the_text_of_an_answer(reward, images, message):
-    """Some servers give it in parts, or with thoughts beside it, which are not read."""
-
-    def answer(request: Request) -> dict:
-        found = completion("")
-        found["choices"][0]["message"] |= message
-        return found | {"usage": {"prompt_tokens": 10 if image_of(request) else 5}}
-
-    with chat_server(answer) as (url, _):
-        assert score(reward(url, score="rating"), images, PROMPTS)[0].tolist() == pytest.approx([0.7] * 5)
-
-
-def test_log_probabilities_as_servers_give_them(reward, images):
-    """A first token without a letter is passed over, a null is left out, and the chosen token counts where no others are."""
-
-    def answer(request: Request) -> dict:
-        found = completion("**Yes", {"**": -0.1})
-        chosen = {"token": "Yes", "logprob": math.log(red(request)), "top_logprobs": [{"token": "no", "logprob": None}]}
-        found["choices"][0]["logprobs"]["content"].append(chosen)
-        return found
-
-    with chat_server(answer) as (url, _):
-        assert score(reward(url), images, PROMPTS)[0].tolist() == [1.0] * 5
+def test_a_model_that_says_something_else_has_not_said_yes():
+    """What thinks first may think yes and no at the end of its list: that is no answer."""
+    assert math.isnan(yes_probability({"<think>": 0.0, "Yes": -20.0, "No": -21.0}))
 
 
 # ---- what is asked ----
@@ -201,7 +200,9 @@ def test_a_rating_asks_for_a_schema_and_goes_on_without(reward, images, caplog):
     """A server that refuses a field is asked without it, or with its newer name, from then on; the log says so once."""
 
     def picky(request: Request):
-        for field in ("response_format", "temperature", "max_tokens"):
+        if "response_format" in request:
+            return 400, {}, {"error": {"message": "This model does not support response format `json_schema`"}}
+        for field in ("temperature", "max_tokens"):
             if field in request:
                 return 400, {}, {"error": {"message": f"Unsupported parameter: '{field}'", "param": field}}
         return judge(request)
@@ -234,8 +235,46 @@ def test_an_answer_that_cannot_be_read_is_asked_for_once_more(reward, images):
     assert parts["answer"][0] == "it depends"
     again = next(request for request in requests if len(request["messages"]) == 3)
     assert [message["role"] for message in again["messages"]] == ["user", "assistant", "user"]
-    assert len(again["messages"][1]["content"]) == vlm.LONGEST_ANSWER
+    assert len(again["messages"][1]["content"]) == LONGEST
     assert text_of(again).startswith("Answer with a JSON object")
+
+
+def with_logprobs(*positions: dict[str, float | None]) -> dict:
+    """A completion with these tokens, each position's first one chosen."""
+    found = completion("")
+    rows = [[{"token": token, "logprob": value} for token, value in one.items()] for one in positions]
+    found["choices"][0]["logprobs"] = {"content": [row[0] | {"top_logprobs": row} for row in rows]}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ({"content": [{"type": "thinking", "thinking": []}, {"type": "text", "text": "7"}]}, "7"),
+        ({"content": None, "refusal": "I will not look"}, "I will not look"),
+        ({"content": None, "reasoning_content": "hm"}, ""),
+    ],
+    ids=["parts", "refusal", "thoughts"],
+)
+def test_forms_of_an_answers_text(answer, expected):
+    with chat_server(lambda _: {"choices": [{"message": answer, "finish_reason": "length"}], "usage": None}) as (url, _):
+        assert chat.Chat(chat.Endpoint(url, "m", 10, 0, 1), {}).ask([[]]) == [chat.Answer(expected, None, None, True)]
+
+
+def test_the_first_token_is_the_first_with_a_word_in_it():
+    positions = {"\n": -0.1}, {"**": -0.2, "Yes": -3.0}, {"Yes": -0.3, "No": None}
+    with chat_server(lambda _: with_logprobs(*positions)) as (url, _):
+        (answer,) = chat.Chat(chat.Endpoint(url, "m", 10, 0, 1), {}).ask([[{"role": "user", "content": []}]])
+    assert answer.first_token == {"Yes": -0.3}
+
+
+def test_an_image_that_a_server_will_not_look_at_is_unreadable(reward, images):
+    """A hosted server refuses one image by its filter: the others are scored, and its answer says why."""
+    refused = (400, {}, {"error": {"code": "content_filter", "message": "filtered"}})
+    with chat_server(lambda request: refused if "a cat?" in json.dumps(request["messages"]) else judge(request)) as (url, _):
+        rewards, parts = score(reward(url, questions=("{prompt}?",)), images, PROMPTS)
+    assert rewards.isnan().tolist() == [False, False, False, True, True]
+    assert parts["answer"][3] == "filtered"
 
 
 # ---- the key ----
@@ -256,10 +295,21 @@ def test_the_key_is_the_environments(reward, images, monkeypatch):
     assert chat.Endpoint("https://api.openai.com/v1", "m", 1, 0, 1).key == "sk-openai-secret"
     assert chat.Endpoint("https://api.openai.com.evil.org/v1", "m", 1, 0, 1).key == ""
     monkeypatch.setenv("REWARD_VLM_API_KEY", "sk-own-secret")
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-secret")
+    assert chat.Chat(chat.Endpoint("https://api.openai.com/v1", "m", 1, 0, 1), {}).client().organization == "org-secret"
+    assert chat.Chat(chat.Endpoint("https://openai.com/v1", "m", 1, 0, 1), {}).client().organization is None
     refused = (401, {}, {"error": {"message": "no such key: sk-own-secret"}})
     said = r"refuses the key in REWARD_VLM_API_KEY \(401: no such key: \*\*\*\)"
     with chat_server(lambda _: refused) as (url, _), pytest.raises(ValueError, match=said):
         reward(url)
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "two words", "a\nb"])
+def test_a_key_that_no_header_can_have(reward, monkeypatch, key):
+    monkeypatch.setenv("REWARD_VLM_API_KEY", key)
+    with pytest.raises(ValueError, match="has a character in it that no header can have") as refused:
+        vlm.check("vlm", read_settings(make_config(own("http://127.0.0.1:9/v1"))).rewards.own["vlm"], [])
+    assert key not in str(refused.value)
 
 
 # ---- what a server may do wrong ----
@@ -283,8 +333,10 @@ def first(*answers) -> Callable:
         (200, {}, {"choices": []}),
         (200, {}, {"choices": [{"message": {"content": 7}}]}),
         (200, {}, b"[" * 100_000),
+        (200, {}, {"error": {"code": 502, "message": "bad gateway"}}),
+        (529, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, b"<html>"),
     ],
-    ids=["500", "429", "503", "cut off", "html", "list", "no choice", "no text", "brackets"],
+    ids=["500", "429", "503", "cut off", "html", "list", "no choice", "no text", "brackets", "error in 200", "529"],
 )
 def test_a_fault_that_passes_costs_one_request(reward, images, fault, caplog):
     """Sent again, to the same scores, with a line in the log."""
@@ -310,11 +362,29 @@ def test_a_fault_that_passes_costs_one_request(reward, images, fault, caplog):
         (lambda _: (401, {}, {"detail": "who?"}), "wants a key; set the variable REWARD_VLM_API_KEY"),
         (lambda _: (302, {"Location": "http://127.0.0.1:9/"}, b""), "refuses the request \\(302"),
         (lambda _: (400, {}, {"error": {"message": "m is not a multimodal model"}}), "m is not a multimodal model"),
+        (lambda _: (400, {}, {"error": "no logprobs here"}), "no logprobs here.*reward.vlm.score=rating"),
+        (lambda _: {"error": {"code": 402, "message": "no credits"}}, r"refuses the request \(402: no credits\)"),
         (lambda _: completion("a red square", {"a": -0.1}, tokens=9), "does not see them"),
         (lambda r: completion(f"{red(r):.2f}"), "gives no log-probabilities.*reward.vlm.score=rating"),
         (lambda r: completion(f"{red(r):.2f}", {"The": -0.1}), "was told 'Answer with yes or no.' and answered '0"),
     ],
-    ids=["500", "429", "drips", "slow", "cut", "huge", "404", "401", "302", "400", "blind", "no log-probs", "no yes"],
+    ids=[
+        "500",
+        "429",
+        "drips",
+        "slow",
+        "cut",
+        "huge",
+        "404",
+        "401",
+        "302",
+        "400",
+        "logprobs",
+        "402",
+        "blind",
+        "no log-probs",
+        "no yes",
+    ],
 )
 def test_a_server_that_will_not_do_is_told_before_anything_is_sampled(empty, overrides, answer, said):
     """One sentence, soon, and nothing written."""
@@ -334,6 +404,9 @@ def test_nobody_there(empty, overrides):
     [
         ({"url": ""}, "reward.vlm.url is ''"),
         ({"url": "http://127.0.0.1:9/v1/chat/completions"}, "up to its version"),
+        ({"url": "http://[::1/v1"}, "reward.vlm.url is"),
+        ({"url": "http://127.0.0.1:99999/v1"}, "reward.vlm.url is"),
+        ({"url": "https://x.openai.azure.com/openai?api-version=1"}, "reward.vlm.url is"),
         ({"scale": (5, 1)}, r"reward.vlm.scale is \(5, 1\)"),
         ({"scale": (5,)}, r"reward.vlm.scale is \(5,\)"),
         ({"questions": ("",)}, "reward.vlm.questions is"),
@@ -349,6 +422,20 @@ def test_settings_that_cannot_work(empty, overrides, settings, said):
 def test_a_model_without_a_name_is_told_the_names(empty, overrides):
     with chat_server(judge) as (url, _):
         refuse(empty, "sample", overrides | own(url, model=""), f"reward.vlm.model is empty.*{url} serves m")
+
+
+@pytest.mark.parametrize(
+    ("listed", "names"),
+    [([f"m{n}" for n in range(500)], ["m0", "m19 and 480 more"]), ([None, 5, "\x1b"], [r"\\x1b"])],
+    ids=["many", "odd"],
+)
+def test_names_of_models_that_are_told(listed, names, monkeypatch):
+    """At most twenty, and only what can be printed."""
+    body = json.dumps({"object": "list", "data": [{"id": name} for name in listed]}).encode()
+    monkeypatch.setattr("chat_server.MODELS", body)
+    with chat_server(judge) as (url, _), pytest.raises(ValueError, match=".*".join(names)) as refused:
+        vlm.check("vlm", read_settings(make_config(own(url, model=""))).rewards.own["vlm"], [])
+    assert len(str(refused.value)) < 300
 
 
 def test_whether_a_server_repeats_itself_is_said(reward, caplog):
@@ -421,6 +508,32 @@ def test_an_unreadable_answer_stops_the_run_or_gets_the_prompts_mean(begin):
     rows = scores(folder)
     others = [row["reward"] for row in rows if row["prompt"] == rows[6]["prompt"] and row["id"] != 6]
     assert rows[6]["reward"] == pytest.approx(sum(others) / len(others), abs=1e-6)
+    assert "1 unreadable" in said
+
+
+def test_an_unreadable_answer_that_is_filled_is_asked_for_once(begin):
+    """A batch with one is kept as others are, when the run stops by another fault: the key runs out of credits."""
+    lenient = {"score": "rating", "unreadable": "mean", "concurrency": 1}
+    folder, settings = begin(own("http://127.0.0.1:9/v1", **lenient))
+    moody.image = pixels(folder)[1]
+    left, scored = [True] * BATCH, lambda request: image_of(request).size == (64, 64)
+
+    def poor(request: Request):
+        if not scored(request) or len(request["messages"]) > 1:
+            return moody(request)
+        return moody(request) if left and left.pop() else (402, {}, {"error": {"message": "no credits"}})
+
+    with chat_server(poor) as (url, requests):
+        settings |= own(url, **lenient)
+        assert_refused(run_script(folder, "select", settings), "402: no credits")
+        assert [path.name for path in stage_of(folder).scored.iterdir()] == ["vlm_00000.json"]
+        left[:] = [True] * 100
+        del requests[:]
+        said = ran(folder, "select", settings)
+    assert len([request for request in requests if image_of(request) and scored(request)]) == len(pixels(folder)) - BATCH
+    rows = scores(folder)
+    others = [row["reward"] for row in rows if row["prompt"] == rows[1]["prompt"] and row["id"] != 1]
+    assert rows[1]["reward"] == pytest.approx(sum(others) / len(others), abs=1e-6)
     assert "1 unreadable" in said
 
 

@@ -19,6 +19,17 @@ def test_what_is_done_behind_comes_in_order_and_its_errors_come_through():
         writer.do(lambda: None)
 
 
+def test_an_error_waits_for_a_job_unless_it_may_be_abandoned():
+    done = []
+    for abandon, expected in ((False, ["written"]), (True, [])):
+        with pytest.raises(KeyboardInterrupt), Behind(abandon=abandon) as writer:
+            writer.do(lambda: (time.sleep(0.2), done.append("written")))
+            raise KeyboardInterrupt
+        assert done == expected
+        time.sleep(0.3)
+        done.clear()
+
+
 def test_reading_ahead_is_one_item_ahead():
     """While an item is worked on the next one has been asked for, and no other."""
     asked = []
