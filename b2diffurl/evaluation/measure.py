@@ -241,8 +241,11 @@ class Evaluation:
                 for n, image in enumerate(images[:count]):
                     files.write_image(folder / f"{start + n:05d}.png", image)
                     pixels.update(image.numpy().tobytes())
+                # A judge that asks a server, or reads images one by one, need not do so for what is dropped.
+                rows = [min(n, count - 1) for n in range(judging.batch_size)]
+                shown, asked = images[rows], [batch_of_prompts[row] for row in rows]
                 for key in self.rewards:
-                    work = partial(self.score_batch, key, images, batch_of_prompts, batch, count, scored[key])
+                    work = partial(self.score_batch, key, shown, asked, batch, count, scored[key])
                     beside[key].do(work) if key in beside else work()
                 for key, feature in self.features.items():
                     features[key].append(feature.embed(images.clone(), list(batch_of_prompts))[:count])

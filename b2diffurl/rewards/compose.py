@@ -54,7 +54,11 @@ def load(name: str, own: Mapping[str, Any], device: torch.device, dtype: torch.d
 
     def compose(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Parts]:
         scenes = [scene(prompt) for prompt in prompts]
-        seen = [look(image, one) for image, one in zip(images, scenes, strict=True)]
+        # A batch may repeat an image, to fill up: it is looked at once.
+        keys = [(image.cpu().numpy().tobytes(), prompt) for image, prompt in zip(images, prompts, strict=True)]
+        first = {key: n for n, key in reversed(list(enumerate(keys)))}
+        found = {key: look(images[n], scenes[n]) for key, n in first.items()}
+        seen = [found[key] for key in keys]
         answers = [judge(one, objects, margin=own["margin"]) for one, objects in zip(scenes, seen, strict=True)]
         parts = {kind: torch.tensor([share_right(some, (kind,)) for some in answers]) for kind in KINDS}
         parts["correct"] = torch.tensor([float(all(answer.right for answer in some)) for some in answers])

@@ -1,6 +1,7 @@
 """Measuring a checkpoint: the same noise for each, the same numbers each time, and what belongs to an evaluation."""
 
 import contextlib
+import importlib
 import json
 import shutil
 
@@ -115,6 +116,21 @@ def test_a_reward_of_the_users_own(overrides, tmp_path, monkeypatch):
     (result,) = run_evaluation(tmp_path, overrides, ["base"], **{"reward.name": "my_rewards:redness", "eval.num_images": 4})
     shown = sorted((experiment(tmp_path) / result["folder"]).glob("*.png"))
     assert result["values"]["reward"] == pytest.approx([np.asarray(Image.open(path))[..., 0].mean() for path in shown])
+
+
+def test_what_the_last_batch_has_too_much_is_the_last_image(overrides, tmp_path, monkeypatch):
+    """So a judge that asks a server, or looks at images one by one, works for the images that count alone."""
+    (tmp_path / "counting.py").write_text(
+        "different = []\n"
+        "def red(images, prompts):\n"
+        "    different.append((len(images), len({(i.numpy().tobytes(), p) for i, p in zip(images, prompts)})))\n"
+        "    return images[..., 0].float().mean((1, 2))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run_evaluation(
+        tmp_path, overrides, ["base"], **{"reward.name": "counting:red", "eval.num_images": 5, "eval.batch_size": 4}
+    )
+    assert importlib.import_module("counting").different == [(4, 4), (4, 1)]
 
 
 def test_what_a_reward_is_belongs_to_an_evaluation(overrides, tmp_path, monkeypatch):

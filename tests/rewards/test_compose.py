@@ -276,6 +276,24 @@ def test_a_score_does_not_depend_on_neighbours_or_batch_size(detectors, load, im
     assert len(set(parts["found"])) == len(images)
 
 
+def test_a_repeated_image_is_looked_at_once(with_checker, monkeypatch):
+    """A batch that was filled up costs no more than its images; another prompt, or another image, is another question."""
+    looked = []
+    keep = compose.keep
+    monkeypatch.setattr(compose, "keep", lambda seen, **options: looked.append(seen) or keep(seen, **options))
+    drawings, captions = drawn(40)
+    images, prompts = torch.from_numpy(drawings[1:3]), list(map(renamed, captions[1:3]))
+    rows = [0, 1, 1, 1]
+    repeated, parts = score(with_checker(), images[rows], [prompts[row] for row in rows])
+    assert len(looked) == 2
+    plain, plain_parts = score(with_checker(), images, prompts)
+    assert repeated.tolist() == plain[rows].tolist()
+    assert parts["found"] == [plain_parts["found"][row] for row in rows]
+    looked.clear()
+    score(with_checker(), images[[0, 0]], prompts)
+    assert len(looked) == 2
+
+
 # ---- colours ----
 
 
