@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -18,11 +19,15 @@ class Behind:
     def __init__(self, *, abandon: bool = False) -> None:
         self.abandon = abandon
         self.job: Future[Any] | None = None
+        self.jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()  # None: the end
+        # A daemon does not keep the process from ending. One for all jobs: torch makes a pool of threads for each thread.
+        Thread(target=self.work, daemon=True).start()
 
     def __enter__(self) -> "Behind":
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
+        self.jobs.put(None)
         if self.job and not (kind and self.abandon):
             self.job.exception()
 
@@ -30,20 +35,19 @@ class Behind:
         """Start `work` once the job before is done. If that job failed, its error is raised here."""
         self.wait()
         self.job = Future()
-        # A daemon, which does not keep the process from ending.
-        Thread(target=finish, args=(self.job, work), daemon=True).start()
+        self.jobs.put((self.job, work))
 
     def wait(self) -> Any:
         """Wait for the last job; returns what it returned, or raises its error."""
         return self.job.result() if self.job else None
 
-
-def finish(job: Future, work: Callable[[], Any]) -> None:
-    """Do the work; the job then has its result, or its error."""
-    try:
-        job.set_result(work())
-    except BaseException as error:
-        job.set_exception(error)
+    def work(self) -> None:
+        while given := self.jobs.get():
+            job, work = given
+            try:
+                job.set_result(work())
+            except BaseException as error:
+                job.set_exception(error)
 
 
 def ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
