@@ -157,10 +157,11 @@ def earlier_summaries(stage: Stage) -> list[dict[str, Any]]:
 
 
 def log_summary(plan: Plan, summary: dict[str, Any], seconds: float) -> None:
-    """The line that ends the phase, of a mixture with its shares. A watched reward is given by its mean, or by `none` where
-    it has scored nothing."""
+    """The line that ends the phase, of a mixture with its parts' means and shares. A watched reward is given by its mean, or
+    by `none` where it has scored nothing."""
     rewards = plan.settings.rewards
-    means = {name: summary[f"watch/{name}_mean"] for name in rewards.watched}
+    means = {name: summary[f"{name}_mean"] for name in rewards.weights if rewards.mixed}
+    means |= {name: summary[f"watch/{name}_mean"] for name in rewards.watched}
     others = [f"{name} " + ("none" if mean is None else f"{mean:.4f}") for name, mean in means.items()]
     others += [f"share of {name} {summary[f'{name}_share']:.2f}" for name in rewards.weights if rewards.mixed]
     logger.info(

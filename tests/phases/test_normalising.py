@@ -120,6 +120,7 @@ def test_two_stages_with_the_history_of_each_reward(overrides, tmp_path):
         share = np.corrcoef(alone, expected)[0, 1]
         assert metrics[f"{name}_share"] == manifest[f"{name}_share"] == pytest.approx(share, abs=1e-5)
         assert f"share of {name} {share:.2f}" in said
+        assert f", {name} {np.mean([one['parts'][name] for one in now]):.4f}" in said
     for one in now:  # the reward that is reported is the weighted sum
         assert one["reward"] == pytest.approx(one["parts"][CLIP] - 2 * one["parts"][JPEG], abs=1e-6)
     recorded = files.read_json(experiment(tmp_path) / "config.json")["config"]["reward"]
