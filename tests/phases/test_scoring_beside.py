@@ -6,15 +6,21 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
+import torch
 from chat_server import Request, chat_server
-from conftest import assert_refused, assert_same, ran, run_script, stage_of
+from conftest import assert_refused, assert_same, make_config, ran, run_script, stage_of
 from PIL import Image
 from scored import BATCH, NUM_IMAGES, pixels, redness, scores
 
+from b2diffurl.configuration.settings import read_settings
+from b2diffurl.experiment.scored_batches import ScoredBatches
+from b2diffurl.experiment.stage import Stage
 from b2diffurl.phases import sample, scoring_beside
 from b2diffurl.rewards import waits
 
@@ -180,3 +186,32 @@ def test_an_evaluation_is_scored_beside_drawing(places, overrides):
     images = sorted(result.parent.glob("*.png"))
     expected = [redness(np.asarray(Image.open(path))) for path in images]
     assert json.loads(result.read_text())["values"]["reward"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_batch_is_scored_once_all_of_its_images_are_there(tmp_path):
+    """In the order in which they are complete, the shorter last one, too; what another process has sampled is never."""
+    rewards = read_settings(make_config({"reward.name": "http", "reward.batch_size": 3})).rewards
+    with scoring_beside.Beside(rewards, Stage(tmp_path, 0), ["a"] * 8) as beside:
+        beside.lanes[0].end()
+        beside.lanes[0].thread.join()
+        beside.lanes[0].starts = SimpleQueue()
+        given = []
+        for n in (0, 1, 6, 3, 4, 7, 5):  # 2 is another's
+            beside.written([n])
+            while not beside.lanes[0].starts.empty():
+                given.append((n, beside.lanes[0].starts.get()))
+    assert given == [(7, 6), (5, 3)]
+
+
+def test_what_is_kept_is_of_these_images_and_prompts(tmp_path):
+    """One pixel, another prompt or another reward, and it is another batch."""
+    kept = ScoredBatches(Stage(tmp_path, 0), "vlm", "a", may_lack_scores=True, keeps_holes=False)
+    images = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
+    key = kept.key(images, ["x", "y"])
+    kept.keep(0, key, {"rewards": [1.0]})
+    assert kept.find(0, key) == {"rewards": [1.0]}
+    other = images.clone()
+    other[1, 3, 3, 2] = 1
+    keys = [kept.key(other, ["x", "y"]), kept.key(images, ["x", "z"]), replace(kept, identity="b").key(images, ["x", "y"])]
+    assert [kept.find(0, one) for one in keys] == [None] * 3
+    assert len({key, *keys}) == 4

@@ -312,6 +312,16 @@ def test_a_key_that_no_header_can_have(reward, monkeypatch, key):
     assert key not in str(refused.value)
 
 
+def test_a_server_on_this_machine_is_asked_without_a_proxy(reward, images, monkeypatch):
+    """Whatever the environment says: the proxy would see the images, or knows no way here."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with chat_server(judge) as (url, _):
+        assert score(reward(url), images, PROMPTS)[0].isfinite().all()
+
+
 # ---- what a server may do wrong ----
 
 
