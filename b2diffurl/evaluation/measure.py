@@ -27,6 +27,7 @@ from b2diffurl.evaluation.statistics import add_differences, summarise, summaris
 from b2diffurl.experiment.checkpoints import read_state
 from b2diffurl.experiment.evaluation_table import describe, identity, record
 from b2diffurl.experiment.folder import checkpoint_name, in_words, relative_to, resolve_checkpoint, stage_of
+from b2diffurl.experiment.not_finite import listed
 from b2diffurl.experiment.stage import finished_stages, versions
 from b2diffurl.models import Model, base_fingerprint, base_identity
 from b2diffurl.models.policy import check_base, load_policy, warn_of_cut_prompts
@@ -274,8 +275,12 @@ class Evaluation:
             if fills_holes(key, self.settings.rewards):
                 rewards = filled(rewards, prompts)
                 scored[key] = [(rewards, parts)]
+            holes = (~rewards.isfinite()).nonzero().flatten().tolist()
             if key in self.watched:
                 self.watched[key].warn_of_holes(rewards)
+            elif fills_holes(key, self.settings.rewards) and 0 < len(holes) < len(rewards):
+                told = "eval %s: reward %s is not finite for images %s, the only ones of their prompts; it is left out there"
+                logger.warning(told, where, key, listed(holes))
             else:
                 require_finite(key, rewards, f"of {where}")
 

@@ -29,7 +29,7 @@ def summarise(
 
     `values` holds each reward [N] by its name, and its parts [N] by `<name>/<part>`. `reward` is what is trained on, and
     `accuracy` is the reward that `judge` names. All parts, watched rewards and the rewards of a mixture stand under their
-    own names, too. A watched reward that lacks images has the mean of those it has scored, and their number as
+    own names, too. A reward that lacks images has the mean of those it has scored, and their number as
     `<figure>_n`. `image_prompts` [N] are the images' prompts, taken from a file of `num_prompts`.
     """
     kept: dict[str, Tensor] = {}
@@ -45,13 +45,13 @@ def summarise(
     lists = {key: [value if math.isfinite(value) else None for value in numbers.tolist()] for key, numbers in kept.items()}
     for key, numbers in lists.items():
         summary[key], summary[f"{key}_se"] = mean_and_error(numbers)
-        if key in rewards.watched and None in numbers:
+        if (key in rewards.watched or key in nothing) and None in numbers:
             summary[f"{key}_n"] = len(numbers) - numbers.count(None)
     return summary | {"shown_prompts": image_prompts, "values": lists}
 
 
 def summarise_diversity(
-    features: Tensor, image_prompts: list[str], accuracy: list[float] | None, metric: str
+    features: Tensor, image_prompts: list[str], accuracy: list[float | None] | None, metric: str
 ) -> dict[str, dict[str, float]]:
     """Measures of the diversity of features [N,E]: {name of the measure: {prompt: value}}.
 
@@ -66,7 +66,7 @@ def summarise_diversity(
     # Wrong images differ from right ones. A model that makes fewer of them is less diverse for a good reason, so the right
     # ones are measured alone, too, if there is a judge.
     if accuracy is not None:
-        rows = [n for n, value in enumerate(accuracy) if value > 0.5]
+        rows = [n for n, value in enumerate(accuracy) if value is not None and value > 0.5]
         measures["right"] = mean_pairwise_distance(features[rows], [image_prompts[n] for n in rows], metric=metric)
     return measures
 

@@ -42,8 +42,8 @@ NUM_REPEATS = 3  # of one request at the start, which show whether the server re
 SIDE_PX = 112  # of the images of these requests
 
 NOT_FINITE = (
-    "the answers there, which scores.jsonl has, cannot be read. Set reward.vlm.unreadable=mean, which gives such images the "
-    "mean of their prompt's others if it has any, or allow longer answers by reward.vlm.max_tokens"
+    "the answers there, which scores.jsonl has, cannot be read. Allow longer answers by reward.vlm.max_tokens, or set "
+    "reward.vlm.unreadable=mean, which gives such images the mean of their prompt's others, where it has any"
 )
 
 probed: set[str] = set()  # settings with which this process has tried the server

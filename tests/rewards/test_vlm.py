@@ -547,6 +547,23 @@ def test_an_unreadable_answer_that_is_filled_is_asked_for_once(begin):
     assert "1 unreadable" in said
 
 
+def test_an_evaluation_leaves_out_what_cannot_be_filled(overrides, workplace):
+    """One image a prompt has no others: its figure is then the mean of those that were read, and says of how many."""
+
+    def answer(request: Request):
+        is_drawn = image_of(request) and image_of(request).size == (64, 64)
+        return completion("no") if is_drawn and "blue" in json.dumps(request["messages"]) else judge(request)
+
+    with chat_server(answer) as (url, _):
+        settings = {f"reward.vlm.{key}": value for key, value in (("score", "rating"), ("unreadable", "mean"))}
+        settings = overrides | own(url) | settings | {"reward.name": "clip", "eval.judge": "vlm", "eval.num_images": 3}
+        said = ran(workplace, "eval", settings, "--checkpoint=base", "--sampler=training")
+    assert "reward vlm is not finite for images [1], the only ones of their prompts" in said
+    result = json.loads(next(workplace.rglob("eval/*/result.json")).read_text())
+    assert [value is None for value in result["values"]["accuracy"]] == [False, True, False]
+    assert (result["accuracy_n"], result["accuracy"] > 0) == (2, True)
+
+
 def test_bits_do_not_depend_on_the_neighbours(reward, images, tmp_path):
     """A real model behind the server: an image's score has the same bits alone, in a batch, and in another order."""
     with chat_server(TinyModel(tiny.llava(tmp_path / "llava", answers=("yes", "no")))) as (url, _):
