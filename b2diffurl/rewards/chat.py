@@ -207,10 +207,11 @@ class Chat:
             have = f"refuses the key in {API_KEY}" if self.endpoint.key else f"wants a key; set the variable {API_KEY}"
             return ValueError(f"reward vlm: {url} {have} ({status}: {said})")
         if status == 404:
-            return ValueError(f"reward vlm: {url} has no model {model!r}, or no chat there (404: {said})")
+            wrong = f"{url} has no model {model!r} (reward.vlm.model), or no chat there: does reward.vlm.url end as in /v1?"
+            return ValueError(f"reward vlm: {wrong} (404: {said})")
         remedy = "; reward.vlm.score=rating asks for none, and reward.vlm.extra_body={'top_logprobs': 5} for fewer"
         remedy = remedy if "logprobs" in said else ""
-        return ValueError(f"reward vlm: {url} refuses the request ({status}: {said}){remedy}")
+        return ValueError(f"reward vlm: {url} refuses the request to {model!r}, reward.vlm.model ({status}: {said}){remedy}")
 
     async def list_models(self) -> list[str]:
         async with self.client() as client:
