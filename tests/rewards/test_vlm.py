@@ -366,7 +366,7 @@ def test_a_fault_that_passes_costs_one_request(reward, images, fault, caplog):
         (lambda _: (429, {}, {"error": {"message": "quota"}}), r"answered 429: quota.*Lower reward.vlm.concurrency"),
         (lambda _: (0, {}, b""), r"did not answer within 0.3 s \(reward.vlm.timeout_sec\); asked 2 times"),
         (lambda _: time.sleep(0.6) or judge(_), "did not answer within 0.3 s"),
-        (lambda _: (-1, {}, b"{"), "has cut its answer off"),
+        (lambda _: (-1, {}, b"{"), "has cut its answer off|cannot be asked"),
         (lambda _: b"x" * (2**24 + 9), "is longer than 16777216 bytes"),
         (lambda _: (404, {}, {"error": {"message": "The model `m` does not exist"}}), "has no model 'm'"),
         (lambda _: (401, {}, {"detail": "who?"}), "wants a key; set the variable REWARD_VLM_API_KEY"),
