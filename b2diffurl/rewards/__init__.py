@@ -181,6 +181,18 @@ def own_floats(values: Tensor) -> Tensor:
     return values.detach().to("cpu", torch.float32, copy=True)
 
 
+def different(images: Tensor, prompts: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Which pairs of an image, uint8 [N,H,W,3], and a prompt to score: the first of equal ones; and the place of each of the
+    N pairs among those.
+
+    A batch repeats an image to fill up. A reward that takes long for an image, or costs money, scores it once.
+    """
+    places: dict[tuple[bytes, str], int] = {}
+    pairs = zip(images.cpu(), prompts, strict=True)
+    rows = [places.setdefault((image.numpy().tobytes(), prompt), len(places)) for image, prompt in pairs]
+    return [rows.index(place) for place in range(len(places))], rows
+
+
 @contextmanager
 def noting(note: str) -> Iterator[None]:
     """Add `note`, which says where we are, to any exception raised inside the block."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from b2diffurl.configuration.prompts import load_json, parse_text, read_text
-from b2diffurl.rewards import Parts, Reward
+from b2diffurl.rewards import Parts, Reward, different
 from b2diffurl.rewards.clip import Clip
 from b2diffurl.rewards.detector import Detector, check_detector
 from b2diffurl.rewards.geneval import COLORS, KINDS, Answer, Scene, Seen, describe, judge, keep, read_scene
@@ -54,11 +54,9 @@ def load(name: str, own: Mapping[str, Any], device: torch.device, dtype: torch.d
 
     def compose(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Parts]:
         scenes = [scene(prompt) for prompt in prompts]
-        # A batch may repeat an image, to fill up: it is looked at once.
-        keys = [(image.cpu().numpy().tobytes(), prompt) for image, prompt in zip(images, prompts, strict=True)]
-        first = {key: n for n, key in reversed(list(enumerate(keys)))}
-        found = {key: look(images[n], scenes[n]) for key, n in first.items()}
-        seen = [found[key] for key in keys]
+        first, rows = different(images, prompts)
+        found = [look(images[row], scenes[row]) for row in first]
+        seen = [found[row] for row in rows]
         answers = [judge(one, objects, margin=own["margin"]) for one, objects in zip(scenes, seen, strict=True)]
         parts = {kind: torch.tensor([share_right(some, (kind,)) for some in answers]) for kind in KINDS}
         parts["correct"] = torch.tensor([float(all(answer.right for answer in some)) for some in answers])

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from b2diffurl.rewards import Parts, Reward
+from b2diffurl.rewards import Parts, Reward, different
 from b2diffurl.runtime.ambient import refuse_telemetry
 from b2diffurl.runtime.apart import Apart
 
@@ -63,12 +63,10 @@ def load(name: str, own: Mapping[str, Any], device: torch.device, dtype: torch.d
     read = reader()
 
     def ocr(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Parts]:
-        pictures = [Image.fromarray(image) for image in images.cpu().numpy()]
-        keys = [picture.tobytes() for picture in pictures]
-        different = dict(zip(keys, pictures, strict=True))  # a padded batch has the same image many times
+        first, rows = different(images, [""] * len(images))  # what is read does not depend on the prompt
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            found = dict(zip(different, pool.map(read, different.values()), strict=True))
-        texts = [found[key] for key in keys]
+            found = list(pool.map(read, map(Image.fromarray, images[first].cpu().numpy())))
+        texts = [found[row] for row in rows]
         pairs = [compare(quoted(prompt), text) for prompt, text in zip(prompts, texts, strict=True)]
         scores, exact = torch.tensor(pairs, dtype=torch.float32).unbind(1)
         return scores, {"exact": exact, "text": texts}

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from b2diffurl.rewards import Parts, Reward
+from b2diffurl.rewards import Parts, Reward, different
 from b2diffurl.rewards.answers import rating, shortened, yes_probability
 from b2diffurl.rewards.chat import API_KEY, OPENAI_API_KEY, Answer, Chat, Endpoint, Message
 from b2diffurl.rewards.http import encode
@@ -140,11 +140,9 @@ class Judge:
         self.chat = Chat(endpoint(own), fields)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Parts]:
-        # A batch may repeat an image, to fill up: it is asked about once.
-        known: dict[tuple[str, str], int] = {}
-        shown = [encode(image) for image in images]
-        rows = [known.setdefault(pair, len(known)) for pair in zip(shown, prompts, strict=True)]
-        asked = [self.message(image, self.text(n, prompt)) for image, prompt in known for n in range(len(self.questions))]
+        first, rows = different(images, prompts)
+        pairs = [(encode(images[row]), prompts[row]) for row in first]
+        asked = [self.message(image, self.text(n, prompt)) for image, prompt in pairs for n in range(len(self.questions))]
         answers, values = self.answers([[message] for message in asked])
         by_question = torch.tensor(values, dtype=torch.float64).unflatten(0, (-1, len(self.questions)))[rows]  # [N,Q]
         parts: Parts = {}
