@@ -9,6 +9,7 @@ import os
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -514,6 +515,20 @@ def call(folder: Path, argv: list[str], main: Callable[[], object]) -> Ended:
                 logging.getLogger("b2diffurl").removeHandler(handler)
                 handler.close()
     return Ended(code, stdout.getvalue(), stderr.getvalue(), time.perf_counter() - started)
+
+
+def run_shell(folder: Path, settings: dict, variables: dict[str, str]) -> subprocess.CompletedProcess:
+    """run_process.sh as people call it, in `folder`, by variables and flags; a run that ends well."""
+    ended = subprocess.run(
+        ["bash", str(ROOT / "run_process.sh"), *flags(settings)],
+        env=os.environ | variables | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended
 
 
 def assert_refused(ended: Ended, *said: str) -> None:

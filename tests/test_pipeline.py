@@ -32,6 +32,7 @@ from conftest import (
     json_lines,
     make_config,
     run_script,
+    run_shell,
     run_stage,
     script_arguments,
     snapshot,
@@ -466,16 +467,8 @@ def test_the_shell_script_runs_it_all(finished, overrides, tmp_path, count):
     variables |= {"Preset": "sd14", "ExpName": "tiny", "SavePath": str(tmp_path), "StageCnt": "1"}
     variables |= {"NumProcesses": count, "Resident": "0"}
     kept = ("exp_name", "stage_cnt", *named.values())
-    passed_on = flags({key: value for key, value in overrides.items() if key not in kept} | {"log_path": tmp_path})
-    ended = subprocess.run(
-        ["bash", str(ROOT / "run_process.sh"), *passed_on],
-        env=os.environ | variables | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ended.returncode == 0, ended.stderr
+    passed_on = {key: value for key, value in overrides.items() if key not in kept} | {"log_path": tmp_path}
+    ended = run_shell(tmp_path, passed_on, variables)
     found, expected = Stage(tmp_path / "tiny", 0), stages(finished)[0]
     timed = {f"{verb}.json" for verb in VERBS} | {f"metrics/{verb}.jsonl" for verb in VERBS}
     assert snapshot(found.folder).keys() == snapshot(expected.folder).keys()

@@ -1,14 +1,11 @@
 """Each family of models through run_process.sh, from a folder on disk to a judged LoRA that stock diffusers loads."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
-from conftest import ROOT, flags
+from conftest import run_shell
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
@@ -34,15 +31,7 @@ def test_two_stages_by_the_shell_script(overrides, tmp_path, name, objective):
     settings |= {"split_stop": 3, "train.num_epochs": 1, "train.objective": objective, "log_path": str(tmp_path)}
     variables = {"Preset": "sd14", "ExpName": "tiny", "SavePath": str(tmp_path), "StageCnt": "2"}
     rest = {key: value for key, value in (overrides | settings).items() if key not in ("stage_cnt", "exp_name")}
-    ended = subprocess.run(
-        ["bash", str(ROOT / "run_process.sh"), *flags(rest)],
-        env=os.environ | variables | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert ended.returncode == 0, ended.stderr
+    run_shell(tmp_path, rest, variables)
     root = tmp_path / "tiny"
     assert files.read_json(root / "config.json")["config"]["pretrained"]["family"] == name.split("_")[0]
     judged = {(row["checkpoint"], row["sampler"]) for row in files.read_json_lines(root / "eval.jsonl")}

@@ -5,7 +5,6 @@ import asyncio
 import contextlib
 import json
 import math
-import os
 import socket
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import pytest
 import tiny
 import torch
 from chat_server import Request, TinyModel, chat_server, completion, image_of, text_of
-from conftest import ROOT, assert_refused, flags, json_lines, make_config, ran, refuse, run_script, snapshot, stage_of
+from conftest import assert_refused, json_lines, make_config, ran, refuse, run_script, run_shell, snapshot, stage_of
 from scored import BATCH, pixels, redness, scores
 
 from b2diffurl.configuration.settings import read_settings
@@ -636,15 +635,7 @@ def test_a_stage_of_the_embedded_model_is_judged_by_transformers_serve(transform
         "eval.deployed.num_steps": 4,
     }
     names = {"ExpName": "judged", "SavePath": str(tmp_path), "StageCnt": "1", "BatchCnt": "2"}
-    ended = subprocess.run(
-        ["bash", str(ROOT / "run_process.sh"), *flags(settings)],
-        env=os.environ | names | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert ended.returncode == 0, ended.stderr
+    run_shell(tmp_path, settings, names)
     rows = json_lines(tmp_path / "judged" / "stage0" / "scores.jsonl")
     assert len(rows) == 2 * 2 * 5
     assert [row["reward"] for row in rows] == pytest.approx([int(row["parts"]["answer"]) / 10 for row in rows])
