@@ -31,10 +31,9 @@ def run_stages(config: ConfigDict) -> None:
     """
     if max(config.num_processes, int(os.environ.get("WORLD_SIZE", 1))) > 1:
         raise ValueError("Resident=1 is for one process. Give NumProcesses, and leave Resident out or set it to 0.")
-    policy.keep_models()
     first = make_plan(config)
     root, results = first.stage.root, []
-    with lock.holding(root):
+    with policy.keeping_models(), lock.holding(root):
         for call in calls(first.settings):
             if not call.is_possible(root):
                 return

@@ -13,6 +13,7 @@ from conftest import ROOT
 PACKAGE = ROOT / "b2diffurl"
 # Top down. What stands in one line may import each other, as long as no two modules do so in a circle.
 FLOORS = (
+    ("api",),
     ("start", "resident", "report", "label", "export"),
     ("phases",),
     ("reporting", "evaluation", "labelling"),
@@ -57,7 +58,7 @@ GRAPH = {name: {found for found in imports(name, tree, set(MODULES)) if found !=
 
 def test_every_room_has_a_floor():
     assert {room(name) for name in MODULES} == {one for floor in FLOORS for one in floor}
-    assert len(FLOORS) <= 7
+    assert len(FLOORS) <= 8
 
 
 def test_no_import_goes_up():

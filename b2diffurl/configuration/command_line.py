@@ -32,6 +32,7 @@ FLAGS = flags.FLAGS
 MISTAKES = (ValueError, OSError, FloatingPointError, ImportError, SafetensorError)
 # Parts of the errors that a process raises when another process of the run has died.
 LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
+STOPS = (signal.SIGTERM, signal.SIGINT)  # the signals that end a run
 GRACE_SEC = 10  # from a signal to the forced end of the process
 
 # The preset's own settings, before the command line overrides any. None where no script runs, as in the benchmarks.
@@ -45,7 +46,7 @@ def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
     log_file = open_log(verb, config["exp_name"], config["log_path"], config["save_path"])
     gc.set_threshold(GC_THRESHOLD)
     try:
-        with stopping_in_order(), ending_with_masters(), named_preset(preset):
+        with stopping_in_order(), ending_by_force(), ending_with_masters(), named_preset(preset):
             main(config)
     except KeyboardInterrupt as stop:
         number = stop.args[0] if stop.args else signal.SIGINT
@@ -138,26 +139,36 @@ def lost_another_process(error: BaseException) -> bool:
 
 @contextmanager
 def stopping_in_order() -> Iterator[None]:
-    """Inside the block SIGTERM (preemption) and SIGINT (Ctrl-C) raise a KeyboardInterrupt with the signal's number.
+    """Inside the block SIGTERM (preemption) and SIGINT (Ctrl-C) raise a KeyboardInterrupt with the signal's number."""
 
-    If the process is still there after GRACE_SEC, for example because it waits for another process, it is ended by force.
-    That is safe: at any moment a file is either whole or absent.
-    """
-    ended = threading.Event()
-    stops = (signal.SIGTERM, signal.SIGINT)
-    read_end, write_end = os.pipe()  # Python writes into it the number of every signal that has a handler
-    os.set_blocking(write_end, False)
-
+    # A second Ctrl-C must not interrupt the cleaning up. Not SIG_IGN: Python complains of it, with a traceback, if the
+    # second signal is there already, as after a Ctrl-C in a terminal, which run_process.sh passes on.
     def stop(number: int, _frame: object) -> None:
-        # A second Ctrl-C must not interrupt the cleaning up. Not SIG_IGN: Python complains of it, with a traceback, if the
-        # second signal is there already, as after a Ctrl-C in a terminal, which run_process.sh passes on.
-        for each in stops:
+        for each in STOPS:
             signal.signal(each, lambda *_: None)
         raise KeyboardInterrupt(number)
 
+    before = {number: signal.signal(number, stop) for number in STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def ending_by_force() -> Iterator[None]:
+    """If the process is still there GRACE_SEC after a signal, for example because it waits for another process, end it.
+
+    That is safe: at any moment a file is either whole or absent.
+    """
+    ended = threading.Event()
+    read_end, write_end = os.pipe()  # Python writes into it the number of every signal that has a handler
+    os.set_blocking(write_end, False)
+
     # A thread, because a signal handler runs only between two bytecodes of the main thread, which may be stuck in C code.
     def insist() -> None:
-        while (heard := os.read(read_end, 1)) and heard[0] not in stops:
+        while (heard := os.read(read_end, 1)) and heard[0] not in STOPS:
             pass
         if heard and not ended.wait(GRACE_SEC):
             name = signal.Signals(heard[0]).name
@@ -165,7 +176,6 @@ def stopping_in_order() -> Iterator[None]:
             os._exit(128 + heard[0])
         os.close(read_end)
 
-    before = {number: signal.signal(number, stop) for number in stops}
     wakeup = signal.set_wakeup_fd(write_end)
     threading.Thread(target=insist, daemon=True).start()
     try:
@@ -174,8 +184,6 @@ def stopping_in_order() -> Iterator[None]:
         ended.set()
         signal.set_wakeup_fd(wakeup)
         os.close(write_end)
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def parse_flags() -> tuple[ConfigDict, dict[str, Any]]:

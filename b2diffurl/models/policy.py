@@ -28,10 +28,15 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _kept: dict[str, Model] | None = None  # loaded base models by a checksum of their settings and files; None: none is kept
 
 
-def keep_models() -> None:
-    """From now on `load_policy` loads each base model once. Later calls return the same model, reset to its fresh LoRA."""
+@contextmanager
+def keeping_models() -> Iterator[None]:
+    """Inside the block `load_policy` loads each base model once, and then returns the same one, reset to its fresh LoRA."""
     global _kept
-    _kept = {}
+    before, _kept = _kept, {}
+    try:
+        yield
+    finally:
+        _kept = before
 
 
 def load_policy(

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import re
-import runpy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +22,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from b2diffurl.configuration.presets import preset_config
 from b2diffurl.configuration.recorded import preset_differences, setting_changes
 from b2diffurl.configuration.settings import describe_reward
 from b2diffurl.experiment.branch_picture import load_tree
@@ -58,7 +58,6 @@ from b2diffurl.reporting.plots import (
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import logger
 
-PRESETS = Path(__file__).parents[2] / "config" / "stage_process.py"
 NUM_PAIRS = 12  # how many images of a prompt set are shown: the first ones, not picked
 NUM_WARNINGS = 3  # how many warnings of a kind are shown
 NUM_EXTREMES = 6  # how many of the largest losses, and of the largest gains, are shown
@@ -535,7 +534,7 @@ def preset_rows(record: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     differences = record.get("differs_from_preset")
     if differences is None:
         try:
-            preset = runpy.run_path(str(PRESETS))["get_config"](record["config"]["preset"])
+            preset = preset_config(record["config"]["preset"])
         except (KeyError, OSError, ValueError):
             return []
         plain = json.loads(json.dumps(preset.to_dict()))  # tuples are lists, as they are in the record

@@ -1,4 +1,7 @@
-"""A user's own reward function, named `package.module:function` and found on the Python path."""
+"""A user's own reward function, named `package.module:function` and found on the Python path.
+
+A function of a notebook is in no module; `given` makes it known by a name like those.
+"""
 
 import ast
 import importlib
@@ -17,6 +20,19 @@ from b2diffurl.rewards import Parts, Reward
 from b2diffurl.runtime.apart import Apart
 
 APART: dict[str, Apart] = {}  # by module
+GIVEN: dict[str, tuple[Callable, Path]] = {}  # functions in no module, by name, each with the file of its recorded source
+
+
+@contextmanager
+def given(functions: Mapping[str, tuple[Callable, Path]]) -> Iterator[None]:
+    """Inside the block these functions are rewards: {name, as module:function: (the function, the file of its source)}."""
+    before = dict(GIVEN)
+    GIVEN.update(functions)
+    try:
+        yield
+    finally:
+        GIVEN.clear()
+        GIVEN.update(before)
 
 
 def check(name: str, own: Mapping[str, Any], prompts: Sequence[str]) -> None:
@@ -24,6 +40,8 @@ def check(name: str, own: Mapping[str, Any], prompts: Sequence[str]) -> None:
 
 
 def files(name: str, own: Mapping[str, Any]) -> list[Path]:
+    if name in GIVEN:
+        return [GIVEN[name][1]]
     # The module that is named, and the one that defines the function, if the first only imports it.
     function = import_function(name)
     modules = {name.partition(":")[0], getattr(function, "__module__", None) or ""}
@@ -85,6 +103,8 @@ def imported_names(path: Path, folder: Path) -> list[tuple[str, ...]]:
 
 def import_function(name: str) -> Callable:
     """Import the function called `package.module:function`; a ValueError if the name is malformed or there is none."""
+    if name in GIVEN:
+        return GIVEN[name][0]
     module, _, function = name.partition(":")
     hint = "write package.module:function, and keep the package beside the scripts or on PYTHONPATH"
     if not re.fullmatch(r"\w+(\.\w+)*:\w+", name):

@@ -55,6 +55,16 @@ class Apart:
             write(before, after)
 
 
+@contextmanager
+def unchanged() -> Iterator[None]:
+    """After the block the process's state is what it was before."""
+    before = read()
+    try:
+        yield
+    finally:
+        write(before, read())
+
+
 def read() -> dict[str, Any]:
     """The process's state by name."""
     return {name: get() for name, (get, _) in STATES.items()}

@@ -9,13 +9,16 @@ import logging
 import os
 import sys
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 
 logger = logging.getLogger("b2diffurl")
+IN_NOTEBOOK: ContextVar[bool] = ContextVar("IN_NOTEBOOK", default=False)  # whether bars are shown without a terminal
 LOG_OF = " log of the experiment in "  # in the first line of a log, before the experiment's folder
 
 
@@ -172,5 +175,15 @@ def progress_bar(total: float, description: str, unit: str) -> tqdm:
 
 
 def shows_progress() -> bool:
-    """Whether this is the run's first process and its stderr is a terminal."""
-    return sys.stderr.isatty() and int(os.environ.get("RANK", 0)) == 0
+    """Whether this is the run's first process and its stderr is a terminal, or a notebook."""
+    return (IN_NOTEBOOK.get() or sys.stderr.isatty()) and int(os.environ.get("RANK", 0)) == 0
+
+
+@contextmanager
+def showing_progress(wanted: bool) -> Iterator[None]:
+    """Inside the block progress bars are shown if `wanted`, also where stderr is no terminal: a notebook draws them."""
+    token = IN_NOTEBOOK.set(wanted)
+    try:
+        yield
+    finally:
+        IN_NOTEBOOK.reset(token)

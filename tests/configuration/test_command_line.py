@@ -141,7 +141,7 @@ def test_what_does_not_listen_ends_all_the_same(monkeypatch):
     ended, done = [], threading.Event()
     monkeypatch.setattr(command_line, "GRACE_SEC", 0.2)
     monkeypatch.setattr(command_line.os, "_exit", lambda code: (ended.append(code), done.set()))
-    with pytest.raises(KeyboardInterrupt), command_line.stopping_in_order():
+    with pytest.raises(KeyboardInterrupt), command_line.stopping_in_order(), command_line.ending_by_force():
         threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
         hashlib.pbkdf2_hmac("sha256", b"", b"", 4_000_000)  # seconds in C
     assert done.wait(1)
@@ -156,11 +156,11 @@ def test_other_signals_end_nothing(monkeypatch):
     monkeypatch.setattr(command_line.os, "_exit", lambda code: (ended.append(code), done.set()))
     before = signal.signal(signal.SIGUSR1, lambda number, _frame: heard.append(number))
     try:
-        with command_line.stopping_in_order():
+        with command_line.stopping_in_order(), command_line.ending_by_force():
             os.kill(os.getpid(), signal.SIGUSR1)
             time.sleep(0.5)
         assert (heard, ended) == ([signal.SIGUSR1], [])
-        with pytest.raises(KeyboardInterrupt), command_line.stopping_in_order():
+        with pytest.raises(KeyboardInterrupt), command_line.stopping_in_order(), command_line.ending_by_force():
             os.kill(os.getpid(), signal.SIGUSR1)
             threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
             hashlib.pbkdf2_hmac("sha256", b"", b"", 4_000_000)  # seconds in C
