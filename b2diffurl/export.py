@@ -30,7 +30,7 @@ from b2diffurl.models.lora import rank_of, write_diffusers
 from b2diffurl.reporting.model_card import Exported, base_license, write_card
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import show
-from b2diffurl.runtime.paths import user_model, user_path
+from b2diffurl.runtime.paths import resource, user_model, user_path
 
 RECORD = "export.json"
 FORMATS = ("diffusers", "kohya", "pipeline")
@@ -158,7 +158,7 @@ def require_base(lora: Path, model: ModelSettings, *, required: bool) -> None:
     downloaded for the check.
     """
     trained_on = (read_state(lora) or {}).get("base_model_sha256")  # None for a LoRA from elsewhere
-    if not required and not (trained_on and Path(model.name).expanduser().exists()):
+    if not required and not (trained_on and resource(model.name).exists()):
         return
     try:
         # By the weights' checksum and not by name: a model may have moved, or its files may have been replaced.

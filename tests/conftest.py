@@ -499,6 +499,7 @@ def call(folder: Path, argv: list[str], main: Callable[[], object]) -> Ended:
         contextlib.redirect_stdout(stdout),
         contextlib.redirect_stderr(stderr),
         mock.patch.object(sys, "argv", argv),
+        mock.patch.object(sys, "path", [*sys.path]),
     ):
         try:
             main()

@@ -24,7 +24,7 @@ from b2diffurl.runtime import ambient, paths
 from b2diffurl.runtime.logs import log_of, logger, name_log, set_up_logging, set_up_streams, show
 from b2diffurl.runtime.processes import ending_with_masters
 
-CONFIG_FILE = "config/stage_process.py"  # always the repository's
+CONFIG_FILE = "config/stage_process.py"  # always the one that is shipped
 GC_THRESHOLD = 50_000  # new objects between two garbage collections; imports make millions, so Python's 700 costs seconds
 FLAGS = flags.FLAGS
 
@@ -62,7 +62,7 @@ def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
 
 
 def set_up_command(verb: str) -> None:
-    """What every command needs before anything else: streams, a usable environment, the repository as its directory."""
+    """What every command needs before anything else: streams, a usable environment, the directory where it works."""
     set_up_streams()
     ambient.calm_warnings()
     ambient.refuse_telemetry()
@@ -71,7 +71,7 @@ def set_up_command(verb: str) -> None:
     except ValueError as error:
         die(f"{verb}: {error}.", hint="Then run the same command again.")
     try:
-        paths.work_in_repository()
+        paths.go_to_work()
     except OSError as error:
         die(f"{verb}: {error}", hint=f"{remedy(error)}.")
 
@@ -232,9 +232,9 @@ def split_at_preset(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def config_path(given: str) -> str:
-    """Where a config file FILE:PRESET lies. The name of our own is the repository's, whatever the user's directory has."""
+    """Where a config file FILE:PRESET lies. The name of our own is the shipped one, whatever the user's directory has."""
     own = given.partition(":")[0] == CONFIG_FILE
-    return os.path.relpath(paths.REPOSITORY / given) if own else os.path.expanduser(given)
+    return os.path.relpath(paths.SHIPPED / given) if own else os.path.expanduser(given)
 
 
 def remedy(error: BaseException, key: str = "") -> str:

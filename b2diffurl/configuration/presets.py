@@ -11,14 +11,15 @@ from ml_collections import ConfigDict
 from b2diffurl.configuration.keys import flatten, meant_paths
 from b2diffurl.configuration.limits import shown
 from b2diffurl.configuration.recorded import read_record, recorded_settings
+from b2diffurl.runtime.paths import resource
 
 KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", tuple: "a list"}
-PRESETS = Path(__file__).parents[2] / "config" / "stage_process.py"
+PRESETS = "config/stage_process.py"
 
 
 def preset_config(name: str) -> ConfigDict:
     """The configuration of a preset of config/stage_process.py, locked; a ValueError lists the presets."""
-    return runpy.run_path(str(PRESETS))["get_config"](name)
+    return runpy.run_path(str(resource(PRESETS)))["get_config"](name)
 
 
 def changed_config(preset: str, changes: Mapping[str, Any]) -> ConfigDict:
@@ -42,7 +43,7 @@ def recorded_config(root: Path) -> ConfigDict:
     if record is None:
         raise FileNotFoundError(f"{root.absolute()} is no experiment: it has no config.json")
     settings = recorded_settings(record["config"])
-    presets = runpy.run_path(str(PRESETS))["PRESETS"]
+    presets = runpy.run_path(str(resource(PRESETS)))["PRESETS"]
     config = preset_config(settings["preset"] if settings.get("preset") in presets else next(iter(presets)))
     newer = f"{root / 'config.json'} has the key {{key}}, which this version does not know. Take the version that wrote it"
     set_keys(config, settings, unknown=newer)

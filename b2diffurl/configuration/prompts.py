@@ -10,6 +10,7 @@ import torch
 
 from b2diffurl.configuration.limits import is_surrogate
 from b2diffurl.configuration.settings import PromptSources
+from b2diffurl.runtime.paths import resource
 
 FORMS = 'Give a .json list of strings, a .jsonl with {"prompt": …} a line, or a .txt with a prompt a line.'
 MAX_BYTES = 10**9  # far more than any list of prompts; a model that was named by mistake may be larger
@@ -43,16 +44,17 @@ def place_prompts(path: str | Path) -> list[tuple[str, str]]:
 
 def read_text(path: Path) -> str:
     """The text of a prompt file, with line ends of Windows and old Macs as `\n`; an error says why it can be none."""
-    if not os.path.isfile(path):  # unlike Path.is_file it is False, not an error, for a name that is too long
-        if os.path.exists(path):
-            raise ValueError(f"{path.absolute()} is a folder, or no file that can be read twice. {FORMS}")
-        raise FileNotFoundError(f"no prompt file at {path.absolute()}. {FORMS}")
+    file = resource(path)
+    if not os.path.isfile(file):  # unlike Path.is_file it is False, not an error, for a name that is too long
+        if os.path.exists(file):
+            raise ValueError(f"{file.absolute()} is a folder, or no file that can be read twice. {FORMS}")
+        raise FileNotFoundError(f"no prompt file at {file.absolute()}. {FORMS}")
     if path.suffix.lower() in TABLES:
         raise ValueError(f"{path} is a {path.suffix.lower()} file, which is no list of prompts. {FORMS}")
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a prompt file may have {MAX_BYTES:,}. {FORMS}")
+    if file.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path} has {file.stat().st_size:,} bytes; a prompt file may have {MAX_BYTES:,}. {FORMS}")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text. {FORMS}") from None
 

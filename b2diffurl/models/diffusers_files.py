@@ -26,6 +26,7 @@ from b2diffurl.models import noise_schedule, recognise, whole
 from b2diffurl.models.noise_schedule import SCHEDULER_FILE
 from b2diffurl.runtime import files
 from b2diffurl.runtime.hub import MODEL_PARTS, checksum, find_local, locate, missing_tokenizer, require_no_holes
+from b2diffurl.runtime.paths import resource
 
 # The weight file of a part, by the package of its class.
 WEIGHTS = {"diffusers": "diffusion_pytorch_model{}.safetensors", "transformers": "model{}.safetensors"}
@@ -154,7 +155,7 @@ def find_whole(name: str, spec: PipelineSpec, missing: Callable[..., str], revis
     Loading a model of the hub that is here in part downloads the rest, so nothing can be said of it yet.
     """
     root = find_local(name, f"{spec.network}/config.json", revision=revision)
-    local = root is not None and os.path.exists(os.path.expanduser(name))
+    local = root is not None and os.path.exists(resource(name))
     return root if local or (root is not None and not missing(root, spec)) else None
 
 

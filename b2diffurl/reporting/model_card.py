@@ -32,6 +32,7 @@ from b2diffurl.experiment.stage_table import Row, stage_rows
 from b2diffurl.models import Description, family
 from b2diffurl.runtime import files
 from b2diffurl.runtime.hub import find_local
+from b2diffurl.runtime.paths import resource
 
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
 MODEL_KEYS = ("model", "clip", "head", "captioner", "scorer")  # keys of a reward's settings that name its models
@@ -139,7 +140,7 @@ def base_license(model: ModelSettings) -> str:
 
 def on_hub(name: str) -> bool:
     """Whether a base model's name reads like a hub id and is not a path of this machine. The hub is not asked."""
-    return name.count("/") == 1 and public(name) == name and not name.startswith("model/") and not Path(name).exists()
+    return name.count("/") == 1 and public(name) == name and not name.startswith("model/") and not resource(name).exists()
 
 
 def write_card(folder: Path, exported: Exported) -> None:

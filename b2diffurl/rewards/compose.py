@@ -23,6 +23,7 @@ from b2diffurl.rewards.detector import Detector, check_detector
 from b2diffurl.rewards.geneval import COLORS, KINDS, Answer, Scene, Seen, describe, judge, keep, read_scene
 from b2diffurl.rewards.plain_prompts import scene_of
 from b2diffurl.runtime.hub import model_files, model_folder
+from b2diffurl.runtime.paths import resource
 
 NOT_DECISIVE = ("detector", "clip", "metadata", "prompt_files")
 GREY = 153  # of the ground that GenEval puts behind objects
@@ -79,11 +80,11 @@ def share_right(answers: Sequence[Answer], kinds: Sequence[str]) -> float:
 def metadata_files(own: Mapping[str, Any]) -> list[Path]:
     """The files with metadata: the one that is named, else those of the run's prompt files that have some."""
     if own["metadata"]:
-        path = Path(own["metadata"])
+        path = resource(own["metadata"])
         if not path.is_file():
             raise FileNotFoundError(f"no file at {path.absolute()}, which reward.compose.metadata names (docs/rewards.md)")
         return [path]
-    found = dict.fromkeys(Path(path) for path in own["prompt_files"])
+    found = dict.fromkeys(resource(path) for path in own["prompt_files"])
     lines = [path for path in found if path.suffix.lower() in (".jsonl", ".ndjson") and path.is_file()]
     return [path for path in lines if any(read_scenes(path))]
 

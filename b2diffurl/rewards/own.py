@@ -106,7 +106,7 @@ def import_function(name: str) -> Callable:
     if name in GIVEN:
         return GIVEN[name][0]
     module, _, function = name.partition(":")
-    hint = "write package.module:function, and keep the package beside the scripts or on PYTHONPATH"
+    hint = "write package.module:function, and keep the package where you give the command, or on PYTHONPATH"
     if not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
         raise ValueError(f"reward {name!r} is no package.module:function; give it like my_rewards:redness")
     missing = None

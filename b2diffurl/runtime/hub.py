@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from b2diffurl.runtime import files
-from b2diffurl.runtime.paths import is_hub_id, user_directory
+from b2diffurl.runtime.paths import is_hub_id, resource, user_directory
 
 PROBE_TIMEOUT_SEC = 5
 # Files of a model of transformers that are downloaded. Weights are safetensors, or a .bin file for the models that have
@@ -44,7 +44,7 @@ def locate(
     missing and how to get it.
     """
     require_path_or_id(name)
-    path = Path(os.path.expanduser(name))
+    path = resource(name)
     if os.path.exists(path):
         return path
     from huggingface_hub import constants, snapshot_download
@@ -85,7 +85,7 @@ def locate(
 
 def require_path_or_id(name: str) -> None:
     """Refuse a model's name that is no hub id, and a path at which there is nothing."""
-    path = Path(os.path.expanduser(name))
+    path = resource(name)
     if not is_hub_id(name) and not os.path.exists(path):  # not path.exists(), which raises for a name that is too long
         raise FileNotFoundError(
             f"no model at {path.absolute()}. Give a local path to an existing model, or a hub id (owner/name)."
@@ -97,7 +97,7 @@ def find_local(name: str, file: str, *, revision: str = "main") -> Path | None:
 
     None if the model is not on this machine. The network is not used.
     """
-    path = Path(os.path.expanduser(name))
+    path = resource(name)
     if os.path.exists(path):
         return path
     if not is_hub_id(name):

@@ -1,21 +1,52 @@
 """What a relative path means. One that the user gives lies in the directory where the command was given, whatever program
-made of it since; one in a preset or in a record of an experiment lies in this repository, where every script works.
+made of it since. One in a preset or in a record of an experiment is a `resource`: it lies in what comes with this program if
+it is there, else in the directory where the scripts work.
 
-`~` is the home folder in both.
+What comes with this program, its presets, prompt files and small models, is SHIPPED: the repository, or a folder of the
+installed package. Scripts of a repository work in it, so it holds their experiments and logs, too. An installed package is
+never written to: its scripts work in the user's directory.
+
+`~` is the home folder in all of them.
 """
 
 import os
+import sys
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[2]
+PACKAGE = Path(__file__).parents[1]
+INSTALLED = PACKAGE / "shipped"  # a wheel has it (pyproject.toml), a repository has not
+SHIPPED = INSTALLED if INSTALLED.is_dir() else PACKAGE.parent
+FOLDERS = ("config", "model/shapes", "model/shapes_flow")  # of SHIPPED: where a relative path may mean something in it
 STARTED_IN = "B2DIFFURL_STARTED_IN"  # the environment variable in which run_process.sh keeps the user's directory
 
 
-def work_in_repository() -> None:
-    """Remember the user's directory and go to the repository, unless run_process.sh has done so."""
+def go_to_work() -> None:
+    """Remember the user's directory, and go to the repository, if there is one, unless run_process.sh has done so.
+
+    Modules of the user's directory can then be imported, such as a reward, and the presets, by the user's own configuration.
+    They come last, so that they never stand in for another module.
+    """
     if STARTED_IN not in os.environ:
         os.environ[STARTED_IN] = os.getcwd()
-        os.chdir(REPOSITORY)
+        if SHIPPED != INSTALLED:
+            os.chdir(SHIPPED)
+    sys.path += [folder for folder in (str(user_directory()), str(SHIPPED)) if folder not in sys.path]
+
+
+def resource(name: str | Path) -> Path:
+    """Where a path in a preset or in a record of an experiment leads; as it reads, but for `~`, unless it is shipped.
+
+    What is shipped is found from any directory, and comes before a file of the same name there. Records keep `name`, so that
+    an experiment does not depend on where the program lies.
+    """
+    path = Path(os.path.expanduser(name))
+    return SHIPPED / path if is_shipped(path) and not is_same_file(".", SHIPPED) else path
+
+
+def is_shipped(path: Path) -> bool:
+    """Whether a relative path means something that comes with this program."""
+    inside = any(path.is_relative_to(folder) for folder in FOLDERS)
+    return inside and ".." not in path.parts and os.path.exists(SHIPPED / path)
 
 
 def user_directory() -> Path:
@@ -24,13 +55,16 @@ def user_directory() -> Path:
 
 
 def user_path(given: str) -> str:
-    """The path that the user means by `given`. Whoever works in the repository gets it as it was given, but for `~`.
+    """The path that the user means by `given`. Where the scripts work in the user's directory it stays, but for `~`.
 
-    So the records of an experiment do not depend on where the repository lies. Blank text stays as it is.
+    So the records of an experiment do not depend on where the repository lies. What is shipped is meant only where the user
+    has no file of that name. Blank text stays as it is.
     """
     path = os.path.expanduser(given)
-    here = os.path.realpath(user_directory()) == os.path.realpath(".")
-    return path if here or not path.strip() else os.path.join(user_directory(), path)
+    own = os.path.join(user_directory(), path)
+    if is_shipped(Path(path)):
+        return own if os.path.exists(own) and not is_same_file(own, SHIPPED / path) else path
+    return path if is_same_file(user_directory(), ".") or not path.strip() else own
 
 
 def user_model(given: str) -> str:
@@ -46,4 +80,9 @@ def is_hub_id(name: str) -> bool:
 
 def same_place(one: str, other: str) -> bool:
     """Whether two paths, or two hub ids, mean the same, though one of them may be relative or lead over a link."""
-    return one == other or os.path.realpath(os.path.expanduser(one)) == os.path.realpath(os.path.expanduser(other))
+    return one == other or is_same_file(resource(one), resource(other))
+
+
+def is_same_file(one: str | Path, other: str | Path) -> bool:
+    """Whether two paths lead to the same place, where there need be nothing."""
+    return os.path.realpath(one) == os.path.realpath(other)

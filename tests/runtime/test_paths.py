@@ -3,18 +3,23 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, assert_refused, make_config, parse_command, start
 
 from b2diffurl.configuration.keys import KEYS, flatten, meant_paths
 from b2diffurl.configuration.limits import File, Folder, ModelName
+from b2diffurl.configuration.plan import make_plan
+from b2diffurl.configuration.prompts import load_prompts
 from b2diffurl.configuration.recorded import differences
 from b2diffurl.experiment.folder import find_experiment, resolve_checkpoint
+from b2diffurl.models import check_base
 from b2diffurl.runtime import paths
-from b2diffurl.runtime.hub import locate
+from b2diffurl.runtime.hub import find_local, locate
 
 PLACES = sorted(key for key, row in KEYS.items() if isinstance(row.limit, (File, Folder, ModelName)))
 
@@ -88,6 +93,73 @@ def test_a_model_recorded_by_another_path_to_it_is_no_change(overrides, tmp_path
         assert differences(record(before), record(str(tmp_path / "clip"))) == ()
         assert differences(record(before), record(str(tmp_path / "other"))) != ()
     assert differences(record("owner/name"), record("owner/another")) != ()
+
+
+SHIPPED_PROMPTS = "config/prompt/shapes_relation_test.json"
+
+
+def test_what_is_shipped_is_found_from_any_directory(elsewhere, monkeypatch):
+    """Presets, their prompts and models, by their relative paths; an experiment's record is that of the repository."""
+    here = make_plan(make_config({}, "shapes"))
+    monkeypatch.delenv(paths.STARTED_IN)
+    monkeypatch.chdir(elsewhere)
+    assert load_prompts(SHIPPED_PROMPTS) == json.loads((ROOT / SHIPPED_PROMPTS).read_text())
+    for model in ("model/shapes/base", "model/shapes/clip", "./model/shapes_flow/"):
+        assert locate(model, patterns=[]) == find_local(model, "") == ROOT / model
+    assert paths.same_place("model/shapes/clip", f"{ROOT}/model/shapes/clip")
+    plan = make_plan(make_config({}, "shapes"))
+    assert (plan.record.content, plan.prompts) == (here.record.content, here.prompts)
+    assert check_base(plan.settings.model) is None
+    assert not any(elsewhere.joinpath(name).exists() for name in ("model", "log", "config"))
+
+
+def test_nothing_else_is_taken_from_the_repository(elsewhere, monkeypatch):
+    """Experiments, logs, other files beside the package, and ways out of its folders lie where they are looked for."""
+    monkeypatch.chdir(elsewhere)
+    for name in (
+        "model/lora",
+        "model",
+        "log",
+        "README.md",
+        "config/../README.md",
+        "config/none",
+        "/etc/passwd",
+        "o/name",
+        "",
+    ):
+        assert paths.resource(name) == Path(name)
+    assert paths.resource("~/config") == Path(os.environ["HOME"], "config")
+
+
+def test_who_wins_where_the_user_has_a_file_of_a_shipped_one_s_name(elsewhere, monkeypatch):
+    """What the user gives is the user's file, if there is one, else the shipped one. What the preset gives is shipped."""
+    monkeypatch.chdir(elsewhere)
+    given, not_given = ({"prompt_file"}, set())
+    assert meant_paths({"prompt_file": SHIPPED_PROMPTS}, given) == {"prompt_file": SHIPPED_PROMPTS}
+    own = elsewhere / SHIPPED_PROMPTS
+    own.parent.mkdir(parents=True)
+    own.write_text('["a cat"]')
+    for keys, prompts in ((given, ["a cat"]), (not_given, json.loads((ROOT / SHIPPED_PROMPTS).read_text()))):
+        assert load_prompts(meant_paths({"prompt_file": SHIPPED_PROMPTS}, keys)["prompt_file"]) == prompts
+    (elsewhere / "model" / "shapes" / "clip").mkdir(parents=True)
+    assert paths.user_model("model/shapes/clip") == f"{elsewhere}/model/shapes/clip"
+    assert paths.user_model("model/shapes/base") == "model/shapes/base"
+
+
+def test_an_installed_package_works_where_the_command_is_given(elsewhere, monkeypatch):
+    """What the user gives stays relative, as in a repository; modules there are found, after all others."""
+    shipped = shutil.copytree(ROOT / "config", elsewhere.parent / "package" / "config").parent
+    for name in ("SHIPPED", "INSTALLED"):
+        monkeypatch.setattr(paths, name, shipped)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delenv(paths.STARTED_IN)
+    monkeypatch.chdir(elsewhere)
+    paths.go_to_work()
+    assert os.getcwd() == os.environ[paths.STARTED_IN] == str(elsewhere)
+    assert sys.path[-2:] == [str(elsewhere), str(shipped)]
+    assert [paths.user_path(name) for name in ("runs", "prompts.txt")] == ["runs", "prompts.txt"]
+    assert paths.resource(SHIPPED_PROMPTS) == shipped / SHIPPED_PROMPTS
+    assert paths.resource("prompts.txt").read_text() == "a cat\n"
 
 
 def test_experiments_and_checkpoints_by_the_user_s_paths(elsewhere):
