@@ -344,11 +344,11 @@ def select(folder: Path, job: Job) -> dict[str, Any]:
 
 def choose(config: dict[str, Any], samples: list[dict], rewards: Tensor, prompts: list[str]) -> list[dict[str, Any]]:
     """Select the trajectories to train on. Returns their arrays in the order of groups, each with its `advantage`."""
-    evaluation, num_branches = config["eval"], config["split_time"]
-    siblings = num_branches if evaluation["advantage"] == "group" else 0
+    selection, num_branches = config["selection"], config["split_time"]
+    siblings = num_branches if selection["advantage"] == "group" else 0
     scores = normalise(rewards, prompts, num_siblings=siblings).unflatten(0, (-1, num_branches))
-    thresholds = {key: evaluation[key] for key in ("pos_threshold", "neg_threshold")}
-    chosen = select_all(scores) if evaluation["selection"] == "all" else select_pairs(scores, **thresholds)
+    thresholds = {key: selection[key] for key in ("pos_threshold", "neg_threshold")}
+    chosen = select_all(scores) if selection["images"] == "all" else select_pairs(scores, **thresholds)
     weighted = advantages(
         torch.tensor([one.score for one in chosen]),
         clip=config["train"]["adv_clip_max"],

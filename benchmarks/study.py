@@ -84,15 +84,15 @@ OBJECTIVE_RUNS = [
 CONTROLS = [  # the most telling first
     Variant("ddpo, updates of b2", "ddpo", 3, {"train.batch_size": 48}, against="ddpo"),
     Variant("b2, updates of ddpo", "b2", 3, {"train.num_epochs": 3}),
-    Variant("ddpo, pairs", "ddpo", 3, {"eval.selection": "pairs"}, against="ddpo"),
+    Variant("ddpo, pairs", "ddpo", 3, {"selection.images": "pairs"}, against="ddpo"),
     Variant("b2, S = T", "b2", 3, {"curriculum": "fixed", "split_step_left": 8}),
-    Variant("b2, all images", "b2", 3, {"eval.selection": "all"}),
+    Variant("b2, all images", "b2", 3, {"selection.images": "all"}),
     Variant("b2, reversed", "b2", 3, {"curriculum": "reversed"}),
-    Variant("b2, thresholds 0", "b2", 2, {"eval.pos_threshold": 0.0, "eval.neg_threshold": 0.0}),
-    Variant("b2, thresholds 0.7", "b2", 2, {"eval.pos_threshold": 0.7, "eval.neg_threshold": -0.7}),
+    Variant("b2, thresholds 0", "b2", 2, {"selection.pos_threshold": 0.0, "selection.neg_threshold": 0.0}),
+    Variant("b2, thresholds 0.7", "b2", 2, {"selection.pos_threshold": 0.7, "selection.neg_threshold": -0.7}),
     Variant("b2, K = 3", "b2", 2, {"split_time": 3, "sample.batch_size": 53}),
     Variant("b2, K = 8", "b2", 2, {"split_time": 8, "sample.batch_size": 20}),
-    Variant("b2, advantage by group", "b2", 2, {"eval.advantage": "group"}),
+    Variant("b2, advantage by group", "b2", 2, {"selection.advantage": "group"}),
     Variant("b2, weights none", "b2", 2, {"train.step_weight": "none"}),
     Variant("b2, weights leverage", "b2", 2, {"train.step_weight": "leverage"}),
     Variant("b2, clip range 0.1", "b2", 2, {"train.eps": 0.1}),
@@ -122,7 +122,7 @@ MAIN = [BEST, Variant("ddpo arm, nft", "ddpo", 5, FORWARD | ALL, against="ddpo")
 NOISED = [
     *MAIN,
     Variant("b2, nft", "b2", 5, NFT, against="ddpo"),
-    Variant("b2, nft, all images", "b2", 5, FORWARD | ALL | LATE | {"eval.selection": "all"}, against="ddpo"),
+    Variant("b2, nft, all images", "b2", 5, FORWARD | ALL | LATE | {"selection.images": "all"}, against="ddpo"),
     Variant("b2, nft, independent images", "b2", 5, NFT | {"sampling": "independent"}, against="ddpo"),
     Variant("b2, awm", "b2", 5, NFT | {"train.objective": "awm"}, against="ddpo"),
     Variant("ddpo, tree", "ddpo", 5, TREE, against="ddpo"),
@@ -248,7 +248,7 @@ def finished_run(scale: Scale, variant: Variant, seed: int) -> dict[str, Any] | 
     here, wanted = root_of(config) / "study.json", changes(config)
     elsewhere = [run for run in committed(scale).get("runs", []) if (run["name"], run["seed"]) == (variant.name, seed)]
     found = [files.read_json(here), *elsewhere] if here.is_file() else elsewhere
-    return next((run for run in found if run["settings"] == wanted), None)
+    return next((run for run in found if flatten(run["settings"]) == wanted), None)
 
 
 def committed(scale: Scale) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
+from b2diffurl.configuration.keys import flatten
 from benchmarks.page import percent, table
 from benchmarks.study_format import SETS, draw_band, present, shown, spread
 from benchmarks.study_statistics import (
@@ -302,7 +303,7 @@ def by_seed(runs: Runs, words: Callable[[Run], str]) -> str:
 def settings_table(runs: Runs) -> str:
     rows = []
     for name in listed(runs):
-        settings = next(iter(runs[name].values()))["settings"]
+        settings = flatten(next(iter(runs[name].values()))["settings"])
         rows.append([name, ", ".join(f"`{key}={value}`" for key, value in settings.items())])
     return table(["arm", "settings"], rows)
 

@@ -10,7 +10,8 @@
     flux                  FLUX.1-dev with the objective nft
     b2, bs, bpt, ddpo     four arms of the study (docs/results.md), and b2_nft, the one that learns most
 
-Override any key on the command line: --config.train.learning_rate=1e-4. Keys have the names of the paper's repository.
+Override any key on the command line: --config.train.learning_rate=1e-4. The names that the paper's repository has for keys
+work everywhere; where another name is clearer here, they mean the same (docs/configuration.md).
 b2diffurl/configuration/keys.py has the allowed values of each key, and whether it may change once an experiment has begun.
 """
 
@@ -70,9 +71,11 @@ def reference() -> ConfigDict:
     config.pretrained = base_model()
     config.sample = sampling()
     config.reward = rewards()
-    config.eval = selection_and_judging()
+    config.selection = selection()
+    config.eval = judging()
     config.train = training()
     config.keep = kept_files()
+    share_older_names(config)
     return config
 
 
@@ -170,14 +173,20 @@ def rewards() -> ConfigDict:
     return reward
 
 
-def selection_and_judging() -> ConfigDict:
-    """Selection, which the paper's repository keeps in `eval`, and judging."""
+def selection() -> ConfigDict:
+    """How rewards become advantages, and which images are trained on. So do train.beta1, train.beta2, train.adv_clip_max."""
+    select = ConfigDict()
+    select.history_cnt = 8  # earlier stages whose rewards count in a prompt's mean and standard deviation
+    select.advantage = "prompt"  # prompt | group: subtract the mean reward of the prompt, or of the group
+    select.images = "pairs"  # trained on: pairs (best and worst of a group, by the thresholds) | all (every image)
+    select.pos_threshold = 0.5  # keep a group's best image if its normalised reward is at least this
+    select.neg_threshold = -0.5  # keep a group's worst image if its normalised reward is below this
+    return select
+
+
+def judging() -> ConfigDict:
+    """Judging checkpoints. Nothing here changes what is trained."""
     evaluation = ConfigDict()
-    evaluation.history_cnt = 8  # earlier stages whose rewards count in a prompt's mean and standard deviation
-    evaluation.advantage = "prompt"  # prompt | group: subtract the mean reward of the prompt, or of the group
-    evaluation.selection = "pairs"  # trained on: pairs (best and worst of a group, by the thresholds) | all (every image)
-    evaluation.pos_threshold = 0.5  # keep a group's best image if its normalised reward is at least this
-    evaluation.neg_threshold = -0.5  # keep a group's worst image if its normalised reward is below this
     evaluation.prompt_file = "config/prompt/template1_test.json"  # held-out prompts, for judging
     evaluation.judge = ""  # reward whose mean is reported as accuracy, never trained on, such as shapes; "": none
     evaluation.diversity = ("clip",)  # features in which a prompt's images are compared: clip, layout, inception
@@ -247,6 +256,16 @@ def kept_files() -> ConfigDict:
     return keep
 
 
+def share_older_names(config: ConfigDict) -> None:
+    """The names that the paper's repository and earlier versions have for keys work, too: either name sets the same value.
+
+    An experiment records today's name (b2diffurl/configuration/keys.py: renamed_from).
+    """
+    for name in ("history_cnt", "advantage", "pos_threshold", "neg_threshold"):
+        config.eval[name] = config.selection.get_ref(name)
+    config.eval.selection = config.selection.get_ref("images")
+
+
 def sd14(config: ConfigDict) -> None:
     """Stable Diffusion v1.4 with the paper's settings: 100 stages of 1,280 images, 128,000 in all.
 
@@ -278,7 +297,7 @@ def sd14_nft(config: ConfigDict) -> None:
     config.curriculum = "early"  # what an image shows is decided in the first steps
     config.split_step_left = 10  # of 20, the same shares as 4 to 6 of the small model's 8
     config.split_step_right = 15
-    config.eval.selection = "all"
+    config.selection.images = "all"
     config.train.objective = "nft"
     config.train.old_weight = 0.3
     config.train.outside_weight = 16.0
@@ -426,7 +445,7 @@ def shapes(config: ConfigDict) -> None:
     config.sample.num_batches_per_epoch = 9
     config.sample.micro_batch_size = 0
     config.eval.batch_size = 128
-    config.eval.selection = "all"
+    config.selection.images = "all"
     config.train.nft_scale = 1.0
     config.train.guidance_scale = 1.0  # images are sampled with guidance, and the output without it is trained
     config.train.outside_weight = 16.0
@@ -559,7 +578,7 @@ def ddpo(config: ConfigDict) -> None:
     config.sampling = "independent"
     config.curriculum = "fixed"
     config.split_step_left = config.sample.num_steps
-    config.eval.selection = "all"
+    config.selection.images = "all"
 
 
 def b2_nft(config: ConfigDict) -> None:

@@ -84,7 +84,7 @@ TINY = {
 }
 
 # Four images a stage, all of them selected: enough for an update, of a model whose images take long.
-FEW_IMAGES = {"split_time": 2, "sample.num_batches_per_epoch": 1, "eval.selection": "all"}
+FEW_IMAGES = {"split_time": 2, "sample.num_batches_per_epoch": 1, "selection.images": "all"}
 
 JUDGED = {"eval.judge": "shapes", "eval.diversity": ("clip", "layout")}
 
@@ -96,7 +96,7 @@ REFERRING = {
         "train.objective": "d3po",
         "split_step_left": 4,
         "split_step_right": 4,
-        "eval.pos_threshold": 0.2,
+        "selection.pos_threshold": 0.2,
         "train.batch_size": 5,
         "train.gradient_accumulation_steps": 1,
     },

@@ -154,13 +154,16 @@ def test_unknown_preset(empty):
         ({"train.objective": "dpo"}, "'dpo'.*'ddpo', 'reinforce', 'dpok', 'd3po'"),
         ({"curriculum": "forward"}, "'forward'.*'progressive', 'fixed', 'reversed', 'random'"),
         ({"sampling": "prefix"}, "'prefix'.*'branch', 'independent'"),
-        ({"eval.selection": "best"}, "'best'.*'pairs', 'all'"),
-        ({"eval.advantage": "batch"}, "'batch'.*'prompt', 'group'"),
-        ({"train.objective": "d3po", "eval.selection": "all"}, "d3po compares best and worst.*must be pairs"),
+        ({"selection.images": "best"}, "'best'.*'pairs', 'all'"),
+        ({"selection.advantage": "batch"}, "'batch'.*'prompt', 'group'"),
+        ({"train.objective": "d3po", "selection.images": "all"}, "d3po compares best and worst.*must be pairs"),
         ({"train.objective": "d3po", "sampling": "independent"}, "d3po compares branches of one prefix.*must be branch"),
         ({"train.objective": "reinforce"}, "num_epochs is 2; reinforce .* one pass"),
         ({"split_time": 1}, "split_time is 1; a contrast needs at least 2 siblings"),
-        ({"split_time": 1, "eval.selection": "all", "eval.advantage": "group"}, "split_time is 1.*every image scores 0"),
+        (
+            {"split_time": 1, "selection.images": "all", "selection.advantage": "group"},
+            "split_time is 1.*every image scores",
+        ),
         ({"train.kl_weight": -0.1}, "kl_weight is -0.1.*it must lie in"),
         ({"train.dpo_beta": -0.1}, "dpo_beta is -0.1.*it must lie in"),
         ({"pretrained.family": "sdxxl"}, "sdxxl.*auto, stable_diffusion, sdxl"),
@@ -380,7 +383,7 @@ def test_run_process_stops_at_bad_input(empty, overrides):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 2
-    assert "eval.selection must be pairs" in result.stderr
+    assert "selection.images must be pairs" in result.stderr
     assert [path.name for path in empty.iterdir()] == ["tiny.log"]
 
 

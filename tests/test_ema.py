@@ -145,7 +145,7 @@ def test_a_run_from_elsewhere(averaged, overrides, tmp_path, start):
     given = {"a checkpoint": checkpoint, "an average": checkpoint / "ema"}.get(start, tmp_path / "foreign.safetensors")
     if start == "a foreign LoRA":
         shutil.copy(checkpoint / LORA_FILE, given)
-    nothing = {"eval.pos_threshold": 1e9, "eval.neg_threshold": -1e9, "resume_from": str(given)}
+    nothing = {"selection.pos_threshold": 1e9, "selection.neg_threshold": -1e9, "resume_from": str(given)}
     run_stage(tmp_path, overrides | EMA | nothing)
     found = stage_of(tmp_path).checkpoints()[-1]
     lora, average = load_file(found / LORA_FILE), average_of(found)

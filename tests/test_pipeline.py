@@ -208,9 +208,9 @@ def test_selection_follows_from_the_scores_and_their_history(finished):
 
 
 def test_selection_relative_to_siblings_follows_from_the_scores(overrides, tmp_path):
-    """With eval.advantage=group a score is the reward minus its siblings' mean, over the deviation of its prompt."""
-    thresholds = {"eval.pos_threshold": 0.0, "eval.neg_threshold": 0.0}  # everybody's best and worst
-    run_stage(tmp_path, overrides | thresholds | {"eval.advantage": "group"}, verbs=VERBS[:2])
+    """With selection.advantage=group a score is the reward minus its siblings' mean, over the deviation of its prompt."""
+    thresholds = {"selection.pos_threshold": 0.0, "selection.neg_threshold": 0.0}  # everybody's best and worst
+    run_stage(tmp_path, overrides | thresholds | {"selection.advantage": "group"}, verbs=VERBS[:2])
     stage = Stage(experiment(tmp_path), 0)
     rows, expected = json_lines(stage.scores), {}
     for group in range(6):
@@ -682,13 +682,13 @@ SWITCHES = {  # beside TINY; what has a variable in run_process.sh is set by it
     "dpok": REFERRING["dpok"],
     "d3po": REFERRING["d3po"],
     "reinforce": INDEPENDENT
-    | {"curriculum": "fixed", "eval.selection": "all", "train.objective": "reinforce", "train.num_epochs": 1},
+    | {"curriculum": "fixed", "selection.images": "all", "train.objective": "reinforce", "train.num_epochs": 1},
 }
 VARIABLES = {
     "train.objective": "Objective",
     "curriculum": "Curriculum",
     "sampling": "Sampling",
-    "eval.selection": "Selection",
+    "selection.images": "Selection",
     "split_step_left": "SplitStepLeft",
     "split_step_right": "SplitStepRight",
     "train.num_epochs": "TrainEpoch",

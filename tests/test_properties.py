@@ -71,7 +71,7 @@ SMALL = TINY | {
     "reward.name": JPEG, "eval.diversity": (), "stage_cnt": 2, "split_time": 2, "split_step_left": 1, "split_step_right": 2,
     "sample.num_steps": 2, "sample.num_batches_per_epoch": 1, "sample.guidance_scale": 1.0, "train.num_epochs": 1,
     "train.gradient_accumulation_steps": 1, "train.lora_rank": 1, "eval.num_images": 2, "eval.batch_size": 2,
-    "eval.pos_threshold": 0.0, "eval.neg_threshold": 0.0, "eval.deployed.num_steps": 2, "keep.samples": False,
+    "selection.pos_threshold": 0.0, "selection.neg_threshold": 0.0, "eval.deployed.num_steps": 2, "keep.samples": False,
 }  # fmt: skip
 
 
@@ -215,12 +215,13 @@ RUNNABLE = {
     "sample.batch_size": [1, 2, 3], "sample.num_batches_per_epoch": [1, 2], "train.num_epochs": [1, 2, 3],
     "train.lora_rank": [1, 3, 8], "num_threads": [0, 1], "num_processes": [0, 1], "dev_id": [0], "split_step_left": [1, 2],
     "split_step_right": [1, 2], "split_step": [0, 1, 2], "eval.num_images": [1, 2, 5], "eval.batch_size": [1, 2, 3],
-    "eval.deployed.num_steps": [1, 2, 5], "eval.pos_threshold": [0.0, 0.5, 1e9], "eval.neg_threshold": [-1e9, -0.5, 0.0],
+    "eval.deployed.num_steps": [1, 2, 5],
+    "selection.pos_threshold": [0.0, 0.5, 1e9], "selection.neg_threshold": [-1e9, -0.5, 0.0],
     "sample.guidance_scale": [1.0, 1.5, 7.5, 100.0], "reward.num_workers": [1, 4, 1024],
     "mixed_precision": ["auto", "no", "bf16"],
     "curriculum": ["progressive", "fixed", "reversed", "random", "early", "sliding"], "split_stop": [0, 2],
     "sample.suffix_steps": [0],
-    "sampling": ["branch", "independent"], "eval.selection": ["pairs", "all"], "eval.advantage": ["prompt", "group"],
+    "sampling": ["branch", "independent"], "selection.images": ["pairs", "all"], "selection.advantage": ["prompt", "group"],
     "train.objective": ["ddpo", "reinforce", "dpok", "d3po"], "train.step_weight": ["none", "leverage", "sigma"],
     "wandb_mode": ["offline", "online"], "pretrained.family": ["auto", "stable_diffusion"],
     "pretrained.variant": [""], "sample.sde": ["cps", "flow", "dance"],
@@ -271,11 +272,11 @@ REFUSED = {
     "eval.judge": ["beauty", "file", "\n", "x" * 300], "eval.prompt_file": ["", "no.json", "n" * 300, "file", ".", "a\0b"],
     "prompt_file": ["", "no.json", "n" * 300, "file", ".", "a\0b"], "prompt": [" ", "\n", "\ud800"],
     "resume_from": ["no/such/lora", ".", "n" * 300, "a\0b", "~no-such-user/x", "file", "/dev/null"],
-    "eval.deployed.scheduler": ["Magic", "os.system", "x" * 300], "eval.pos_threshold": [-1.0],
-    "eval.neg_threshold": [1.0], "train.use_8bit_adam": [True], "reward.standardise": [True],
+    "eval.deployed.scheduler": ["Magic", "os.system", "x" * 300], "selection.pos_threshold": [-1.0],
+    "selection.neg_threshold": [1.0], "train.use_8bit_adam": [True], "reward.standardise": [True],
     "reward.combine": ["advantages"],
 }  # fmt: skip
-CHOICES = ("mixed_precision", "curriculum", "sampling", "eval.selection", "eval.advantage", "train.objective",
+CHOICES = ("mixed_precision", "curriculum", "sampling", "selection.images", "selection.advantage", "train.objective",
            "train.step_weight", "wandb_mode", "reward.dtype", "reward.combine", "sample.sde", "reward.compose.score",
            "reward.vlm.score", "reward.vlm.unreadable")  # fmt: skip
 PLACES = ("pretrained.model", "reward.clip.model", "prompt_file", "eval.prompt_file")  # for which the world has a path

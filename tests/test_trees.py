@@ -29,7 +29,7 @@ from b2diffurl.reporting.page import draw_tree
 TREE = {
     "split_times": (2, 2),
     "split_after": (1,),
-    "eval.selection": "all",
+    "selection.images": "all",
     "sample.micro_batch_size": 1,
     "train.micro_batch_size": 1,
     "train.gradient_accumulation_steps": 4,
@@ -123,8 +123,8 @@ def test_a_training_of_a_tree_that_was_stopped_ends_the_same(grown, overrides, t
 def test_pairs_of_a_tree_are_trained_and_reported(overrides, tmp_path):
     """Best and worst leaf of a group; where they share the first step it is trained once. The report's picture has a tile
     for each of 3 states of the prefix, for 2 edges and for 4 leaves."""
-    everybody = {"eval.advantage": "group", "eval.pos_threshold": 0.0, "eval.neg_threshold": 0.0}  # 's best and worst
-    settings = overrides | TREE | {"eval.selection": "pairs"} | everybody
+    everybody = {"selection.pos_threshold": 0.0, "selection.neg_threshold": 0.0}  # 's best and worst
+    settings = overrides | TREE | {"selection.images": "pairs", "selection.advantage": "group"} | everybody
     run_stage(tmp_path, settings)
     stage = stage_of(tmp_path)
     rows = json.loads(stage.selection.read_text())

@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from safetensors import SafetensorError
 
-from b2diffurl.configuration.keys import flatten, meant_paths
+from b2diffurl.configuration.keys import TODAYS_NAME, by_todays_names, flatten, meant_paths, refuse_two_values
 from b2diffurl.configuration.limits import Folder, Name, check_value
 from b2diffurl.runtime import ambient, paths
 from b2diffurl.runtime.logs import log_of, logger, name_log, set_up_logging, set_up_streams, show
@@ -196,9 +196,10 @@ def parse_flags() -> tuple[ConfigDict, dict[str, Any]]:
             # Parse in two halves, to see the preset before the overrides change it.
             before, after = split_at_preset([sys.argv[0], *FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=True)])
             unexpected = FLAGS(before)[1:]  # loads the preset
-            preset = {} if unexpected else FLAGS.config.to_dict()
+            preset = {} if unexpected else by_todays_names(FLAGS.config.to_dict())
             unexpected = unexpected or FLAGS([sys.argv[0], *after])[1:]  # overrides it
-        config = None if unexpected else FLAGS.config.lock()
+        refuse_two_names()
+        config = None if unexpected else by_todays_names(FLAGS.config.unlock()).lock()
         if config:
             config.update_from_flattened_dict(meant_paths(flatten(config.to_dict()), given_keys()))
     except (AttributeError, KeyError) as error:
@@ -212,8 +213,17 @@ def parse_flags() -> tuple[ConfigDict, dict[str, Any]]:
 
 
 def given_keys() -> set[str]:
-    """The keys that the command line sets."""
-    return {name.removeprefix("config.") for name in FLAGS if name.startswith("config.") and FLAGS[name].present}
+    """The keys that the command line sets, by today's names."""
+    names = (name.removeprefix("config.") for name in FLAGS if name.startswith("config.") and FLAGS[name].present)
+    return {TODAYS_NAME.get(name, name) for name in names}
+
+
+def refuse_two_names() -> None:
+    """Refuse a key that the command line gives by two of its names, with different values."""
+    for older, key in TODAYS_NAME.items():
+        one, other = (FLAGS[name] if (name := f"config.{each}") in FLAGS else None for each in (key, older))
+        if None not in (one, other) and one.present and other.present:
+            refuse_two_values(key, one.value, older, other.value)
 
 
 def split_at_preset(words: list[str]) -> tuple[list[str], list[str]]:

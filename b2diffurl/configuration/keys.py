@@ -1,6 +1,7 @@
 """A row for every key of config/stage_process.py, in the same order: its allowed values, and whether it may change in an
 experiment that has begun."""
 
+import functools
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from b2diffurl.configuration.limits import (
     Text,
     Unknown,
     check_value,
+    shown,
 )
 from b2diffurl.configuration.settings import CURRICULA
 from b2diffurl.objectives import OBJECTIVES
@@ -43,7 +45,7 @@ class Key:
     limit: Limit  # the allowed values
     may_change: bool = False  # whether an experiment may go on with another value; if not, config.json's value stays
     before: Any = ALWAYS_THERE  # for a key newer than some experiments: the value that acts as they did, or HAD_NO_EFFECT
-    renamed_from: str = ""  # the key's name in an earlier version
+    renamed_from: str = ""  # its name in the paper's repository or an earlier version, by which it may be given, too
     not_beside: tuple[
         str, ...
     ] = ()  # run_eval.py ignores config.json's value if the user gave one of these keys: they conflict
@@ -157,12 +159,13 @@ KEYS = {
     "reward.vlm.concurrency": Key(Number("[1, 1024]"), may_change=True),
     "reward.vlm.timeout_sec": Key(Number("(0, 1e6]"), may_change=True),
     "reward.vlm.num_retries": Key(Number("[0, 20]"), may_change=True),
-    # ---- selection, and judging ----
-    "eval.history_cnt": Key(SIZE),
-    "eval.advantage": Key(Choice(("prompt", "group")), before="prompt"),
-    "eval.selection": Key(Choice(("pairs", "all")), before="pairs"),
-    "eval.pos_threshold": Key(Number("[-1e9, 1e9]")),
-    "eval.neg_threshold": Key(Number("[-1e9, 1e9]")),
+    # ---- selection ----
+    "selection.history_cnt": Key(SIZE, renamed_from="eval.history_cnt"),
+    "selection.advantage": Key(Choice(("prompt", "group")), before="prompt", renamed_from="eval.advantage"),
+    "selection.images": Key(Choice(("pairs", "all")), before="pairs", renamed_from="eval.selection"),
+    "selection.pos_threshold": Key(Number("[-1e9, 1e9]"), renamed_from="eval.pos_threshold"),
+    "selection.neg_threshold": Key(Number("[-1e9, 1e9]"), renamed_from="eval.neg_threshold"),
+    # ---- judging ----
     "eval.prompt_file": Key(File(), may_change=True),
     "eval.judge": Key(TEXT_OR_NONE, may_change=True),
     "eval.diversity": Key(Names(), may_change=True),
@@ -212,17 +215,55 @@ KEYS = {
 }
 
 
+TODAYS_NAME = {row.renamed_from: key for key, row in KEYS.items() if row.renamed_from}
+
+
 def flatten(nested: Mapping, prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one dict with keys such as `train.learning_rate`.
+    """Nested sections as one dict with keys such as `train.learning_rate`, each by today's name.
 
     A dict that is the value of one key, such as `reward.weights`, stays one value.
     """
     flat = {}
     for name, value in nested.items():
-        key = f"{prefix}{name}"
+        key = TODAYS_NAME.get(f"{prefix}{name}", f"{prefix}{name}")
         # A mapping that is itself a key, such as reward.weights, is a value and no section.
         flat |= flatten(value, f"{key}.") if isinstance(value, Mapping) and key not in KEYS else {key: value}
     return flat
+
+
+def by_todays_names(nested: Any) -> Any:
+    """Give each key of nested sections, dicts or an unlocked ConfigDict, today's name alone, in place; returns them.
+
+    A key may have the older name, too, or instead. A ValueError names two of the same key that have different values.
+    """
+    for older, key in TODAYS_NAME.items():
+        *sections, name = older.split(".")
+        section = functools.reduce(lambda outer, inner: outer.get(inner, {}), sections, nested)
+        if name not in section:
+            continue
+        given = section[name]
+        del section[name]
+        *sections, name = key.split(".")
+        section = functools.reduce(part_of, sections, nested)
+        if name not in section:
+            section[name] = given
+        refuse_two_values(key, section[name], older, given)
+    return nested
+
+
+def part_of(outer: Any, name: str) -> Any:
+    """The section of that name in another; an empty one is put there if there is none."""
+    if name not in outer:
+        outer[name] = {}
+    return outer[name]
+
+
+def refuse_two_values(key: str, value: Any, older: str, given: Any) -> None:
+    """Raise a ValueError if a key and its older name have different values."""
+    if value != given:
+        raise ValueError(
+            f"{key} is {shown(value)} and {older}, an older name of the same key, {shown(given)}; give one of them"
+        )
 
 
 def check_values(flat: Mapping[str, Any]) -> None:

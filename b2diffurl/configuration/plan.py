@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.command_line import PRESET
-from b2diffurl.configuration.keys import flatten
+from b2diffurl.configuration.keys import by_todays_names, flatten
 from b2diffurl.configuration.limits import shown
 from b2diffurl.configuration.prompts import named_prompts
 from b2diffurl.configuration.recorded import Record, make_record, read_record
@@ -70,7 +70,7 @@ def make_plan(config: ConfigDict) -> Plan:
     check_secrets({f"{key} of the preset": value for key, value in flatten(preset or {}).items()})
     stage = Stage(settings.output.root, stage_index(config["run_name"]))
     prompts = tuple(prompt for _, prompt in named_prompts(settings.prompts, "train"))
-    record = make_record(stage, config.to_dict(), prompts, preset, read_record(stage.root))
+    record = make_record(stage, by_todays_names(config.to_dict()), prompts, preset, read_record(stage.root))
     window = trained_window(stage, settings.schedule)
     start = resume_source(stage, settings.schedule.initial_lora)
     return Plan(settings, stage, window, start, prompts, record)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from b2diffurl.configuration.keys import flatten, meant_paths
+from b2diffurl.configuration.keys import by_todays_names, flatten, meant_paths
 from b2diffurl.configuration.limits import shown
 from b2diffurl.configuration.recorded import read_record, recorded_settings
 from b2diffurl.runtime.paths import resource
@@ -19,7 +19,7 @@ PRESETS = "config/stage_process.py"
 
 def preset_config(name: str) -> ConfigDict:
     """The configuration of a preset of config/stage_process.py, locked; a ValueError lists the presets."""
-    return runpy.run_path(str(resource(PRESETS)))["get_config"](name)
+    return by_todays_names(runpy.run_path(str(resource(PRESETS)))["get_config"](name).unlock()).lock()
 
 
 def changed_config(preset: str, changes: Mapping[str, Any]) -> ConfigDict:

@@ -127,8 +127,7 @@ def refuse_change(stage: Stage, changes: Sequence[str], *, allowed: bool) -> Non
 def recorded_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json's settings under today's keys: renamed keys are translated, missing keys get their `before` value."""
     added = {key: row.before for key, row in KEYS.items() if row.before not in (ALWAYS_THERE, HAD_NO_EFFECT)}
-    renamed = {row.renamed_from: key for key, row in KEYS.items() if row.renamed_from}
-    return added | {renamed.get(key, key): value for key, value in flatten(config).items()}
+    return added | flatten(config)
 
 
 def lasting_settings(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,6 +150,7 @@ def setting_changes(recorded: Mapping[int, Mapping | None], record: Mapping[str,
             said = [entry["changes"] for entry in record.get("changed", []) if entry["stage"] == stage]
             rows += [{"stage": stage, "change": change} for changes in said[-1:] for change in changes]
             continue
+        now = flatten(now)
         changed = sorted(key for key in before.keys() & now.keys() if before[key] != now[key])
         rows += [{"stage": stage, "change": f"{key} is {now[key]!r}, was {before[key]!r}"} for key in changed]
         before = now

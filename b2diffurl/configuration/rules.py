@@ -196,19 +196,20 @@ def check_rewards(settings: Mapping[str, Any]) -> None:
 
 def check_selection(settings: Mapping[str, Any]) -> None:
     """Refuse thresholds that overlap, and groups of one where siblings are compared."""
-    above, below = settings["eval.pos_threshold"], settings["eval.neg_threshold"]
+    above, below = settings["selection.pos_threshold"], settings["selection.neg_threshold"]
     if above < below:
         raise ValueError(
-            f"eval.pos_threshold is below eval.neg_threshold, {above} < {below}; it must not be, or one image is both "
-            "good and bad"
+            f"selection.pos_threshold is below selection.neg_threshold, {above} < {below}; it must not be, or one image is "
+            "both good and bad"
         )
     if has_siblings(settings):
         return
-    if settings["eval.selection"] == "pairs":
-        raise ValueError("split_time is 1; a contrast needs at least 2 siblings. Or take eval.selection=all.")
-    if settings["eval.advantage"] == "group":
+    if settings["selection.images"] == "pairs":
+        raise ValueError("split_time is 1; a contrast needs at least 2 siblings. Or take selection.images=all.")
+    if settings["selection.advantage"] == "group":
         raise ValueError(
-            "split_time is 1; relative to itself (eval.advantage=group) every image scores 0. Take eval.advantage=prompt."
+            "split_time is 1; relative to itself (selection.advantage=group) every image scores 0. Take "
+            "selection.advantage=prompt."
         )
 
 
@@ -221,8 +222,8 @@ def check_objective(settings: Mapping[str, Any]) -> None:
     """Refuse a selection or number of epochs that the objective cannot train with."""
     name, num_epochs = settings["train.objective"], settings["train.num_epochs"]
     objective = OBJECTIVES[name]
-    if objective.paired and settings["eval.selection"] != "pairs":
-        raise ValueError(f"train.objective {name} compares best and worst: eval.selection must be pairs")
+    if objective.paired and settings["selection.images"] != "pairs":
+        raise ValueError(f"train.objective {name} compares best and worst: selection.images must be pairs")
     if objective.paired and settings["sampling"] != "branch":
         raise ValueError(f"train.objective {name} compares branches of one prefix: sampling must be branch")
     if objective.single_pass and num_epochs > 1:

@@ -344,7 +344,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
         ),
         sampling=read_sampling(config),
         rewards=read_rewards(config["reward"], (config["prompt_file"], config["eval"]["prompt_file"])),
-        selection=read_selection(config["eval"], config["train"]),
+        selection=read_selection(config["selection"], config["train"]),
         training=read_training(config["train"], config["sample"]["guidance_scale"]),
         judging=read_judging(config["eval"]),
         output=read_output(config),
@@ -396,14 +396,14 @@ def read_tree(keys: Mapping[str, Any]) -> Tree:
     return Tree(tuple(keys["split_times"]) or (keys["split_time"],), tuple(keys["split_after"]))
 
 
-def read_selection(evaluation: Mapping[str, Any], train: Mapping[str, Any]) -> Selection:
-    """From the sections `eval` and `train`: the paper's repository keeps the thresholds in `eval`, so these keys do, too."""
+def read_selection(selection: Mapping[str, Any], train: Mapping[str, Any]) -> Selection:
+    """From the sections `selection` and `train`, where the paper's repository keeps the rest."""
     return Selection(
-        which=evaluation["selection"],
-        baseline=evaluation["advantage"],
-        pos_threshold=evaluation["pos_threshold"],
-        neg_threshold=evaluation["neg_threshold"],
-        num_history_stages=evaluation["history_cnt"],
+        which=selection["images"],
+        baseline=selection["advantage"],
+        pos_threshold=selection["pos_threshold"],
+        neg_threshold=selection["neg_threshold"],
+        num_history_stages=selection["history_cnt"],
         max_advantage=train["adv_clip_max"],
         positive_weight=train["beta1"],
         negative_weight=train["beta2"],

@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from b2diffurl.configuration.keys import flatten
 from b2diffurl.configuration.settings import reward_weights
 from b2diffurl.experiment.stage import Stage, finished_stages
 from b2diffurl.labelling.votes import Votes
@@ -163,7 +164,7 @@ def run_command(root: Path) -> str:
     """The command with which the run of the experiment in `root` was begun, and goes on, without what was changed since."""
     record = files.read_json(root / "config.json")
     config, reward = record["config"], record["config"]["reward"]
-    changed = {key: here for key, (here, _) in (record.get("differs_from_preset") or {}).items()}
+    changed = {key: here for key, (here, _) in flatten(record.get("differs_from_preset") or {}).items()}
     changed |= {"reward.weights": reward["weights"]} if reward.get("weights") else {}
     short = {"preset": "Preset", "exp_name": "ExpName", "reward.name": "Reward"}
     named = {"preset": config.get("preset"), "exp_name": config["exp_name"]}

@@ -5,9 +5,9 @@ G groups, K images (siblings) in a group, N = G*K images; image n is number n % 
 There are two ways to judge. Each keeps its own answers, because their scores do not mean the same; a stage is scored in one.
 
 pick  The best and the worst of each group. They score 1 and -1, the others 0; all score 0 if none is better. So the mean of
-      each group is 0, and that of a prompt: `eval.advantage` prompt and group do the same, and groups are not compared.
+      each group is 0, and that of a prompt: `selection.advantage` prompt and group do the same, and groups are not compared.
 rate  Every image, from 1 (bad) to 5 (good), which is its score. It means the same in all groups of a prompt, so
-      `eval.advantage=prompt` compares them, too.
+      `selection.advantage=prompt` compares them, too.
 
 Images of a group with equal scores are not told apart; if all of a prompt's images are equal nothing is learnt from them.
 """

@@ -15,6 +15,7 @@ from typing import Any
 from yaml import YAMLError
 
 from b2diffurl.algorithm.window import Window
+from b2diffurl.configuration.keys import flatten
 from b2diffurl.configuration.recorded import recorded_settings, setting_changes
 from b2diffurl.configuration.settings import ModelSettings, combined_text, read_tree, reward_weights
 from b2diffurl.experiment.checkpoints import read_state
@@ -349,7 +350,7 @@ def training(exported: Exported) -> dict[str, str]:
     """The rows of the card's table "Training", {heading: text}: of the training up to this checkpoint and not after it."""
     stage, config = exported.stage, exported.config
     # The stage's own: config.json has those of the newest stage.
-    settings = recorded_settings(config) | stage.manifest("sample").get("settings", {})
+    settings = recorded_settings(config) | flatten(stage.manifest("sample").get("settings", {}))
     rows = [row for row in stage_rows(exported.root) if row["stage"] <= stage.index]
     earlier = sum(row.get("num_updates", 0) for row in rows if row["stage"] < stage.index)
     # The checkpoint's own stage may have gone on after it, so its updates are counted by its state.json.
@@ -365,7 +366,7 @@ def training(exported: Exported) -> dict[str, str]:
         "schedule": f"{settings['curriculum']}: {trained_text(windows, num_steps)} are trained",
         "sampling": f"{settings['sampling']}, {tree.num_leaves} images a group{tree.text}; "
         f"{sampler_text(settings, exported.family)}, guidance {settings['sample.guidance_scale']:g}",
-        "selection": f"{settings['eval.selection']}, advantage by {settings['eval.advantage']}",
+        "selection": f"{settings['selection.images']}, advantage by {settings['selection.advantage']}",
         "objective": objective_text(settings),
         "optimizer": f"AdamW, learning rate {rate_text(settings)}",
         **({"weights": average_text(settings["train.ema"])} if is_average(exported.checkpoint) else {}),

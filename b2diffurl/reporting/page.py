@@ -22,8 +22,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from b2diffurl.configuration.keys import flatten
 from b2diffurl.configuration.presets import preset_config
-from b2diffurl.configuration.recorded import preset_differences, setting_changes
+from b2diffurl.configuration.recorded import preset_differences, recorded_settings, setting_changes
 from b2diffurl.configuration.settings import describe_reward
 from b2diffurl.experiment.branch_picture import load_tree
 from b2diffurl.experiment.damage import skipping
@@ -102,6 +103,7 @@ def write_report(root: Path) -> Path:
             "name": root.name,
             "stages": stages,
             "config": config,
+            "selected_images": selected_images(record),
             "reward": describe_reward(config["reward"]),
             "warned": warned_kinds([row for one in readable for row in one["warned"]]),
             "figures": figure_table(evaluations, every_evaluation(root)),
@@ -365,10 +367,15 @@ def draw_tree(stage: Stage) -> Figure:
 
 def marks(stage: Stage) -> dict[int, str]:
     """{branch: "winner" or "loser"} of the selected ones in the first group; {} in a run that trains on all images."""
-    if files.read_json(stage.root / "config.json")["config"]["eval"].get("selection") == "all":
+    if selected_images(files.read_json(stage.root / "config.json")) == "all":
         return {}
     rows = [row for row in files.read_json(stage.selection) if row["group"] == 0]
     return {row["branch"]: "winner" if row["score"] > 0 else "loser" for row in rows}
+
+
+def selected_images(record: Mapping[str, Any]) -> str:
+    """Which images the run of a config.json trains on: pairs | all."""
+    return recorded_settings(record["config"])["selection.images"]
 
 
 def galleries(root: Path, evaluations: Sequence[Row], kept: Kept, damaged: list[str]) -> list[dict[str, Any]]:
@@ -540,7 +547,7 @@ def preset_rows(record: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
         plain = json.loads(json.dumps(preset.to_dict()))  # tuples are lists, as they are in the record
         plain["pretrained"]["family"] = record["config"]["pretrained"]["family"]  # it may have been recognised
         differences = preset_differences(record["config"], plain)
-    return [(key, here, there) for key, (here, there) in differences.items()]
+    return [(key, here, there) for key, (here, there) in flatten(differences).items()]
 
 
 def disk_usage(root: Path) -> dict[str, int]:

@@ -9,13 +9,18 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TextIO
 
-from tqdm.auto import tqdm
+from tqdm import TqdmWarning
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", TqdmWarning)  # a notebook without ipywidgets gets bars of text, which is well
+    from tqdm.auto import tqdm
 
 logger = logging.getLogger("b2diffurl")
 IN_NOTEBOOK: ContextVar[bool] = ContextVar("IN_NOTEBOOK", default=False)  # whether bars are shown without a terminal

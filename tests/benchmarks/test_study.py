@@ -523,4 +523,4 @@ def test_the_committed_study_is_whole():
 def test_committed_runs_are_todays():
     """Each has the settings that its variant has now, so that the study would not make it again."""
     for found in json.loads(COMMITTED.read_text())["runs"]:
-        assert found["settings"] == changes(configure(FULL, VARIANTS[found["name"]], found["seed"])), found["name"]
+        assert flatten(found["settings"]) == changes(configure(FULL, VARIANTS[found["name"]], found["seed"])), found["name"]

@@ -22,7 +22,7 @@ from b2diffurl.experiment.stage import Stage
     [
         ({}, 6 * 2 + 18 * 2, 12, 2 * 3),  # 6 prefixes of 2 steps, 18 images of 2; 12 in updates of 4
         ({"sampling": "independent"}, 18 * 4, 12, 2 * 3),
-        ({"eval.selection": "all", "train.num_epochs": 1}, 48, 18, 5),
+        ({"selection.images": "all", "train.num_epochs": 1}, 48, 18, 5),
         ({"train.objective": "d3po", "train.batch_size": 5, "train.gradient_accumulation_steps": 1}, 48, 12, 2 * 3),  # pairs
         ({"train.objective": "d3po", "train.batch_size": 1, "train.gradient_accumulation_steps": 1}, 48, 12, 2 * 6),
     ],
@@ -53,7 +53,7 @@ def test_evaluations_of_prefix_window_and_tail(overrides, more, window, evaluati
 
 def test_amounts_are_those_of_a_run(stage_with, overrides):
     """Where all images are selected, the manifests have exactly the evaluations and updates that are foretold."""
-    settings = {"eval.selection": "all", "train.gradient_accumulation_steps": 4}
+    settings = {"selection.images": "all", "train.gradient_accumulation_steps": 4}
     stage = Stage(experiment(stage_with(**settings)), 0)
     budget = Budget.of(read_settings(make_config(overrides | settings)))
     assert stage.manifest("sample")["num_evaluations"] == budget.num_evaluations(Window(2, 4))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from b2diffurl.configuration.command_line import named_preset
 from b2diffurl.configuration.keys import flatten
 from b2diffurl.configuration.plan import make_plan
-from b2diffurl.configuration.recorded import record_experiment, take_recorded
+from b2diffurl.configuration.recorded import record_experiment, setting_changes, take_recorded
 from b2diffurl.configuration.rules import check
 from b2diffurl.configuration.settings import read_settings
 from b2diffurl.models import policy
@@ -65,6 +65,43 @@ def test_what_is_recorded_of_the_preset_holds_no_secret(overrides, tmp_path):
     said = r"reward\.http\.url of the preset has a user name or a password"
     with named_preset(preset.to_dict()), pytest.raises(ValueError, match=said):
         make_plan(make_config(overrides, save_path=str(tmp_path)))
+
+
+# ---- older names ----
+
+
+def test_an_experiment_recorded_by_older_names_goes_on_and_keeps_its_values(begin):
+    """config.json with the section that an earlier version had: the same values are no change, another one is named."""
+    folder, settings = begin({})
+    path = experiment(folder) / "config.json"
+    record = read_json(path)
+    section = record["config"].pop("selection")
+    record["config"]["eval"] |= {"selection": section.pop("images")} | section
+    write_record(path, record)
+    plan(folder, settings)
+    plan(folder, settings | {"eval.pos_threshold": settings.get("selection.pos_threshold", 0.5)})
+    for name in ("selection.pos_threshold", "eval.pos_threshold"):
+        with pytest.raises(ValueError, match=r"another configuration: selection.pos_threshold is 0.75, was 0.5\. Go on"):
+            plan(folder, settings | {name: 0.75})
+    config = make_config({"exp_name": "tiny", "selection.images": "all", "selection.neg_threshold": -0.75})
+    with contextlib.chdir(folder):
+        take_recorded(config, {"selection.neg_threshold"})
+    assert (config.selection.images, config.selection.neg_threshold) == ("pairs", -0.75)
+
+
+def test_a_new_experiment_records_one_name(begin):
+    """Given by the older one; and no such stage's settings are by two names."""
+    folder, _ = begin({"eval.pos_threshold": 0.75})
+    config = read_json(experiment(folder) / "config.json")["config"]
+    assert config["selection"]["pos_threshold"] == 0.75
+    assert config["eval"].keys() & {"pos_threshold", "neg_threshold", "history_cnt", "advantage", "selection"} == set()
+
+
+def test_stages_of_two_versions_are_compared_by_todays_names():
+    recorded = {0: {"eval.pos_threshold": 0.5, "eval.advantage": "prompt"}, 1: {"selection.pos_threshold": 0.75}}
+    recorded[1]["selection.advantage"] = "prompt"
+    said = [{"stage": 1, "change": "selection.pos_threshold is 0.75, was 0.5"}]
+    assert setting_changes(recorded, {}) == said
 
 
 # ---- identity ----
@@ -121,11 +158,11 @@ def test_identity_leaves_room_for_what_changes_from_call_to_call(finished, overr
         ("sample.batch_size", 3),
         ("sample.num_batches_per_epoch", 4),
         ("reward.name", "shapes"),
-        ("eval.history_cnt", 2),
-        ("eval.advantage", "group"),
-        ("eval.selection", "all"),
-        ("eval.pos_threshold", 0.6),
-        ("eval.neg_threshold", -0.6),
+        ("selection.history_cnt", 2),
+        ("selection.advantage", "group"),
+        ("selection.images", "all"),
+        ("selection.pos_threshold", 0.6),
+        ("selection.neg_threshold", -0.6),
         ("train.num_epochs", 3),
         ("train.batch_size", 3),
         ("train.gradient_accumulation_steps", 3),
@@ -165,7 +202,7 @@ def test_an_experiment_begun_before_a_key_was_there_goes_on_as_it_was(workplace,
     files.write_record(path, recorded)
     assert plan(workplace, overrides, **{"train.kl_weight": 0.7}).window.num_steps == 2
     for key, value in (
-        ("curriculum", "fixed"), ("sampling", "independent"), ("eval.selection", "all"), ("split_stop", 4),
+        ("curriculum", "fixed"), ("sampling", "independent"), ("selection.images", "all"), ("split_stop", 4),
         ("sample.suffix_eta", 0.0),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{key} is {value!r}, was"):
@@ -224,9 +261,9 @@ def test_a_change_is_refused_unless_it_is_allowed(workplace, overrides):
 def test_no_change_in_the_middle_of_a_stage(overrides, tmp_path):
     run_stage(tmp_path, overrides, verbs=["sample"])
     before = snapshot(tmp_path)
-    ended = run_script(tmp_path, "select", overrides | {"eval.pos_threshold": 1.0, "allow_config_change": True})
+    ended = run_script(tmp_path, "select", overrides | {"selection.pos_threshold": 1.0, "allow_config_change": True})
     assert ended.code == 2
-    assert "stage0 is half done with another configuration: eval.pos_threshold is 1.0, was 0.5" in ended.stderr
+    assert "stage0 is half done with another configuration: selection.pos_threshold is 1.0, was 0.5" in ended.stderr
     assert snapshot(tmp_path) == before
 
 

@@ -36,8 +36,8 @@ from b2diffurl.configuration.rules import check_secrets
         ("sample.eta", float("nan"), "eta is nan"),
         ("sample.guidance_scale", 0.5, "guidance_scale is 0.5"),
         ("reward.batch_size", 0, "reward.batch_size is 0"),
-        ("eval.pos_threshold", -0.6, "pos_threshold is below"),
-        ("eval.history_cnt", -1, "history_cnt is -1"),
+        ("selection.pos_threshold", -0.6, "pos_threshold is below"),
+        ("selection.history_cnt", -1, "history_cnt is -1"),
         ("train.num_epochs", 0, "train.num_epochs is 0"),
         ("train.batch_size", 0, "train.batch_size is 0"),
         ("train.gradient_accumulation_steps", 0, "train.gradient_accumulation_steps is 0"),
@@ -52,8 +52,8 @@ from b2diffurl.configuration.rules import check_secrets
         ("train.dpo_beta", -1.0, "dpo_beta is -1.0"),
         ("train.eps", -0.1, "eps is -0.1"),
         ("train.step_weight", "both", "'none', 'leverage', 'sigma'"),
-        ("eval.advantage", "batch", "'prompt', 'group'"),
-        ("eval.selection", "best", "'pairs', 'all'"),
+        ("selection.advantage", "batch", "'prompt', 'group'"),
+        ("selection.images", "best", "'pairs', 'all'"),
         ("mixed_precision", "fp8", "'bf16'"),
         ("track_with", ("mlflow",), "'wandb', 'tensorboard'"),
         ("wandb_mode", "yes", "'offline', 'online'"),
@@ -69,7 +69,7 @@ OBJECTIVE_NEEDS = {
     "ddpo": {},
     "dpok": {},
     "reinforce": {"train.num_epochs": 1},
-    "d3po": {"sampling": "branch", "eval.selection": "pairs"},
+    "d3po": {"sampling": "branch", "selection.images": "pairs"},
 }
 
 
@@ -82,7 +82,8 @@ def test_switches_combine_freely_but_for_what_an_objective_needs(
 ):
     """Any objective runs with any sampling, selection and advantage, except for d3po, which compares branches in pairs, and
     reinforce, which makes one pass."""
-    settings = {"train.objective": objective, "sampling": sampling, "eval.selection": selection, "eval.advantage": advantage}
+    settings = {"train.objective": objective, "sampling": sampling}
+    settings |= {"selection.images": selection, "selection.advantage": advantage}
     needs = OBJECTIVE_NEEDS[objective]
     if settings | needs == settings:
         plan(tmp_path, overrides | settings)
@@ -110,7 +111,7 @@ def test_a_tree_needs_room_and_shared_steps(tmp_path, overrides, more, message):
     """It parts for the last time before the shortest window ends; what compares ways step by step, or draws steps, has none.
     With one parting all of that is as with split_time."""
     for selection in ("pairs", "all"):
-        plan(tmp_path, overrides | TREE | {"eval.selection": selection})
+        plan(tmp_path, overrides | TREE | {"selection.images": selection})
     with pytest.raises(ValueError, match=message):
         plan(tmp_path, overrides | TREE | more)
     plan(tmp_path, overrides | more | {"split_times": (3,), "split_after": ()})
@@ -125,12 +126,12 @@ def test_a_tree_has_siblings_whatever_split_time_is(tmp_path, overrides):
 @pytest.mark.parametrize("sampling", ["branch", "independent"])
 def test_a_single_sibling_has_nothing_to_be_compared_with(tmp_path, overrides, sampling):
     """K = 1 works with selection all and scores relative to the prompt, and with nothing else."""
-    single = overrides | {"split_time": 1, "sampling": sampling, "eval.selection": "all"}
+    single = overrides | {"split_time": 1, "sampling": sampling, "selection.images": "all"}
     plan(tmp_path, single)
-    with pytest.raises(ValueError, match=r"split_time is 1.*eval.advantage=group"):
-        plan(tmp_path, single | {"eval.advantage": "group"})
-    with pytest.raises(ValueError, match=r"split_time is 1.*eval.selection=all"):
-        plan(tmp_path, single | {"eval.selection": "pairs"})
+    with pytest.raises(ValueError, match=r"split_time is 1.*selection.advantage=group"):
+        plan(tmp_path, single | {"selection.advantage": "group"})
+    with pytest.raises(ValueError, match=r"split_time is 1.*selection.images=all"):
+        plan(tmp_path, single | {"selection.images": "pairs"})
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ ARMS = {  # of the study: what each changes of b2, beside its name
     "b2": {},
     "bs": {"curriculum": "fixed"},
     "bpt": {"sampling": "independent"},
-    "ddpo": {"sampling": "independent", "curriculum": "fixed", "split_step_left": "T", "eval.selection": "all"},
+    "ddpo": {"sampling": "independent", "curriculum": "fixed", "split_step_left": "T", "selection.images": "all"},
 }
 
 
@@ -54,9 +54,9 @@ def test_sd14_keeps_the_reference_values():
         "sample.guidance_scale": 5.0,
         "sample.batch_size": 8,
         "sample.num_batches_per_epoch": 32,
-        "eval.history_cnt": 8,
-        "eval.pos_threshold": 0.5,
-        "eval.neg_threshold": -0.5,
+        "selection.history_cnt": 8,
+        "selection.pos_threshold": 0.5,
+        "selection.neg_threshold": -0.5,
         "train.num_epochs": 2,
         "train.batch_size": 2,
         "train.gradient_accumulation_steps": 64,
@@ -73,8 +73,8 @@ def test_sd14_keeps_the_reference_values():
         "train.objective": "ddpo",
         "curriculum": "progressive",
         "sampling": "branch",
-        "eval.selection": "pairs",
-        "eval.advantage": "prompt",
+        "selection.images": "pairs",
+        "selection.advantage": "prompt",
     }
     found = flatten(get_config("sd14").to_dict())
     assert {key: found[key] for key in reference} == reference

@@ -41,7 +41,7 @@ def test_judging_the_base_twice_gives_the_same_numbers(overrides, tmp_path):
 
 def test_a_lora_that_was_never_updated_equals_the_base(overrides, tmp_path):
     """A stage that selected nothing leaves the base: the same rewards to the bit, image by image, and a gain of 0."""
-    run_stage(tmp_path, overrides | {"eval.pos_threshold": 1e9, "eval.neg_threshold": -1e9})
+    run_stage(tmp_path, overrides | {"selection.pos_threshold": 1e9, "selection.neg_threshold": -1e9})
     base, last = run_evaluation(tmp_path, overrides, ["last", "base"])
     assert (base["checkpoint"], last["checkpoint"]) == ("base", "stage0")
     assert base["values"] == last["values"]

@@ -29,7 +29,7 @@ SETTINGS = {
     "exp_name": "tiny", "num_threads": 1, "stage_cnt": 2, "split_step_left": 2, "split_step_right": 3, "split_time": 3,
     "sample.num_steps": 4, "sample.batch_size": 2, "sample.num_batches_per_epoch": 2, "reward.batch_size": 8,
     "eval.num_images": 4, "eval.batch_size": 4, "eval.every": 2, "eval.diversity": "('clip',)",
-    "eval.pos_threshold": 0.1, "eval.neg_threshold": -0.1, "train.num_epochs": 2, "train.save_interval": 1,
+    "selection.pos_threshold": 0.1, "selection.neg_threshold": -0.1, "train.num_epochs": 2, "train.save_interval": 1,
     "train.batch_size": 2,
 }  # fmt: skip
 IMAGES = 12  # of a stage

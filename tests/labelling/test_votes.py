@@ -33,8 +33,8 @@ def test_a_rating_is_the_score():
 
 
 def test_picks_are_the_same_relative_to_prompt_and_group():
-    """The mean of a group's scores is 0, so `eval.advantage` does not matter. By hand: two groups of three, squares add up
-    to 4, the deviation is sqrt(4/5), a best image scores 1.118."""
+    """The mean of a group's scores is 0, so `selection.advantage` does not matter. By hand: two groups of three, squares add
+    up to 4, the deviation is sqrt(4/5), a best image scores 1.118."""
     votes = answered(2, 3, {"group": 0, "pick": [2, 0]}, {"group": 1, "pick": [0, 1]})
     rewards = torch.tensor(votes.scores(), dtype=torch.float32)
     to_prompt, to_group = (normalise(rewards, ["a"] * 6, num_siblings=siblings) for siblings in (0, 3))

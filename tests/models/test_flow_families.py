@@ -281,11 +281,12 @@ def run(overrides, bases, tmp_path_factory) -> Callable[..., Run]:
 
 
 WAYS = {
-    "reinforce": {"train.objective": "reinforce", "eval.selection": "all"},
+    "reinforce": {"train.objective": "reinforce", "selection.images": "all"},
     "dpok": {"train.objective": "dpok"},
-    "d3po": {"train.objective": "d3po", "eval.selection": "pairs", "eval.advantage": "group", "eval.neg_threshold": 0.0}
-    | {"eval.pos_threshold": 0.0, "sample.micro_batch_size": 2, "train.micro_batch_size": 2},  # a pair is computed at once
-    "awm": {"train.objective": "awm", "eval.selection": "all"},
+    "d3po": {"train.objective": "d3po", "selection.images": "pairs", "selection.advantage": "group"}
+    | {"selection.pos_threshold": 0.0, "selection.neg_threshold": 0.0}
+    | {"sample.micro_batch_size": 2, "train.micro_batch_size": 2},  # a pair is computed at once
+    "awm": {"train.objective": "awm", "selection.images": "all"},
     "flow": {"sample.sde": "flow", "split_stop": 0},  # its last step has noise, too
     "dance": {"sample.sde": "dance", "split_stop": 0, "sample.eta": 0.3},
     "tree": {"split_times": (2, 2), "split_after": (1,), "split_step_left": 3, "split_step_right": 3},

@@ -56,9 +56,9 @@ def test_edges_of_a_tree_by_hand():
 
 
 def test_relative_to_siblings_each_reward_is_compared_with_theirs():
-    """With eval.advantage=group: of the pairs 0 2 | 4 8 by x each part's mean is 0, though the prompt's is not."""
+    """With selection.advantage=group: of the pairs 0 2 | 4 8 by x each part's mean is 0, though the prompt's is not."""
     stage = scored([0.0, 2.0, 4.0, 8.0], [5.0, 5.0, 1.0, 2.0])
-    found = normalise_scores(settings(**{"eval.advantage": "group"}), ["a"] * 4, stage, []).scores
+    found = normalise_scores(settings(**{"selection.advantage": "group"}), ["a"] * 4, stage, []).scores
     of_x = np.array([-1, 1, -2, 2]) / np.std([0, 2, 4, 8], ddof=1)
     of_y = np.array([0, 0, -0.5, 0.5]) / np.std([5, 5, 1, 2], ddof=1)
     np.testing.assert_allclose(found.numpy(), (3 * of_x + 4 * of_y) / 5, rtol=1e-6)
@@ -94,7 +94,7 @@ def test_two_stages_with_the_history_of_each_reward(overrides, tmp_path):
     """The second stage's scores, worked out from the two scores.jsonl: by prompt, each reward with its own history. The
     manifest says how rewards are combined, and the way cannot be changed."""
     weights = {CLIP: 1.0, JPEG: -2.0}
-    mixture = overrides | {"reward.weights": weights, "reward.combine": "advantages", "eval.selection": "all"}
+    mixture = overrides | {"reward.weights": weights, "reward.combine": "advantages", "selection.images": "all"}
     assert f"1 {CLIP} + -2 {JPEG}, each normalised by itself" in describe(plan(tmp_path, mixture))
     for verb in ("sample", "select", "train"):
         ran(tmp_path, verb, mixture)

@@ -160,7 +160,7 @@ def test_images_are_what_the_tail_leads_to(overrides, models, tmp_path):
 @pytest.mark.parametrize("sampling", ["branch", "independent"])
 def test_a_stage_of_single_siblings(stage_with, sampling):
     """K = 1 and selection all: every phase ends, spread inside groups is 0, and no file holds a NaN or an infinity."""
-    stage = stage_of(stage_with(**{"split_time": 1, "eval.selection": "all", "sampling": sampling}))
+    stage = stage_of(stage_with(**{"split_time": 1, "selection.images": "all", "sampling": sampling}))
     assert len(json.loads(stage.selection.read_text())) == stage.manifest("sample")["num_images"] == 6
     assert stage.manifest("select")["reward_group_std"] == 0.0
     assert stage.manifest("train")["num_updates"] == 4
@@ -176,7 +176,7 @@ def test_a_stage_of_single_siblings(stage_with, sampling):
 def test_single_branches_are_independent_images(stage_with):
     """With K = 1 both kinds of sampling, and all that follows from it, are the same to the bit."""
     one, other = (
-        stage_of(stage_with(**{"split_time": 1, "eval.selection": "all", "sampling": sampling}))
+        stage_of(stage_with(**{"split_time": 1, "selection.images": "all", "sampling": sampling}))
         for sampling in ("branch", "independent")
     )
     assert snapshot(one.images) == snapshot(other.images)

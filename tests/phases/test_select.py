@@ -28,7 +28,7 @@ def test_a_non_finite_reward_stops_the_selection(workplace, overrides, models, t
 
 
 INDEPENDENT = {"sampling": "independent"}
-PLAIN_DDPO = INDEPENDENT | {"curriculum": "fixed", "split_step_left": 4, "split_step_right": 4, "eval.selection": "all"}
+PLAIN_DDPO = INDEPENDENT | {"curriculum": "fixed", "split_step_left": 4, "split_step_right": 4, "selection.images": "all"}
 
 
 def test_independent_images_of_all_steps_and_all_selected_are_plain_ddpo(stage_with):

@@ -159,7 +159,7 @@ def test_checkpoints_are_numbered_by_the_save_interval(finished, overrides, tmp_
 def test_an_empty_selection_passes_the_weights_on(finished, overrides, tmp_path):
     """Nothing selected: the stage ends in a checkpoint with the weights, and the optimizer, it began with, to the bit;
     the first stage in the fresh LoRA; and the next stage goes on from it."""
-    strict = overrides | {"eval.pos_threshold": 1e9, "eval.neg_threshold": -1e9}
+    strict = overrides | {"selection.pos_threshold": 1e9, "selection.neg_threshold": -1e9}
     for index in range(2):
         run_stage(tmp_path, strict, index)
         stage = Stage(experiment(tmp_path), index)
