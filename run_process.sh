@@ -28,6 +28,7 @@ Watch="${Watch:-}"                        # rewards that are logged but not trai
 EvalEvery="${EvalEvery:-}"                # evaluate on held-out prompts after every so many stages; 0: only at the end
 TrackWith="${TrackWith:-}"                # trackers: wandb, tensorboard, or wandb,tensorboard
 PromptFile="${PromptFile:-}"              # file of training prompts
+EvalPromptFile="${EvalPromptFile:-}"      # file of held-out prompts, on which checkpoints are judged
 RandomPrompt="${RandomPrompt:-}"          # 1: draw prompts at random; 0: in the order of the file
 Seed="${Seed:-}"                          # of all randomness in the experiment
 StageCnt="${StageCnt:-}"                  # number of stages
@@ -77,6 +78,7 @@ set_list reward.watch "$Watch"
 set_flag eval.every "$EvalEvery"
 set_list track_with "$TrackWith"
 set_flag prompt_file "$PromptFile"
+set_flag eval.prompt_file "$EvalPromptFile"
 set_flag prompt_random_choose "$RandomPrompt"
 set_flag seed "$Seed"
 set_flag stage_cnt "$StageCnt"

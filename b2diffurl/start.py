@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from b2diffurl.configuration.command_line import run_script
 from b2diffurl.configuration.loop import calls
 from b2diffurl.configuration.plan import make_plan
-from b2diffurl.configuration.prompts import load_prompts
+from b2diffurl.configuration.prompts import overlap_text
 from b2diffurl.experiment import lock
 from b2diffurl.phases.inputs import check_base_model
 from b2diffurl.reporting import dry_run, forecast
@@ -33,7 +33,7 @@ def start(config: ConfigDict) -> None:
         end                                                                             the only line after a dry run
     """
     plan = make_plan(config)
-    load_prompts(plan.settings.prompts.held_out_file)  # a bad file is refused now, not hours later by the first evaluation
+    overlap = overlap_text(plan.settings.prompts)  # a bad file is refused now, not hours later by the first evaluation
     if flags.FLAGS.dry_run:
         check_base_model(plan)  # a run does so in its first phase, which needs the libraries anyway
         show(*dry_run.describe(plan).splitlines())
@@ -43,6 +43,8 @@ def start(config: ConfigDict) -> None:
         lock.take(plan.stage.root, owner)
     loop = calls(plan.settings)
     logger.info(forecast.plan_line(plan.settings))
+    if overlap:
+        logger.warning("plan: %s", overlap)
     lines = [["call", call.needs, f"run_{call.script}.py", *call.flags] for call in loop]
     # On a GPU each script gives its memory back by ending. On the CPU that is not short, and starting takes longest.
     alone = not torch.cuda.is_available() and config.num_processes <= 1

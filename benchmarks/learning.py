@@ -2,9 +2,9 @@
 
     python -m benchmarks.learning                          # all parts, one after the other
     python -m benchmarks.learning --preset shapes_ddpo     # the same for another preset
-    python -m benchmarks.learning run --seeds 1,2          # one part: base, run, judge, deployed or draw
+    python -m benchmarks.learning run --seeds 1,2          # one part: base, run, judge, stock or draw
 
-Finished work is not repeated. After `base`, several processes of `judge` and `deployed` may run side by side, on different
+Finished work is not repeated. After `base`, several processes of `judge` and `stock` may run side by side, on different
 seeds and with --threads=1 each. `run` and `draw` alone make a page, too. Its figures are those by which run_process.sh ends.
 """
 
@@ -47,7 +47,7 @@ EVAL_SEED, SWEEP_SEED = 1, 2  # of the noise; the sweep has its own, or the best
 GUIDANCES = (1.0, 1.5, 2.0, 2.5, 3.0, 5.0, 10.0)
 STEP_COUNTS = {1.0: (10, 20, 30, 50), 0.0: (10, 20, 50)}  # eta -> numbers of sampler steps
 NUM_FINALISTS = 4  # the best samplers of the sweep, which are judged again on other noise
-DEPLOYED_STEPS, DEPLOYED_IMAGES = 50, 576
+STOCK_STEPS, STOCK_IMAGES = 50, 576
 RESULTS = Path("docs/results")
 SETS = ("train", "test")
 BASE = "base"
@@ -175,15 +175,15 @@ def judge(runs: Sequence[Run], threads: int) -> None:
         at_best(one, threads)
 
 
-def deployed(runs: Sequence[Run], threads: int) -> None:
-    """Judge the LoRAs as people use them: in stock diffusers, with deterministic DDIM and 50 steps."""
+def stock(runs: Sequence[Run], threads: int) -> None:
+    """Judge the LoRAs without anything of this package: in stock diffusers, with deterministic DDIM and 50 steps."""
     deploy(runs, threads)
 
 
 def draw(runs: Sequence[Run], _threads: int) -> None:
     """Write the page in docs/results, .json, .md and .png, from the results of the other parts.
 
-    Where `judge` or `deployed` was not run on all seeds, the figures are those of run_process.sh itself.
+    Where `judge` or `stock` was not run on all seeds, the figures are those of run_process.sh itself.
     """
     from benchmarks.learning_report import draw_curves, write_tables
 
@@ -211,7 +211,7 @@ def draw(runs: Sequence[Run], _threads: int) -> None:
         "sweep": [plain(result) for result in swept(preset)] if is_judged else sweep["sweep"],
         "deployed_by": "Euler's method" if family(settings.model).describe(settings.model).is_flow else "deterministic DDIM",
     }
-    facts |= stock_deployment(runs) if all(map(was_deployed, [runs[0].base, *runs])) else own_deployment(runs)
+    facts |= stock_deployment(runs) if all(map(was_judged_in_stock, [runs[0].base, *runs])) else own_deployment(runs)
     page = RESULTS / page_name(preset)
     files.write_json(page.with_suffix(".json"), facts)
     write_tables(facts, page.with_suffix(".md"))
@@ -335,29 +335,29 @@ def sampler_of(result: dict) -> SamplerSettings:
     return SamplerSettings(result["num_steps"], result["eta"], result["guidance_scale"])
 
 
-def deployed_guidances(preset: str) -> list[float]:
-    """Guidance scales for the deployed sampler: the one used in training, and the base's best with this sampler."""
-    like_this = [one for one in swept(preset) if (one["num_steps"], one["eta"]) == (DEPLOYED_STEPS, 0.0)]
+def stock_guidances(preset: str) -> list[float]:
+    """Guidance scales in stock diffusers: the one used in training, and the base's best with this sampler."""
+    like_this = [one for one in swept(preset) if (one["num_steps"], one["eta"]) == (STOCK_STEPS, 0.0)]
     best = max(like_this, key=lambda result: result["accuracy"])["guidance_scale"]
     return list(dict.fromkeys([training_sampler(read_settings(get_config(preset))).guidance_scale, best]))
 
 
-def was_deployed(run: Run) -> bool:
-    """Whether the part `deployed` has judged this run."""
+def was_judged_in_stock(run: Run) -> bool:
+    """Whether the part `stock` has judged this run."""
     return any((run.root / "eval").glob("deployed_*.json"))
 
 
 def deploy(runs: Iterable[Run], threads: int) -> None:
-    """Draw and judge the images of `deployed_values` for each run, guidance and prompt set."""
+    """Draw and judge the images of `stock_values` for each run, guidance and prompt set."""
     if threads:
         torch.set_num_threads(threads)
     for one in runs:
-        for guidance in deployed_guidances(one.preset):
+        for guidance in stock_guidances(one.preset):
             for prompts in SETS:
-                deployed_values(one, prompts, guidance)
+                stock_values(one, prompts, guidance)
 
 
-def deployed_values(run: Run, prompts: str, guidance: float) -> dict[str, list[float]]:
+def stock_values(run: Run, prompts: str, guidance: float) -> dict[str, list[float]]:
     """The checker's verdicts on images by stock diffusers: {part: a value for each image}. Computed once, then read back."""
     from b2diffurl.rewards.shapes import shapes
     from b2diffurl.shapes.sampling import load_pipeline, sample
@@ -366,18 +366,20 @@ def deployed_values(run: Run, prompts: str, guidance: float) -> dict[str, list[f
     lora = None if run == run.base else run.stages[-1].checkpoints()[-1]
     some = [prompt for _, prompt in named_prompts(settings.prompts, prompts)]
     decisive = [base_identity(settings.model), files.sha256(lora / LORA_FILE) if lora else "", some]
-    decisive += [guidance, DEPLOYED_STEPS, DEPLOYED_IMAGES, EVAL_SEED]
+    decisive += [guidance, STOCK_STEPS, STOCK_IMAGES, EVAL_SEED]
     file = run.root / "eval" / f"deployed_{prompts}_{files.digest(decisive)}.json"
     if not file.is_file():
         pipeline = load_pipeline(settings.model.name)
         if lora:
             pipeline.load_lora_weights(lora)
-        asked = batch_prompts(some, DEPLOYED_IMAGES, 0, None)
-        images = sample(pipeline, asked, seed=EVAL_SEED, num_steps=DEPLOYED_STEPS, guidance=guidance, eta=0.0)
+        asked = batch_prompts(some, STOCK_IMAGES, 0, None)
+        images = sample(pipeline, asked, seed=EVAL_SEED, num_steps=STOCK_STEPS, guidance=guidance, eta=0.0)
         accuracy, parts = shapes(torch.from_numpy(images), asked)
         values = {"accuracy": accuracy} | {f"shapes/{part}": value for part, value in parts.items()}
         files.write_json(file, {key: value.tolist() for key, value in values.items()})
-        log.info("deployed %s on %s prompts, guidance %g: %.4f", run.name, prompts, guidance, accuracy.mean().item())
+        log.info(
+            "in stock diffusers %s on %s prompts, guidance %g: %.4f", run.name, prompts, guidance, accuracy.mean().item()
+        )
     return files.read_json(file)
 
 
@@ -422,22 +424,22 @@ def without_runs(compared: dict[str, Any]) -> dict[str, Any]:
 
 def stock_deployment(runs: Sequence[Run]) -> dict[str, Any]:
     """Accuracy of base and tuned models in stock diffusers, the paired gain, and how they were measured."""
-    guidances = deployed_guidances(runs[0].preset)
+    guidances = stock_guidances(runs[0].preset)
     return {
         "deployed_in_stock": True,
-        "deployed_images": DEPLOYED_IMAGES,
-        "deployed_steps": DEPLOYED_STEPS,
-        "deployed": {f"{guidance:g}": deployed_comparison(runs, guidance) for guidance in guidances},
+        "deployed_images": STOCK_IMAGES,
+        "deployed_steps": STOCK_STEPS,
+        "deployed": {f"{guidance:g}": stock_comparison(runs, guidance) for guidance in guidances},
     }
 
 
-def deployed_comparison(runs: Sequence[Run], guidance: float) -> dict[str, Any]:
+def stock_comparison(runs: Sequence[Run], guidance: float) -> dict[str, Any]:
     """{run: {prompt set: its accuracy and gain}}."""
     compared: dict[str, Any] = {one.name: {} for one in runs}
     for prompts in SETS:
-        before = deployed_values(runs[0].base, prompts, guidance)["accuracy"]
+        before = stock_values(runs[0].base, prompts, guidance)["accuracy"]
         for one in runs:
-            after = deployed_values(one, prompts, guidance)["accuracy"]
+            after = stock_values(one, prompts, guidance)["accuracy"]
             gain, error = paired_difference(after, before)
             compared[one.name][prompts] = {"accuracy": fmean(after), "gain": gain, "gain_se": error}
     return compared
@@ -447,7 +449,7 @@ PARTS: dict[str, Callable[[Sequence[Run], int], None]] = {
     "base": base,
     "run": run,
     "judge": judge,
-    "deployed": deployed,
+    "stock": stock,
     "draw": draw,
 }
 

@@ -14,7 +14,7 @@ from config.stage_process import get_config
 
 
 def with_gains(preset: str, results: Sequence[dict]) -> list[dict]:
-    """Base and checkpoints, each with its gain over the base and the number of reward queries up to it."""
+    """Base and checkpoints, each with its gain over the base and the number of images scored up to it."""
     config = get_config(preset)
     per_stage = config.sample.num_batches_per_epoch * config.sample.batch_size * config.split_time
     course = [dict(result) for result in results]

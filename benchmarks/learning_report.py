@@ -38,7 +38,7 @@ these the share with the right relation. Mean over the seeds.
 
 {conditional}
 
-{best}{sweep}## As it is deployed
+{best}{sweep}## {deployed_title}
 
 {deployment}
 Each figure is of {deployed_images} images.
@@ -71,7 +71,8 @@ JUDGED = "Each figure is of {num_images} images, on noise that nothing else uses
 NOT_JUDGED = """The figures are those that `run_process.sh` itself has made, each of {num_images} images.
 The runs were not judged again on more images and other noise."""
 IN_STOCK = "In stock diffusers, with {deployed_by} and {deployed_steps} steps. The LoRA is loaded with `load_lora_weights`."
-BY_THE_RUN = "By `run_process.sh` itself, with {deployed_by} and {deployed_steps} steps, on held-out prompts."
+BY_THE_RUN = """By `run_process.sh` itself, with {deployed_by} and {deployed_steps} steps (`eval.deployed`), on held-out
+prompts."""
 
 
 def write_tables(facts: dict[str, Any], path: Path) -> None:
@@ -80,6 +81,7 @@ def write_tables(facts: dict[str, Any], path: Path) -> None:
     words = {
         "flag": "" if facts["preset"] == "shapes" else f" --preset {facts['preset']}",
         "source": (JUDGED if facts["judged"] else NOT_JUDGED).format(**facts),
+        "deployed_title": "In stock diffusers" if facts["deployed_in_stock"] else "By the deployed sampler",
         "deployment": (IN_STOCK if facts["deployed_in_stock"] else BY_THE_RUN).format(**facts),
     }
     path.write_text(PAGE.format(**facts | words | {maker.__name__: maker(facts) for maker in makers}))
@@ -238,7 +240,7 @@ def series(facts: dict[str, Any], name: str, prompts: str, key: str) -> tuple[li
 
 
 def before_stages(facts: dict[str, Any], name: str) -> list[float]:
-    """Reward queries before each stage, in thousands."""
+    """Images scored before each stage, in thousands."""
     num_stages = len(facts["training_reward"][name])
     return [index * last(facts, name, "train")["queries"] / 1000 / num_stages for index in range(num_stages)]
 

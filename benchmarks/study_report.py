@@ -34,7 +34,7 @@ FEW = 5  # a comparison of fewer seeds uses a pooled deviation
 TOO_FEW = 3  # a comparison of fewer seeds gets no verdict
 # (claim, variant, the variant it is compared with, kind of comparison, figure)
 CLAIMS = [
-    ("**B² beats plain DDPO** after equally many reward queries", "b2", "ddpo", "final", "accuracy"),
+    ("**B² beats plain DDPO** after equally many images scored", "b2", "ddpo", "final", "accuracy"),
     ("… and with as many updates, DDPO's batches being larger", "b2", "ddpo, updates of b2", "final", "accuracy"),
     ("… and with as many updates, B² making three passes", "b2, updates of ddpo", "ddpo", "final", "accuracy"),
     ("**Progressive training helps**: S = 6, 7, 8 against S = 8, branches, pairs", "b2", "b2, S = T", "final", "accuracy"),
@@ -274,7 +274,7 @@ def compare(runs: Runs, against: dict[str, str], one: str, other: str, kind: str
 
 
 COSTS = {
-    "queries": "reward queries (images scored)",
+    "queries": "images scored",
     "evaluations": "network evaluations",
     "updates": "updates",
     "seconds": "seconds",
@@ -372,9 +372,9 @@ def pooling(runs: Runs, against: dict[str, str]) -> str:
 
 
 def draw_arms(runs: Runs) -> plt.Figure:
-    """Six panels: accuracies, reward and diversity over reward queries, and held-out accuracy over two other costs."""
+    """Six panels: accuracies, reward and diversity over images scored, and held-out accuracy over two other costs."""
     figure, panels = plt.subplots(2, 3, figsize=(14, 7.4), constrained_layout=True)
-    held_out, costs = "Accuracy on held-out prompts, %", {"queries": "reward queries", "evaluations": "network evaluations"}
+    held_out, costs = "Accuracy on held-out prompts, %", {"queries": "images scored", "evaluations": "network evaluations"}
     for panel, prompts, key, scale, heading, cost in (
         (panels[0, 0], "train", "accuracy", 100, "Accuracy on training prompts, %", "queries"),
         (panels[0, 1], "test", "accuracy", 100, held_out, "queries"),
@@ -430,7 +430,9 @@ def draw_controls(runs: Runs, against: dict[str, str]) -> plt.Figure:
     panel.axvline(0, color="#3d3d3d", lw=1)
     panel.set_yticks(range(len(against)), [f"{name} − {other}" for name, other in reversed(against.items())])
     panel.grid(axis="y", visible=False)
-    panel.set(xlabel="difference in final accuracy, points [95 %]", title="Paired differences after equal reward queries")
+    panel.set(
+        xlabel="difference in final accuracy, points [95 %]", title="Paired differences after equally many images scored"
+    )
     if legend:
         panel.legend(legend.values(), legend.keys(), frameon=False, fontsize=9, loc="best")
     return figure

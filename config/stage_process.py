@@ -187,7 +187,7 @@ def selection() -> ConfigDict:
 def judging() -> ConfigDict:
     """Judging checkpoints. Nothing here changes what is trained."""
     evaluation = ConfigDict()
-    evaluation.prompt_file = "config/prompt/template1_test.json"  # held-out prompts, for judging
+    evaluation.prompt_file = "config/prompt/template1_test.json"  # held-out prompts, to judge on; "": training prompts
     evaluation.judge = ""  # reward whose mean is reported as accuracy, never trained on, such as shapes; "": none
     evaluation.diversity = ("clip",)  # features in which a prompt's images are compared: clip, layout, inception
     evaluation.inception = inception = ConfigDict()
@@ -253,6 +253,7 @@ def kept_files() -> ConfigDict:
     keep = ConfigDict()
     keep.samples = False  # True: keep all trajectories. Otherwise they are deleted once they are no longer needed
     keep.images = -1  # images of each stage that stay after its training; -1: all
+    keep.eval_images = 1  # newest judged stages whose images stay, beside those of the base and the best; -1: all stages
     return keep
 
 

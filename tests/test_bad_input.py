@@ -172,7 +172,7 @@ def test_unknown_preset(empty):
             r"is a StableDiffusionPipeline, and not a StableDiffusionXLPipeline\. Leave pretrained\.family at auto",
         ),
         ({"pretrained.resolution": 100}, "resolution is 100.*multiple of 16"),
-        ({"resume_from": "/no/such/lora"}, "no LoRA at /no/such/lora"),
+        ({"resume_from": "/no/such/lora"}, "resume_from: no LoRA at /no/such/lora"),
         ({"run_name": "stage1"}, "stage0.*not trained yet"),
     ],
     ids=str,

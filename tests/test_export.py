@@ -480,7 +480,7 @@ def test_card_of_what_was_judged(workplace, overrides):
     data, text = read_card(export(experiment(workplace)))
     metrics = data["model-index"][0]["results"][0]["metrics"]
     assert [(metric["type"], metric["value"]) for metric in metrics] == [("reward", round(result["reward"], 6))]
-    assert "Held-out prompts (3), 6 images, deployed sampler: DDIM, " in text
+    assert "Training prompts, as test (3), 6 images, deployed sampler: DDIM, " in text
     assert len(data["widget"]) == 4
 
 

@@ -88,13 +88,14 @@ def test_tests_lie_in_the_room_they_test():
     assert folders - NO_ROOMS == {path.name for path in PACKAGE.iterdir() if any(path.glob("*.py"))}
 
 
-def test_the_embedded_world_is_looked_into_by_rewards_alone():
-    """It needs nothing above the runtime, and nobody but a reward and its features needs it."""
+def test_the_embedded_world_is_looked_into_by_few():
+    """It needs nothing above the runtime, and nobody but a reward and its features needs it; and who asks whether they can
+    read the user's prompts."""
     for path in sorted((PACKAGE / WORLD).glob("*.py")):
         found = {room(one) for one in imports(path.stem, ast.parse(path.read_text()), set(MODULES))}
         assert found <= {WORLD, "runtime"}, path
     lookers = {name for name, some in GRAPH.items() if any(room(found) == WORLD for found in some)}
-    assert lookers == {"b2diffurl.rewards.shapes"}
+    assert lookers == {"b2diffurl.rewards.shapes", "b2diffurl.configuration.own_prompts"}
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if room(name) in ("algorithm", "objectives")])

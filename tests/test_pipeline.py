@@ -721,3 +721,24 @@ def test_the_shell_script_takes_the_switches_from_the_environment(stage_with, ov
     num_selected = len(json.loads(found.selection.read_text()))
     assert (num_selected == 18) == (objective == "reinforce")
     assert json.loads(stdout.splitlines()[-1])["checkpoint"] == "stage0"
+
+
+@pytest.mark.long
+def test_the_default_preset_takes_prompts_of_another_world(tmp_path):
+    """PromptFile alone: the run goes to its end, without the world's checker and on the prompts that were given. It says so
+    once, records it, and calls nothing held out."""
+    (tmp_path / "mine.txt").write_text("a wizard on a hill\na wizard\nA  wizard\n")
+    few = {"eval.num_images": 4, "eval.batch_size": 4, "sample.batch_size": 4, "train.num_epochs": 1, "num_threads": 1}
+    variables = {"PromptFile": str(tmp_path / "mine.txt"), "ExpName": "tiny", "SavePath": str(tmp_path), "Resident": "1"}
+    variables |= {"StageCnt": "1", "BatchCnt": "1", "EvalEvery": "1"}
+    code, stdout, stderr = run_process(tmp_path, flags(few | {"log_path": tmp_path}), variables)
+    assert code == 0, stderr
+    assert stdout.count("no held-out prompts were given") == stdout.count("is no prompt of the small world") == 1
+    recorded = json.loads((tmp_path / "tiny" / "config.json").read_text())["config"]["eval"]
+    assert (recorded["prompt_file"], recorded["judge"], recorded["diversity"]) == ("", "", ["clip"])
+    rows = json_lines(tmp_path / "tiny" / "eval.jsonl")
+    assert {(row["checkpoint"], row["prompts"], row["sampler"]) for row in rows} == {
+        (checkpoint, "train", sampler) for checkpoint in ("base", "stage0") for sampler in ("training", "deployed")
+    }
+    page = (tmp_path / "tiny" / "report.html").read_text()
+    assert "<h2>Training prompts: the first" in page and "eld-out" not in page

@@ -11,6 +11,7 @@ from PIL import Image
 
 from b2diffurl.api.given import HELD_OUT, PROMPTS, Given
 from b2diffurl.api.process import borrowed
+from b2diffurl.configuration.limits import check_choice
 from b2diffurl.configuration.plan import checked_settings
 from b2diffurl.configuration.presets import recorded_config
 from b2diffurl.configuration.recorded import refuse_code
@@ -21,6 +22,7 @@ from b2diffurl.experiment.folder import find_experiment, resolve_checkpoint
 from b2diffurl.experiment.metrics import read_events
 from b2diffurl.experiment.stage import Stage, finished_stages
 from b2diffurl.experiment.stage_table import stage_rows
+from b2diffurl.export import FORMATS, export
 from b2diffurl.models.policy import keeping_models
 from b2diffurl.phases.evaluate import evaluate_and_show
 from b2diffurl.reporting import page
@@ -186,6 +188,11 @@ class Experiment:
         with self.at_work(quiet=quiet) as settings:
             refuse_code(self.folder / "config.json", self.unknown_rewards(settings))
             return Rows(map(headline, evaluate_and_show(settings, several[0], list(map(str, several[1])), [sampler])))
+
+    def export(self, form: str = "diffusers", *, checkpoint: str = "last", out: Path | None = None) -> Path:
+        """Export a checkpoint for diffusers, kohya (ComfyUI, A1111, Forge), or as a whole pipeline; returns its folder."""
+        check_choice("form", form, FORMATS)
+        return export(self.folder, checkpoint, form, out=out)
 
     def unknown_rewards(self, settings: Settings) -> list[str]:
         """The rewards that are code which only config.json names."""

@@ -1,5 +1,6 @@
 """The process that a notebook runs in: it is somebody else's, so it is left as it was found."""
 
+import gc
 import os
 import sys
 import threading
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 
+import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging as transformers_logging
@@ -29,6 +31,7 @@ def borrowed(log_file: Path | None, *, quiet: bool) -> Iterator[None]:
         raise ValueError("another call of b2diffurl is at work in this process. Wait until it has ended, or use a script")
     with ExitStack() as restoring:
         restoring.callback(AT_WORK.release)
+        restoring.callback(give_back_memory)
         restoring.enter_context(apart.unchanged())
         restoring.enter_context(own_accelerator())
         restoring.enter_context(same_bars())
@@ -85,6 +88,13 @@ def same_bars() -> Iterator[None]:
     finally:
         (transformers_logging.enable_progress_bar if bars else transformers_logging.disable_progress_bar)()
         (disable_progress_bars if hub_off else enable_progress_bars)()
+
+
+def give_back_memory() -> None:
+    """Free what the work has left in memory, on a GPU, too."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def close_log() -> None:

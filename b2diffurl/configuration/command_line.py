@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import gc
+import logging
 import os
 import re
 import signal
@@ -22,7 +23,7 @@ from b2diffurl.configuration.keys import TODAYS_NAME, by_todays_names, flatten, 
 from b2diffurl.configuration.limits import Folder, Name, check_value
 from b2diffurl.runtime import ambient, paths
 from b2diffurl.runtime.logs import log_of, logger, name_log, set_up_logging, set_up_streams, show
-from b2diffurl.runtime.processes import ending_with_masters
+from b2diffurl.runtime.processes import OWNER, ending_with_masters
 
 CONFIG_FILE = "config/stage_process.py"  # always the one that is shipped
 GC_THRESHOLD = 50_000  # new objects between two garbage collections; imports make millions, so Python's 700 costs seconds
@@ -47,6 +48,7 @@ def run_script(verb: str, main: Callable[[ConfigDict], Any]) -> None:
     gc.set_threshold(GC_THRESHOLD)
     try:
         with stopping_in_order(), ending_by_force(), ending_with_masters(), named_preset(preset):
+            make_room_for_prompts(verb, config, preset)
             main(config)
     except KeyboardInterrupt as stop:
         number = stop.args[0] if stop.args else signal.SIGINT
@@ -216,6 +218,24 @@ def given_keys() -> set[str]:
     """The keys that the command line sets, by today's names."""
     names = (name.removeprefix("config.") for name in FLAGS if name.startswith("config.") and FLAGS[name].present)
     return {TODAYS_NAME.get(name, name) for name in names}
+
+
+def make_room_for_prompts(verb: str, config: ConfigDict, preset: dict[str, Any]) -> None:
+    """Let what a preset has for its own prompts alone step back where the user has given others, and say so."""
+    given = given_keys()
+    if given.isdisjoint(("prompt_file", "prompt", "eval.prompt_file")):
+        return
+    from b2diffurl.configuration.own_prompts import step_back  # imports torch, which takes seconds
+
+    changes, said = step_back(flatten(config.to_dict()), flatten(preset), given)
+    config.update_from_flattened_dict(changes)
+    for sentence in said:
+        logger.log(logging.INFO if tells_of_the_run() else logging.DEBUG, "%s: %s", verb, sentence)
+
+
+def tells_of_the_run() -> bool:
+    """Whether this process says what concerns the whole run: the first one of run_process.sh, or a script started alone."""
+    return "calls" in FLAGS or OWNER not in os.environ
 
 
 def refuse_two_names() -> None:

@@ -166,7 +166,7 @@ KEYS = {
     "selection.pos_threshold": Key(Number("[-1e9, 1e9]"), renamed_from="eval.pos_threshold"),
     "selection.neg_threshold": Key(Number("[-1e9, 1e9]"), renamed_from="eval.neg_threshold"),
     # ---- judging ----
-    "eval.prompt_file": Key(File(), may_change=True),
+    "eval.prompt_file": Key(File(may_be_empty=True), may_change=True),
     "eval.judge": Key(TEXT_OR_NONE, may_change=True),
     "eval.diversity": Key(Names(), may_change=True),
     "eval.inception.model": Key(MODEL, may_change=True),
@@ -212,6 +212,7 @@ KEYS = {
     # ---- what stays on disk ----
     "keep.samples": Key(SWITCH, may_change=True),
     "keep.images": Key(Number("[-1, 1e9]"), may_change=True),
+    "keep.eval_images": Key(Number("-1 or [1, 1e6]", "-1 is all"), may_change=True, before=-1),
 }
 
 

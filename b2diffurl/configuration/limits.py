@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -211,6 +212,16 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
 def is_surrogate(character: str) -> bool:
     """Whether this is half of a character (a surrogate), which UTF-8 cannot encode."""
     return "\ud800" <= character <= "\udfff"
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Begin an error about a file with the key that gives the file."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{key}: {error}") from None
 
 
 def shown(value: Any) -> str:

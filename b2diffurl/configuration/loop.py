@@ -18,7 +18,7 @@ class Call:
     script: str  # sample | select | train | eval
     stage: int | None = None  # None: the evaluation at the end of the run
     checkpoints: tuple[str, ...] = ()  # judged by the evaluation at the end
-    prompts: tuple[str, ...] = ()  # prompt sets of the evaluation at the end
+    prompts: tuple[str, ...] = ()  # prompt sets of an evaluation
     sampler: str = ""  # sampler of the evaluation at the end
     needs: str = "."  # a file in the experiment's folder; if it is missing the run stops before this call, and waits for it
 
@@ -45,7 +45,8 @@ class Call:
             judged = [name.replace("last", f"stage{num_stages - 1}") for name in self.checkpoints]
             return {(checkpoint, prompts, self.sampler) for checkpoint in judged for prompts in self.prompts}
         due = every and (self.stage + 1) % every == 0
-        return {("base", "test", "training"), (f"stage{self.stage}", "test", "training")} if due else set()
+        judged = ("base", f"stage{self.stage}") if due else ()
+        return {(checkpoint, prompts, "training") for checkpoint in judged for prompts in self.prompts}
 
 
 def calls(settings: Settings) -> Iterator[Call]:
@@ -54,13 +55,13 @@ def calls(settings: Settings) -> Iterator[Call]:
     If scores are made elsewhere (reward `file`) the run stops before training until a stage's scores are there. If training
     keeps an average of the LoRA it is judged at the end, too.
     """
-    waits = settings.rewards.made_elsewhere
+    waits, held_out = settings.rewards.made_elsewhere, settings.prompts.meant("test")
     for stage in range(settings.schedule.num_stages):
         yield Call("sample", stage)
         yield Call("select", stage)
         yield Call("train", stage, needs=f"stage{stage}/select.json" if waits else ".")
-        yield Call("eval", stage)
+        yield Call("eval", stage, prompts=(held_out,))
     # The LoRA itself comes last: run_eval.py prints the last result.
     judged = ("base", *(("last/ema",) if settings.training.optimizer.ema else ()), "last")
-    yield Call("eval", checkpoints=judged, prompts=("train", "test"), sampler="training")
-    yield Call("eval", checkpoints=judged, prompts=("test",), sampler="deployed")
+    yield Call("eval", checkpoints=judged, prompts=tuple(dict.fromkeys(("train", held_out))), sampler="training")
+    yield Call("eval", checkpoints=judged, prompts=(held_out,), sampler="deployed")

@@ -2,13 +2,13 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from b2diffurl.configuration.limits import is_surrogate
+from b2diffurl.configuration.limits import is_surrogate, naming
 from b2diffurl.configuration.settings import PromptSources
 from b2diffurl.runtime.paths import resource
 
@@ -65,10 +65,41 @@ def has_surrogates(text: str) -> bool:
 
 
 def named_prompts(sources: PromptSources, name: str) -> list[tuple[str, str]]:
-    """(place, prompt) of each prompt in the set `name`: `train`, `test`, or the path of a prompt file."""
+    """(place, prompt) of each prompt in the set `name`: `train`, `test`, or the path of a prompt file.
+
+    An error begins with the key that names the file.
+    """
+    name = sources.meant(name)
     if name == "train" and sources.one_prompt:
         return [("prompt", sources.one_prompt)]
-    return place_prompts({"train": sources.train_file, "test": sources.held_out_file}.get(name, name))
+    files = {"train": ("prompt_file", sources.train_file), "test": ("eval.prompt_file", sources.held_out_file)}
+    key, path = files.get(name, ("--prompts", name))
+    with naming(key):
+        return place_prompts(path)
+
+
+def trained_on(trained: Iterable[str], judged: Iterable[str]) -> list[str]:
+    """The distinct ones of the judged prompts that are trained on. Neither case nor the blanks between words count."""
+    seen = {plain(prompt) for prompt in trained}
+    return [prompt for prompt in dict.fromkeys(judged) if plain(prompt) in seen]
+
+
+def plain(prompt: str) -> str:
+    """A prompt in small letters, with single blanks between its words."""
+    return " ".join(prompt.casefold().split())
+
+
+def overlap_text(sources: PromptSources) -> str:
+    """How many held-out prompts are trained on, in a sentence with an example; "" if none are, or if none were asked for."""
+    if not sources.held_out_file:
+        return ""
+    trained, judged = ([prompt for _, prompt in named_prompts(sources, name)] for name in ("train", "test"))
+    if not (both := trained_on(trained, judged)):
+        return ""
+    example = json.dumps(both[0], ensure_ascii=False)[:100]
+    if len(both) == len(set(judged)):
+        return f"all {len(both)} prompts of eval.prompt_file are trained on, such as {example}, so none is held out"
+    return f"trained on, too: {len(both)} of {len(set(judged))} held-out prompts (eval.prompt_file), such as {example}"
 
 
 def parse_text(path: Path, text: str) -> list[tuple[str, Any]]:

@@ -6,6 +6,7 @@ How a run that was stopped goes on is elsewhere: each phase skips what is on dis
 from pathlib import Path
 
 from b2diffurl.algorithm.window import Window
+from b2diffurl.configuration.limits import naming
 from b2diffurl.configuration.settings import Schedule
 from b2diffurl.experiment.folder import find_lora
 from b2diffurl.experiment.stage import LORA_FILE, Stage, finished_stages
@@ -30,7 +31,10 @@ def resume_source(stage: Stage, resume_from: str) -> Path | None:
             return before.checkpoints()[-1] / LORA_FILE
         if given is None or before.folder.exists():
             raise ValueError(f"{stage.folder} follows {before.folder}, which is not trained yet. Run that stage first.")
-    return None if given is None else find_lora(given)
+    if given is None:
+        return None
+    with naming("resume_from"):
+        return find_lora(given)
 
 
 def check_beginning(root: Path, given: Path) -> None:
@@ -42,7 +46,9 @@ def check_beginning(root: Path, given: Path) -> None:
     if not begun or given.resolve().is_relative_to(root.resolve()):
         return
     recorded = begun[0].manifest("sample").get("policy", {}).get("lora_sha256")  # "": a fresh LoRA
-    if recorded is not None and files.sha256(find_lora(given)) != recorded:
+    with naming("resume_from"):
+        lora = find_lora(given)
+    if recorded is not None and files.sha256(lora) != recorded:
         began = "another LoRA" if recorded else "a fresh LoRA"
         raise ValueError(
             f"resume_from is {given}, but {root} began from {began}, and goes on from its own last checkpoint. Leave "

@@ -109,8 +109,12 @@ class PromptSources:
 
     train_file: str
     one_prompt: str  # the only training prompt, instead of the file; "": use the file
-    held_out_file: str
+    held_out_file: str  # "": there are none, and checkpoints are judged on the training prompts
     at_random: bool  # whether prompts are drawn at random; otherwise in the order of the file
+
+    def meant(self, name: str) -> str:
+        """The prompt set that is meant by `name`: where no prompts are held out, `test` means `train`."""
+        return "train" if name == "test" and not self.held_out_file else name
 
 
 @dataclass(frozen=True)
@@ -295,6 +299,7 @@ class Output:
     save_interval: int  # epochs from one checkpoint to the next
     keep_samples: bool  # whether trajectories stay after training
     keep_images: int  # images kept of each stage; below 0: all
+    keep_eval_images: int  # newest judged stages whose images are kept; below 0: all
     trackers: tuple[str, ...]  # wandb, tensorboard
     wandb_mode: str  # offline | online
 
@@ -343,7 +348,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
             at_random=bool(config["prompt_random_choose"]),
         ),
         sampling=read_sampling(config),
-        rewards=read_rewards(config["reward"], (config["prompt_file"], config["eval"]["prompt_file"])),
+        rewards=read_rewards(config["reward"], tuple(filter(None, (config["prompt_file"], config["eval"]["prompt_file"])))),
         selection=read_selection(config["selection"], config["train"]),
         training=read_training(config["train"], config["sample"]["guidance_scale"]),
         judging=read_judging(config["eval"]),
@@ -433,6 +438,7 @@ def read_output(config: Mapping[str, Any]) -> Output:
         save_interval=config["train"]["save_interval"],
         keep_samples=config["keep"]["samples"],
         keep_images=config["keep"]["images"],
+        keep_eval_images=config["keep"]["eval_images"],
         trackers=tuple(config["track_with"]),
         wandb_mode=config["wandb_mode"],
     )

@@ -18,14 +18,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from b2diffurl.configuration.limits import check_choice
-from b2diffurl.configuration.prompts import batch_prompts, named_prompts
+from b2diffurl.configuration.prompts import batch_prompts, named_prompts, trained_on
 from b2diffurl.configuration.recorded import exchanged, read_record
 from b2diffurl.configuration.settings import SamplerSettings, Settings, describe_reward
 from b2diffurl.evaluation.features import Features, check_features, features_identity, load_features
 from b2diffurl.evaluation.generate import SAMPLERS, sample_images
 from b2diffurl.evaluation.statistics import add_differences, summarise, summarise_diversity
 from b2diffurl.experiment.checkpoints import read_state
-from b2diffurl.experiment.evaluation_table import describe, identity, record
+from b2diffurl.experiment.evaluation_table import describe, drop_images, identity, record
 from b2diffurl.experiment.folder import checkpoint_name, in_words, relative_to, resolve_checkpoint, stage_of
 from b2diffurl.experiment.not_finite import listed
 from b2diffurl.experiment.stage import finished_stages, versions
@@ -68,11 +68,12 @@ def evaluate(
 ) -> list[Result]:
     """Judge every checkpoint on every prompt set with every sampler. Returns one result for each, those of the base first.
 
-    A checkpoint is named as in experiment/folder.py. A prompt set is `train`, `test`, or a prompt file. Results that exist
+    A checkpoint is named as in experiment/folder.py. A prompt set is `train`, `test`, or a prompt file; without held-out
+    prompts `test` means `train`. Results that exist
     are read back. If `base` is among the checkpoints, the results of the others have their paired differences to it. Each
     result becomes a row of the experiment's eval.jsonl.
     """
-    root = settings.output.root
+    root, prompt_sets = settings.output.root, list(dict.fromkeys(map(settings.prompts.meant, prompt_sets)))
     # The base first, because the others are compared with it.
     loras = [resolve_checkpoint(root, name) for name in sorted(checkpoints, key=lambda name: name != "base")]
     evaluation = prepare(settings, prompt_sets, [lora for lora in loras if lora])
@@ -81,6 +82,7 @@ def evaluate(
         results += evaluation.of_checkpoint(lora, samplers)
         add_differences(results)
         record(root, results)  # after each checkpoint, so that the failure of a later one loses nothing
+    drop_images(root, settings.output.keep_eval_images, {result["folder"] for result in results})
     for result in results:
         logger.info("eval %s", describe(result))
     return results
@@ -101,7 +103,8 @@ def prepare(settings: Settings, prompt_sets: Sequence[str], loras: Sequence[Path
         require_same_base(settings, trained, base)
         warn_of_other_settings(settings, trained["config"])
     accelerator = make_accelerator(settings.compute, shared=False)
-    return Evaluation(settings, placed, scorers, scales, base, accelerator)
+    trained = [prompt for _, prompt in named_prompts(settings.prompts, "train")]
+    return Evaluation(settings, placed, trained, scorers, scales, base, accelerator)
 
 
 def mixture_scales(settings: Settings) -> Scales | None:
@@ -122,6 +125,7 @@ class Evaluation:
 
     settings: Settings
     placed: dict[str, list[tuple[str, str]]]  # each prompt set by name: (file and line, prompt) of every prompt
+    trained: list[str]  # the training prompts
     scorers: list[str]  # the rewards that score every image
     scales: Scales | None  # mean and deviation of a mixture's rewards, if it is standardised
     base: dict[str, str]  # {part of the base model: its checksum}
@@ -177,12 +181,20 @@ class Evaluation:
                     logger.info(message, in_words(checkpoint), set_name, sampler_name, num_images)
                     self.measure(model, prompts, sampler, folder)
                 facts = {"checkpoint": checkpoint, "stage": stage_of(checkpoint)}
-                facts |= {"prompts": set_name, "sampler": sampler_name}
+                facts |= {"prompts": set_name, "sampler": sampler_name} | self.seen(set_name)
                 facts |= {"lora": relative_to(root, lora) if lora else "", "conditions": conditions} | sampler.facts
                 results.append(facts | {"folder": relative_to(root, folder)} | files.read_json(folder / "result.json"))
                 if lora and base_images:
                     require_different(lora, same=results[-1]["images_sha256"] == base_images)
         return results
+
+    def seen(self, set_name: str) -> dict[str, str]:
+        """{"trained_on": how many of a set's prompts are trained on, `all` or `2 of 12`}; {} of none, and of `train`."""
+        judged = {prompt for _, prompt in self.placed[set_name][: self.settings.judging.num_images]}
+        both = trained_on(self.trained, judged) if set_name != "train" else []
+        if not both:
+            return {}
+        return {"trained_on": "all" if len(both) == len(judged) else f"{len(both)} of {len(judged)}"}
 
     def conditions(self, sampler: SamplerSettings, prompts: list[str]) -> str:
         """A checksum of everything but the checkpoint that decides a result. Equal checksums make results comparable.

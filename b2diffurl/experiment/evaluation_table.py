@@ -5,8 +5,8 @@ A row holds the results of one checkpoint on one prompt set with one sampler: ea
 """
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,32 @@ def record(root: Path, results: Sequence[dict[str, Any]]) -> None:
             rows[result["folder"]] = rows.pop(result["folder"], {}) | headline(result)
         files.write_json_lines(path, list(rows.values()), sealed=True)
         guard.unlink(missing_ok=True)
+
+
+def drop_images(root: Path, num_kept: int, spared: Collection[str]) -> None:
+    """Delete the images of stages' evaluations, but those of the `num_kept` newest stages (below 0: of all) and of the best.
+
+    Both are meant among evaluations that can be compared: of one prompt set, by one sampler, under the same conditions.
+    The images of the base model stay, and those in the folders `spared`. Figures stay in any case, and are read back.
+    """
+    comparable = defaultdict(list)
+    for row in every_evaluation(root) if num_kept >= 0 else []:
+        if row["stage"] is not None:
+            comparable[row["prompts"], row["sampler"], row["conditions"]].append(row)
+    for rows in comparable.values():
+        newest = sorted({row["stage"] for row in rows})[-num_kept:]
+        best = max(rows, key=lambda row: [-math.inf if row[key] is None else row[key] for key in ("accuracy", "reward")])
+        for row in rows:
+            folder = root / row["folder"]
+            # eval.jsonl may come from somebody else: nothing outside eval/ is touched.
+            if row["stage"] not in newest and row is not best and row["folder"] not in spared and is_ours(root, folder):
+                for picture in folder.glob("[0-9][0-9][0-9][0-9][0-9]*.png"):
+                    picture.unlink(missing_ok=True)
+
+
+def is_ours(root: Path, folder: Path) -> bool:
+    """Whether this is the folder of an evaluation, and no link to another place."""
+    return folder.resolve() == (root / "eval").resolve() / folder.name
 
 
 def headline(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,9 +135,18 @@ def identity(conditions: str, lora_sha256: str) -> str:
     return files.digest([conditions, lora_sha256])
 
 
-def set_title(prompts: str) -> str:
-    """A prompt set's title: Held-out prompts, Training prompts, or the name of its file."""
-    return SETS.get(prompts, Path(prompts).name)
+def set_title(of: Row | str) -> str:
+    """The title of a row's prompt set, or of one by its name: Held-out prompts, Training prompts, or the name of its file.
+
+    A row tells whether prompts that should be held out are trained on, and the title says so.
+    """
+    row = {"prompts": of} if isinstance(of, str) else of
+    match row["prompts"], row.get("trained_on", ""):
+        case "test", "all":
+            return f"{SETS['train']}, as test"
+        case "test", some if some:
+            return f"{SETS['test']} ({some} are trained on, too)"
+    return SETS.get(row["prompts"], Path(row["prompts"]).name)
 
 
 def set_name(prompts: str) -> str:
@@ -147,7 +182,8 @@ def describe_sampler(row: Mapping[str, Any]) -> str:
 
 def describe(result: Mapping[str, Any]) -> str:
     """A result as one line of the log: checkpoint, prompts, sampler, and each reward's mean, error and gain."""
-    where = f"{result['prompts']} prompts, {result['sampler']} sampler, {result['n_images']} images"
+    seen = f" ({result['trained_on']} trained on)" if "trained_on" in result else ""
+    where = f"{result['prompts']} prompts{seen}, {result['sampler']} sampler, {result['n_images']} images"
     words = [f"{in_words(result['checkpoint'])} on {where}:"]
     # The parts of a reward, such as clip/part, are too many for one line.
     others = [key for key in result["values"] if key not in ("reward", "accuracy") and "/" not in key]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from b2diffurl.configuration.plan import Plan
-from b2diffurl.configuration.prompts import load_prompts
+from b2diffurl.configuration.prompts import named_prompts
 from b2diffurl.configuration.settings import Settings
 from b2diffurl.evaluation.features import check_features
 from b2diffurl.evaluation.generate import SAMPLERS
@@ -47,11 +47,11 @@ def check_held_out_prompts(settings: Settings) -> None:
 
     All of them do when a checkpoint is judged.
     """
-    path = settings.prompts.held_out_file
-    prompts = load_prompts(path)
+    prompts = [prompt for _, prompt in named_prompts(settings.prompts, "test")]
     try:
         check_rewards(named_scorers(settings), settings.rewards, prompts)
     except ValueError as error:
+        path = settings.prompts.held_out_file
         raise ValueError(f"eval.prompt_file, {path}, has held-out prompts that cannot be scored: {error}") from None
 
 

@@ -11,8 +11,8 @@ import torch
 from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.budget import Budget
 from b2diffurl.configuration.plan import Plan
-from b2diffurl.configuration.prompts import load_prompts
-from b2diffurl.configuration.settings import ModelSettings, Settings, combined_text
+from b2diffurl.configuration.prompts import named_prompts, overlap_text
+from b2diffurl.configuration.settings import ModelSettings, PromptSources, Settings, combined_text
 from b2diffurl.experiment.folder import find_lora
 from b2diffurl.experiment.stage import LORA_FILE, PHASES, Stage, finished_stages
 from b2diffurl.models import Sizes, base_sizes, family_here
@@ -43,20 +43,27 @@ def plan_facts(plan: Plan, budget: Budget) -> dict[str, str]:
     settings, prompts = plan.settings, plan.settings.prompts
     watched = f"; watched: {', '.join(settings.rewards.watched)}" if settings.rewards.watched else ""
     trained = repr(prompts.one_prompt) if prompts.one_prompt else prompts.train_file
-    held_out = len(load_prompts(prompts.held_out_file))
     return {
         "experiment": f"{settings.output.name} in {plan.stage.root}, {state_text(settings)}",
         "preset": settings.output.preset or "none",
         "base model": f"{settings.model.name} ({base_text(settings.model)}), LoRA of rank {settings.model.lora.rank}",
         "starts from": start_text(plan),
         "reward": settings.rewards.description + combined_text(settings.rewards.combine) + watched,
-        "prompts": f"{len(plan.prompts)} of {trained}; held-out: {held_out} of {prompts.held_out_file}",
+        "prompts": f"{len(plan.prompts)} of {trained}; {held_out_text(prompts)}",
         "device": "",  # `describe` fills it in; it has its place here
         "seeds": f"{settings.schedule.seed} of the experiment, {settings.judging.seed} of the evaluations",
         "a stage": f"{budget.num_groups} groups of {settings.sampling.num_branches} images{settings.sampling.tree.text}; "
         f"trained on {budget.at_most}"
         f"{budget.most_selected}, {settings.training.num_trajectories} an update, epochs: {settings.training.num_epochs}",
     }
+
+
+def held_out_text(prompts: PromptSources) -> str:
+    """The prompts of judging, and how many of them are trained on."""
+    if not prompts.held_out_file:
+        return "judged on these, because none is held out"
+    number, overlap = len(named_prompts(prompts, "test")), overlap_text(prompts)
+    return f"held-out: {number} of {prompts.held_out_file}" + (f" (warning: {overlap})" if overlap else "")
 
 
 def base_text(model: ModelSettings) -> str:
@@ -150,7 +157,7 @@ def disk_text(settings: Settings, base: Sizes, volumes: Sequence[int]) -> str:
     volume = sum(volumes) if output.keep_samples else max(volumes)  # all stages', or one's until it is trained
     # Batches, and the copies of the selected ones. In a tree few leaves may already be on all shared edges.
     trajectories = volume + (volume if settings.sampling.tree.after else volume * budget.most_selected // images)
-    judged = evaluations_left(settings, finished=set()).images  # evaluations keep all their images
+    judged = evaluations_left(settings, finished=set()).images  # of which keep.eval_images may delete some
     # The stage at work has all its images, finished ones have `kept`.
     total = trajectories + num_stages * (written + kept * per_image) + (images - kept + judged) * per_image
     return (

@@ -201,7 +201,7 @@ def table(row: Row, before: Row) -> dict[str, Any]:
     measures = [key.removesuffix("_se") for key in row if key.endswith("_se") and not key.endswith("_gain_se")]
     # Neither parts of rewards (clip/part) nor further figures of a diversity (diversity/clip_vendi): the report has them.
     measures = [key for key in measures if "/" not in key or re.fullmatch(r"diversity/[^_]+", key)]
-    prompts = set_title(row["prompts"])
+    prompts = set_title(row)
     return {
         "title": f"{prompts} ({row['n_prompts']}), {row['n_images']} images, {describe_sampler(row)}",
         "lines": [
@@ -225,7 +225,7 @@ def evaluation_results(exported: Exported, judged: list[tuple[Row, Row]]) -> lis
         EvalResult(
             task_type="text-to-image",
             dataset_type="prompts",
-            dataset_name=f"{prompt_file(exported, row['prompts'])} ({set_title(row['prompts'])})",
+            dataset_name=f"{prompt_file(exported, row['prompts'])} ({set_title(row)})",
             dataset_split=row["prompts"] if row["prompts"] in SETS else None,  # a prompt file is no split
             metric_type=key,
             metric_name=f"{key} ({describe_sampler(row)})",
@@ -269,11 +269,11 @@ def copy_grids(folder: Path, exported: Exported) -> dict[str, str]:
     They show the newest evaluated stage, so for another checkpoint there are none.
     """
     copied = {}
-    for prompts, title in SETS.items():
+    for prompts in SETS:
         rows = evaluation_rows(exported.root, prompts=prompts, sampler="training")
         path = exported.root / "report" / f"before_after_{prompts}.png"
         if rows and rows[-1]["lora"] == relative_to(exported.root, exported.lora) and path.is_file():
-            copied[title] = copy(path, folder).name
+            copied[set_title(rows[-1])] = copy(path, folder).name
     return copied
 
 

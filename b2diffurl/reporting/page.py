@@ -254,7 +254,7 @@ def figure_table(evaluations: Sequence[Row], everything: Sequence[Row] = ()) -> 
             lines.append(
                 {
                     "place": place,
-                    "prompts": set_title(prompts),
+                    "prompts": set_title(tuned or base),
                     "sampler": describe_sampler(tuned or base),
                     "figure": ("diversity: " if key.startswith("diversity/") else "") + describe_figure(key),
                     "base": with_error(base or {}, key),
@@ -389,7 +389,7 @@ def galleries(root: Path, evaluations: Sequence[Row], kept: Kept, damaged: list[
         base, tuned = base_and_tuned(rows)
         if base is None or tuned is None or sampler != "training":  # the deployed sampler's images have figures only
             continue
-        with skipping(damaged, f"the images of {set_title(prompts)}"):
+        with skipping(damaged, f"the images of {set_title(tuned)}"):
             shown += set_galleries(kept, prompts, base, tuned, read_pairs(root, base, tuned), damaged)
     return shown
 
@@ -398,7 +398,7 @@ def set_galleries(
     kept: Kept, prompts: str, base: Row, tuned: Row, pairs: list[Pair], damaged: list[str]
 ) -> list[dict[str, Any]]:
     """The galleries of one prompt set. A pair with a picture that cannot be read is left out."""
-    name, title = set_name(prompts), set_title(prompts)
+    name, title = set_name(prompts), set_title(tuned)
     unread: list[str] = []
 
     @cache

@@ -79,11 +79,12 @@ class Pair:
     right: tuple[bool, bool] | None  # whether the judge accepts each; None: there is no judge
 
 
-# ---- curves over reward queries ----
+# ---- curves over the images scored so far ----
 
 
 def curve_panels(stages: Sequence[Row], evaluations: Sequence[Row]) -> list[Panel]:
-    """The panels of a run, over reward queries. The figures of a stage and of its checkpoint stand at the stage's end."""
+    """The panels of a run, over the images scored so far (`queries`). The figures of a stage and of its checkpoint
+    stand at the stage's end."""
     after = [row["queries"] for row in stages]
     trained = [row for row in stages if "num_updates" in row]
     panels = [Panel("Reward of the stage's images, ± one sd", lambda axes: draw_spread(axes, after, stages, "reward"))]
@@ -162,15 +163,17 @@ def draw_spread(axes: Axes, x: Sequence[float], rows: Sequence[Row], name: str) 
 
 
 def draw_judged(axes: Axes, evaluations: Sequence[Row], key: str) -> None:
-    """One evaluated figure ± its standard error over queries, a line for each prompt set and sampler."""
+    """One evaluated figure ± its standard error over the images scored, a line for each prompt set and sampler."""
     others = sorted({row["prompts"] for row in evaluations} - set(SETS))
     for colour, prompts in zip(cycle(COLOURS), [*SETS, *others], strict=False):
         for sampler, line in (("training", "-"), ("deployed", ":")):
             rows = [row for row in evaluations if (row["prompts"], row["sampler"]) == (prompts, sampler)]
             rows = [row for row in rows if row["queries"] is not None and row.get(key) is not None]
             if rows:
-                label = SETS[prompts].removesuffix(" prompts").lower() if prompts in SETS else set_title(prompts)
-                label = ending(label, 15)
+                title = set_title(rows[-1])
+                # In few letters: `held-out`, `training`, or `training, as test` where the held-out prompts are trained on.
+                label = title.replace(" prompts", "").lower() if prompts in SETS else ending(title, 15)
+                label = label.partition(" (")[0] if label.startswith("held-out") else label
                 label += ", deployed" if sampler == "deployed" else ""
                 values, errors = [row[key] for row in rows], [row[f"{key}_se"] or 0.0 for row in rows]
                 axes.errorbar(
@@ -214,7 +217,7 @@ def draw_seconds(axes: Axes, x: Sequence[float], rows: Sequence[Row]) -> None:
     ]
     # Loading of all phases together: it does not grow with the stage.
     seconds["load"] = [sum(row.get(key, 0.0) for key in loading) for row in rows]
-    # Bars stand at the queries, so the smallest distance between two stages decides their width.
+    # Bars stand at the images scored, so the smallest distance between two stages decides their width.
     width = (x[0] if len(x) == 1 else min(np.diff(x))) * 0.7
     below = np.zeros(len(rows))
     for (name, values), colour in zip(seconds.items(), COLOURS, strict=False):
@@ -249,10 +252,10 @@ def panels_figure(panels: Sequence[Panel]) -> Figure:
 
 
 def fill_panel(axes: Axes, panel: Panel) -> None:
-    """Draw a panel with its title, over reward queries."""
+    """Draw a panel with its title, over the images scored."""
     panel.draw(axes)
     axes.set_title(panel.title)
-    axes.set_xlabel("reward queries", labelpad=2)
+    axes.set_xlabel("images scored", labelpad=2)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     axes.xaxis.set_major_locator(ticker.MaxNLocator(6))

@@ -7,8 +7,8 @@ then replaces the last one. So it does not matter how often it is called, by whi
     wandb         <log_path>/wandb, always made offline; with wandb_mode `online` it is then uploaded by `wandb sync`, each
                   time under the same id, so that it replaces what was uploaded before
 
-The x axis is `queries`, the number of images scored so far; TensorBoard has it as its step. A stage's updates are spread
-evenly over the stage's images, so that its last update is at the stage's end.
+The x axis is `images_scored`, the number of images scored so far; TensorBoard has it as its step. A stage's updates are
+spread evenly over the stage's images, so that its last update is at the stage's end.
 
     select/*                    a stage's figures from select.jsonl
     train/*                     an update's figures from train.jsonl, and three figures of a stage (OF_TRAINING)
@@ -46,7 +46,8 @@ PER_UPDATE = ("loss", "grad_norm", "clip_fraction")  # left out of a stage's fig
 OF_TRAINING = ("num_trained_steps", "num_updates", "max_abs_log_ratio_first")  # a stage's figures that go under train/
 CONDITIONS = ("stage", "queries", "n_images", "n_prompts", "num_steps", "eta", "guidance_scale")  # numbers, but no results
 
-Point = dict[str, float]  # figures by name, with the `queries` where they stand
+Point = dict[str, float]  # figures by name, with the number of images scored (SCORED) where they stand
+SCORED = "images_scored"  # the x axis
 
 
 def track(output: Output) -> None:
@@ -71,40 +72,42 @@ def track(output: Output) -> None:
 
 
 def points(root: Path) -> list[Point]:
-    """All points of the run in order of `queries`: of updates, of trained stages, and of evaluations."""
+    """All points of the run in order of the images scored: of updates, of trained stages, and of evaluations."""
     rows = {row["stage"]: row for row in stage_rows(root)}
     unordered = []
     for stage in finished_stages(root, "train"):
         row = rows[stage.index]
         unordered += [*update_points(stage, row), stage_point(row)]
     unordered += [evaluation_point(row) for row in evaluation_rows(root)]
-    return sorted(unordered, key=lambda point: point["queries"])
+    return sorted(unordered, key=lambda point: point[SCORED])
 
 
 def update_points(stage: Stage, row: dict[str, Any]) -> Iterator[Point]:
     """A point for each update of a stage, evenly over the images of its row."""
     updates = read_events(stage.metrics("train"), "update")
     for left, update in zip(reversed(range(len(updates))), updates, strict=True):
-        queries = row["queries"] - row["num_images"] * left / len(updates)
-        yield {"queries": queries} | {f"train/{key}": value for key, value in numbers(update).items()}
+        scored = row["queries"] - row["num_images"] * left / len(updates)
+        yield {SCORED: scored} | {f"train/{key}": value for key, value in numbers(update).items()}
 
 
 def stage_point(row: dict[str, Any]) -> Point:
     """The point of a stage, at its end."""
 
     def group(key: str) -> str:
-        if key == "queries" or key.startswith("seconds/"):
+        if key.startswith("seconds/"):
             return ""
         return "train/" if key in OF_TRAINING else "select/"
 
-    return {group(key) + key: value for key, value in numbers(row).items() if key not in ("stage", *PER_UPDATE)}
+    elsewhere = ("stage", "queries", *PER_UPDATE)
+    results = {group(key) + key: value for key, value in numbers(row).items() if key not in elsewhere}
+    return {SCORED: row["queries"]} | results
 
 
 def evaluation_point(row: dict[str, Any]) -> Point:
     """The point of an evaluation, at its checkpoint's stage."""
     group = f"eval/{set_name(row['prompts'])}/{row['sampler']}"
     results = {f"{group}/{key}": value for key, value in numbers(row).items() if key not in CONDITIONS}
-    return {"queries": row["queries"]} | results
+    return {SCORED: row["queries"]} | results
 
 
 def numbers(row: dict[str, Any]) -> Point:
@@ -121,7 +124,8 @@ def pictures(root: Path) -> dict[str, list[tuple[Path, str]]]:
         for row in files.read_json_lines(newest.scores)[:NUM_IMAGES]
     ]
     images = {"images/stage": shown}
-    judged = [row for row in evaluation_rows(root, prompts="test") if row["stage"] is not None]  # without the base
+    rows = evaluation_rows(root, prompts="test") or evaluation_rows(root, prompts="train")  # where none is held out
+    judged = [row for row in rows if row["stage"] is not None]  # without the base
     if judged and (root / judged[-1]["folder"] / "result.json").is_file():
         folder = root / judged[-1]["folder"]
         result = files.read_json(folder / "result.json")
@@ -184,14 +188,14 @@ def show_in_wandb(output: Output) -> None:
     )
     tracker.start()
     try:
-        tracker.tracker.define_metric("*", step_metric="queries")
+        tracker.tracker.define_metric("*", step_metric=SCORED)
         everything = points(root)
         for point in everything:
             tracker.log(point)
         images = {
             key: [wandb.Image(str(path), caption=text) for path, text in group] for key, group in pictures(root).items()
         }
-        tracker.log(images | {"queries": everything[-1]["queries"]})
+        tracker.log(images | {SCORED: everything[-1][SCORED]})
     finally:
         tracker.finish()
     # The last run is deleted only now that its successor is complete.
@@ -240,7 +244,7 @@ def show_in_tensorboard(output: Output) -> None:
     try:
         last = 0  # the step of the newest point, where the images stand
         for point in points(root):
-            last = round(point.pop("queries"))  # an update's queries may be a fraction; TensorBoard's steps are whole
+            last = round(point.pop(SCORED))  # an update's place may be a fraction; TensorBoard's steps are whole
             tracker.log(point, step=last)
         tracker.log({"config": f"```\n{json.dumps(configuration(root), indent=1)}\n```"}, step=0)
         for key, group in pictures(root).items():

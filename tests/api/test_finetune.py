@@ -236,6 +236,15 @@ def test_images_are_of_base_and_tuned_on_the_same_noise(tuned, monkeypatch):
     assert run.lora == run.folder / "stage1" / "checkpoints" / "checkpoint_2"
 
 
+def test_a_checkpoint_is_exported(tuned, tmp_path, monkeypatch):
+    run, folder = tuned
+    monkeypatch.chdir(folder)
+    out = run.export("kohya", out=tmp_path / "out")
+    assert [path.suffix for path in out.glob("*.safetensors")] == [".safetensors"]
+    with pytest.raises(ValueError, match="form is 'koyha'; known: "):
+        run.export("koyha")
+
+
 def test_evaluating_gives_a_row_a_checkpoint(tuned, monkeypatch):
     run, folder = tuned
     monkeypatch.chdir(folder)

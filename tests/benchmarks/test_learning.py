@@ -173,7 +173,7 @@ def test_other_presets_take_the_sweep_from_its_page(monkeypatch):
     monkeypatch.setattr(learning, "evaluate", None)
     assert len(learning.swept("shapes")) == 49
     assert learning.best_sampler("shapes") == SamplerSettings(50, 1.0, 2.5)
-    assert learning.deployed_guidances("shapes") == [2.0, 2.5]
+    assert learning.stock_guidances("shapes") == [2.0, 2.5]
 
 
 def test_gains_over_the_base_by_another_sampler_are_paired():
@@ -184,7 +184,7 @@ def test_gains_over_the_base_by_another_sampler_are_paired():
 
 
 def test_a_page_needs_no_more_than_the_runs(elsewhere, monkeypatch):
-    """Without `judge` and `deployed`, draw asks only for what run_process.sh has judged, and the page says so."""
+    """Without `judge` and `stock`, draw asks only for what run_process.sh has judged, and the page says so."""
     (elsewhere / "docs/results").mkdir(parents=True)
     shutil.copy(ROOT / "docs/results/learning_shapes_ddpo.json", elsewhere / "docs/results")
     settings = read_settings(get_config("shapes"))

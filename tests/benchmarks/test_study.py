@@ -400,7 +400,7 @@ def test_two_seeds_decide_nothing(tmp_path, monkeypatch):
     page = draw_page(
         [run(name, seed, [0.4, end + seed / 100]) for name, end in (("ddpo", 0.5), ("b2", 0.9)) for seed in (1, 2)], tmp_path
     )
-    rows = [line for line in page.splitlines() if "equally many reward queries" in line]
+    rows = [line for line in page.splitlines() if "equally many images scored" in line]
     assert rows
     assert all(row.endswith("| **undecided: too few seeds** |") for row in rows)
 

@@ -19,6 +19,7 @@ VARIABLES = {
     "SavePath": ("save_path", "other"),
     "ModelVersion": ("pretrained.model", "other"),
     "PromptFile": ("prompt_file", "other"),
+    "EvalPromptFile": ("eval.prompt_file", "others"),
     "RandomPrompt": ("prompt_random_choose", 0),
     "Seed": ("seed", 7),
     "Beta1": ("train.beta1", 0.5),

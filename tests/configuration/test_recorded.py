@@ -117,6 +117,7 @@ FREE = {  # key: a value other than the tiny experiment's, which another call ma
     "wandb_mode": "online",
     "keep.samples": False,
     "keep.images": 1,
+    "keep.eval_images": 2,
     "sample.micro_batch_size": 1,
     "sample.decode_batch_size": 1,
     "train.micro_batch_size": 1,
@@ -196,7 +197,7 @@ def test_an_experiment_begun_before_a_key_was_there_goes_on_as_it_was(workplace,
     recorded = files.read_json(path)
     for section, key in (
         ("", "curriculum"), ("", "sampling"), ("", "split_stop"), ("sample", "suffix_eta"), ("sample", "suffix_steps"),
-        ("eval", "selection"), ("train", "kl_weight"),
+        ("selection", "images"), ("train", "kl_weight"),
     ):  # fmt: skip
         del (recorded["config"][section] if section else recorded["config"])[key]
     files.write_record(path, recorded)
@@ -376,7 +377,7 @@ def test_a_base_model_that_moved_is_the_same(begun_on_a_copy, overrides, tmp_pat
     moved = overrides | {"pretrained.model": str(tmp_path / "moved"), "run_name": "stage1"}
     assert run_script(folder, "sample", moved).code == 0
     judged = run_script(folder, "eval", moved, "--sampler=training", "--checkpoint=base")
-    assert "images" not in judged.stdout.split("eval base on test prompts, training sampler")[0]
+    assert "images" not in judged.stdout.split("eval base on test prompts")[0]
     assert len(list((experiment(folder) / "eval").glob("base_*"))) == 1  # which was read back
 
 

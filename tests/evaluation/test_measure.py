@@ -16,6 +16,7 @@ from scored import CLIP, JPEG
 from b2diffurl.configuration.plan import checked_settings
 from b2diffurl.evaluation.generate import SamplerSettings
 from b2diffurl.evaluation.measure import prompt_images
+from b2diffurl.experiment.evaluation_table import record
 from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.runtime.files import read_json, write_record
 from b2diffurl.runtime.logs import logger
@@ -105,6 +106,25 @@ def test_a_base_that_is_only_compared_with_is_not_made_again(workplace, override
     run_evaluation(workplace, overrides, ["last"])
     assert "made again" not in caplog.text
     assert path.read_bytes() == before
+
+
+def test_images_of_older_stages_go_with_the_next_evaluation(workplace, overrides, caplog):
+    """Not those of base, newest stage and best one; the others' figures are read back, and nothing is drawn again."""
+    root = experiment(workplace)
+    judged = {row["checkpoint"]: row for row in run_evaluation(workplace, overrides, ["base", "stage0", "stage1"])}
+    record(root, [judged["stage0"] | {"reward": -1e9}])  # it is not the best
+
+    def pictures() -> dict[str, int]:
+        return {name: len(list((root / row["folder"]).glob("*.png"))) for name, row in judged.items()}
+
+    run_evaluation(workplace, overrides, ["base"], **{"keep.eval_images": -1})
+    assert pictures() == {"base": 6, "stage0": 6, "stage1": 6}
+    run_evaluation(workplace, overrides, ["base"])
+    assert pictures() == {"base": 6, "stage0": 0, "stage1": 6}
+    caplog.clear()
+    again = run_evaluation(workplace, overrides, ["base", "stage0", "stage1"])
+    assert {row["checkpoint"]: row for row in again} == judged
+    assert "sampler: 6 images" not in caplog.text
 
 
 def test_a_reward_of_the_users_own(overrides, tmp_path, monkeypatch):

@@ -50,7 +50,7 @@ def test_the_table_has_base_newest_stage_and_paired_difference(root):
     """Held-out prompts first; of the stages the newest; the numbers are eval.jsonl's."""
     rows = read_json_lines(root / "eval.jsonl")
     table = figure_table(page.evaluation_rows(root))
-    assert table[0]["prompts"] == "Held-out prompts"
+    assert table[0]["prompts"] == "Training prompts, as test"  # they are the same here
     assert {row["checkpoint"] for row in table} == {"stage1"}
     reward = next(row for row in table if row["figure"] == "reward" and row["prompts"] == "Training prompts")
     base, tuned = (
@@ -131,7 +131,8 @@ def test_marks_are_the_selection(root):
     write_json(stage.selection, [*rows, {"id": 9, "group": 3, "branch": 1, "score": 9.0}])
     assert page.marks(stage) == {2: "winner", 0: "loser"}
     record = read_json(root / "config.json")
-    record["config"]["eval"]["selection"] = "all"
+    del record["config"]["selection"]
+    record["config"]["eval"]["selection"] = "all"  # as earlier versions called it
     write_json(root / "config.json", record)
     assert page.marks(stage) == {}
     assert "all of them are trained on" in write_report(root).read_text()
@@ -167,7 +168,7 @@ def test_a_report_in_the_middle_of_a_stage(root):
     row = stage_rows(root)[0]
     assert (row["num_updates"], row["max_abs_log_ratio_first"], row["clip_fraction"]) == (0, None, None)
     assert [key for key in stage_rows(root)[1] if key.startswith("seconds/train")] == []
-    assert re.search(r"clip on .*: 2 stages,\s+36 scored images", write_report(root).read_text())
+    assert re.search(r"clip on .*: 2 stages,\s+36 images scored", write_report(root).read_text())
     record = read_json(root / "config.json")
     record["config"]["stage_cnt"] = 100
     write_json(root / "config.json", record)
@@ -232,8 +233,8 @@ def test_losses_are_losses_and_gains_are_gains(root):
         result["values"]["reward"] = [float(n if row["checkpoint"] == "base" else n + 0.5) for n in range(6)]
         write_json(path, result)
     html = write_report(root).read_text()
-    assert "Held-out prompts: the largest gains of 6 images" in html
-    assert "Held-out prompts: the largest losses" not in html
+    assert "Training prompts, as test: the largest gains of 6 images" in html
+    assert "prompts, as test: the largest losses" not in html
     assert not (root / "report" / "losses_test.png").exists()
 
 
@@ -297,10 +298,10 @@ def test_only_the_pair_that_cannot_be_read_is_left_out(root, how):
     (path,) = root.glob("eval/stage1_test_*/00001.png")
     how(path)
     html = write_report(root).read_text()
-    assert "<h2>Held-out prompts: the first 5</h2>" in html
+    assert "<h2>Training prompts, as test: the first 5</h2>" in html
     assert "<h2>Training prompts: the first 6</h2>" in html
     left_out = html.split("<h2>Left out</h2>")[1].split("</section>")[0]
-    assert f"1 of 6 images of Held-out prompts are left out: {path} cannot be read as an image" in left_out
+    assert f"1 of 6 images of Training prompts, as test are left out: {path} cannot be read as an image" in left_out
 
 
 @pytest.mark.usefixtures("no_pngs")

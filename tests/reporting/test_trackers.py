@@ -109,7 +109,7 @@ def wandb_history(run: Path) -> list[dict]:
 
 
 def curve(rows: list[dict], name: str) -> list[tuple[float, float]]:
-    return [(row["queries"], row[name]) for row in rows if name in row]
+    return [(row["images_scored"], row[name]) for row in rows if name in row]
 
 
 def tensorboard_curves() -> EventAccumulator:
@@ -159,14 +159,14 @@ def test_wandb_has_one_run_for_two_stages_and_their_evaluations(place, overrides
     assert {name for name in names if name.startswith("select/")} == {f"select/{key}" for key in selected}
     assert {"seconds/sample/sample", "seconds/train/train", "eval/test/training/reward_gain"} <= names
     assert not names & {"eval/test/training/stage", "eval/test/training/num_steps", "stage"}
-    assert all(before["queries"] <= after["queries"] for before, after in pairwise(rows))
+    assert all(before["images_scored"] <= after["images_scored"] for before, after in pairwise(rows))
     records = wandb_records(run)
     (header,) = (record.run for record in records if record.HasField("run"))
     config = {item.key: json.loads(item.value_json) for item in header.config.update}
     recorded = json.loads((experiment(place) / "config.json").read_text())
     assert config["train"] == recorded["config"]["train"]
     assert (config["prompts_sha256"], header.display_name) == (recorded["prompts_sha256"], "tiny")
-    assert any(record.metric.glob_name == "*" and record.metric.step_metric == "queries" for record in records)
+    assert any(record.metric.glob_name == "*" and record.metric.step_metric == "images_scored" for record in records)
     assert any(record.HasField("exit") for record in records)
     assert not warnings
 

@@ -186,7 +186,7 @@ def test_a_configuration_file_of_the_user_s(elsewhere, tmp_path):
             tmp_path, ["run_train.py", *named, "--flagfile=more.flags", "--config.prompt_file=prompts.txt"]
         )
         assert ended.code == 0, ended.stderr
-        found = json.loads(ended.stdout)
+        found = json.loads(ended.stdout.splitlines()[-1])  # before it, that the prompts are the user's own
         assert (found["preset"], found["seed"], found["prompt_file"]) == ("b2", 7, f"{elsewhere}/prompts.txt")
 
 
