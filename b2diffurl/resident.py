@@ -4,7 +4,6 @@ run_process.sh takes it for runs on the CPU, and wherever Resident=1 is given. T
 those of its own loop over the scripts, which Resident=0 takes.
 """
 
-import json
 import os
 
 from ml_collections import ConfigDict
@@ -13,39 +12,37 @@ from b2diffurl.configuration.command_line import run_script
 from b2diffurl.configuration.loop import calls
 from b2diffurl.configuration.plan import make_plan
 from b2diffurl.experiment import lock
-from b2diffurl.experiment.evaluation_table import headline
 from b2diffurl.models import policy
-from b2diffurl.phases.evaluate import evaluate_and_show, evaluate_due
+from b2diffurl.phases.evaluate import evaluate_and_show, evaluate_due, tell_verdict
 from b2diffurl.phases.sample import sample_stage
 from b2diffurl.phases.select import select_stage
 from b2diffurl.phases.train import train_stage
-from b2diffurl.runtime.logs import show
 
 VERBS = {"sample": sample_stage, "select": select_stage, "train": train_stage}
 
 
 def run_stages(config: ConfigDict) -> None:
-    """Make every call of the loop in order, then print the last evaluation as JSON.
+    """Make every call of the loop in order, then tell the verdict.
 
     Ends early where a call lacks the file that it needs: scores are being made elsewhere (reward `file`).
     """
     if max(config.num_processes, int(os.environ.get("WORLD_SIZE", 1))) > 1:
         raise ValueError("Resident=1 is for one process. Give NumProcesses, and leave Resident out or set it to 0.")
     first = make_plan(config)
-    root, results = first.stage.root, []
+    root = first.stage.root
     with policy.keeping_models(), lock.holding(root):
         for call in calls(first.settings):
             if not call.is_possible(root):
                 return
             if call.stage is None:  # the evaluations at the end of the run
-                results = evaluate_and_show(first.settings, call.checkpoints, call.prompts, [call.sampler])
+                evaluate_and_show(first.settings, call.checkpoints, call.prompts, [call.sampler])
             elif call.script == "eval":
                 evaluate_due(first.settings, call.stage)
             else:
                 # A plan for each call: it reads what the calls before it have written.
                 config.run_name = f"stage{call.stage}"
                 VERBS[call.script](make_plan(config))
-    show(json.dumps(headline(results[-1])))
+    tell_verdict(first.settings)
 
 
 if __name__ == "__main__":

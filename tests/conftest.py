@@ -472,6 +472,13 @@ def ran(folder: Path, verb: str, settings: dict, *more: str) -> str:
     return ended.stdout
 
 
+def judged(folder: Path, settings: dict, *more: str, preset: str = "sd14") -> dict:
+    """What run_eval.py --json printed, and nothing else on stdout."""
+    ended = run_script(folder, "eval", settings, "--json", *more, preset=preset)
+    assert ended.code == 0, ended.stderr
+    return json.loads(ended.stdout)
+
+
 def start(folder: Path, overrides: dict, *more: str, preset: str = "sd14") -> Ended:
     """`python -m b2diffurl.start`, in `folder`."""
     path = str(ROOT / "b2diffurl" / "start.py")

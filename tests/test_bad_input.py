@@ -1,7 +1,6 @@
 """Bad input ends before any work: exit code not 0, two lines that say what is wrong and what to do, nothing written."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -20,8 +19,8 @@ from conftest import (
     VERBS,
     experiment,
     flags,
+    judged,
     refuse,
-    run_script,
     run_stage,
     script_arguments,
     snapshot,
@@ -389,6 +388,4 @@ def test_run_process_stops_at_bad_input(empty, overrides):
 
 def test_json_of_the_evaluation_needs_no_experiment(empty, overrides):
     """Judging the base needs no trained stage: the counterpart of the refusals above."""
-    ended = run_script(empty, "eval", overrides, "--checkpoint=base")
-    assert ended.code == 0, ended.stderr
-    assert json.loads(ended.stdout.splitlines()[-1])["checkpoint"] == "base"
+    assert judged(empty, overrides, "--checkpoint=base")["checkpoint"] == "base"

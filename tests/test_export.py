@@ -18,7 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from conftest import PROMPTS, ROOT, Ended, call, experiment, run_script, snapshot
+from conftest import PROMPTS, ROOT, Ended, call, experiment, judged, snapshot
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from foreign import random_lora, save, save_kohya
 from huggingface_hub import ModelCard, ModelCardData
@@ -474,9 +474,7 @@ def test_card_of_an_earlier_stage(workplace):
 @pytest.mark.usefixtures("no_pictures")
 def test_card_of_what_was_judged(workplace, overrides):
     """The figures that run_eval.py prints are those of the card of the next export."""
-    printed = run_script(workplace, "eval", overrides, "--prompts=test", "--sampler=deployed")
-    assert printed.code == 0, printed.stderr
-    result = json.loads(printed.stdout.splitlines()[-1])
+    result = judged(workplace, overrides, "--prompts=test", "--sampler=deployed")
     data, text = read_card(export(experiment(workplace)))
     metrics = data["model-index"][0]["results"][0]["metrics"]
     assert [(metric["type"], metric["value"]) for metric in metrics] == [("reward", round(result["reward"], 6))]

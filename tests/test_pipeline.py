@@ -51,7 +51,7 @@ from b2diffurl.configuration.settings import read_settings
 from b2diffurl.experiment.stage import LORA_FILE, Stage
 from b2diffurl.models.policy import decode, load_policy, predictor
 from b2diffurl.runtime.device import make_accelerator
-from b2diffurl.runtime.files import read_json_lines
+from b2diffurl.runtime.files import read_json, read_json_lines
 
 # First update: how far a log-ratio may be from 0 when sampling and training batch their rows differently (contract 1).
 LOG_RATIO_BOUND = 1e-5
@@ -479,8 +479,10 @@ def test_the_shell_script_runs_it_all(finished, overrides, tmp_path, count):
     assert all(f" stage0 {verb}: " in log for verb in VERBS)
     assert all(" plan: LoRA rank 4 on " in text for text in (log, ended.stdout))
     assert "max |log-ratio| at the first update" in log
-    result = json.loads(ended.stdout.splitlines()[-1])
-    assert {"reward", "accuracy", "n_images", "checkpoint"} <= result.keys()
+    verdict = read_json(tmp_path / "tiny" / "verdict.json")
+    assert ended.stdout.splitlines()[-len(verdict["text"]) :] == verdict["text"]  # once, at the very end
+    assert ended.stdout.count("Verdict on tiny") == log.count("Verdict on tiny") == 1
+    assert {"reward", "accuracy", "n_images", "checkpoint"} <= verdict["tables"][0]["rows"][1].keys()
     judged = [
         (row["checkpoint"], row["prompts"], row["sampler"]) for row in read_json_lines(tmp_path / "tiny" / "eval.jsonl")
     ]
@@ -720,7 +722,8 @@ def test_the_shell_script_takes_the_switches_from_the_environment(stage_with, ov
     assert ("kl" in last, "margin" in last) == (objective == "dpok", objective == "d3po")
     num_selected = len(json.loads(found.selection.read_text()))
     assert (num_selected == 18) == (objective == "reinforce")
-    assert json.loads(stdout.splitlines()[-1])["checkpoint"] == "stage0"
+    assert read_json(tmp_path / "tiny" / "verdict.json")["tables"][0]["checkpoint"] == "stage0"
+    assert "Verdict on tiny after 1 of 1 stages, 18 images scored by" in stdout
 
 
 @pytest.mark.long

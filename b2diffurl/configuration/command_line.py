@@ -93,7 +93,7 @@ def open_log(verb: str, exp_name: str, log_path: str, save_path: str) -> Path | 
     root = Path(save_path) / exp_name
     try:
         log_file = None if dry else log_of(Path(log_path), root)
-        set_up_logging(log_file)
+        set_up_logging(log_file, stream=sys.stderr if "json" in FLAGS and FLAGS.json else None)
         if log_file:
             name_log(log_file, root)
     except OSError as error:

@@ -20,6 +20,7 @@ class Call:
     checkpoints: tuple[str, ...] = ()  # judged by the evaluation at the end
     prompts: tuple[str, ...] = ()  # prompt sets of an evaluation
     sampler: str = ""  # sampler of the evaluation at the end
+    is_last: bool = False  # whether the run ends with it, and so with the verdict
     needs: str = "."  # a file in the experiment's folder; if it is missing the run stops before this call, and waits for it
 
     @property
@@ -27,7 +28,8 @@ class Call:
         """The flags of this call, in addition to the flags of the run."""
         if self.stage is None:
             lists = {"checkpoint": self.checkpoints, "prompts": self.prompts, "sampler": (self.sampler,)}
-            return [f"--{name}={','.join(values)}" for name, values in lists.items()]
+            given = [f"--{name}={','.join(values)}" for name, values in lists.items()]
+            return [*([] if self.is_last else ["--noverdict"]), *given]
         return [f"--config.run_name=stage{self.stage}", *(["--due"] if self.script == "eval" else [])]
 
     def is_possible(self, root: Path) -> bool:
@@ -61,7 +63,7 @@ def calls(settings: Settings) -> Iterator[Call]:
         yield Call("select", stage)
         yield Call("train", stage, needs=f"stage{stage}/select.json" if waits else ".")
         yield Call("eval", stage, prompts=(held_out,))
-    # The LoRA itself comes last: run_eval.py prints the last result.
+    # The LoRA itself comes last: run_eval.py --json prints the last result.
     judged = ("base", *(("last/ema",) if settings.training.optimizer.ema else ()), "last")
     yield Call("eval", checkpoints=judged, prompts=tuple(dict.fromkeys(("train", held_out))), sampler="training")
-    yield Call("eval", checkpoints=judged, prompts=(held_out,), sampler="deployed")
+    yield Call("eval", checkpoints=judged, prompts=(held_out,), sampler="deployed", is_last=True)

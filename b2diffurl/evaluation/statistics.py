@@ -12,9 +12,7 @@ from torch import Tensor
 
 from b2diffurl.configuration.settings import Rewards
 from b2diffurl.evaluation.diversity import inception_score, mean_pairwise_distance, vendi_score
-from b2diffurl.experiment.evaluation_table import with_error
 from b2diffurl.rewards.mixture import Scales, combine
-from b2diffurl.runtime.logs import logger
 
 
 def summarise(
@@ -116,22 +114,3 @@ def diversities(result: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, floa
     for features, measures in result["diversity"].items():
         for measure, values in measures.items():
             yield f"diversity/{features}" + ("" if measure == "all" else f"_{measure}"), values
-
-
-def name_best(results: Sequence[dict[str, Any]], sampler: str) -> dict[str, Any]:
-    """The best of the results, which is also logged: the one with the highest accuracy, or reward if there is no judge.
-
-    Only results with `sampler` on held-out prompts are compared, or on the first prompt set if there are none. Of equals the
-    earliest checkpoint wins. A ValueError if no result has such a figure.
-    """
-    sets = [result["prompts"] for result in results]
-    prompts = "test" if "test" in sets else sets[0]
-    results = [row for row in results if (row["sampler"], row["prompts"]) == (sampler, prompts)]
-    figure = "accuracy" if results[0]["accuracy"] is not None else "reward"
-    judged = [result for result in results if result[figure] is not None]
-    if not judged:
-        raise ValueError("neither a reward nor a judge scored these images, so no checkpoint is best. Set eval.judge.")
-    best = max(judged, key=lambda result: result[figure])
-    value = f"{figure} {with_error(best, figure)} on {best['prompts']} prompts"
-    logger.info("eval best of %d checkpoints: %s, %s; %s", len(judged), best["checkpoint"], value, best["lora"])
-    return best

@@ -4,24 +4,53 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from b2diffurl.configuration.prompts import named_prompts
 from b2diffurl.configuration.settings import Settings
+from b2diffurl.evaluation.choice import choose
 from b2diffurl.evaluation.generate import training_sampler
-from b2diffurl.evaluation.measure import evaluate, named_samplers, prompt_images
+from b2diffurl.evaluation.measure import Result, evaluate, every_checkpoint, named_samplers, prompt_images
+from b2diffurl.experiment.evaluation_table import evaluation_rows, headline
 from b2diffurl.experiment.stage import finished_stages
-from b2diffurl.reporting import page
+from b2diffurl.phases.health import in_words
+from b2diffurl.reporting import page, verdict
 from b2diffurl.reporting.trackers import track
+from b2diffurl.reporting.verdict_text import choice_lines
+from b2diffurl.runtime.logs import announce, logger
 
 
 def evaluate_and_show(
     settings: Settings, checkpoints: Sequence[str], prompt_sets: Sequence[str], samplers: Sequence[str]
-) -> list[dict[str, Any]]:
+) -> list[Result]:
     """Judge checkpoints on prompt sets with samplers, all given by name, and update report and trackers.
 
     `measure.evaluate` says which names there are. Returns one result for each combination.
     """
     results = evaluate(settings, checkpoints, prompt_sets, named_samplers(settings, samplers))
+    warn_of_hacking(settings, results)
     show(settings)
     return results
+
+
+def judge_best(settings: Settings, prompts: str, sampler: str, validation: str) -> dict[str, Any]:
+    """Judge base and every stage, choose the best and tell how good it is; returns its row, with the `choice` in it.
+
+    It is chosen on the prompt set `validation`, or on half of `prompts`, and judged on `prompts`, or on the other half.
+    """
+    if not settings.judging.judge and "file" in settings.rewards.weights:
+        raise ValueError("neither a reward nor a judge scores these images, so no checkpoint is best. Set eval.judge.")
+    distinct = {prompt for _, prompt in named_prompts(settings.prompts, prompts)[: settings.judging.num_images]}
+    if not validation and len(distinct) < 2:
+        raise ValueError(
+            f"--best chooses by one half of the prompts and judges by the other, but --prompts={prompts} has a single one. "
+            "Give another file to choose by, such as --validation=train."
+        )
+    if validation == prompts:
+        raise ValueError(f"--validation and --prompts are both {prompts}: it would be chosen and judged by the same prompts")
+    sets = [name for name in (validation, prompts) if name]
+    results = evaluate_and_show(settings, every_checkpoint(settings.output.root), sets, [sampler])
+    choice = choose(results, sampler, seed=settings.judging.seed, validation=validation)
+    announce("", *choice_lines(settings.output.root, choice))
+    return headline(choice.best) | {"choice": choice.to_json()}
 
 
 def evaluate_due(settings: Settings, index: int) -> None:
@@ -34,7 +63,8 @@ def evaluate_due(settings: Settings, index: int) -> None:
         return
     every = settings.judging.every
     if every and (index + 1) % every == 0:
-        evaluate(settings, ["base", f"stage{index}"], ["test"], {"training": training_sampler(settings)})
+        results = evaluate(settings, ["base", f"stage{index}"], ["test"], {"training": training_sampler(settings)})
+        warn_of_hacking(settings, results)
     show(settings)
 
 
@@ -45,7 +75,27 @@ def draw_prompt(settings: Settings, checkpoint: str, prompt: str, sampler: str) 
     return page.draw_prompt(settings.output.root, prompt, images, sampler)
 
 
+def warn_of_hacking(settings: Settings, results: Sequence[Result]) -> None:
+    """Log the signs of reward hacking of the newest stage that these results are about."""
+    stages = [one["stage"] for one in results if one["stage"] is not None]
+    if not stages:  # the base can be judged without any experiment
+        return
+    root, judged = settings.output.root, {(max(stages), one["prompts"], one["sampler"]) for one in results}
+    for warning in verdict.signs_of_evaluations(root, evaluation_rows(root)):
+        if (warning["stage"], warning["prompts"], warning["sampler"]) in judged:
+            logger.warning("stage%d eval: %s", warning["stage"], in_words(warning))
+
+
+def tell_verdict(settings: Settings) -> None:
+    """Show the verdict on the run, and write it into the log; or say what it lacks."""
+    if found := verdict.refresh(settings.output.root):
+        announce("", *found["text"])
+    else:
+        announce("No verdict: judge the base model and a stage alike, by --checkpoint=base,last.")
+
+
 def show(settings: Settings) -> None:
-    """Update report and trackers from the experiment's files."""
+    """Update verdict, report and trackers from the experiment's files."""
+    verdict.refresh(settings.output.root)
     page.refresh(settings.output.root)
     track(settings.output)

@@ -12,6 +12,9 @@ from itertools import takewhile
 from statistics import median
 from typing import Any
 
+from b2diffurl.evaluation import hacking
+from b2diffurl.evaluation.hacking import Estimate, Look
+
 # An update is far off above so many times the median. In 13 good runs of the shapes world none was above 6 (evaluation.md).
 FAR = 10.0
 MIN_UPDATES = 10  # a median of fewer updates does not say what is usual
@@ -41,6 +44,7 @@ ADVICE = {
     f"collapsed, {ELSEWHERE} and a lower train.learning_rate; else a reward of finer steps, or more siblings (split_time)",
     "Identical images": f"looking at the stage's images: if they are blank the model has collapsed: {ELSEWHERE} and a "
     "lower train.learning_rate; else longer windows (split_step_left) or more noise (sample.eta)",
+    **hacking.ADVICE,
 }
 
 
@@ -170,19 +174,65 @@ class UpdateHealth:
 # ---- scored stages ----
 
 
-def stage_warnings(earlier: Sequence[Mapping[str, Any]], scored: Mapping[str, Any]) -> list[Warned]:
-    """The warnings about a scored stage. Its figures and those of `earlier` stages are given as in select manifests."""
-    return [*fallen_reward(earlier, scored), *groups_alike(earlier, scored)]
+def stage_warnings(
+    earlier: Sequence[Mapping[str, Any]], scored: Mapping[str, Any], apart: Mapping[str, float]
+) -> list[Warned]:
+    """The warnings about a scored stage. Its figures and those of `earlier` stages are given as in select manifests.
+
+    `apart` are the weights of rewards that are normalised each by itself, by name; {} if `reward` is what is trained on.
+    """
+    stages = [*earlier, scored]
+    # Without `apart` an earlier version's stages have a mean reward, too; they lack all else that a look is made of.
+    known = [one for one in stages if {"reward", *apart} <= one.get("figures", {}).keys()]
+    known = known if scored in known else []
+    units = {name: known[0]["figures"][name][2] or 1.0 for name in apart} if known else {}
+    looks = [(one["stage"], stage_look(one["figures"], apart, units)) for one in known]
+    rewards = (
+        [(index, look["reward"]) for index, look in looks] if apart else [(one["stage"], reward(one)) for one in stages]
+    )
+    what = "mean of the rewards, each in its own standard deviations," if apart else "mean reward"
+    return [
+        *fallen_reward(rewards, scored["num_groups"], what),
+        *fallen_figures(looks),
+        *groups_alike(earlier, scored),
+    ]
 
 
-def fallen_reward(earlier: Sequence[Mapping[str, Any]], scored: Mapping[str, Any]) -> list[Warned]:
-    """A warning if the mean reward is far below the best stage's before."""
-    best = max(earlier, key=lambda one: one["reward_mean"], default=scored)
-    fall, spread = best["reward_mean"] - scored["reward_mean"], max(best["reward_std"], scored["reward_std"])
-    if fall <= max(MAX_FALL, MAX_FALL_SE / math.sqrt(scored["num_groups"])) * spread:
+def stage_look(figures: Mapping[str, Sequence[float]], apart: Mapping[str, float], units: Mapping[str, float]) -> Look:
+    """The look that a scored stage is: what it is trained on, and the watched rewards."""
+    look = {name: Estimate(*numbers) for name, numbers in figures.items()}
+    if apart:
+        look["reward"] = hacking.weighed({name: look.pop(name) for name in apart}, apart, units)
+    return look
+
+
+def reward(scored: Mapping[str, Any]) -> Estimate:
+    """The mean reward of a stage with its standard deviation, without a standard error."""
+    return Estimate(scored["reward_mean"], math.nan, scored["reward_std"])
+
+
+def fallen_reward(rewards: Sequence[tuple[int, Estimate]], num_groups: int, what: str) -> list[Warned]:
+    """A warning if what is trained on is far below the best stage's before. `rewards` are (number of the stage, reward)."""
+    if not rewards:
         return []
-    below = f"more than {MAX_FALL:g} standard deviation below that of stage {best['stage']}, {best['reward_mean']:.3g}"
-    return [warn("Mean reward", f"mean reward {scored['reward_mean']:.3g}, {below}")]
+    *earlier, (_, here) = rewards
+    stage, best = max(earlier, key=lambda one: one[1].mean, default=rewards[-1])
+    fall, spread = best.mean - here.mean, max(best.deviation, here.deviation)
+    if fall <= max(MAX_FALL, MAX_FALL_SE / math.sqrt(num_groups)) * spread:
+        return []
+    below = f"more than {MAX_FALL:g} standard deviation below that of stage {stage}, {best.mean:.3g}"
+    return [warn("Mean reward", f"{what} {here.mean:.3g}, {below}")]
+
+
+def fallen_figures(looks: Sequence[tuple[int, Look]]) -> list[Warned]:
+    """Warnings of watched rewards that have fallen on training images up to the last look, while the reward has risen."""
+    warnings = []
+    for name, place in hacking.fallen([look for _, look in looks[:-1]], looks[-1][1]) if looks else ():
+        (stage, was), (_, here) = looks[place], looks[-1]
+        fall = f"watched {name} fell from {was[name].mean:.3g} (stage {stage}) to {here[name].mean:.3g} on training images"
+        rise = f"what is trained on rose from {was['reward'].mean:.3g} to {here['reward'].mean:.3g}"
+        warnings.append(warn(hacking.HACKED, f"{fall}, while {rise}"))
+    return warnings
 
 
 def groups_alike(earlier: Sequence[Mapping[str, Any]], scored: Mapping[str, Any]) -> list[Warned]:

@@ -4,6 +4,7 @@ G groups, K branches (siblings) in a group, N = G*K images
 D depths of the tree in which the branches of a group part, 1 if they part at once
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from b2diffurl.algorithm.advantages import advantages
 from b2diffurl.algorithm.selection import Selected, select_all, select_pairs
 from b2diffurl.configuration.plan import Plan
 from b2diffurl.configuration.settings import Selection
+from b2diffurl.evaluation.intervals import MIN_PROMPTS, clustered
 from b2diffurl.experiment.metrics import Metrics, timed
 from b2diffurl.experiment.not_finite import listed, not_finite
 from b2diffurl.experiment.origin import history_stages, made_from, require_origin, require_scales
@@ -88,11 +90,15 @@ def finish(
     written = write_selection(plan, selected, normalised.edges)
     with timed(scores.seconds, "write"):
         written += save_selected(stage, selected, plan.settings.sampling.num_groups)
-    summary = summarise(scores, selected, num_branches, plan.settings.selection)
+    rewards = plan.settings.rewards
+    apart = rewards.weights if rewards.combine == "advantages" else {}
+    summary = summarise(scores, selected, num_branches, plan.settings.selection, apart)
     summary |= {f"{name}_share": share for name, share in normalised.shares.items()}
     summary |= {"num_twin_groups": num_twin_groups(stage, sampled, len(prompts), num_branches)}
     Metrics(stage.metrics("select")).log("select", stage=stage.index, **summary, **scores.seconds)
-    warnings = stage_warnings(earlier_summaries(stage), summary)
+    figures = noted_figures(scores, apart, rewards.watched, prompts, num_branches)
+    noted = summary | {"stage": stage.index, "figures": figures}
+    warnings = stage_warnings(earlier_summaries(stage), noted, apart)
     facts = {
         "seconds": scores.seconds,
         "reward": dict(plan.settings.rewards.weights),
@@ -101,6 +107,7 @@ def finish(
         "num_history": len(earlier_rows),
         **origin,
         **summary,
+        "figures": figures,
         "device": str(accelerator.device),
         "num_threads": torch.get_num_threads(),
         "seed": sampled["seed"],
@@ -210,19 +217,24 @@ def ask_for_scores(stage: Stage, prompts: list[str]) -> None:
     )  # fmt: skip
 
 
-def summarise(scores: Scores, selected: list[Selected], num_siblings: int, selection: Selection) -> dict[str, Any]:
-    """The stage's figures for log, metrics and manifest. The mean of a watched reward that has scored nothing is None."""
+def summarise(
+    scores: Scores, selected: list[Selected], num_siblings: int, selection: Selection, apart: Mapping[str, float]
+) -> dict[str, Any]:
+    """The stage's figures for log, metrics and manifest. The mean of a watched reward that has scored nothing is None.
+
+    `apart` are the rewards that are normalised each by itself, if they are.
+    """
     rewards = scores.rewards
     averaged = scores.parts | {f"watch/{key}": value for key, value in scores.watch.items()}
     # A part may be text. It or a watched reward may lack a value for some images: a mean is of the images that have one.
     watched = {f"watch/{key}_mean": None for key in scores.watch if "/" not in key}
     averaged = {key: value for key, value in averaged.items() if isinstance(value, Tensor) and value.isfinite().any()}
     grouped = rewards.unflatten(0, (-1, num_siblings))  # [G,K]
-    spread, size = grouped.amax(1) - grouped.amin(1), grouped.abs().amax(1)
+    flat = [is_flat(scores.parts[name].unflatten(0, (-1, num_siblings))) for name in apart] or [is_flat(grouped)]
     return {
         "num_images": len(rewards),
         "num_groups": len(grouped),
-        "num_flat_groups": int((spread <= ROUNDING * size).sum()) if num_siblings > 1 else 0,
+        "num_flat_groups": int(torch.stack(flat).all(0).sum()) if num_siblings > 1 else 0,
         "num_selected": len(selected),
         "num_best": sum(one.score >= selection.pos_threshold for one in selected),
         "num_worst": sum(one.score < selection.neg_threshold for one in selected),
@@ -231,3 +243,29 @@ def summarise(scores: Scores, selected: list[Selected], num_siblings: int, selec
         "reward_group_std": grouped.std(1).mean().item() if num_siblings > 1 else 0.0,
         **watched,
     } | {f"{key}_mean": value[value.isfinite()].mean().item() for key, value in averaged.items()}
+
+
+def is_flat(grouped: Tensor) -> Tensor:
+    """Whether the rewards [G,K] of each group's siblings are all the same, [G]."""
+    spread, size = grouped.amax(1) - grouped.amin(1), grouped.abs().amax(1)
+    return spread <= ROUNDING * size
+
+
+def noted_figures(
+    scores: Scores, apart: Mapping[str, float], watched: Sequence[str], prompts: Sequence[str], num_siblings: int
+) -> dict[str, list[float]]:
+    """{name: [mean, its standard error, standard deviation of single images]} of what is trained on and of watched rewards.
+
+    Siblings, and images of one prompt, are alike. So the errors are over prompts, or if there are few of them over groups.
+    """
+    few = len(set(prompts)) < MIN_PROMPTS
+    units = [n // num_siblings for n in range(len(prompts))] if few else prompts
+    values = {"reward": scores.rewards} | {name: scores.parts[name] for name in apart}
+    values |= {name: scores.watch[name] for name in watched}
+    figures = {}
+    for name, numbers in values.items():
+        finite = numbers.isfinite()
+        found = clustered([files.finite(value) for value in numbers.tolist()], units, least=2)
+        if found and found.error is not None:
+            figures[name] = [found.mean, found.error, numbers[finite].double().std().item()]
+    return figures

@@ -56,6 +56,8 @@ from b2diffurl.reporting.plots import (
     to_svg,
     tree_figure,
 )
+from b2diffurl.reporting.verdict import signs_of_evaluations, verdict
+from b2diffurl.reporting.verdict_text import for_page
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import logger
 
@@ -98,6 +100,7 @@ def write_report(root: Path) -> Path:
     evaluations = evaluation_rows(root, stages, damaged)
     record = files.read_json(root / "config.json")
     config = record["config"]
+    signs = signs_of_evaluations(root, evaluations)
     with drawing():
         page = {
             "name": root.name,
@@ -105,7 +108,8 @@ def write_report(root: Path) -> Path:
             "config": config,
             "selected_images": selected_images(record),
             "reward": describe_reward(config["reward"]),
-            "warned": warned_kinds([row for one in readable for row in one["warned"]]),
+            "verdict": draw_verdict(root, stages, evaluations, damaged),
+            "warned": warned_kinds([*(row for one in readable for row in one["warned"]), *signs]),
             "figures": figure_table(evaluations, every_evaluation(root)),
             "galleries": galleries(root, evaluations, kept, damaged),
             "curves": draw_curves(stages, evaluations, kept),
@@ -119,6 +123,14 @@ def write_report(root: Path) -> Path:
     kept.finish()
     files.write_bytes(root / "report.html", render("report.html", page))
     return root / "report.html"
+
+
+def draw_verdict(root: Path, stages: list[Row], evaluations: list[Row], damaged: list[str]) -> dict[str, Any] | None:
+    """The verdict for the page; None if there is none yet."""
+    with skipping(damaged, "the verdict"):
+        found = verdict(root, stages, evaluations)
+        return found and for_page(found)
+    return None
 
 
 def missing_stages(stages: Sequence[Row]) -> list[int]:

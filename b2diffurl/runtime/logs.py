@@ -27,18 +27,19 @@ IN_NOTEBOOK: ContextVar[bool] = ContextVar("IN_NOTEBOOK", default=False)  # whet
 LOG_OF = " log of the experiment in "  # in the first line of a log, before the experiment's folder
 
 
-def set_up_logging(log_file: Path | None, *, console_too: bool = True) -> None:
-    """Log to stdout and to `log_file`, which also gets tracebacks. Only the run's first process logs more than warnings.
+def set_up_logging(log_file: Path | None, *, console_too: bool = True, stream: TextIO | None = None) -> None:
+    """Log to stdout, or another stream, and to `log_file`, which also gets tracebacks.
 
-    If stdout is redirected into that very file (`bash run_process.sh > log/shapes.log`), each line is written once.
+    Only the run's first process logs more than warnings. If stdout is redirected into that very file
+    (`bash run_process.sh > log/shapes.log`), each line is written once.
     """
     rank = int(os.environ.get("RANK", 0))
     logger.setLevel(logging.DEBUG)
     logger.propagate = False  # absl has a handler of its own, which would write each line again
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
-    console = Console(sys.stdout)
-    redirected = log_file is not None and is_file(sys.stdout, log_file)
+    console = Console(stream or sys.stdout)
+    redirected = log_file is not None and is_file(console.stream, log_file)
     console.setLevel(logging.DEBUG if redirected else logging.INFO)
     handlers: list[logging.Handler] = [console] if console_too else []
     if log_file and not redirected:
@@ -102,6 +103,15 @@ def show(*lines: str, stream: TextIO | None = None) -> None:
         print(*(printable(line) for line in lines), sep="\n", file=stream, flush=True)
     except OSError:
         abandon(stream)
+
+
+def announce(*lines: str) -> None:
+    """Show lines for people, as they are, and write them into the log file, too."""
+    show(*lines)
+    for handler in logger.handlers:
+        if isinstance(handler, LogFile):  # none if stdout goes there already
+            for line in filter(None, lines):
+                handler.handle(logger.makeRecord(logger.name, logging.INFO, "", 0, "%s", (line,), None))
 
 
 def abandon(stream: TextIO) -> None:

@@ -295,9 +295,9 @@ def test_a_shortened_default_run_learns(tmp_path):
         f"--config.save_path={tmp_path}",
         *overrides,
     ]
-    command = [sys.executable, "run_eval.py", *flags, "--checkpoint=base,last", "--prompts=train"]
+    command = [sys.executable, "run_eval.py", *flags, "--checkpoint=base,last", "--prompts=train", "--json"]
     ended = subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True)
-    found = json.loads(ended.stdout.splitlines()[-1])
+    found = json.loads(ended.stdout)
     print(found)
     assert found["n_images"] == 1152
     assert found["reward_gain"] >= 3 * found["reward_gain_se"] > 0

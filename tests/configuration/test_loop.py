@@ -283,7 +283,7 @@ def test_an_average_is_judged_beside_the_lora_at_the_end(config):
         config.train.ema = decay
         found = [call for call in calls(read_settings(config)) if call.stage is None]
         assert [call.flags for call in found] == [
-            [f"--checkpoint={judged}", "--prompts=train,test", "--sampler=training"],
+            ["--noverdict", f"--checkpoint={judged}", "--prompts=train,test", "--sampler=training"],
             [f"--checkpoint={judged}", "--prompts=test", "--sampler=deployed"],
         ]
     assert found[1].evaluations(2, 0) == {(name, "test", "deployed") for name in ("base", "stage1/ema", "stage1")}

@@ -2,13 +2,12 @@
 
 import contextlib
 import importlib
-import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPTS, experiment, make_config, ran, run_evaluation, run_script, run_stage, snapshot
+from conftest import PROMPTS, experiment, judged, make_config, ran, run_evaluation, run_stage, snapshot
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scored import CLIP, JPEG
@@ -197,17 +196,15 @@ def test_a_checkpoint_that_draws_the_base_s_images_is_refused(workplace, overrid
 
 def test_a_prompt_is_drawn_by_base_and_checkpoint(workplace, overrides):
     """One PNG of two rows on the same noise, which differ; the same bytes each time; base against itself is alike."""
-    ended = run_script(workplace, "eval", overrides, "--prompt=a red circle", "--sampler=training")
-    assert ended.code == 0, ended.stderr
-    picture = workplace / json.loads(ended.stdout.splitlines()[-1])["picture"]
+    picture = workplace / judged(workplace, overrides, "--prompt=a red circle", "--sampler=training")["picture"]
     drawn = picture.read_bytes()
     assert Image.open(picture).width > 800
-    run_script(workplace, "eval", overrides, "--prompt=a red circle", "--sampler=training")
+    said = ran(workplace, "eval", overrides, "--prompt=a red circle", "--sampler=training")
+    assert said.splitlines()[-1] == f"Drawn: {picture.relative_to(workplace)}"
     assert picture.read_bytes() == drawn
     names = set()
     for arguments in (("--checkpoint=stage0",), ("--checkpoint=base",), ("--sampler=deployed",)):
-        line = run_script(workplace, "eval", overrides, "--prompt=a red circle", *arguments).stdout.splitlines()[-1]
-        names.add(json.loads(line)["picture"])
+        names.add(judged(workplace, overrides, "--prompt=a red circle", *arguments)["picture"])
     assert len(names | {str(picture.relative_to(workplace))}) == 4
     with contextlib.chdir(workplace):
         images = prompt_images(checked_settings(make_config(overrides)), "last", "a red circle", SAMPLERS["training"])
@@ -226,7 +223,7 @@ def test_what_else_belongs_to_an_evaluation(begin):
     folder, settings = begin({"eval.judge": JPEG})
     ran(folder, "eval", settings, "--checkpoint=base", "--sampler=training")
     watching = settings | {"reward.watch": (JPEG,)}
-    result = json.loads(ran(folder, "eval", watching, "--checkpoint=base", "--sampler=training").splitlines()[-1])
+    result = judged(folder, watching, "--checkpoint=base", "--sampler=training")
     assert result[JPEG] == result["accuracy"] < 0
     folders = len([*(experiment(folder) / "eval").iterdir()])
     ran(folder, "eval", watching, "--checkpoint=base", "--sampler=training")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import PROMPTS, run_evaluation
 
-from b2diffurl.evaluation.statistics import name_best, summarise_diversity
+from b2diffurl.evaluation.statistics import summarise_diversity
 from b2diffurl.experiment.evaluation_table import describe, with_error
 
 
@@ -55,18 +55,6 @@ def test_diversity_of_right_images_leaves_the_wrong_ones_out():
     features = torch.tensor([[0.0], [50.0], [3.0], [90.0], [1.0]])
     found = summarise_diversity(features, list("aaabb"), [1.0, 0.0, 1.0, 0.0, 1.0], "euclidean")
     assert found == {"all": {"a": pytest.approx((50 + 3 + 47) / 3), "b": 89.0}, "right": {"a": 3.0}}
-
-
-def test_the_best_is_by_the_judge_where_there_is_one():
-    """On held-out prompts with the sampler that is named; the earliest of equals."""
-    common = {"prompts": "test", "sampler": "training", "lora": "", "accuracy_se": 0.1, "reward_se": 0.1}
-    figures = {"base": (0.5, 0.9), "stage0": (0.7, 0.1), "stage1": (0.7, 0.2)}
-    rows = [common | {"checkpoint": name, "accuracy": a, "reward": r} for name, (a, r) in figures.items()]
-    others = [row | {key: "train", "accuracy": 0.9} for row in rows for key in ("prompts", "sampler")]
-    assert name_best([*others, *rows], "training")["checkpoint"] == "stage0"
-    assert name_best([row | {"accuracy": None} for row in rows], "training")["checkpoint"] == "base"
-    with pytest.raises(ValueError, match=r"eval\.judge"):
-        name_best([row | {"accuracy": None, "reward": None} for row in rows], "training")
 
 
 def test_one_image_has_no_error(overrides, tmp_path):

@@ -1,9 +1,7 @@
-"""run_eval.py: it leaves the experiment alone, takes from it what no flag says, and ends in one line of JSON."""
-
-import json
+"""run_eval.py: it leaves the experiment alone, takes from it what no flag says, and ends in a verdict."""
 
 import pytest
-from conftest import experiment, run_script, snapshot
+from conftest import experiment, judged, ran, run_script, snapshot
 
 from b2diffurl.configuration.keys import KEYS
 from b2diffurl.runtime.files import read_json, read_json_lines, write_record
@@ -12,7 +10,7 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def test_judging_leaves_the_experiment_alone(workplace, overrides):
-    """Evaluations and the report are added, a second call changes nothing, and its last line is one JSON object."""
+    """Evaluations, report and verdict are added, a second call changes nothing, and --json prints its answer alone."""
     before = snapshot(workplace)
     arguments = ("--checkpoint=base,last", "--prompts=train,test", "--sampler=training")
     first = run_script(workplace, "eval", overrides, *arguments)
@@ -20,11 +18,11 @@ def test_judging_leaves_the_experiment_alone(workplace, overrides):
     after = snapshot(workplace)
     assert {name: after[name] for name in before} == before
     added = {name.removeprefix("model/lora/tiny/").split("/")[0] for name in after.keys() - before.keys()}
-    assert added == {"eval", "eval.jsonl", "report", "report.html"}
-    second = run_script(workplace, "eval", overrides, *arguments)
+    assert added == {"eval", "eval.jsonl", "report", "report.html", "verdict.json"}
+    line = judged(workplace, overrides, *arguments)
     assert snapshot(workplace) == after
-    line, again = (json.loads(ended.stdout.splitlines()[-1]) for ended in (first, second))
-    assert line == again
+    text = read_json(experiment(workplace) / "verdict.json")["text"]
+    assert first.stdout.splitlines()[-len(text) :] == text
     assert {"reward", "accuracy", "n_images", "checkpoint"} <= line.keys()
     assert (line["n_images"], line["checkpoint"], line["prompts"], line["sampler"]) == (6, "stage1", "test", "training")
     assert str(experiment(workplace).relative_to(workplace) / "report.html") in first.stdout
@@ -57,7 +55,7 @@ def test_what_no_flag_says_is_as_in_training(workplace, overrides):
     judges = ("--config.eval.judge=", "--config.eval.diversity=('clip',)")  # which are as the call has them
     short = run_script(workplace, "eval", few, *arguments, *judges, preset="shapes")
     assert short.code == 0, short.stderr
-    assert json.loads(short.stdout.splitlines()[-1]) == json.loads(full.stdout.splitlines()[-1])
+    assert judged(workplace, few, *arguments, *judges, preset="shapes") == judged(workplace, overrides, *arguments)
     assert snapshot(experiment(workplace) / "eval") == judged_once
     assert path.read_bytes() == before
     (said,) = (line for line in short.stdout.splitlines() if " as model/lora/tiny/config.json has it: " in line)
@@ -86,8 +84,7 @@ def test_code_that_only_a_record_names_is_not_run(workplace, overrides, record):
 def test_both_samplers_are_reported_by_default(workplace, overrides):
     """Held-out prompts, base and newest checkpoint, training's sampler and the deployed one: four rows of eval.jsonl, those
     of one sampler on the same noise, and the two samplers' images differ."""
-    ended = run_script(workplace, "eval", overrides)
-    assert ended.code == 0, ended.stderr
+    last = judged(workplace, overrides)
     rows = read_json_lines(experiment(workplace) / "eval.jsonl")
     assert [(row["checkpoint"], row["sampler"]) for row in rows] == [
         ("base", "training"),
@@ -103,22 +100,51 @@ def test_both_samplers_are_reported_by_default(workplace, overrides):
     for base, tuned in zip(rows[:2], rows[2:], strict=True):
         assert base["conditions"] == tuned["conditions"]
         assert tuned["reward_gain"] == pytest.approx(tuned["reward"] - base["reward"])
-    assert json.loads(ended.stdout.splitlines()[-1]) == rows[-1]
+    assert last == rows[-1]
 
 
 def test_all_is_the_learning_curve_and_best_names_its_top(workplace, overrides):
-    """Base and both stages, each judged once; --best takes what is there, and names the highest of them."""
+    """Base and both stages, each judged once; --best takes what is there, chooses by some of the prompts and judges by the
+    others, whose mean it gives, and says so. By the training prompts it judges by all."""
     ended = run_script(workplace, "eval", overrides, "--all", "--sampler=training")
     assert ended.code == 0, ended.stderr
     path = experiment(workplace) / "eval.jsonl"
     rows = read_json_lines(path)
     assert [(row["checkpoint"], row["stage"]) for row in rows] == [("base", None), ("stage0", 0), ("stage1", 1)]
     files = snapshot(workplace)
-    ended = run_script(workplace, "eval", overrides, "--best", "--sampler=training")
+    found = judged(workplace, overrides, "--best", "--sampler=training")
     assert snapshot(workplace) == files
-    found = json.loads(ended.stdout.splitlines()[-1])
-    assert found == max(rows, key=lambda row: row["reward"])
-    assert f"best of 3 checkpoints: {found['checkpoint']}" in ended.stdout
+    choice = found.pop("choice")
+    assert found in rows
+    values = {row["checkpoint"]: read_json(experiment(workplace) / row["folder"] / "result.json") for row in rows}
+    means = {name: {prompt: [] for prompt in one["shown_prompts"]} for name, one in values.items()}
+    for name, one in values.items():
+        for prompt, value in zip(one["shown_prompts"], one["values"]["reward"], strict=True):
+            means[name][prompt].append(value)
+    (chooses,) = (
+        prompt
+        for prompt, (one, other) in means["base"].items()
+        if max((sum(means[name][prompt]) / 2, name) for name in means) == (choice["chosen_by"]["mean"], choice["checkpoint"])
+    )
+    others = [value for prompt, pair in means[choice["checkpoint"]].items() if prompt != chooses for value in pair]
+    assert choice["judged_by"]["mean"] == pytest.approx(sum(others) / len(others))
+    said = ran(workplace, "eval", overrides, "--best", "--sampler=training")
+    assert f"Best of 3 checkpoints: {choice['checkpoint']}, by reward on half of the held-out prompts (1)." in said
+    choice = judged(workplace, overrides, "--best", "--sampler=training", "--validation=train")["choice"]
+    assert (choice["chosen_by"]["prompts"], choice["judged_by"]["n_prompts"]) == ("train", 3)
+
+
+def test_what_cannot_choose_is_refused(workplace, overrides):
+    """A single prompt has no halves, and the same prompts would judge what they have chosen; nothing is judged."""
+    (workplace / "one.txt").write_text("a red circle\n")
+    for given, said in (
+        ("--prompts=one.txt", "has a single one. Give another file to choose by"),
+        ("--validation=test", "chosen and judged by the same prompts"),
+    ):
+        ended = run_script(workplace, "eval", overrides, "--best", given)
+        assert ended.code == 2
+        assert said in ended.stderr
+    assert not (experiment(workplace) / "eval").exists()
 
 
 def test_due_judges_every_so_many_stages(workplace, overrides):

@@ -117,8 +117,8 @@ def group(flat: int = 0, twins: int = 0, groups: int = 100, *, mean: float = 1.0
     return counts | {"stage": 0, "reward_mean": mean, "reward_std": std}
 
 
-def kinds(*given) -> list[str]:
-    return [one["kind"] for one in stage_warnings(*given)]
+def kinds(*given, apart: dict | None = None) -> list[str]:
+    return [one["kind"] for one in stage_warnings(*given, apart or {})]
 
 
 def test_a_spread_of_rewards_that_is_gone_warns():
@@ -137,13 +137,50 @@ def test_a_reward_that_falls_warns():
     assert kinds([], group(std=0.0)) == []
     good, better = group(mean=0.2), group(mean=0.3) | {"stage": 1}
     assert kinds([good, better, good], group(mean=0.21)) == []
-    (warned,) = stage_warnings([good, better, good], group(mean=0.19))
+    (warned,) = stage_warnings([good, better, good], group(mean=0.19), {})
     assert warned["what"] == "mean reward 0.19, more than 1 standard deviation below that of stage 1, 0.3"
     assert kinds([better], group(mean=0.15, std=0.2)) == []
     assert kinds([better], group(mean=0.11, groups=9)) == []
     assert kinds([better], group(mean=0.09, groups=9)) == ["Mean reward"]
     assert kinds([group(mean=1.0, std=0.0)], group(mean=0.95, std=0.2)) == []
     assert kinds([group(mean=1.0, std=0.0)], group(100, mean=0.0, std=0.0)) == ["Mean reward", "Rewards of siblings"]
+
+
+def scored(stage: int, groups: int = 100, **figures: tuple) -> dict:
+    """A stage with figures: (mean, standard error, standard deviation of single images) of each reward."""
+    reward = figures.get("reward", (0.0, 0.01, 0.1))
+    return group(groups=groups, mean=reward[0], std=reward[2]) | {"stage": stage, "figures": {"reward": reward} | figures}
+
+
+def test_a_watched_reward_that_falls_while_the_reward_rises_warns():
+    """On training images, from its best stage; an earlier version's stages, which lack its error, are passed over."""
+    first, better = scored(0, clip=(0.5, 0.02, 0.5)), scored(1, clip=(0.6, 0.02, 0.5))
+    hacked = scored(2, reward=(0.1, 0.01, 0.1), clip=(0.4, 0.02, 0.5))
+    (warned,) = stage_warnings([group(mean=0.0), first, better], hacked, {})
+    assert warned["kind"] == "Reward hacking"
+    assert warned["what"] == (
+        "watched clip fell from 0.6 (stage 1) to 0.4 on training images, while what is trained on rose from 0 to 0.1"
+    )
+    assert kinds([first, better], scored(2, clip=(0.4, 0.02, 0.5))) == []
+    assert kinds([first], scored(2, reward=(0.1, 0.01, 0.1), clip=(0.45, 0.02, 0.5))) == []
+    assert kinds([group(mean=0.0)], hacked) == []
+
+
+def test_of_rewards_normalised_each_by_itself_the_weighted_sum_says_nothing():
+    """Rewards of weight 1 with deviations 0.1 and 10: that the large one falls by half a deviation moves the raw sum by more
+    than its own deviation, which is no warning where the small one has risen; that both fall is one. A stage that has no
+    errors, of an earlier version, is not compared."""
+    apart = {"small": 1.0, "large": 1.0}
+
+    def stage(index: int, small: float, large: float) -> dict:
+        figures = {"small": (small, 0.01, 0.1), "large": (large, 1.0, 10.0)}
+        return scored(index, reward=(small + large, 1.0, 4.0), **figures)
+
+    first = stage(0, 0.0, 0.0)
+    assert kinds([first], stage(1, 0.05, -5.0), apart=apart) == []
+    assert kinds([first], stage(1, 0.05, -5.0)) == ["Mean reward"]
+    assert kinds([first], stage(1, -0.1, -10.0), apart=apart) == ["Mean reward"]
+    assert kinds([group(mean=9.0)], stage(1, -0.1, -10.0), apart=apart) == []
 
 
 def test_identical_siblings_warn_beyond_a_few_groups():

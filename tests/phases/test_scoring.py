@@ -15,6 +15,7 @@ import tiny
 import torch
 from conftest import (
     experiment,
+    judged,
     make_config,
     ran,
     refuse,
@@ -53,9 +54,7 @@ def test_a_watched_reward_is_recorded_and_changes_nothing(begin, sampled, module
         assert seen == pytest.approx({JPEG: -jpeg_kb(image), f"{mine}:both": redness(image)}, rel=1e-5)
     (metrics,) = map(json.loads, stage_of(folder).metrics("select").read_text().splitlines())
     assert metrics[f"watch/{JPEG}_mean"] == pytest.approx(np.mean([seen[JPEG] for seen in watched]), rel=1e-6)
-    result = json.loads(
-        ran(folder, "eval", settings, "--checkpoint=base", "--sampler=training", "--prompts=train").splitlines()[-1]
-    )
+    result = judged(folder, settings, "--checkpoint=base", "--sampler=training", "--prompts=train")
     assert result[JPEG] < 0 < result[f"{mine}:both"]
 
 

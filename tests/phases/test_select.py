@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from conftest import json_lines, run_stage, stage_of
 from safetensors.torch import load_file, save_file
 
 from b2diffurl.experiment.stage import Stage
+from b2diffurl.phases.scoring import Scores
+from b2diffurl.phases.select import noted_figures, summarise
 
 
 def test_a_non_finite_reward_stops_the_selection(workplace, overrides, models, tmp_path):
@@ -52,3 +55,22 @@ def test_independent_images_of_all_steps_and_all_selected_are_plain_ddpo(stage_w
     )
     assert (trained["num_trained_steps"], trained["num_transitions"]) == (4, 18 * 4 * 2)
     assert trained["max_abs_log_ratio_first_update"] < 1e-5
+
+
+def test_a_group_is_flat_by_every_reward_that_is_normalised_by_itself():
+    """Two siblings whose weighted sum is the same though either tells them apart, and two that nothing tells apart."""
+    parts = {"a": torch.tensor([0.0, 1.0, 2.0, 2.0]), "b": torch.tensor([1.0, 0.0, 3.0, 3.0])}
+    scores = Scores(parts["a"] + parts["b"], parts, {}, None, {}, {})
+    thresholds = SimpleNamespace(pos_threshold=0.5, neg_threshold=-0.5)
+    assert summarise(scores, [], 2, thresholds, {})["num_flat_groups"] == 2
+    assert summarise(scores, [], 2, thresholds, {"a": 1.0, "b": 1.0})["num_flat_groups"] == 1
+
+
+def test_the_error_of_a_stage_s_mean_is_over_groups_or_prompts():
+    """Siblings that are copies of each other count once: six groups of three prompts; eight prompts of one group each."""
+    values = torch.arange(6.0).repeat_interleave(3)
+    few = noted_figures(Scores(values, {}, {}, None, {}, {}), {}, (), ["a", "b", "c"] * 6, 3)
+    assert few["reward"] == pytest.approx([2.5, np.std(range(6), ddof=1) / 6**0.5, values.std().item()])
+    watch = {"clip": torch.tensor([*range(8)] * 2).float()}
+    many = noted_figures(Scores(torch.zeros(16), {}, watch, None, {}, {}), {}, ("clip",), [str(n % 8) for n in range(16)], 2)
+    assert many["clip"][:2] == pytest.approx([3.5, np.std(range(8), ddof=1) / 8**0.5])

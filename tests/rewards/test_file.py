@@ -17,6 +17,7 @@ from conftest import (
     call,
     experiment,
     flags,
+    judged,
     ran,
     refuse,
     run_script,
@@ -188,7 +189,7 @@ def test_score_files_that_are_none(begin, damage):
 def test_other_images_need_another_reward(begin):
     """run_eval.py, whose images nobody has scored, judges without the reward; it is not a judge itself."""
     folder, settings = begin(FILE)
-    result = json.loads(ran(folder, "eval", settings, "--checkpoint=base", "--sampler=training").splitlines()[-1])
+    result = judged(folder, settings, "--checkpoint=base", "--sampler=training")
     assert (result["reward"], result["n_images"]) == (None, 6)
     refuse(
         folder,

@@ -9,6 +9,7 @@ import torch
 from conftest import (
     assert_refused,
     experiment,
+    judged,
     ran,
     refuse,
     run_script,
@@ -48,13 +49,13 @@ def test_a_mixture_is_the_weighted_sum_of_recorded_parts(begin, module, override
     assert [row["parts"][CLIP] for row in rows] == [row["reward"] for row in scores(alone)]
 
     shutil.rmtree(alone)
-    ended = ran(alone.parent, "eval", settings, "--checkpoint=base", "--sampler=training", "--prompts=train")
+    row = judged(alone.parent, settings, "--checkpoint=base", "--sampler=training", "--prompts=train")
     result = json.loads(next((alone.parent / "model").rglob("result.json")).read_text())
     values = result["values"]
     assert {*weights, "reward"} <= values.keys()
     expected = [sum(weight * values[name][n] for name, weight in weights.items()) for n in range(6)]
     assert values["reward"] == pytest.approx(expected, abs=1e-6)
-    assert json.loads(ended.splitlines()[-1])["reward"] == pytest.approx(np.mean(expected), abs=1e-6)
+    assert row["reward"] == pytest.approx(np.mean(expected), abs=1e-6)
 
 
 @pytest.mark.usefixtures("no_pictures")

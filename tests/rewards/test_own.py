@@ -15,6 +15,7 @@ from conftest import (
     ROOT,
     assert_refused,
     experiment,
+    judged,
     ran,
     refuse,
     run_script,
@@ -128,7 +129,7 @@ def test_parts_that_some_batches_lack(begin, module):
     )  # of the images alone, not of what pads the last batch
     assert "holed_mean" not in metrics
     sys.modules[mine].calls.clear()
-    result = json.loads(ran(folder, "eval", settings, "--checkpoint=base", "--sampler=training").splitlines()[-1])
+    result = judged(folder, settings, "--checkpoint=base", "--sampler=training")
     assert result[f"{mine}:some/late"] > 0
     assert result[f"{mine}:some/holed"] is None
 
