@@ -32,6 +32,15 @@ def set_window(driver, width: int, scheme: str = "light") -> None:
     emulate(driver, "setDeviceMetricsOverride", metrics(width, 900))
 
 
+def lines_of(driver, selector: str) -> list[int]:
+    """On how many lines the text of each element stands; 0 for an empty one."""
+    return driver.execute_script(
+        "return [...document.querySelectorAll(arguments[0])].map(one => { const range = document.createRange();"
+        "range.selectNodeContents(one); return new Set([...range.getClientRects()].map(each => each.top)).size })",
+        selector,
+    )
+
+
 def screenshot(driver, width: int, path: Path) -> int:
     """Write the whole page of a window of this width as PNG, however long it is; returns its height [px]."""
     height = driver.execute_script("return document.documentElement.scrollHeight")

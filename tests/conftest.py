@@ -233,7 +233,7 @@ def no_pngs(monkeypatch) -> None:
 def no_pictures(no_pngs, monkeypatch) -> None:
     """Nothing is drawn for a report, which takes seconds: for tests of what is reported, not of how."""
     for name in ("draw_curves", "draw_heat_maps", "draw_trees", "pairs_figure"):
-        monkeypatch.setattr(page, name, lambda *_: [])
+        monkeypatch.setattr(page, name, lambda *_, **__: [])
 
 
 @pytest.fixture

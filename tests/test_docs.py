@@ -108,3 +108,20 @@ def check_command(folder: Path, where: str, words: list[str], variables: list[st
         assert parse_command(folder, ["run_train.py", f"{CONFIG}:shapes", *settings]).code == 0, where
     for word, following in itertools.pairwise(words):
         assert word != "-r" or (ROOT / following).is_file(), where
+
+
+def intervals(page: Path) -> set[tuple[float, float, float]]:
+    """(difference, low, high) of every `1.2 points [0.3, 2.1]` of a page, and the same seen from the other side."""
+    found = re.findall(r"([+-]?\d+\.\d+)(?:\*\*| px| points)* \[([+-]?\d+\.\d+), ([+-]?\d+\.\d+)\]", page.read_text())
+    rows = {tuple(map(float, row)) for row in found}
+    return rows | {(-middle, -high, -low) for middle, low, high in rows}
+
+
+def test_which_method_has_the_figures_that_were_measured():
+    """Every difference with an interval on that page stands on a page that it links to. It has some, and is short."""
+    page = ROOT / "docs" / "which_method.md"
+    linked = {page.parent / link.partition("#")[0] for link in re.findall(r"\]\(([\w./]+\.md)", page.read_text())}
+    measured = set().union(*(intervals(one) for one in linked))
+    assert len(intervals(page)) >= 30
+    assert intervals(page) - measured == set()
+    assert len(page.read_text().splitlines()) <= 120

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "b2diffurl"
 # Top down. What stands in one line may import each other, as long as no two modules do so in a circle.
 FLOORS = (
     ("api",),
-    ("start", "resident", "report", "label", "export"),
+    ("start", "resident", "report", "label", "export", "results"),
     ("phases",),
     ("reporting", "evaluation", "labelling"),
     ("models", "rewards"),

@@ -19,8 +19,6 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from safetensors import SafetensorError
 
-from b2diffurl.configuration.keys import TODAYS_NAME, by_todays_names, flatten, meant_paths, refuse_two_values
-from b2diffurl.configuration.limits import Folder, Name, check_value
 from b2diffurl.runtime import ambient, paths
 from b2diffurl.runtime.logs import log_of, logger, name_log, set_up_logging, set_up_streams, show
 from b2diffurl.runtime.processes import OWNER, ending_with_masters
@@ -83,6 +81,8 @@ def open_log(verb: str, exp_name: str, log_path: str, save_path: str) -> Path | 
 
     This happens before the configuration is checked, so the names are checked here.
     """
+    from b2diffurl.configuration.limits import Folder, Name, check_value
+
     try:
         check_value("exp_name", exp_name, Name())
         check_value("log_path", log_path, Folder())
@@ -190,6 +190,8 @@ def ending_by_force() -> Iterator[None]:
 
 def parse_flags() -> tuple[ConfigDict, dict[str, Any]]:
     """The configuration with its overrides, locked; and the settings of its preset, without them."""
+    from b2diffurl.configuration.keys import by_todays_names, flatten, meant_paths  # imports torch, which takes seconds
+
     what = "Configuration, CONFIG.py:PRESET; any key by --config.KEY."
     where_keys_stand = f"Every key stands with a comment in {CONFIG_FILE}."
     try:
@@ -216,6 +218,8 @@ def parse_flags() -> tuple[ConfigDict, dict[str, Any]]:
 
 def given_keys() -> set[str]:
     """The keys that the command line sets, by today's names."""
+    from b2diffurl.configuration.keys import TODAYS_NAME
+
     names = (name.removeprefix("config.") for name in FLAGS if name.startswith("config.") and FLAGS[name].present)
     return {TODAYS_NAME.get(name, name) for name in names}
 
@@ -225,6 +229,7 @@ def make_room_for_prompts(verb: str, config: ConfigDict, preset: dict[str, Any])
     given = given_keys()
     if given.isdisjoint(("prompt_file", "prompt", "eval.prompt_file")):
         return
+    from b2diffurl.configuration.keys import flatten
     from b2diffurl.configuration.own_prompts import step_back  # imports torch, which takes seconds
 
     changes, said = step_back(flatten(config.to_dict()), flatten(preset), given)
@@ -240,6 +245,8 @@ def tells_of_the_run() -> bool:
 
 def refuse_two_names() -> None:
     """Refuse a key that the command line gives by two of its names, with different values."""
+    from b2diffurl.configuration.keys import TODAYS_NAME, refuse_two_values
+
     for older, key in TODAYS_NAME.items():
         one, other = (FLAGS[name] if (name := f"config.{each}") in FLAGS else None for each in (key, older))
         if None not in (one, other) and one.present and other.present:

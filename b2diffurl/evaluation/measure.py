@@ -181,7 +181,9 @@ class Evaluation:
                     logger.info(message, in_words(checkpoint), set_name, sampler_name, num_images)
                     self.measure(model, prompts, sampler, folder)
                 facts = {"checkpoint": checkpoint, "stage": stage_of(checkpoint)}
+                judging = self.settings.judging  # what an image's noise follows from, so that experiments can be compared
                 facts |= {"prompts": set_name, "sampler": sampler_name} | self.seen(set_name)
+                facts |= {"seed": judging.seed, "batch_size": judging.batch_size}
                 facts |= {"lora": relative_to(root, lora) if lora else "", "conditions": conditions} | sampler.facts
                 results.append(facts | {"folder": relative_to(root, folder)} | files.read_json(folder / "result.json"))
                 if lora and base_images:

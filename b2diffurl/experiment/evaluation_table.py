@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from b2diffurl.experiment import lock
-from b2diffurl.experiment.checkpoints import read_state
 from b2diffurl.experiment.damage import skipping
 from b2diffurl.experiment.folder import in_words
 from b2diffurl.experiment.stage import LORA_FILE, Stage
@@ -127,6 +126,8 @@ def lora_sha256(root: Path, stage: int, lora: str) -> str:
     of = Stage(root, stage)
     if of.finished("train"):
         return of.manifest("train")["files"].get(lora.partition("/")[2], {}).get("sha256", "")
+    from b2diffurl.experiment.checkpoints import read_state  # imports torch, which takes seconds
+
     return ((read_state(root / lora) or {}).get("files") or {}).get(LORA_FILE, {}).get("sha256", "")
 
 
@@ -157,20 +158,30 @@ def set_name(prompts: str) -> str:
 # ---- in words ----
 
 
-def with_error(row: Mapping[str, Any], key: str, *, signed: bool = False) -> str:
-    """A figure ± its standard error, rounded to the error's second digit, accuracies in percent; "" if the row lacks it.
+def with_error(row: Mapping[str, Any], key: str, *, signed: bool = False, digits: int = 2) -> str:
+    """A figure ± its standard error, rounded by the error (`decimals`), accuracies in percent; "" if the row lacks it.
 
     `signed` is for differences: `+29.7 ± 4.2 points`.
     """
-    value, error, sign = row.get(key), row.get(f"{key}_se"), "+" if signed else ""
-    error = error if error is not None and math.isfinite(error) else None
+    value, error = row.get(key), row.get(f"{key}_se")
     if value is None or not math.isfinite(value):
         return ""
+    error = error if error is not None and math.isfinite(error) else None
     percent, unit = (100, " points" if signed else " %") if key.startswith("accuracy") else (1, "")
-    # log10(error) tells where its first digit is, one decimal more its second.
-    decimals = 1 if unit else min(6, max(0, 1 - math.floor(math.log10(error)))) if error else 4
-    spread = "" if error is None else f" ± {percent * error:.{decimals}f}"
-    return f"{percent * value:{sign}.{decimals}f}{spread}{unit}{of_fewer(row, key)}"
+    places = 1 if unit else decimals(value, error, digits)
+    spread = "" if error is None else f" ± {percent * error:.{places}f}"
+    return f"{percent * value:{'+' if signed else ''}.{places}f}{spread}{unit}{of_fewer(row, key)}"
+
+
+def decimals(value: float, error: float | None, digits: int = 2) -> int:
+    """How many decimals a figure is shown with: to the error's second digit; without an error as `short` has it."""
+    # log10(error) tells where its first digit is.
+    return min(6, max(0, digits - 1 - math.floor(math.log10(error)))) if error else 3 if abs(value) < 10 else 1
+
+
+def short(value: float) -> str:
+    """A figure without an error in few digits: 0.009, -1.852, 12.3."""
+    return f"{value:.{decimals(value, None)}f}"
 
 
 def describe_sampler(row: Mapping[str, Any]) -> str:
@@ -189,16 +200,10 @@ def describe(result: Mapping[str, Any]) -> str:
     others = [key for key in result["values"] if key not in ("reward", "accuracy") and "/" not in key]
     for key in ("reward", "accuracy", *others):
         if result[key] is not None:
-            words.append(f"{key} {four_decimals(result, key)}")
+            words.append(f"{key} {with_error(result, key)}")
         if result.get(f"{key}_gain") is not None:
-            words.append(f"(gain {four_decimals(result, f'{key}_gain', sign='+')})")
+            words.append(f"(gain {with_error(result, f'{key}_gain', signed=True)})")
     return " ".join(words)
-
-
-def four_decimals(result: Mapping[str, Any], key: str, *, sign: str = "") -> str:
-    """A figure ± its standard error, as the log has it; the report rounds by the error (`with_error`)."""
-    error = result[f"{key}_se"]
-    return f"{result[key]:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}") + of_fewer(result, key)
 
 
 def of_fewer(row: Mapping[str, Any], key: str) -> str:

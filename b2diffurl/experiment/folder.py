@@ -17,6 +17,7 @@ Results have the same names (`checkpoint_name`), but for `last`, which they call
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from b2diffurl.experiment.stage import AVERAGE, LORA_FILE, find_checkpoints, finished_stages
@@ -26,13 +27,13 @@ EXPERIMENTS = Path("model/lora")  # where an experiment is looked for by its nam
 NAME_OF_AVERAGE = re.compile(rf"(last|stage\d+(/checkpoint_\d+)?)/{AVERAGE}")
 
 
-def find_experiment(name: str) -> Path:
-    """The folder of an experiment, by folder or by name; a FileNotFoundError lists the experiments of model/lora."""
+def find_experiment(name: str, experiments: Path = EXPERIMENTS) -> Path:
+    """The folder of an experiment, by folder or by its name in the folder `experiments`, of which an error lists all."""
     folder = Path(user_path(name))
-    for root in (folder, EXPERIMENTS / name):  # a folder before a name
+    for root in (folder, experiments / name):  # a folder before a name
         if os.path.isfile(root / "config.json"):
             return root
-    known = known_experiments(EXPERIMENTS)
+    known = known_experiments(experiments)
     raise FileNotFoundError(f"no experiment {name!r}, nor in {folder.absolute()}. Give its folder, or its name. {known}")
 
 
@@ -40,6 +41,12 @@ def known_experiments(folder: Path) -> str:
     """A sentence that lists the experiments in a folder, for error messages."""
     names = sorted(path.parent.name for path in folder.glob("*/config.json"))
     return f"Experiments in {folder}: {', '.join(names) or 'none yet'}."
+
+
+def short_names(roots: Sequence[Path]) -> dict[Path, str]:
+    """What to call experiments beside each other: each by its name, or by its path if another has the same name."""
+    names = [root.name for root in roots]
+    return {root: root.name if names.count(root.name) == 1 else str(root) for root in roots}
 
 
 def resolve_checkpoint(root: Path, name: str) -> Path | None:

@@ -111,6 +111,16 @@ def exclusively(path: Path) -> Iterator[Any]:
         yield file
 
 
+def at_work(root: Path) -> bool:
+    """Whether a run is at work in the experiment in `root`. Only looks: the lock stays as it is."""
+    try:
+        text, touched = path_in(root).read_text(errors="replace"), path_in(root).lstat().st_mtime
+    except OSError:
+        return False
+    holder = parse(text)
+    return holder is not None and is_alive(holder, clock_of_disk(root) - touched)
+
+
 def is_own_file(status: os.stat_result) -> bool:
     """Whether this is a plain file that has no other name: what is written into it is written nowhere else."""
     return stat.S_ISREG(status.st_mode) and status.st_nlink == 1

@@ -58,8 +58,6 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-import torch
-
 from b2diffurl.algorithm.window import Window
 from b2diffurl.runtime import ambient, files
 from b2diffurl.runtime.logs import logger
@@ -279,6 +277,8 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 def hardware() -> dict[str, str | int]:
     """Names of CPU and GPU, and the number of CPU cores, for manifests."""
+    import torch
+
     cpuinfo = Path("/proc/cpuinfo")  # of Linux; platform.processor() is empty there
     match = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
     cpu: dict[str, str | int] = {"cpu": match[1] if match else platform.machine(), "cpu_cores": os.cpu_count() or 0}

@@ -32,6 +32,7 @@ class Objective:
     loss: Callable[..., tuple[Tensor, dict[str, Tensor]]]
     options: Any = options.NoOptions  # the class in OBJECTIVES; an instance of it once a configuration has been read
     paired: bool = False  # terms are [2,N]: a group's best sibling, then its worst
+    clips: bool = True  # whether it may clip a gradient, so that `clip_fraction` says something
     single_pass: bool = False  # does not correct for samples of an older policy, so one epoch only
 
     def __post_init__(self) -> None:
@@ -91,9 +92,9 @@ class Objective:
 
 OBJECTIVES = {
     "ddpo": Objective(ddpo, DdpoOptions),
-    "reinforce": Objective(reinforce, single_pass=True),
+    "reinforce": Objective(reinforce, clips=False, single_pass=True),
     "dpok": Objective(dpok, DpokOptions),
     "d3po": Objective(d3po, D3poOptions, paired=True),
-    "nft": Objective(nft, NftOptions),
+    "nft": Objective(nft, NftOptions, clips=False),
     "awm": Objective(awm, AwmOptions),
 }

@@ -34,11 +34,13 @@ from b2diffurl.experiment.evaluation_table import (
     every_evaluation,
     set_name,
     set_title,
+    short,
     with_error,
 )
 from b2diffurl.experiment.folder import in_words, is_average
 from b2diffurl.experiment.stage import PHASES, Stage, finished_stages
 from b2diffurl.experiment.stage_table import Row, stage_list, stage_row, stage_warnings, step_means, with_queries
+from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.reporting.markup import render, visible
 from b2diffurl.reporting.plots import (
     STYLE,
@@ -52,7 +54,6 @@ from b2diffurl.reporting.plots import (
     panels_figure,
     prompt_figure,
     save_png,
-    short,
     to_svg,
     tree_figure,
 )
@@ -64,7 +65,7 @@ from b2diffurl.runtime.logs import logger
 NUM_PAIRS = 12  # how many images of a prompt set are shown: the first ones, not picked
 NUM_WARNINGS = 3  # how many warnings of a kind are shown
 NUM_EXTREMES = 6  # how many of the largest losses, and of the largest gains, are shown
-KEPT_VERSION = 2  # raise it when a picture or `summary` changes: what an older report kept is then made again
+KEPT_VERSION = 3  # raise it when a picture or `summary` changes: what an older report kept is then made again
 HEAT_MAPS = {"log_ratio": "Mean |log-ratio|", "clip_fraction": "Clip fraction"}
 # The names of the report's pictures.
 PICTURE = re.compile(r"curves|branches(_last)?|(log_ratio|clip_fraction)_per_step|(before_after|losses|gains)_.+")
@@ -101,19 +102,21 @@ def write_report(root: Path) -> Path:
     record = files.read_json(root / "config.json")
     config = record["config"]
     signs = signs_of_evaluations(root, evaluations)
+    objective = config["train"].get("objective", "ddpo")  # the only one that earlier versions had
     with drawing():
         page = {
             "name": root.name,
             "stages": stages,
             "config": config,
             "selected_images": selected_images(record),
-            "reward": describe_reward(config["reward"]),
+            "reward": describe_training(config["reward"]),
+            "watched": watched_rewards(config["reward"], stages),
             "verdict": draw_verdict(root, stages, evaluations, damaged),
             "warned": warned_kinds([*(row for one in readable for row in one["warned"]), *signs]),
-            "figures": figure_table(evaluations, every_evaluation(root)),
+            "figures": figure_table(evaluations, every_evaluation(root), roles(config["reward"], stages)),
             "galleries": galleries(root, evaluations, kept, damaged),
-            "curves": draw_curves(stages, evaluations, kept),
-            "heat_maps": draw_heat_maps(readable, kept),
+            "curves": draw_curves(stages, evaluations, kept, clips=clips(objective)),
+            "heat_maps": draw_heat_maps(readable, kept, clips=clips(objective)),
             "trees": draw_trees(root, readable, kept, damaged),
             "changes": setting_changes({one["row"]["stage"]: one["settings"] for one in readable}, record),
             "facts": facts(root, stages, record, readable),
@@ -251,11 +254,38 @@ def warned_kinds(rows: Sequence[Row]) -> list[dict[str, Any]]:
 # ---- figures ----
 
 
-def figure_table(evaluations: Sequence[Row], everything: Sequence[Row] = ()) -> list[dict[str, Any]]:
+def clips(name: str) -> bool:
+    """Whether the objective of this name clips gradients. One of a user may."""
+    objective = OBJECTIVES.get(name)
+    return objective is None or objective.clips
+
+
+def describe_training(reward: Mapping[str, Any]) -> str:
+    """What is trained on, in words: of a mixture also how its rewards are combined."""
+    how = {"sum": "added up", "advantages": "each normalised by itself, then added up"}
+    return describe_reward(reward) + (f" ({how[reward.get('combine', 'sum')]})" if reward.get("weights") else "")
+
+
+def watched_rewards(reward: Mapping[str, Any], stages: Sequence[Row]) -> list[str]:
+    """The rewards that are only watched: by the run's settings, or in its newest stage, for they may change."""
+    scored = [key.removeprefix("watch/").removesuffix("_mean") for key in stages[-1] if key.startswith("watch/")]
+    return list(dict.fromkeys([*(reward.get("watch") or ()), *(name for name in scored if "/" not in name)]))
+
+
+def roles(reward: Mapping[str, Any], stages: Sequence[Row]) -> dict[str, str]:
+    """{a reward's name: whether it is a part of what is trained on, or only watched}, for the table of figures."""
+    return dict.fromkeys(watched_rewards(reward, stages), "watched") | dict.fromkeys(
+        reward.get("weights") or (), "trained on"
+    )
+
+
+def figure_table(
+    evaluations: Sequence[Row], everything: Sequence[Row] = (), roles: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
     """The page's section Figures: base, newest checkpoint and difference, for each prompt set, sampler and figure.
 
     If an average of the LoRA was judged under the same conditions the newest one stands beside them. `everything` are the
-    rows of eval.jsonl. `place` numbers the tables, one for each prompt set and sampler.
+    rows of eval.jsonl. `place` numbers the tables, one for each prompt set and sampler. `roles` are those of rewards.
     """
     lines = []
     for place, (prompts, sampler) in enumerate(judged_sets(evaluations)):
@@ -269,6 +299,7 @@ def figure_table(evaluations: Sequence[Row], everything: Sequence[Row] = ()) -> 
                     "prompts": set_title(tuned or base),
                     "sampler": describe_sampler(tuned or base),
                     "figure": ("diversity: " if key.startswith("diversity/") else "") + describe_figure(key),
+                    "role": (roles or {}).get(key, ""),
                     "base": with_error(base or {}, key),
                     "tuned": with_error(tuned or {}, key),
                     "checkpoint": tuned["checkpoint"] if tuned else "",
@@ -311,21 +342,24 @@ def inert(svg: str, title: str) -> dict[str, str]:
     return {"src": f"data:image/svg+xml;base64,{data}", "title": title}
 
 
-def draw_curves(stages: list[Row], evaluations: list[Row], kept: Kept) -> list[dict[str, str]]:
+def draw_curves(stages: list[Row], evaluations: list[Row], kept: Kept, *, clips: bool) -> list[dict[str, str]]:
     """Write report/curves.png, all panels in one; returns each panel as a picture, so that the page can arrange them."""
-    panels = curve_panels(stages, evaluations)
-    source = [stages, evaluations]
+    panels = curve_panels(stages, evaluations, clips=clips)
+    source = [stages, evaluations, clips]
     kept.picture("curves", source, lambda: panels_figure(panels), svg=False)
     drawn = kept.get("curves", source, lambda: [to_svg(panel_figure(panel), f"curve{n}") for n, panel in enumerate(panels)])
     return [inert(svg, panel.title) for svg, panel in zip(drawn, panels, strict=False)]
 
 
-def draw_heat_maps(summaries: Sequence[dict[str, Any]], kept: Kept) -> list[dict[str, str]]:
-    """Write report/<metric>_per_step.png of the metrics by timestep; returns them as pictures for the page."""
+def draw_heat_maps(summaries: Sequence[dict[str, Any]], kept: Kept, *, clips: bool) -> list[dict[str, str]]:
+    """Write report/<metric>_per_step.png of the metrics by timestep; returns them as pictures for the page.
+
+    Where each stage trains a single level of noise there is nothing to tell apart, and where nothing clips no clip fraction.
+    """
     drawn = []
     for key, title in HEAT_MAPS.items():
         values = {one["row"]["stage"]: dict(one["steps"][key]) for one in summaries if one["steps"][key]}
-        if values:
+        if any(len(levels) > 1 for levels in values.values()) and (clips or key != "clip_fraction"):
 
             def draw(key: str = key, title: str = title, values: dict = values) -> Figure:
                 return heat_map(f"{title} by timestep", values, log=key == "log_ratio")
@@ -429,11 +463,12 @@ def set_galleries(
     shown = [gallery(kept, f"before_after_{name}", f"{title}: the first {len(first)}", base, tuned, first)] if first else []
     # A pair that is neither better nor worse belongs to neither extreme, even if there are few others.
     changed = sorted((pair for pair in pairs if change(pair) is not None), key=change)
-    worse = (pair for pair in changed if change(pair) < (0, 0) and readable(pair))
-    better = (pair for pair in reversed(changed) if change(pair) > (0, 0) and readable(pair))
+    worse = (pair for pair in changed if change(pair) < 0 and readable(pair))
+    better = (pair for pair in reversed(changed) if change(pair) > 0 and readable(pair))
+    by = "by the judge" if all(None in pair.rewards for pair in pairs) else "of reward"
     for kind, candidates in (("losses", worse), ("gains", better)):
         if extremes := list(islice(candidates, NUM_EXTREMES)):
-            what = f"{title}: the largest {kind} of {len(pairs)} images"
+            what = f"{title}: the largest {kind} {by}, of {len(pairs)} images"
             shown.append(gallery(kept, f"{kind}_{name}", what, base, tuned, extremes))
     if unread:
         damaged.append(f"{len(unread)} of {len(pairs)} images of {title} are left out: {unread[0]}")
@@ -457,12 +492,14 @@ def read_pairs(root: Path, base: Row, tuned: Row) -> list[Pair]:
     ]
 
 
-def change(pair: Pair) -> tuple[int, float] | None:
-    """How much better the tuned image is, to sort by: (judge: -1, 0 or 1; difference of rewards); None without either."""
-    verdict = 0 if pair.right is None else pair.right[1] - pair.right[0]
-    if None in pair.rewards:
-        return None if pair.right is None else (verdict, 0.0)
-    return verdict, pair.rewards[1] - pair.rewards[0]
+def change(pair: Pair) -> float | None:
+    """By how much the tuned image is better: by reward or, where there is none, by the judge; None without either.
+
+    By one of them and not by both: an image that the judge accepts now may have a lower reward than before.
+    """
+    if None not in pair.rewards:
+        return pair.rewards[1] - pair.rewards[0]
+    return None if pair.right is None else float(pair.right[1] - pair.right[0])
 
 
 def gallery(kept: Kept, name: str, title: str, base: Row, tuned: Row, pairs: Sequence[Pair]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from b2diffurl.experiment.branch_picture import GroupPicture
-from b2diffurl.experiment.evaluation_table import SETS, set_title
+from b2diffurl.experiment.evaluation_table import SETS, set_title, short
 from b2diffurl.experiment.stage_table import Row
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import shorten
@@ -79,12 +79,15 @@ class Pair:
     right: tuple[bool, bool] | None  # whether the judge accepts each; None: there is no judge
 
 
-# ---- curves over the images scored so far ----
+# ---- curves over images scored ----
 
 
-def curve_panels(stages: Sequence[Row], evaluations: Sequence[Row]) -> list[Panel]:
-    """The panels of a run, over the images scored so far (`queries`). The figures of a stage and of its checkpoint
-    stand at the stage's end."""
+def curve_panels(stages: Sequence[Row], evaluations: Sequence[Row], *, clips: bool = True) -> list[Panel]:
+    """The panels of a run, over images scored (`queries`). The figures of a stage and of its checkpoint stand at the stage's
+    end.
+
+    `clips` is whether the objective clips gradients; if not there is no panel of how often.
+    """
     after = [row["queries"] for row in stages]
     trained = [row for row in stages if "num_updates" in row]
     panels = [Panel("Reward of the stage's images, ± one sd", lambda axes: draw_spread(axes, after, stages, "reward"))]
@@ -107,7 +110,11 @@ def curve_panels(stages: Sequence[Row], evaluations: Sequence[Row]) -> list[Pane
         Panel("Trained steps S", lambda axes: draw_series(axes, after, stages, "num_trained_steps", steps=True)),
         Panel("Kept images a stage", lambda axes: draw_kept(axes, after, stages)),
         Panel("Updates a stage", lambda axes: draw_series(axes, x, trained, "num_updates", steps=True)),
-        Panel("Clip fraction, mean over updates", lambda axes: draw_share(axes, x, trained, "clip_fraction")),
+        *(
+            [Panel("Clip fraction, mean over updates", lambda axes: draw_share(axes, x, trained, "clip_fraction"))]
+            if clips
+            else []
+        ),
         Panel("Max |log-ratio| at the first update", lambda axes: draw_first_ratio(axes, x, trained)),
         Panel("Gradient norm, mean over updates", lambda axes: draw_series(axes, x, trained, "grad_norm")),
         Panel("Seconds a stage", lambda axes: draw_seconds(axes, after, stages)),
@@ -192,8 +199,10 @@ def draw_kept(axes: Axes, x: Sequence[float], rows: Sequence[Row]) -> None:
     axes.plot(x, best, "o-", color=GREEN, label="good")
     axes.plot(x, worst, "o-", color=RED, label="bad")
     axes.plot(x, [row["num_groups"] for row in rows], linestyle="--", color=FAINT, linewidth=1, label="groups")
+    axes.margins(y=0.25)
+    axes.autoscale_view()
     axes.set_ylim(bottom=0)
-    axes.legend(loc="best", ncols=3)
+    axes.legend(loc="upper left", ncols=3)
 
 
 def draw_first_ratio(axes: Axes, x: Sequence[float], rows: Sequence[Row]) -> None:
@@ -252,7 +261,7 @@ def panels_figure(panels: Sequence[Panel]) -> Figure:
 
 
 def fill_panel(axes: Axes, panel: Panel) -> None:
-    """Draw a panel with its title, over the images scored."""
+    """Draw a panel with its title, over images scored."""
     panel.draw(axes)
     axes.set_title(panel.title)
     axes.set_xlabel("images scored", labelpad=2)
@@ -274,11 +283,12 @@ def heat_map(title: str, values: Mapping[int, Mapping[float, float]], *, log: bo
     positive = grid[np.isfinite(grid) & (grid > 0)]
     if log and positive.size:
         norm = LogNorm(positive.min(), max(positive.max(), positive.min() * 1.01))  # equal ends would be no scale
-        grid = np.where(grid <= 0, positive.min(), grid)
+        grid, ticks = np.where(grid <= 0, positive.min(), grid), np.geomspace(norm.vmin, norm.vmax, 4)
     else:
         norm = Normalize(0, positive.max() if positive.size else 1)
-    figure = Figure(figsize=(5.6, 3.2))
-    axes = figure.add_axes((0.11, 0.14, 0.76, 0.76))
+        ticks = np.linspace(0, norm.vmax, 5)
+    figure = Figure(figsize=(4.6, 2.8))
+    axes = figure.add_axes((0.14, 0.16, 0.64, 0.73))
     axes.grid(visible=False)
     mesh = axes.pcolormesh(
         np.arange(len(stages) + 1) - 0.5, np.arange(len(timesteps) + 1) - 0.5, grid, cmap="viridis", norm=norm
@@ -287,7 +297,10 @@ def heat_map(title: str, values: Mapping[int, Mapping[float, float]], *, log: bo
     axes.set_yticks(range(len(timesteps)), [f"{t:.4g}" for t in timesteps])
     axes.set_xticks(thin(range(len(stages))), [str(stages[n]) for n in thin(range(len(stages)))])
     axes.set(xlabel="stage", ylabel="timestep t", title=title)
-    figure.colorbar(mesh, cax=figure.add_axes((0.89, 0.14, 0.025, 0.76))).outline.set_visible(False)
+    bar = figure.colorbar(mesh, cax=figure.add_axes((0.8, 0.16, 0.03, 0.73)))
+    bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])  # short: there is little room at the right
+    bar.minorticks_off()
+    bar.outline.set_visible(False)
     return figure
 
 
@@ -425,11 +438,6 @@ def prompt_figure(prompt: str, labels: Sequence[str], rows: Sequence[np.ndarray]
 def ending(name: str, length: int) -> str:
     """The end of a name, at most `length` characters: names of one package or folder differ at their ends."""
     return name if len(name) <= length else "…" + name[1 - length :]
-
-
-def short(reward: float) -> str:
-    """A reward in few digits: 0.009, -1.852, 12.3."""
-    return f"{reward:.3f}" if abs(reward) < 10 else f"{reward:.1f}"
 
 
 # ---- saving ----

@@ -18,15 +18,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-import safetensors.torch
-import torch
+import safetensors
 from PIL import Image
-from torch import Tensor
 
 from b2diffurl.runtime.processes import started
+
+if TYPE_CHECKING:  # importing torch takes seconds, and commands that only look at an experiment read no tensors
+    from torch import Tensor
 
 TEMPORARY = ".tmp"
 # How the temporary name of a file ends: with the process that writes it. Twice if the file is a temporary one itself.
@@ -168,15 +169,17 @@ def write_json_lines(path: Path, rows: list[dict], *, sealed: bool = False) -> N
     write_bytes(path, b"".join((seal(line) if sealed else line.encode()) + b"\n" for line in lines))
 
 
-def write_image(path: Path, image: Tensor) -> None:
+def write_image(path: Path, image: "Tensor") -> None:
     """Write one image uint8 [H,W,3] as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(image.numpy()).save(buffer, format="png", compress_level=1)
     write_bytes(path, buffer.getvalue(), durable=False)  # the manifest's checksums tell if a crash of the machine lost it
 
 
-def read_image(path: Path) -> Tensor:
+def read_image(path: Path) -> "Tensor":
     """Read one image as uint8 [H,W,3]; a ValueError names a file that is not an image."""
+    import torch
+
     try:
         with Image.open(path) as picture:
             if picture.width * picture.height > MAX_PIXELS:
@@ -224,11 +227,13 @@ def damage_named(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is damaged ({error}). Delete it and run the same command again.") from None
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict | None = None) -> None:
+def write_tensors(path: Path, tensors: dict[str, "Tensor"], metadata: dict | None = None) -> None:
     """Write a safetensors file.
 
     `metadata` is stored as one JSON string under one key: safetensors writes several keys in an order that varies.
     """
+    import safetensors.torch
+
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"b2diffurl": json.dumps(metadata or {}, sort_keys=True)}
     write_bytes(path, safetensors.torch.save(tensors, metadata=header))
@@ -240,19 +245,23 @@ def read_metadata(path: Path) -> dict:
         return parse_json((file.metadata() or {}).get("b2diffurl", "{}"))
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, "Tensor"]:
     """Read all tensors of a safetensors file; a ValueError names a file that is damaged or of another kind."""
+    import safetensors.torch
+
     try:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is damaged, or no safetensors file ({error}).") from None
 
 
-def tensors_sha256(tensors: dict[str, Tensor], metadata: dict) -> str:
+def tensors_sha256(tensors: dict[str, "Tensor"], metadata: dict) -> str:
     """SHA-256 of names, types, shapes and values of tensors, and of metadata.
 
     The file's own metadata can hold it, which it could not do with a checksum of the file.
     """
+    import torch
+
     total = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -62,5 +62,5 @@ def test_one_image_has_no_error(overrides, tmp_path):
     (result,) = run_evaluation(tmp_path, overrides, ["base"], **{"eval.num_images": 1})
     assert result["reward_se"] is None
     assert result["diversity/clip"] is None
-    assert describe(result).endswith(f"reward {result['reward']:.4f}")
-    assert with_error(result, "reward") == f"{result['reward']:.4f}"
+    assert describe(result).endswith(f"reward {result['reward']:.3f}")
+    assert with_error(result, "reward") == f"{result['reward']:.3f}"

@@ -14,7 +14,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from browsing import browser, screenshot, set_window
+from browsing import browser, lines_of, screenshot, set_window
 from conftest import ROOT, experiment, run_script, snapshot
 from PIL import Image
 
@@ -23,6 +23,7 @@ from b2diffurl.experiment.stage import Stage
 from b2diffurl.experiment.stage_table import stage_list, stage_rows
 from b2diffurl.phases.health import ADVICE, warn
 from b2diffurl.reporting import page
+from b2diffurl.reporting.markup import breakable
 from b2diffurl.reporting.page import change, disk_usage, figure_table, read_pairs, refresh, warned_kinds, write_report
 from b2diffurl.reporting.plots import Pair
 from b2diffurl.runtime.files import read_json, read_json_lines, seal, write_json, write_json_lines, write_record
@@ -68,7 +69,9 @@ def test_the_table_has_base_newest_stage_and_paired_difference(root):
         ("reward", 0.17864, 0.0112, {}, "0.179 ± 0.011"),
         ("reward", 29.3843, 1.8423, {}, "29.4 ± 1.8"),
         ("reward", 1234.5, 99.9, {}, "1234 ± 100"),
-        ("reward", 0.5, 0.0, {}, "0.5000 ± 0.0000"),
+        ("reward", 5021.4, 4.3142, {}, "5021.4 ± 4.3"),
+        ("reward", 0.12345, None, {}, "0.123"),
+        ("reward", 0.5, 0.0, {}, "0.500 ± 0.000"),
         ("reward", 0.0757, 0.0105, {"signed": True}, "+0.076 ± 0.011"),
         ("accuracy", 0.461, 0.0442, {}, "46.1 ± 4.4 %"),
         ("accuracy_gain", 0.2968, 0.042, {"signed": True}, "+29.7 ± 4.2 points"),
@@ -79,8 +82,9 @@ def test_figures_are_written_with_as_many_digits_as_their_error_allows(key, valu
     assert with_error({key: value, f"{key}_se": error}, key, **options) == expected
 
 
-def test_pairs_are_of_the_same_noise_and_losses_come_by_the_judge_first(root, tmp_path):
-    """Each pair's images, rewards and verdicts are those of its two evaluations; from right to wrong is the worst."""
+def test_pairs_are_of_the_same_noise_and_losses_come_by_their_size(root, tmp_path):
+    """Each pair's images, rewards and verdicts are those of its two evaluations; the largest fall of reward is the worst,
+    whatever the judge says; without rewards it is the judge's."""
     base, _, tuned = page.evaluation_rows(root, prompts="test")
     pairs = read_pairs(root, base, tuned)
     assert len(pairs) == 6
@@ -93,13 +97,13 @@ def test_pairs_are_of_the_same_noise_and_losses_come_by_the_judge_first(root, tm
             assert pair.prompt == found["shown_prompts"][n]
     nowhere = (tmp_path, tmp_path)
     one, two, three = (
-        Pair("wrong now", nowhere, (0.1, 0.9), (True, False)),
-        Pair("lower", nowhere, (0.5, 0.2), (True, True)),
         Pair("right now", nowhere, (0.5, 0.1), (False, True)),
+        Pair("lower", nowhere, (0.5, 0.2), (True, True)),
+        Pair("wrong now", nowhere, (0.1, 0.9), (True, False)),
     )
     assert sorted([three, two, one], key=change) == [one, two, three]
     assert change(Pair("unknown", nowhere, (None, None), None)) is None
-    assert change(Pair("judged", nowhere, (None, None), (False, True))) == (1, 0.0)
+    assert change(Pair("judged", nowhere, (None, None), (False, True))) == 1.0
 
 
 def test_the_page_shows_the_experiment_s_own_images(root):
@@ -233,7 +237,7 @@ def test_losses_are_losses_and_gains_are_gains(root):
         result["values"]["reward"] = [float(n if row["checkpoint"] == "base" else n + 0.5) for n in range(6)]
         write_json(path, result)
     html = write_report(root).read_text()
-    assert "Training prompts, as test: the largest gains of 6 images" in html
+    assert "Training prompts, as test: the largest gains of reward, of 6 images" in html
     assert "prompts, as test: the largest losses" not in html
     assert not (root / "report" / "losses_test.png").exists()
 
@@ -438,8 +442,8 @@ def test_facts_are_on_the_page(root):
 @pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.long)])
 def test_a_browser_shows_it_whole(root, tmp_path, scheme):
     """At phone and desktop width: every image is rendered, every curve has its size, warnings are in sight before all else,
-    nothing is wider than the window, the console is empty, and the paper is light or dark as the reader's system is.
-    Screenshots are left in the test's folder."""
+    nothing is wider than the window, no number is broken, the console is empty, and the paper is light or dark as the
+    reader's system is. Screenshots are left in the test's folder."""
     for index, phase in ((0, "train"), (1, "select"), (1, "train")):
         path = Stage(root, index).manifest_path(phase)
         kinds = [kind for kind in ADVICE if kind.startswith(("Mean", "Rewards", "Ident")) == (phase == "select")]
@@ -462,6 +466,7 @@ def test_a_browser_shows_it_whole(root, tmp_path, scheme):
             assert len(sizes) >= 14
             assert min(min(size) for size in sizes) > 150
             assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+            assert max(lines_of(driver, ".figures td.number")) == 1  # a number and its error are never broken
             top = "return document.querySelector('.warnings h2').getBoundingClientRect().top"
             assert 0 < driver.execute_script(top) < 300
             picture = tmp_path / f"{scheme}_{width}.png"
@@ -499,3 +504,34 @@ def test_letters_that_the_font_lacks_are_no_warnings(tmp_path):
         warnings.simplefilter("error")
         path = page.draw_prompt(tmp_path, "一只猫", {"base": torch.zeros(2, 8, 8, 3, dtype=torch.uint8)}, "training")
     assert path.is_file()
+
+
+def test_the_page_tells_what_is_trained_on_from_what_is_watched(root):
+    """A mixture with how it is combined, and of every reward in the table what it is; a name breaks at its separators."""
+    path = root / "config.json"
+    record = read_json(path)
+    record["config"]["reward"] |= {"weights": {"clip": 1.0, "jpeg_compressibility": 0.1}, "combine": "advantages"}
+    record["config"]["reward"] |= {"watch": ["aesthetic"]}
+    rows = read_json_lines(root / "eval.jsonl")
+    scored = {f"{key}{end}": 0.5 for key in ("jpeg_compressibility", "aesthetic") for end in ("", "_se")}
+    write_json_lines(root / "eval.jsonl", [row | scored for row in rows])
+    reward, stages = record["config"]["reward"], stage_rows(root)
+    assert page.describe_training(reward) == "1 clip + 0.1 jpeg_compressibility (each normalised by itself, then added up)"
+    assert page.describe_training(reward | {"combine": "sum"}).endswith("(added up)")
+    assert page.describe_training({"name": "clip", "weights": None}) == "clip"
+    table = figure_table(page.evaluation_rows(root), roles=page.roles(reward, stages))
+    found = {row["figure"]: row["role"] for row in table}
+    assert (found["jpeg_compressibility"], found["aesthetic"], found["reward"]) == ("trained on", "watched", "")
+    assert breakable("jpeg_compressibility<b>") == "jpeg_<wbr>compressibility&lt;b&gt;"
+
+
+def test_a_map_needs_something_to_tell_apart(root, monkeypatch):
+    """One level of noise a stage is no map, and an objective that never clips has no clip fraction."""
+    monkeypatch.setattr(page, "heat_map", lambda *_, **__: None)
+    kept = page.Kept(root / "report")
+    monkeypatch.setattr(kept, "picture", lambda name, *_: name)
+    levels = [[901.0, 0.1], [101.0, 0.2]]
+    for steps, clips, expected in ((levels, True, 2), (levels, False, 1), (levels[:1], True, 0)):
+        one = {"row": {"stage": 0}, "steps": dict.fromkeys(page.HEAT_MAPS, steps)}
+        assert len(page.draw_heat_maps([one], kept, clips=clips)) == expected
+    assert [page.clips(name) for name in ("ddpo", "awm", "of_a_user", "nft", "reinforce")] == [True] * 3 + [False] * 2

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from b2diffurl.experiment.evaluation_table import short
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.experiment.stage_table import stage_rows
 from b2diffurl.reporting import page
-from b2diffurl.reporting.plots import curve_panels, heat_map, panel_figure, panels_figure, short
+from b2diffurl.reporting.plots import curve_panels, heat_map, panel_figure, panels_figure
 from b2diffurl.runtime.files import read_json_lines, write_json_lines
 
 
@@ -57,6 +58,24 @@ def test_what_was_trained_and_is_zero_is_no_gap():
     """On a logarithmic scale, too, where a stage of one update has ratios of exactly 1."""
     (mesh,) = heat_map("title", {0: {101: 1e-3}, 1: {901: 0.0, 101: 1e-5}}, log=True).axes[0].collections[:1]
     np.testing.assert_array_equal(mesh.get_array().filled(np.nan), [[np.nan, 1e-5], [1e-3, 1e-5]])
+
+
+@pytest.mark.parametrize("values", [{101: 2e-5, 901: 6.4e-5}, {101: 3.1e-7, 901: 0.0094}, {101: 0.5, 901: 0.5}])
+@pytest.mark.parametrize("log", [True, False])
+def test_the_colour_bar_is_in_the_picture(values, log):
+    """All of its labels, and they are numbers, the two ends of a logarithmic one among them."""
+    figure = heat_map("title", {0: values}, log=log)
+    figure.draw_without_rendering()
+    labels = [one for one in figure.axes[1].get_yticklabels() if one.get_text()]
+    assert len(labels) >= 4
+    assert max(one.get_window_extent().x1 for one in labels) < figure.bbox.x1
+    shown = [float(one.get_text()) for one in labels]
+    assert (shown[0], shown[-1]) == pytest.approx((min(values.values()) if log else 0, max(values.values())), rel=0.05)
+
+
+def test_what_never_clips_has_no_clip_fraction():
+    titles = [[one.title for one in curve_panels([{"queries": 1}], [], clips=clips)] for clips in (True, False)]
+    assert set(titles[0]) - set(titles[1]) == {"Clip fraction, mean over updates"}
 
 
 def test_axes_say_what_is_there():
