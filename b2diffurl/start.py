@@ -4,19 +4,24 @@ The list is the loop of the run (configuration/loop.py), which run_process.sh th
 It goes through a file of its own, --calls: anything may print to stdout, such as a module that the configuration imports.
 """
 
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from absl import flags
 from ml_collections import ConfigDict
 
-from b2diffurl.configuration.command_line import run_script
+from b2diffurl.configuration.command_line import die, run_script
 from b2diffurl.configuration.loop import calls
-from b2diffurl.configuration.plan import make_plan
+from b2diffurl.configuration.plan import Plan, make_plan
 from b2diffurl.configuration.prompts import overlap_text
+from b2diffurl.configuration.rules import faults
 from b2diffurl.experiment import lock
-from b2diffurl.phases.inputs import check_base_model
+from b2diffurl.phases.doubts import doubts
 from b2diffurl.reporting import dry_run, forecast
+from b2diffurl.reporting.forecast import next_stage
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import logger, show
 
@@ -32,16 +37,18 @@ def start(config: ConfigDict) -> None:
         call <TAB> a file that the call needs <TAB> script <TAB> flag <TAB> flag …      one line for each call
         end                                                                             the only line after a dry run
     """
+    if flags.FLAGS.dry_run and len(wrong := [*map(str, faults(config))]) > 1:
+        refuse(wrong)
     plan = make_plan(config)
     overlap = overlap_text(plan.settings.prompts)  # a bad file is refused now, not hours later by the first evaluation
     if flags.FLAGS.dry_run:
-        check_base_model(plan)  # a run does so in its first phase, which needs the libraries anyway
-        show(*dry_run.describe(plan).splitlines())
-        write_calls([])
+        preview(config, plan)
         return
     if owner := lock.owner():  # 0 on the other machines of a cluster, which leave the lock to the first one
         lock.take(plan.stage.root, owner)
     loop = calls(plan.settings)
+    for doubt in doubts(plan):
+        logger.warning("%s", doubt)
     logger.info(forecast.plan_line(plan.settings))
     if overlap:
         logger.warning("plan: %s", overlap)
@@ -52,6 +59,26 @@ def start(config: ConfigDict) -> None:
     write_calls([["folder", str(plan.stage.root)], *how, *lines])
 
 
+def preview(config: ConfigDict, plan: Plan) -> None:
+    """Show the plan, and everything for which the run would be refused. Exits with code 2 if there is something."""
+    from b2diffurl.phases.preflight import FAULTS, inspect  # imports the libraries, for which a run's start need not wait
+
+    config.run_name = f"stage{next_stage(plan.settings)}"
+    found = inspect(make_plan(config))
+    with suppress(*(FAULTS if found.faults else ())):  # the plan of a damaged base model cannot be made
+        text = dry_run.describe(plan, found.downloads).splitlines()
+        show(*text, *(f"{'warning':<13}{doubt}" for doubt in doubts(plan)))
+    if found.faults:
+        refuse(found.faults)
+    show("", "ready: the run would start. Only it can tell whether the weights are sound and a batch fits into memory.")
+    write_calls([])
+
+
+def refuse(wrong: Sequence[str]) -> NoReturn:
+    """End the dry run with a line for each fault."""
+    die(*wrong, hint=f"Mend {'it' if len(wrong) == 1 else 'these'} and run the same command again.")
+
+
 def write_calls(lines: list[list[str]]) -> None:
     """Write the file for run_process.sh, if it has asked for it."""
     if flags.FLAGS.calls:
@@ -60,6 +87,6 @@ def write_calls(lines: list[list[str]]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_boolean("dry_run", False, "Print the plan (stages, images, updates, disk, time) and do nothing.")
+    flags.DEFINE_boolean("dry_run", False, "Check all, print the plan (stages, images, updates, disk, time) and do nothing.")
     flags.DEFINE_string("calls", "", "Write the list of calls to this file: run_process.sh's own use.")
     run_script("process", start)

@@ -283,7 +283,8 @@ def test_its_cost_is_foretold(averaged, overrides):
     """Three more evaluations at the end of the run: both prompt sets, and the deployed sampler's; and a file each time."""
     with_it, without = (read_settings(make_config(overrides | {"eval.every": 0} | some)) for some in (EMA, {}))
     more, fewer = (forecast.evaluations_left(settings, finished=set()) for settings in (with_it, without))
-    assert (more.evaluations - fewer.evaluations, more.images - fewer.images) == (6 * (2 * 4 + 6), 3 * 6)
+    assert more.judged_evaluations - fewer.judged_evaluations == 6 * (2 * 4 + 6)
+    assert more.judged - fewer.judged == 3 * 6
     base = dry_run.base_sizes(with_it.model)
     size = dry_run.checkpoint_bytes(with_it, base) - dry_run.checkpoint_bytes(without, base)
     saved = safetensors.torch.load_file(stage_of(averaged.folder).checkpoints()[-1] / "ema" / LORA_FILE)

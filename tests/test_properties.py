@@ -151,9 +151,9 @@ def by_command(work: Path, verb: str, settings: dict) -> str:
     if ended.code == 0:
         return ""
     assert ended.code == 2, ended
-    first, second = ended.stderr.splitlines()
+    first, *_, last = ended.stderr.splitlines()  # a dry run lists every fault
     assert first.startswith("error: ")
-    assert second.startswith("       ")
+    assert last.startswith("       ")
     return f"{first} Mend it" if "[Errno" in first else first
 
 

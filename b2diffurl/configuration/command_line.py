@@ -285,7 +285,8 @@ def remedy(error: BaseException, key: str = "") -> str:
     return "Mend it and run the same command again"
 
 
-def die(message: str, *, hint: str) -> NoReturn:
-    """End the process with two lines and exit code 2."""
-    show(f"error: {' '.join(message.split())}", f"       {hint}", stream=sys.stderr)
+def die(*messages: str, hint: str) -> NoReturn:
+    """End the process with a line for each message, one that says what to do, and exit code 2."""
+    errors = [f"error: {' '.join(message.split())}" for message in messages]
+    show(*errors, f"       {hint}", stream=sys.stderr)
     sys.exit(2)

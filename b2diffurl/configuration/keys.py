@@ -3,7 +3,7 @@ experiment that has begun."""
 
 import functools
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -269,8 +269,17 @@ def refuse_two_values(key: str, value: Any, older: str, given: Any) -> None:
 
 def check_values(flat: Mapping[str, Any]) -> None:
     """Check each value on its own; a ValueError says what is allowed. Combinations of keys are checked in rules.py."""
+    for fault in faulty_values(flat):
+        raise fault
+
+
+def faulty_values(flat: Mapping[str, Any]) -> Iterator[ValueError]:
+    """A ValueError for each value that is not allowed."""
     for key, value in flat.items():
-        check_value(key, value, KEYS[key].limit if key in KEYS else Unknown())
+        try:
+            check_value(key, value, KEYS[key].limit if key in KEYS else Unknown())
+        except ValueError as fault:
+            yield fault
 
 
 def meant_paths(flat: Mapping[str, Any], given: Collection[str]) -> dict[str, str]:

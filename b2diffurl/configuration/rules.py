@@ -2,13 +2,13 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import unquote
 
 from ml_collections import ConfigDict
 
-from b2diffurl.configuration.keys import check_values, flatten
+from b2diffurl.configuration.keys import faulty_values, flatten
 from b2diffurl.configuration.limits import shown
 from b2diffurl.objectives import OBJECTIVES
 
@@ -29,17 +29,27 @@ MOVING_ENDS = ("early", "sliding")  # curricula whose windows do not end at spli
 
 def check(config: ConfigDict) -> None:
     """Check a whole configuration; a ValueError says which value cannot work and what is allowed."""
+    for fault in faults(config):
+        raise fault
+
+
+def faults(config: ConfigDict) -> Iterator[ValueError]:
+    """Every reason for which a configuration is refused. Combinations are looked at if each value alone can work."""
     settings = flatten(config.to_dict())
-    check_secrets(settings)  # first, because the other errors show values
-    check_values(settings)
-    check_schedule(settings)
-    check_stop(settings)
-    check_tail(settings)
-    check_tree(settings)
-    check_rewards(settings)
-    check_selection(settings)
-    check_objective(settings)
-    check_sampler(settings)
+    try:
+        check_secrets(settings)  # first, because the other errors show values
+    except ValueError as secret:
+        yield secret
+        return
+    single = [*faulty_values(settings)]
+    yield from single
+    combinations = (check_schedule, check_stop, check_tail, check_tree)
+    combinations += (check_rewards, check_selection, check_objective, check_sampler)
+    for check_one in () if single else combinations:
+        try:
+            check_one(settings)
+        except ValueError as fault:
+            yield fault
 
 
 def check_secrets(settings: Mapping[str, Any]) -> None:

@@ -287,6 +287,10 @@ class Judging:
     # As given: its class may lack the ending `Scheduler`, or be "" for the family's own; guidance_scale 0: training's
     deployed: SamplerSettings
 
+    def due(self, index: int) -> bool:
+        """Whether a run judges stage `index` as soon as it is trained."""
+        return self.every > 0 and (index + 1) % self.every == 0
+
 
 @dataclass(frozen=True)
 class Output:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from b2diffurl.configuration.settings import Judging, Rewards
 from b2diffurl.rewards import Reward, check_rewards, load_reward, reward_identity
-from b2diffurl.runtime.hub import checksum, load_whole, model_files, model_folder
+from b2diffurl.runtime.hub import MissingModelError, checksum, load_whole, model_files, model_folder, naming_settings
 
 FEATURES = ("clip", "layout", "inception")
 REWARD_OF = {"clip": "clip", "layout": "shapes"}  # the reward with the same model, which reads the same prompts
@@ -49,13 +49,17 @@ def check_features(name: str, judging: Judging, rewards: Rewards, prompts: Seque
     """Raise a ValueError if features are unknown, if their model cannot be had, or if they cannot read the prompts."""
     if not isinstance(name, str) or name not in FEATURES:
         raise ValueError(f"unknown features {name!r} in eval.diversity; known: {', '.join(FEATURES)}")
+    hint = "without it: --config.eval.diversity='()'"
     try:
         if name in REWARD_OF:
             check_rewards([REWARD_OF[name]], rewards, prompts)
         else:
-            model_folder(judging.inception_model, tokenizer=False)
+            with naming_settings({"eval.inception.model": judging.inception_model}):
+                model_folder(judging.inception_model, tokenizer=False)
+    except MissingModelError as error:  # it names the setting
+        error.said = f"eval.diversity asks for {name!r}, which cannot be had: {error.said} ({hint})"
+        raise
     except (ValueError, OSError) as error:
-        hint = "without it: --config.eval.diversity='()'"
         raise ValueError(f"eval.diversity asks for {name!r}, which cannot be had: {error} ({hint})") from None
 
 

@@ -80,13 +80,25 @@ def take(root: Path, owner: int) -> None:
     # Read and write in one turn: of two runs that start at once, the second one reads what the first one wrote.
     with exclusively(path_in(root)) as file:
         holder = parse(file.read())
-        silence = clock_of_disk(root) - os.fstat(file.fileno()).st_mtime
-        if holder and not is_same(holder, processes[0]) and is_alive(holder, silence):
-            raise ValueError(f"{root} is being worked on by {holder_text(holder, path_in(root))}.")
+        require_free(root, holder, processes[0], silence=clock_of_disk(root) - os.fstat(file.fileno()).st_mtime)
         with files.naming(path_in(root)):  # the disk may be full
             me = {"host": socket.gethostname(), "boot": boot_and_container(), "processes": processes}
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), json.dumps(me).encode() + b"\n")
+
+
+def refuse_another(root: Path) -> None:
+    """Raise the error that `take` would raise, without writing anything."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        silence = time.time() - path_in(root).lstat().st_mtime
+        me = owner() or os.getpid()
+        require_free(root, parse(path_in(root).read_text(errors="replace")), [me, started(me)], silence=silence)
+
+
+def require_free(root: Path, holder: dict[str, Any] | None, owner: list, *, silence: float) -> None:
+    """Raise a ValueError if a lock's `holder` is another than `owner`, and alive."""
+    if holder and not is_same(holder, owner) and is_alive(holder, silence):
+        raise ValueError(f"{root} is being worked on by {holder_text(holder, path_in(root))}.")
 
 
 @contextmanager

@@ -1,13 +1,13 @@
 """Metrics files: JSON lines, one object an event; and a stopwatch for their seconds."""
 
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from b2diffurl.runtime import files
+from b2diffurl.runtime.stopwatch import working_sec
 
 
 class Metrics:
@@ -42,9 +42,23 @@ def read_events(path: Path, event: str | None = None) -> list[dict]:
     return [row for row in rows if event in (None, row["event"])]
 
 
+def record_judging(root: Path, seconds: float, **facts: int | None) -> None:
+    """Append to eval_seconds.jsonl how long a call took that judged checkpoints, with its amounts of work, for forecasts."""
+    path = root / "eval_seconds.jsonl"
+    with files.naming(path), path.open("a") as file:
+        file.write(json.dumps({"event": "judged", **facts, "seconds": seconds}) + "\n")
+
+
+def judgings(root: Path) -> list[dict]:
+    """What `record_judging` has recorded; [] if that is damaged: it serves forecasts alone."""
+    with suppress(ValueError):
+        return read_events(root / "eval_seconds.jsonl", "judged")
+    return []
+
+
 @contextmanager
 def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
     """Add the seconds that the block takes to `seconds[part]`."""
-    started = time.perf_counter()
+    started = working_sec()
     yield
-    seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - started
+    seconds[part] = seconds.get(part, 0.0) + working_sec() - started

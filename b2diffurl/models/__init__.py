@@ -23,7 +23,7 @@ from b2diffurl.algorithm.types import Conditions
 from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.settings import ModelSettings, Sampling
 from b2diffurl.models import recognise
-from b2diffurl.runtime.hub import require_path_or_id
+from b2diffurl.runtime.hub import naming_settings, require_path_or_id
 
 # Family name -> module of this package, which is imported when the family is first used.
 FAMILIES = {name: name for name in ("stable_diffusion", "sdxl", "sd3", "flux", "flux2")}
@@ -148,6 +148,9 @@ class Family(Protocol):
         `decoder` False leaves out text encoder and image decoder. Training needs neither.
         """
 
+    def locate(self, model: ModelSettings) -> None:
+        """See that all files of the model are on this machine. What is missing is downloaded."""
+
     def fingerprint(self, model: ModelSettings) -> str:
         """SHA-256 of the base network's weights, without loading the model."""
 
@@ -168,6 +171,9 @@ class Family(Protocol):
 
         They are those of sampling, of training and of judging by the deployed sampler, sample.guidance_scale the first.
         """
+
+    def num_passes(self, guidance_scale: float) -> int:
+        """How many passes through the network an evaluation takes, with this scale of guidance."""
 
     def check(self, model: ModelSettings) -> None:
         """Refuse, by a ValueError or FileNotFoundError, a model that is not whole or that this family cannot run.
@@ -247,6 +253,7 @@ def check_base(model: ModelSettings) -> None:
 
     A path at which there is nothing is refused, too.
     """
-    require_path_or_id(model.name)
+    with naming_settings({"pretrained.model": model.name}):
+        require_path_or_id(model.name)
     if found := family_here(model):
         found.check(model)

@@ -25,7 +25,16 @@ from b2diffurl.configuration.settings import ModelSettings
 from b2diffurl.models import noise_schedule, recognise, whole
 from b2diffurl.models.noise_schedule import SCHEDULER_FILE
 from b2diffurl.runtime import files
-from b2diffurl.runtime.hub import MODEL_PARTS, checksum, find_local, locate, missing_tokenizer, require_no_holes
+from b2diffurl.runtime.hub import (
+    MODEL_PARTS,
+    DownloadNeededError,
+    checksum,
+    find_local,
+    locate,
+    missing_tokenizer,
+    naming_settings,
+    require_no_holes,
+)
 from b2diffurl.runtime.paths import resource
 
 # The weight file of a part, by the package of its class.
@@ -93,7 +102,8 @@ def fetch(model: ModelSettings, spec: PipelineSpec, plain: Sequence[str]) -> Pat
     """The path of a model whose parts, but for those in `plain`, have its variant. What is missing is downloaded."""
     missing = partial(missing_file, spec=spec, variant=model.variant, plain=plain)
     patterns = file_patterns(model.variant, spec, plain)
-    return locate(model.name, revision=model.revision, patterns=patterns, missing=missing)
+    with naming_settings({"pretrained.model": model.name}):
+        return locate(model.name, revision=model.revision, patterns=patterns, missing=missing)
 
 
 def locate_configs(model: ModelSettings, spec: PipelineSpec) -> Path:
@@ -105,6 +115,9 @@ def locate_configs(model: ModelSettings, spec: PipelineSpec) -> Path:
     try:
         missing = partial(missing_config, spec=spec)
         return locate(model.config or spec.configs, patterns=config_patterns(spec), missing=missing)
+    except DownloadNeededError as error:
+        error.setting = "pretrained.config"
+        raise
     except FileNotFoundError as error:
         raise FileNotFoundError(f"a single file needs the configs of its components (pretrained.config): {error}") from None
 

@@ -171,6 +171,10 @@ class FluxFamily(FlowFamily):
         """As schnell is, whose network has no input for the scale of guidance."""
         return not diffusers_files.read_config(model, PIPELINE, "transformer").get("guidance_embeds", False)
 
+    def num_passes(self, guidance_scale: float) -> int:
+        """The scale of guidance is an input of the network."""
+        return 1
+
     def check_guidance(self, model: ModelSettings, scales: Mapping[str, float]) -> None:
         refuse = transformer.require_no_guidance if self.is_distilled(model) else transformer.require_same_guidance
         refuse(model, scales)

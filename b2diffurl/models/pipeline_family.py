@@ -50,6 +50,10 @@ class PipelineFamily:
     ) -> PipelineModel:
         return self.model_class(model, device=device, dtype=dtype, seed=seed, decoder=decoder)
 
+    def locate(self, model: ModelSettings) -> None:
+        diffusers_files.locate_base(model, self.spec(model))
+        diffusers_files.locate_configs(model, self.spec(model))
+
     def fingerprint(self, model: ModelSettings) -> str:
         return diffusers_files.fingerprint(model, self.spec(model))
 
@@ -62,6 +66,10 @@ class PipelineFamily:
 
     def check_guidance(self, model: ModelSettings, scales: Mapping[str, float]) -> None:
         """Any scale will do where guidance is a second pass without the prompt."""
+
+    def num_passes(self, guidance_scale: float) -> int:
+        """Guidance is a second pass without the prompt; by a scale of 1 it changes nothing."""
+        return 2 - (guidance_scale == 1)
 
     def sizes(self, model: ModelSettings) -> Sizes | None:
         spec, kind = self.spec(model), self.model_class

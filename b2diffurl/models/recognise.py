@@ -9,7 +9,7 @@ from pathlib import Path
 from b2diffurl.configuration.settings import ModelSettings
 from b2diffurl.models import whole
 from b2diffurl.runtime import files
-from b2diffurl.runtime.hub import find_local, locate
+from b2diffurl.runtime.hub import find_local, locate, naming_settings
 
 AUTO = "auto"  # pretrained.family: recognise it
 INDEX = "model_index.json"  # in a model directory
@@ -61,7 +61,9 @@ def family_name(model: ModelSettings) -> str:
     """The same; of a model that is not here, model_index.json is downloaded."""
     found = find_family(model)
     if found is None:
-        found = family_of_directory(locate(model.name, patterns=[INDEX], missing=missing_index, revision=model.revision))
+        with naming_settings({"pretrained.model": model.name}):
+            root = locate(model.name, patterns=[INDEX], missing=missing_index, revision=model.revision)
+        found = family_of_directory(root)
     return found
 
 

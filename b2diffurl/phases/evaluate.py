@@ -1,21 +1,24 @@
 """The evaluate phase: judge checkpoints, and bring the report and the trackers up to date."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from operator import mul
 from pathlib import Path
 from typing import Any
 
 from b2diffurl.configuration.prompts import named_prompts
-from b2diffurl.configuration.settings import Settings
+from b2diffurl.configuration.settings import SamplerSettings, Settings
 from b2diffurl.evaluation.choice import choose
 from b2diffurl.evaluation.generate import training_sampler
 from b2diffurl.evaluation.measure import Result, evaluate, every_checkpoint, named_samplers, prompt_images
-from b2diffurl.experiment.evaluation_table import evaluation_rows, headline
+from b2diffurl.experiment.evaluation_table import evaluation_rows, every_evaluation, headline
+from b2diffurl.experiment.metrics import record_judging
 from b2diffurl.experiment.stage import finished_stages
 from b2diffurl.phases.health import in_words
 from b2diffurl.reporting import page, verdict
 from b2diffurl.reporting.trackers import track
 from b2diffurl.reporting.verdict_text import choice_lines
 from b2diffurl.runtime.logs import announce, logger
+from b2diffurl.runtime.stopwatch import working_sec
 
 
 def evaluate_and_show(
@@ -25,7 +28,7 @@ def evaluate_and_show(
 
     `measure.evaluate` says which names there are. Returns one result for each combination.
     """
-    results = evaluate(settings, checkpoints, prompt_sets, named_samplers(settings, samplers))
+    results = evaluate_timed(settings, checkpoints, prompt_sets, named_samplers(settings, samplers))
     warn_of_hacking(settings, results)
     show(settings)
     return results
@@ -53,6 +56,26 @@ def judge_best(settings: Settings, prompts: str, sampler: str, validation: str) 
     return headline(choice.best) | {"choice": choice.to_json()}
 
 
+def evaluate_timed(
+    settings: Settings,
+    checkpoints: Sequence[str],
+    prompt_sets: Sequence[str],
+    samplers: Mapping[str, SamplerSettings],
+    *,
+    after: int | None = None,
+) -> list[dict[str, Any]]:
+    """`measure.evaluate`, with a record for forecasts of how long it took. `after` is the stage after which it was due."""
+    root, started = settings.output.root, working_sec()
+    known = {row["folder"] for row in every_evaluation(root, [])}
+    results = evaluate(settings, checkpoints, prompt_sets, samplers)
+    if made := [result for result in results if result["folder"] not in known]:
+        num_images = [result["n_images"] for result in made]
+        steps = [result["num_steps"] for result in made]
+        evaluations = sum(map(mul, num_images, steps))
+        record_judging(root, working_sec() - started, after=after, images=sum(num_images), evaluations=evaluations)
+    return results
+
+
 def evaluate_due(settings: Settings, index: int) -> None:
     """After the training of stage `index`: judge it and the base if eval.every says so, and update report and trackers.
 
@@ -61,10 +84,9 @@ def evaluate_due(settings: Settings, index: int) -> None:
     trained = finished_stages(settings.output.root, "train")
     if not trained or trained[-1].index != index:
         return
-    every = settings.judging.every
-    if every and (index + 1) % every == 0:
-        results = evaluate(settings, ["base", f"stage{index}"], ["test"], {"training": training_sampler(settings)})
-        warn_of_hacking(settings, results)
+    if settings.judging.due(index):
+        judged = ["base", f"stage{index}"], ["test"], {"training": training_sampler(settings)}
+        warn_of_hacking(settings, evaluate_timed(settings, *judged, after=index))
     show(settings)
 
 

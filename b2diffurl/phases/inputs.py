@@ -4,27 +4,14 @@ from dataclasses import replace
 
 from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration import recorded
-from b2diffurl.configuration.budget import Budget
 from b2diffurl.configuration.plan import Plan
 from b2diffurl.configuration.recorded import exchanged
 from b2diffurl.experiment.stage import finished_stages
-from b2diffurl.models import base_identity, base_sizes, check_base, family
+from b2diffurl.models import base_identity, family
 from b2diffurl.models.recognise import family_name
 from b2diffurl.rewards import file_checksums
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import logger
-
-
-def check_base_model(plan: Plan) -> None:
-    """Raise the error that loading the base model and sampling by it would raise in any stage, as far as its files show.
-
-    Nothing is downloaded and no weights are loaded. A model that is not on this machine passes.
-    """
-    model = plan.settings.model
-    check_base(model)
-    if base_sizes(model):  # its files are here
-        windows = Budget.of(plan.settings).planned_windows(plan.stage.root)
-        check_sampler(plan, Window(min(one.start for one in windows), max(one.stop for one in windows)))
 
 
 def check_sampler(plan: Plan, window: Window) -> None:

@@ -7,7 +7,6 @@ T sampler steps, S of them trained: the window
 import json
 import math
 import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -49,6 +48,7 @@ from b2diffurl.runtime import files
 from b2diffurl.runtime.batch_sizes import BatchSizes, peak_memory, sampling_sizes
 from b2diffurl.runtime.device import make_accelerator, set_defaults
 from b2diffurl.runtime.logs import logger, progress_bar
+from b2diffurl.runtime.stopwatch import working_sec
 from b2diffurl.runtime.threads import Behind
 
 
@@ -70,7 +70,7 @@ def sample_stage(plan: Plan) -> None:
     probe_rewards(named_scorers(plan.settings), plan.settings.rewards)
     history_stages(stage, plan.settings.selection.num_history_stages)  # what select will need is there
     files.require_writable(stage.folder)
-    started = time.perf_counter()
+    started = working_sec()
     accelerator = make_accelerator(plan.settings.compute)
     model, sampler = load_sampled_policy(plan, accelerator)
     facts = stage_facts(plan, model, sampler, accelerator)
@@ -84,7 +84,7 @@ def sample_stage(plan: Plan) -> None:
     sizes = batch_sizes(plan, accelerator)
     if missing:
         warm_up(plan, model, sampler, sizes)
-    loaded = time.perf_counter()  # after compiling, which would make the forecast of the sampling too long
+    loaded = working_sec()  # after compiling, which would make the forecast of the sampling too long
     share = len(missing) / plan.settings.sampling.num_batches
     seconds = {"load": loaded - started, "sample": 0.0, "decode": 0.0, "write": 0.0, "share": share}
     # No batch may exist without config.json. One process writes it just before its first batch, so that a run which fails
@@ -102,7 +102,7 @@ def sample_stage(plan: Plan) -> None:
             sample_batches(batch_sampler, batches, accelerator)
         accelerator.wait_for_everyone()  # the manifest lists the batches of all processes
         if accelerator.is_main_process:
-            seconds["sample"] = time.perf_counter() - loaded
+            seconds["sample"] = working_sec() - loaded
             facts |= {"batch_sizes": sizes.sizes} | peak_memory(accelerator.device)
             finish(plan, facts, seconds, num_sampled=len(missing))
     accelerator.wait_for_everyone()  # no process goes on to the next phase before the manifest is written
@@ -375,14 +375,14 @@ def sample_batches(batch_sampler: BatchSampler, batches: Sequence[int], accelera
     The forecast is left out where a stage has been trained before: it has logged a better one.
     """
     batch_sampler.model.prepare({prompt for batch in batches for prompt in stage_prompts(batch_sampler.plan, batch)})
-    plan, started = batch_sampler.plan, time.perf_counter()  # after encoding, which is done once
+    plan, started = batch_sampler.plan, working_sec()  # after encoding, which is done once
     for batch in batches:
         batch_sampler.sample(batch, record=accelerator.is_main_process)
         if batch == batches[0] and not finished_stages(plan.stage.root, "train"):
             # Each process samples a batch in that time.
-            batch_sec = (time.perf_counter() - started) / accelerator.num_processes
-            load_sec = batch_sampler.seconds["load"]
-            forecast = first_batch_text(plan.settings, plan.window, batch_sec, load_sec)
+            batch_sec = (working_sec() - started) / accelerator.num_processes
+            decode_sec, load_sec = batch_sampler.seconds["decode"] / accelerator.num_processes, batch_sampler.seconds["load"]
+            forecast = first_batch_text(plan.settings, plan.window, batch_sec, decode_sec, load_sec)
             logger.info("stage%d sample: %s", plan.stage.index, forecast)
     with timed(batch_sampler.seconds, "write"):
         batch_sampler.writer.wait()

@@ -5,7 +5,6 @@ N images
 
 import json
 import math
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +44,7 @@ from b2diffurl.rewards.watched import Watched
 from b2diffurl.runtime import files
 from b2diffurl.runtime.batch_sizes import BatchSizes
 from b2diffurl.runtime.logs import logger, progress_bar
+from b2diffurl.runtime.stopwatch import working_sec
 from b2diffurl.runtime.threads import ahead
 
 
@@ -198,9 +198,9 @@ def score_by(name: str, rewards: Rewards, stage: Stage, prompts: list[str], acce
     """Score a stage's images by the reward `name`; the first process gets the scores. Its model is freed on return."""
     if name == "file":  # people or another program have made the scores
         return Scored(read_scores(stage.given_scores, len(prompts)), {})
-    started = time.perf_counter()
+    started = working_sec()
     reward = load(name, rewards, stage, accelerator.device)
-    loaded = time.perf_counter()
+    loaded = working_sec()
     logger.info("stage%d select: scoring %d images by %s", stage.index, len(prompts), name)
     wanted = {"reward.batch_size": rewards.batch_size}
     # `given`: what fits depends on the reward's model, so a size is kept for each reward.
@@ -214,7 +214,7 @@ def score_by(name: str, rewards: Rewards, stage: Stage, prompts: list[str], acce
 
     with forgetting(kept):
         scored = gather(stage, sizes.fit("reward.batch_size", score_share), accelerator)
-    seconds = (loaded - started, time.perf_counter() - loaded)
+    seconds = (loaded - started, working_sec() - loaded)
     if not accelerator.is_main_process:
         return Scored(torch.empty(0), {}, *seconds)
     values, parts = join([(batch.rewards, batch.parts) for batch in scored])

@@ -6,7 +6,6 @@ U units: the loss has one term for each unit and step. A unit is a trajectory, o
 
 import json
 import math
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from b2diffurl.runtime import files
 from b2diffurl.runtime.batch_sizes import peak_memory
 from b2diffurl.runtime.device import make_accelerator
 from b2diffurl.runtime.logs import logger, progress_bar
+from b2diffurl.runtime.stopwatch import working_sec
 from b2diffurl.runtime.threads import ahead
 
 
@@ -68,7 +68,7 @@ def train_stage(plan: Plan) -> None:
         clean_up(plan)  # a run killed between the manifest and its own clean_up has left files
         return
     plan = identified(plan)
-    started = time.perf_counter()
+    started = working_sec()
     files.require_writable(stage.folder)
     sampled = stage.manifest("sample")
     stage.verify("select")
@@ -98,14 +98,14 @@ def train_stage(plan: Plan) -> None:
     with compiling(compiled, f"stage{stage.index} train") as wanted:
         if wanted and len(data.units):
             warm_up(trainer, data.stored, data.units[:1], plan.window.num_steps)
-    loaded = time.perf_counter()
+    loaded = working_sec()
     if len(data.units):
         train_epochs(plan, trainer, log, data, epochs_done)
     else:  # the next stage starts from this one's checkpoint, so there must be one
         logger.info("stage%d train: nothing to train on, the weights go on unchanged", stage.index)
         save(plan, trainer, plan.settings.training.num_epochs)
     if accelerator.is_main_process:
-        seconds = {"load": loaded - started, "train": time.perf_counter() - loaded}
+        seconds = {"load": loaded - started, "train": working_sec() - loaded}
         # The share of the epochs that these seconds were spent on, for forecasts.
         seconds["share"] = 1 - epochs_done / plan.settings.training.num_epochs
         finish(plan, trainer, log, data, sampled, seconds)

@@ -2,9 +2,10 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -15,27 +16,52 @@ from b2diffurl.configuration.prompts import named_prompts, overlap_text
 from b2diffurl.configuration.settings import ModelSettings, PromptSources, Settings, combined_text
 from b2diffurl.experiment.folder import find_lora
 from b2diffurl.experiment.stage import LORA_FILE, PHASES, Stage, finished_stages
-from b2diffurl.models import Sizes, base_sizes, family_here
+from b2diffurl.models import Sizes, base_sizes, family_of
+from b2diffurl.models.known import expected_family, expected_sizes
 from b2diffurl.reporting.forecast import evaluations_left, num_done, number, time_text
 from b2diffurl.runtime.device import Compute, choose_device
 
+UNTIMED = (
+    "unknown until the run has sampled its first batch; its log then says it. A run can be stopped at any time: the same "
+    "command goes on. docs/performance.md has times that were measured."
+)
 
-def describe(plan: Plan) -> str:
-    """The whole text: facts, a table of stages, disk and time."""
+
+def describe(plan: Plan, downloads: Mapping[str, tuple[str, int]] = MappingProxyType({})) -> str:
+    """The whole text: facts, a table of stages, disk and time. `downloads` are as in `downloads_text`."""
     settings, budget = plan.settings, Budget.of(plan.settings)
-    windows = budget.planned_windows(plan.stage.root)
+    windows, base = budget.planned_windows(plan.stage.root), expected_sizes(settings.model)
+    volumes = stage_volumes(plan, base) if base else []
     device, precision = device_text(settings.compute)
-    base = base_sizes(settings.model)
-    number_bytes = 4 if precision == "float32" else 2  # of weights, and of the embeddings that are stored
-    S = [window.num_steps for window in windows]
-    volumes = [trajectory_bytes(settings, base, steps, len(plan.prompts), number_bytes) for steps in S] if base else []
-    facts = plan_facts(plan, budget) | {"device": f"{device}, {precision}"}
-    lines = [f"{name:<13}{fact}" for name, fact in facts.items()]
+    facts = plan_facts(plan, budget) | {"device": f"{device}, {precision}", "downloads": downloads_text(downloads)}
+    lines = [f"{name:<13}{fact}" for name, fact in facts.items() if fact]
     lines += ["", *stage_table(budget, windows, volumes), ""]
-    lines += [f"{'disk':<13}{disk_text(settings, base, volumes) if base else 'unknown until the base model is here'}"]
-    lines += [f"{'memory':<13}{memory_text(settings, base, number_bytes)}"] if base else []
-    lines += [f"{'time':<13}{time_text(settings)}"]
+    unknown = "unknown until the base model is here (pretrained.model): its files tell it"
+    lines += [f"{'disk':<13}{disk_text(settings, base, volumes) if base else unknown}"]
+    lines += [f"{'memory':<13}{memory_text(settings, base) if base else unknown}"]
+    begun = bool(finished_stages(settings.output.root, "train"))
+    lines += [f"{'time':<13}{time_text(settings) if begun else UNTIMED}"]
     return "\n".join(lines)
+
+
+def stage_volumes(plan: Plan, base: Sizes) -> list[int]:
+    """The bytes of each stage's trajectories."""
+    windows = Budget.of(plan.settings).planned_windows(plan.stage.root)
+    one = number_bytes(plan.settings)
+    return [trajectory_bytes(plan.settings, base, window.num_steps, len(plan.prompts), one) for window in windows]
+
+
+def number_bytes(settings: Settings) -> int:
+    """The bytes of a number in weights, and in the embeddings that are stored."""
+    return 4 if device_text(settings.compute)[1] == "float32" else 2
+
+
+def downloads_text(downloads: Mapping[str, tuple[str, int]]) -> str:
+    """What the run will download, {model: (the setting that asks for it, bytes or 0)}; "" if nothing."""
+    named = [
+        f"{setting} {name} ({size(volume) if volume else 'size unknown'})" for name, (setting, volume) in downloads.items()
+    ]
+    return f"{'; '.join(named)}; from the hub, when the run starts" if named else ""
 
 
 def plan_facts(plan: Plan, budget: Budget) -> dict[str, str]:
@@ -46,7 +72,8 @@ def plan_facts(plan: Plan, budget: Budget) -> dict[str, str]:
     return {
         "experiment": f"{settings.output.name} in {plan.stage.root}, {state_text(settings)}",
         "preset": settings.output.preset or "none",
-        "base model": f"{settings.model.name} ({base_text(settings.model)}), LoRA of rank {settings.model.lora.rank}",
+        "base model": f"{settings.model.name} ({base_text(settings.model)})",
+        "trained": lora_text(settings.model),
         "starts from": start_text(plan),
         "reward": settings.rewards.description + combined_text(settings.rewards.combine) + watched,
         "prompts": f"{len(plan.prompts)} of {trained}; {held_out_text(prompts)}",
@@ -68,8 +95,19 @@ def held_out_text(prompts: PromptSources) -> str:
 
 def base_text(model: ModelSettings) -> str:
     """What kind of model it is."""
-    here = family_here(model) if base_sizes(model) else None
-    return here.describe(model).title if here else "not on this machine, so its files were not checked"
+    family, here = expected_family(model), base_sizes(model)
+    title = family_of(family).describe(model).title if family else ""
+    return title if here else f"{title}, not on this machine".removeprefix(", ")
+
+
+def lora_text(model: ModelSettings) -> str:
+    """What is trained, and how many parameters it has, if the base model tells it."""
+    base, layers = expected_sizes(model), "attention and MLPs" if model.lora.mlp else "attention"
+    lora = f"a LoRA of rank {model.lora.rank} on {layers}"
+    if not base:
+        return f"{lora}; its size is unknown until the base model is here"
+    of_base = sum(base.weights.values())
+    return f"{lora}: {model.lora.rank * base.lora:,} parameters, beside the base model's {of_base:,}, which stay as they are"
 
 
 def device_text(compute: Compute) -> tuple[str, str]:
@@ -116,7 +154,7 @@ def stage_table(budget: Budget, windows: Sequence[Window], volumes: Sequence[int
         stages[window].append(index)
     updates = f"updates{', at most' if budget.at_most else ''}"
     num_steps = budget.sampling.num_steps
-    rows = [["a stage", f"S of {num_steps}", "images", "network evaluations", updates, "trajectories"]]
+    rows = [["a stage", f"trained steps, of {num_steps}", "images", "network evaluations", updates, "trajectories"]]
     for window, members in sorted(stages.items(), key=lambda row: (row[0].num_steps, row[0].start)):
         volume = size(volumes[members[0]]) if volumes else "?"  # stages of the same S have the same volume
         counts = [budget.num_images, budget.num_evaluations(window), budget.most_updates]
@@ -147,8 +185,23 @@ def stages_text(members: Sequence[int]) -> str:
 # ---- disk ----
 
 
+def disk_bytes(plan: Plan, base: Sizes) -> float:
+    """How many bytes the experiment takes at most while it runs, without JSON."""
+    return disk_facts(plan.settings, base, stage_volumes(plan, base))[0]
+
+
 def disk_text(settings: Settings, base: Sizes, volumes: Sequence[int]) -> str:
     """How many bytes the experiment takes at most while it runs, and how many each stage keeps."""
+    total, kept, kept_bytes, checkpoints, written = disk_facts(settings, base, volumes)
+    return (
+        f"at most {size(total)}, and about a kilobyte of JSON an image. "
+        f"A stage keeps {kept} images ({size(kept_bytes)}), "
+        f"checkpoints: {checkpoints} ({size(written)}), trajectories: {'all' if settings.output.keep_samples else 'none'}"
+    )
+
+
+def disk_facts(settings: Settings, base: Sizes, volumes: Sequence[int]) -> tuple[float, int, float, int, int]:
+    """(bytes in all; images that a stage keeps, their bytes; its checkpoints, their bytes)."""
     budget, output, num_stages = Budget.of(settings), settings.output, settings.schedule.num_stages
     images, per_image = budget.num_images, image_bytes(output.root, base)
     kept = images if output.keep_images < 0 else min(images, output.keep_images)
@@ -157,25 +210,39 @@ def disk_text(settings: Settings, base: Sizes, volumes: Sequence[int]) -> str:
     volume = sum(volumes) if output.keep_samples else max(volumes)  # all stages', or one's until it is trained
     # Batches, and the copies of the selected ones. In a tree few leaves may already be on all shared edges.
     trajectories = volume + (volume if settings.sampling.tree.after else volume * budget.most_selected // images)
-    judged = evaluations_left(settings, finished=set()).images  # of which keep.eval_images may delete some
+    judged = evaluations_left(settings, finished=set()).judged  # of which keep.eval_images may delete some
     # The stage at work has all its images, finished ones have `kept`.
     total = trajectories + num_stages * (written + kept * per_image) + (images - kept + judged) * per_image
-    return (
-        f"at most {size(total)}, and about a kilobyte of JSON an image. "
-        f"A stage keeps {kept} images ({size(kept * per_image)}), "
-        f"checkpoints: {checkpoints} ({size(written)}), trajectories: {'all' if output.keep_samples else 'none'}"
-    )
+    return total, kept, kept * per_image, checkpoints, written
 
 
-def memory_text(settings: Settings, base: Sizes, number_bytes: int) -> str:
-    """How many bytes are loaded in training and sampling, without activations. `number_bytes` are those of a weight."""
-    parts = {part: count * (4 if part in base.float32 else number_bytes) for part, count in base.weights.items()}
+def memory_text(settings: Settings, base: Sizes, one: int | None = None) -> str:
+    """How many bytes are loaded in training and sampling, without activations. `one` are those of a weight."""
+    parts = weight_bytes(settings, base, one)
     named = ", ".join(f"{part} {size(volume)}" for part, volume in parts.items())
-    moment = 1 if settings.training.optimizer.use_8bit else 4
-    trained = settings.model.lora.rank * base.lora * (8 + 2 * moment)  # in float32: weights, gradients; AdamW's two moments
-    total = size(sum(parts.values()))
+    total, trained = size(sum(parts.values())), size(optimizer_bytes(settings, base))
     encoders = ", text encoders only while prompts are encoded" if settings.model.offload else ""
-    return f"weights {total} ({named}){encoders}, LoRA and optimizer {size(trained)}; and activations, by the micro-batches"
+    rest = "and activations and the reward's model, which only the run can tell"
+    return f"weights {total} ({named}){encoders}, LoRA and optimizer {trained}; {rest}"
+
+
+def weight_bytes(settings: Settings, base: Sizes, one: int | None = None) -> dict[str, int]:
+    """{part of the base model: bytes of its weights}; `one` are those of a number, by default as the run has them."""
+    one = one or number_bytes(settings)
+    return {part: count * (4 if part in base.float32 else one) for part, count in base.weights.items()}
+
+
+def optimizer_bytes(settings: Settings, base: Sizes) -> int:
+    """Bytes of the LoRA with its gradients, float32, and of AdamW's two moments."""
+    moment = 1 if settings.training.optimizer.use_8bit else 4
+    return settings.model.lora.rank * base.lora * (8 + 2 * moment)
+
+
+def memory_bytes(settings: Settings, base: Sizes) -> int:
+    """The least that the base model and its training take on a GPU: without activations, and without offloaded encoders."""
+    parts = weight_bytes(settings, base)
+    there = {part: volume for part, volume in parts.items() if not (settings.model.offload and part.startswith("text_"))}
+    return sum(there.values()) + optimizer_bytes(settings, base)
 
 
 def trajectory_bytes(settings: Settings, base: Sizes, num_trained_steps: int, num_prompts: int, embedding_bytes: int) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from b2diffurl.configuration.settings import Rewards
 from b2diffurl.experiment.not_finite import listed
-from b2diffurl.runtime.hub import checksum
+from b2diffurl.runtime.hub import checksum, naming_settings
 
 Parts = dict[str, Tensor | list[str]]
 Reward = Callable[[Tensor, Sequence[str]], Tensor | tuple[Tensor, Parts]]
@@ -90,7 +90,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 def check_rewards(names: Sequence[str], rewards: Rewards, prompts: Sequence[str] = ()) -> None:
     """Raise an error, before any work, if a reward is unknown, lacks its model, or cannot score one of the prompts."""
     for name in names:
-        reward_module(name).check(name, rewards.own.get(name, {}), prompts)
+        own = rewards.own.get(name, {})
+        with naming_settings({f"reward.{name}.{key}": value for key, value in own.items()}):
+            reward_module(name).check(name, own, prompts)
 
 
 def probe_rewards(names: Sequence[str], rewards: Rewards) -> None:

@@ -8,7 +8,9 @@ import re
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,55 @@ MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("*.model",))
 
 
+class MissingModelError(FileNotFoundError):
+    """A model that is not on this machine, or not whole; `setting` names it if that is known (`naming_settings`)."""
+
+    def __init__(self, model: str, said: str, setting: str = ""):
+        super().__init__(said)
+        self.model, self.said, self.setting = model, said, setting
+
+    def __str__(self) -> str:
+        if not self.setting:
+            return self.said
+        return f"{self.setting}: {self.said.replace('give DIR as the model', f'give --config.{self.setting}=DIR')}"
+
+
+class DownloadNeededError(MissingModelError):
+    """Raised instead of a download where files are only looked for (`only_looking`); the hub would give the model."""
+
+
+@dataclass
+class Looking:
+    """What was found while nothing may be downloaded."""
+
+    hub_answers: bool | None = None  # None: the hub has not been asked yet
+    num_bytes: dict[str, int] = field(default_factory=dict)  # of the files that would be downloaded, by model
+
+
+LOOKING: ContextVar[Looking | None] = ContextVar("LOOKING", default=None)
+
+
+@contextlib.contextmanager
+def only_looking() -> Iterator[Looking]:
+    """In the block `locate` downloads nothing: it asks the hub for sizes, and raises a DownloadNeededError."""
+    looking = Looking()
+    token = LOOKING.set(looking)
+    try:
+        yield looking
+    finally:
+        LOOKING.reset(token)
+
+
+@contextlib.contextmanager
+def naming_settings(settings: Mapping[str, Any]) -> Iterator[None]:
+    """In the block an error about a model that is missing says which setting asks for it, {setting: model}."""
+    try:
+        yield
+    except MissingModelError as error:
+        error.setting = error.setting or next((key for key, name in settings.items() if name == error.model), "")
+        raise
+
+
 def locate(
     name: str,
     *,
@@ -40,8 +91,8 @@ def locate(
     weights   further patterns, of which one is enough; the first one that the hub has is downloaded
     missing   names a part that a cached model lacks, "" if none: a model with a missing part is downloaded
 
-    A model counts as cached if `missing` names nothing and the cache has one of `weights`. A FileNotFoundError says what is
-    missing and how to get it.
+    A model counts as cached if `missing` names nothing and the cache has one of `weights`. A MissingModelError, which is a
+    FileNotFoundError, says what is missing and how to get it.
     """
     require_path_or_id(name)
     path = resource(name)
@@ -52,8 +103,12 @@ def locate(
 
     def download(alternative: list[str], *, offline: bool) -> Path:
         wanted = [*patterns, *alternative]
+        if looking and not offline:
+            look_on_hub(looking, name, revision, wanted, alternative)
+            return Path(name)  # the hub has no such weights
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=offline))
 
+    looking = LOOKING.get()
     alternatives = [[pattern] for pattern in weights] or [[]]
     # The cache first, without the network: a run must not depend on the hub for files that are here.
     for alternative in alternatives:
@@ -62,33 +117,64 @@ def locate(
             if all(any(path.glob(pattern)) for pattern in alternative) and not missing(path):
                 return path
     # Hub clients retry an unreachable hub for most of a minute, so one probe comes first.
-    if constants.is_offline_mode() or not reachable(constants.ENDPOINT):
-        raise FileNotFoundError(
-            f"{name} is not, or not whole, in the local cache, {constants.ENDPOINT} cannot be reached, and there is no "
-            f"{user_directory() / name}. Where there is network, run: hf download {name} --local-dir DIR; then give DIR as "
-            "the model."
-        )
+    require_hub(name, looking)
     try:
         for alternative in alternatives:
             path = download(alternative, offline=False)
             if all(any(path.glob(pattern)) for pattern in alternative):
                 return path
     except GatedRepoError:
-        raise FileNotFoundError(
+        raise MissingModelError(
+            name,
             f"the hub gives {name} only to those who have accepted its license: do so on {constants.ENDPOINT}/{name}, then "
-            "run: hf auth login"
+            "run: hf auth login",
         ) from None
     except HfHubHTTPError as error:
-        raise FileNotFoundError(f"the hub has no {name} (revision {revision}) for you: {error}") from None
-    raise FileNotFoundError(f"{name} on the hub has none of the files {', '.join(weights)}")
+        raise MissingModelError(name, f"the hub has no {name} (revision {revision}) for you: {error}") from None
+    raise MissingModelError(name, f"{name} on the hub has none of the files {', '.join(weights)}")
+
+
+def look_on_hub(looking: Looking, name: str, revision: str, wanted: Sequence[str], needed: Sequence[str]) -> None:
+    """Raise a DownloadNeededError if the hub has a file for each of the patterns `needed`; note the size of all `wanted`."""
+    from huggingface_hub import constants, snapshot_download
+
+    listed = snapshot_download(name, revision=revision, allow_patterns=wanted, dry_run=True)
+    if all(any(Path(file.filename).match(pattern) for file in listed) for pattern in needed):
+        looking.num_bytes[name] = sum(file.file_size for file in listed if file.will_download)
+        raise DownloadNeededError(name, f"{name} would be downloaded from {constants.ENDPOINT}")
+
+
+def require_hub(name: str, looking: Looking | None) -> None:
+    """Raise a MissingModelError if the hub, which has model `name`, cannot be asked."""
+    from huggingface_hub import constants
+
+    if not hub_answers(looking):
+        raise MissingModelError(
+            name,
+            f"{name} is not, or not whole, in the local cache, {constants.ENDPOINT} cannot be reached, and there is no "
+            f"{user_directory() / name}. Where there is network, run: hf download {name} --local-dir DIR; then give DIR as "
+            "the model.",
+        )
+
+
+def hub_answers(looking: Looking | None) -> bool:
+    """Whether the hub may and can be asked. While files are only looked for, it is tried once."""
+    from huggingface_hub import constants
+
+    if looking and looking.hub_answers is not None:
+        return looking.hub_answers
+    answers = not constants.is_offline_mode() and reachable(constants.ENDPOINT)
+    if looking:
+        looking.hub_answers = answers
+    return answers
 
 
 def require_path_or_id(name: str) -> None:
     """Refuse a model's name that is no hub id, and a path at which there is nothing."""
     path = resource(name)
     if not is_hub_id(name) and not os.path.exists(path):  # not path.exists(), which raises for a name that is too long
-        raise FileNotFoundError(
-            f"no model at {path.absolute()}. Give a local path to an existing model, or a hub id (owner/name)."
+        raise MissingModelError(
+            name, f"no model at {path.absolute()}. Give a local path to an existing model, or a hub id (owner/name)."
         )
 
 
@@ -136,7 +222,7 @@ def model_folder(model: str, *, tokenizer: bool = True) -> Path:
 
     root = locate(model, patterns=MODEL_PARTS, weights=MODEL_WEIGHTS, missing=missing)
     if part := missing(root):
-        raise FileNotFoundError(f"{root} is no model directory: it lacks {part}.")
+        raise MissingModelError(model, f"{root} is no model directory: it lacks {part}. Get its files anew.")
     return root
 
 

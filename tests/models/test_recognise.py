@@ -93,7 +93,8 @@ def test_a_model_that_is_not_here(tmp_path, overrides):
     with pytest.raises(FileNotFoundError, match=r"nobody/no-model is not, or not whole, in the local cache.* hf download"):
         recognise.family_name(model)
     ended = start(tmp_path, overrides | {"pretrained.model": "nobody/no-model"}, "--dry_run")
-    assert (ended.code, "unknown until the base model is here" in ended.stdout) == (0, True)
+    assert (ended.code, "unknown until the base model is here" in ended.stdout) == (2, True)
+    assert_refused(ended, r"pretrained\.model: nobody/no-model is not, or not whole, in the local cache")
 
 
 def test_what_was_recognised_is_recorded(overrides, tmp_path):

@@ -18,7 +18,7 @@ def test_judging_leaves_the_experiment_alone(workplace, overrides):
     after = snapshot(workplace)
     assert {name: after[name] for name in before} == before
     added = {name.removeprefix("model/lora/tiny/").split("/")[0] for name in after.keys() - before.keys()}
-    assert added == {"eval", "eval.jsonl", "report", "report.html", "verdict.json"}
+    assert added == {"eval", "eval.jsonl", "eval_seconds.jsonl", "report", "report.html", "verdict.json"}
     line = judged(workplace, overrides, *arguments)
     assert snapshot(workplace) == after
     text = read_json(experiment(workplace) / "verdict.json")["text"]

@@ -54,14 +54,24 @@ def test_what_is_loaded_by_hand(overrides):
     assert text.startswith("weights 11 GB (unet 10 GB, vae 335 MB), LoRA and optimizer 58 MB; ")
 
 
-@pytest.mark.parametrize("preset", REAL_SIZE)
+@pytest.mark.parametrize("preset", [pytest.param(one, marks=[] if one == "sd14" else pytest.mark.long) for one in REAL_SIZE])
 def test_a_preset_whose_model_is_not_here_has_a_plan(tmp_path, preset):
-    """Of images, evaluations and updates; what depends on the model's files is said to be unknown."""
-    prompts = {key: f"{ROOT}/{flatten(get_config(preset).to_dict())[key]}" for key in ("prompt_file", "eval.prompt_file")}
+    """Of images, evaluations, updates, and by what is known of the preset's model of parameters, disk and memory. The hub
+    cannot be reached, so each model that is missing is a fault, with the setting that names it."""
+    given = flatten(get_config(preset).to_dict())
+    prompts = {key: f"{ROOT}/{given[key]}" for key in ("prompt_file", "eval.prompt_file")}
     ended = start(tmp_path, prompts, "--dry_run", preset=preset)
-    assert ended.code == 0, ended.stderr
+    assert ended.code == 2
     assert f"\npreset       {preset}\n" in ended.stdout
-    assert "unknown until the base model is here" in ended.stdout
+    assert re.search(r"^trained +a LoRA of rank \d+ on attention: [\d,]+ parameters", ended.stdout, re.M)
+    assert re.search(r"^disk +at most [\d.]+ [GT]B", ended.stdout, re.M)
+    assert re.search(r"^memory +weights [\d.]+ GB", ended.stdout, re.M)
+    *errors, hint = ended.stderr.splitlines()
+    assert [line.split(": ")[1] for line in errors] == ["reward.clip.model", "pretrained.model"]
+    assert errors[1].endswith(
+        f"hf download {given['pretrained.model']} --local-dir DIR; then give --config.pretrained.model=DIR."
+    )
+    assert hint == "       Mend these and run the same command again."
     assert not snapshot(tmp_path)
 
 
@@ -102,7 +112,8 @@ def test_the_dry_run_of_a_new_experiment(overrides, tmp_path):
     assert lines["stage0"].split() == ["2", "18", "48", "6", lines["stage0"].split()[-2], "kB"]
     assert lines["stage1"].split()[:4] == ["3", "18", "60", "6"]
     assert lines["in all"].split()[:3] == ["36", "108", "12"]
-    assert lines["time"] == "minutes known after the first batch"
+    assert lines["time"].startswith("unknown until the run has sampled its first batch")
+    assert ended.stdout.splitlines()[-1].startswith("ready: the run would start.")
 
 
 def test_stages_of_one_window_share_a_row(overrides):
@@ -126,7 +137,7 @@ def test_the_dry_run_of_the_reference(tmp_path):
     assert re.search(r"^stages 0-14 +14 +1,280 +19,456 +8 +\?$", text, re.MULTILINE)
     assert re.search(r"^stages 86-99 +20 +1,280 +25,600 ", text, re.MULTILINE)
     assert re.search(r"^in all +128,000 ", text, re.MULTILINE)
-    assert re.search(r"^disk +unknown until the base model is here$", text, re.MULTILINE)
+    assert re.search(r"^disk +unknown until the base model is here", text, re.MULTILINE)
     counts = re.findall(
         r"^(\d+) stages +\d+ ", start(tmp_path, settings | {"curriculum": "random"}, "--dry_run").stdout, re.M
     )
@@ -155,10 +166,10 @@ def test_a_dry_run_that_finds_a_mistake(workplace, overrides):
 
 @pytest.mark.long
 def test_the_shell_script_only_plans(overrides, tmp_path):
-    """bash run_process.sh --dry_run: the same plan, from one process that loads no model; nothing is written."""
+    """bash run_process.sh --dry_run: the same plan; nothing is written."""
     settings = flags(overrides | {"save_path": tmp_path / "out", "log_path": tmp_path / "log"})
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"Preset": "sd14", "PATH": path, "PYTHONPROFILEIMPORTTIME": "1"}
+    environment = os.environ | {"Preset": "sd14", "PATH": path}
     ended = subprocess.run(
         ["bash", ROOT / "run_process.sh", "--dry_run", *settings],
         env=environment,
@@ -166,11 +177,8 @@ def test_the_shell_script_only_plans(overrides, tmp_path):
         text=True,
         timeout=120,
     )
-    assert ended.returncode == 0
+    assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout.startswith("experiment   tiny in ")
-    imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
-    assert "b2diffurl.reporting.dry_run" in imported
-    assert "b2diffurl.models.policy" not in imported  # which loads models
     assert list(tmp_path.iterdir()) == []
 
 

@@ -59,7 +59,7 @@ def test_the_log_tells_the_run(overrides, run):
     )
     expected = [
         r"stage0 sample: S 2 of 4, 18 images, from a fresh LoRA",
-        r"stage0 sample: first batch in [\d.]+ s; the run takes at most about [\d.]+ (s|min)",
+        r"stage0 sample: first batch in [\d.]+ s; the run takes at most about [\d.]+ (s|min) \(.+ to .+\)",
         r"stage0 sample: done in [\d.]+ s, 18 images, [\d.]+ images/s",
         r"stage0 select: scoring 18 images by clip",
         r"stage0 select: done in [\d.]+ s, reward .* \(sd .*, in groups .*\), kept (\d+) of 18 images, \d+ good, \d+ bad",
@@ -67,7 +67,7 @@ def test_the_log_tells_the_run(overrides, run):
         r"stage0 train: max \|log-ratio\| at the first update \d.\de[+-]\d\d",
         r"stage0 train: done in [\d.]+ s, \d+ updates, gradient norm .*, clipped .* %, to stage0/checkpoint_2, "
         r"for diffusers \(for ComfyUI, A1111, Forge: python -m b2diffurl\.export model/lora/tiny --format kohya\)",
-        r"stage0 done: 1 of 2 stages, [\d.]+ (s|min) so far, about [\d.]+ (s|min) left",
+        r"stage0 done: 1 of 2 stages, [\d.]+ (s|min) so far, about [\d.]+ (s|min) \(.+ to .+\) left",
         r"stage1 sample: S 3 of 4, 18 images, from stage0/checkpoint_2",
     ]
     assert [bool(re.fullmatch(form, line)) for form, line in zip(expected, said[1:], strict=False)] == [True] * len(expected)
