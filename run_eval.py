@@ -6,7 +6,7 @@ from contextlib import nullcontext, redirect_stdout
 
 from absl import flags
 
-from b2diffurl.configuration.command_line import given_keys, run_script
+from b2diffurl.configuration.usage import run_script
 
 flags.DEFINE_list(
     "checkpoint",
@@ -51,6 +51,7 @@ def main(config):
 
 def judge(config):
     """Do what the flags say; returns what --json prints: the last evaluation, or the best one."""
+    from b2diffurl.configuration.command_line import given_keys
     from b2diffurl.configuration.plan import checked_settings, stage_index
     from b2diffurl.configuration.recorded import take_recorded
     from b2diffurl.evaluation.measure import every_checkpoint

@@ -6,6 +6,7 @@
 #     Preset=sd14 ExpName=my_run bash run_process.sh           # Stable Diffusion v1.4
 #     bash run_process.sh --dry_run                            # only say what would be done
 #     bash run_process.sh --config.train.learning_rate=1e-3    # arguments are passed on to every script
+#     bash run_process.sh --help                               # this text, the variables below, the presets
 #
 # To resume a run, give the same command again.
 #
@@ -17,6 +18,26 @@ set -euo pipefail
 ( : >&2 ) || exec 2> /dev/null
 export B2DIFFURL_STARTED_IN="$PWD"    # where the user's relative paths lie (b2diffurl/runtime/paths.py)
 cd "$(dirname "${BASH_SOURCE[0]}")"
+This="$PWD/${BASH_SOURCE[0]##*/}"
+
+# fail SENTENCE REMEDY: end with both and exit code 2.
+fail() {
+    printf 'error: %s\n       %s\n' "$1" "$2" >&2
+    exit 2
+}
+# variables: the name, comment and default of each variable below, separated by tabs.
+variables() {
+    sed -nE "s/^([A-Z][A-Za-z0-9_]*)=\"\\$\{[A-Za-z0-9_]*:-([^}]*)\}\" *# (.*)/\1"$'\t'"\3"$'\t'"\2/p" "$This"
+}
+for Argument in "$@"; do
+    case "$Argument" in -h | -help | --help | --helpshort | --helpfull)
+        sed -n '2,/^set /s/^# \{0,1\}//p' "$This"
+        printf '\nVariables:\n\n'
+        variables | awk -F '\t' '{ printf "    %-16s %s%s\n", $1, $2, $3 == "" ? "" : " (default: " $3 ")" }'
+        printf '\n%s\n' "$(awk '/^"""/ && NR > 1 { exit } { sub(/^"""/, ""); print }' config/stage_process.py)"
+        exit 0
+    esac
+done
 
 Preset="${Preset:-shapes}"                # shapes, shapes_ddpo, sd14_nft, sd14, …: see config/stage_process.py
 ExpName="${ExpName:-}"                    # name of the experiment: of its folder and its log
@@ -59,6 +80,27 @@ MachineRank="${MachineRank:-0}"           # number of this machine: 0, 1, …
 MainProcessIp="${MainProcessIp:-}"        # address of machine 0
 MainProcessPort="${MainProcessPort:-29500}"    # a free port of machine 0
 Launcher="${Launcher:-}"                  # starts the scripts instead of torchrun: accelerate launch --config_file=cluster.yaml
+Python="${Python:-}"                      # the interpreter; python, or python3 where there is no python
+
+# A variable that differs from one of these only in case or underscores has no effect.
+compgen -e | awk -F '\t' '
+    function plain(name) { gsub("_", "", name); return tolower(name) }
+    NR == FNR { if ($1 != "Python") ours[plain($1)] = $1; next }
+    plain($1) in ours && $1 != ours[plain($1)] {
+        print "warning: " $1 " is set, which has no effect here; the variable is " ours[plain($1)]
+    }' <(variables) - >&2
+
+# switch NAME: make a variable that is yes or no 1 or 0; empty it stays.
+switch() {
+    case "${!1}" in
+        "") ;;
+        1 | [Yy]es | YES | [Tt]rue | TRUE | [Oo]n | ON) printf -v "$1" 1 ;;
+        0 | [Nn]o | NO | [Ff]alse | FALSE | [Oo]ff | OFF) printf -v "$1" 0 ;;
+        *) fail "$1 is '${!1}'; it is 1 (yes) or 0 (no)" "Mend it and run the same command again." ;;
+    esac
+}
+switch Resident
+switch RandomPrompt
 
 # From the variables make the flags that every script is given.
 Flags=("--config=config/stage_process.py:${Preset}")
@@ -107,28 +149,37 @@ Flags+=("$@")    # after the variables, so that arguments win over them
 # Check the numbers of processes and machines here, because bash computes with them.
 for Number in "${NumProcesses:-1}" "$NumMachines" "$MachineRank" "$MainProcessPort"; do
     if [[ ! "$Number" =~ ^(0|[1-9][0-9]{0,4})$ ]]; then
-        echo "error: NumProcesses, NumMachines, MachineRank and MainProcessPort are whole numbers below 100000, not '$Number'" >&2
-        echo "       Mend it and run the same command again." >&2
-        exit 2
+        fail "NumProcesses, NumMachines, MachineRank and MainProcessPort are whole numbers below 100000, not '$Number'" \
+            "Mend it and run the same command again."
     fi
 done
 if [ -z "$Launcher" ] && [ "$MachineRank" -ge "$NumMachines" ]; then
-    echo "error: MachineRank is $MachineRank; with NumMachines=$NumMachines it is at least 0 and below that" >&2
-    echo "       Mend it and run the same command again." >&2
-    exit 2
+    fail "MachineRank is $MachineRank; with NumMachines=$NumMachines it is at least 0 and below that" \
+        "Mend it and run the same command again."
 fi
 if [ "$NumMachines" -gt 1 ] && [ -z "$MainProcessIp$Launcher" ]; then
-    echo "error: NumMachines is $NumMachines; MainProcessIp must be machine 0's address" >&2
-    echo "       Give it and run the same command again." >&2
-    exit 2
+    fail "NumMachines is $NumMachines; MainProcessIp must be machine 0's address" "Give it and run the same command again."
 fi
 
-# Launch: what starts a phase. One process is plain python, several are started by torchrun.
-Launch=(python)
+# The interpreter, and whether it can run this.
+if [ -z "$Python" ]; then Python=$(command -v python || command -v python3 || true); fi
+if [ -z "$Python" ]; then fail "there is neither python nor python3" "Install Python 3.11 or newer, or give one by Python=PATH."; fi
+Lacks=$("$Python" -c 'import sys
+if sys.version_info < (3, 11): sys.exit(print("is Python %d.%d; 3.11 or newer is needed" % sys.version_info[:2]))
+from importlib.util import find_spec
+lacks = [one for one in ("torch", "diffusers", "transformers", "ml_collections") if not find_spec(one)]
+if lacks: print("lacks " + ", ".join(lacks))') || fail "$Python cannot be run" "Give an interpreter by Python=PATH."
+case "$Lacks" in
+    lacks*) fail "$Python $Lacks" "Install what is missing: $Python -m pip install -r requirements.txt" ;;
+    ?*) fail "$Python $Lacks" "Give another by Python=PATH." ;;
+esac
+
+# Launch: what starts a phase. One process is the plain interpreter, several are started by torchrun.
+Launch=("$Python")
 if [ -n "$Launcher" ]; then
     read -ra Launch <<< "$Launcher"
 elif [ "${NumProcesses:-1}" -gt 1 ] || [ "$NumMachines" -gt 1 ]; then
-    Launch=(python -m torch.distributed.run --nproc_per_node="${NumProcesses:-1}")
+    Launch=("$Python" -m torch.distributed.run --nproc_per_node="${NumProcesses:-1}")
     if [ "$NumMachines" -gt 1 ]; then
         Launch+=(--nnodes="$NumMachines" --node_rank="$MachineRank")
         Launch+=(--master_addr="$MainProcessIp" --master_port="$MainProcessPort" --rdzv_conf=timeout=7200)
@@ -174,7 +225,7 @@ leave() {
 trap leave EXIT
 # start checks all settings, and writes what is to be done into a file: folder <tab> the experiment's folder, a line for each
 # call of a script (call <tab> file that it needs <tab> script <tab> its flags, separated by tabs), and end.
-run python -m b2diffurl.start --calls="$PlanFile" "${Flags[@]}"
+run "$Python" -m b2diffurl.start --calls="$PlanFile" "${Flags[@]}"
 if [ "$(tail -n 1 "$PlanFile" 2> /dev/null)" != end ]; then
     echo "error: b2diffurl.start has ended without a list of calls, so nothing can be run" >&2
     echo "       Something that it imports may have ended it: config/stage_process.py, or a module beside it." >&2
@@ -187,7 +238,7 @@ if [ -z "$Resident$Launcher" ] && [ "${NumProcesses:-1}" -eq 1 ] && [ "$NumMachi
     Resident=1
 fi
 if [ "$Resident" = 1 ]; then
-    run python -m b2diffurl.resident "${Flags[@]}"
+    run "$Python" -m b2diffurl.resident "${Flags[@]}"
     exit 0
 fi
 # The loop: every call in order. A call whose work is already done ends at once. The list is read from descriptor 3, so
@@ -200,6 +251,6 @@ while IFS=$'\t' read -r -a Call <&3; do
     if [ "$Script" != run_eval.py ]; then
         run "${Launch[@]}" "$Script" "${Flags[@]}" "${Options[@]}"
     elif [ "$MachineRank" -eq 0 ]; then    # one process judges
-        run python "$Script" "${Flags[@]}" "${Options[@]}"
+        run "$Python" "$Script" "${Flags[@]}" "${Options[@]}"
     fi
 done 3< "$PlanFile"

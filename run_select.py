@@ -1,6 +1,6 @@
 """Score the images of one stage and select what is trained on: python run_select.py --config.run_name=stage0"""
 
-from b2diffurl.configuration.command_line import run_script
+from b2diffurl.configuration.usage import run_script
 
 
 def main(config):

@@ -1,6 +1,6 @@
 """Train the LoRA on the selected images of one stage: python run_train.py --config.run_name=stage0"""
 
-from b2diffurl.configuration.command_line import run_script
+from b2diffurl.configuration.usage import run_script
 
 
 def main(config):

@@ -9,14 +9,15 @@ import os
 from ml_collections import ConfigDict
 
 from b2diffurl.configuration.command_line import run_script
-from b2diffurl.configuration.loop import calls
 from b2diffurl.configuration.plan import make_plan
 from b2diffurl.experiment import lock
 from b2diffurl.models import policy
 from b2diffurl.phases.evaluate import evaluate_and_show, evaluate_due, tell_verdict
+from b2diffurl.phases.finished import calls_left
 from b2diffurl.phases.sample import sample_stage
 from b2diffurl.phases.select import select_stage
 from b2diffurl.phases.train import train_stage
+from b2diffurl.runtime.processes import OWNER
 
 VERBS = {"sample": sample_stage, "select": select_stage, "train": train_stage}
 
@@ -31,7 +32,7 @@ def run_stages(config: ConfigDict) -> None:
     first = make_plan(config)
     root = first.stage.root
     with policy.keeping_models(), lock.holding(root):
-        for call in calls(first.settings):
+        for call in calls_left(first, checked=OWNER in os.environ):
             if not call.is_possible(root):
                 return
             if call.stage is None:  # the evaluations at the end of the run

@@ -1,6 +1,6 @@
 """The first command of run_process.sh: check everything, take the lock, write the list of calls. Or print the plan.
 
-The list is the loop of the run (configuration/loop.py), which run_process.sh then walks: call after call of run_<script>.py.
+The list is what is left of the run's loop (phases/finished.py), which run_process.sh then walks, call after call.
 It goes through a file of its own, --calls: anything may print to stdout, such as a module that the configuration imports.
 """
 
@@ -14,12 +14,12 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from b2diffurl.configuration.command_line import die, run_script
-from b2diffurl.configuration.loop import calls
 from b2diffurl.configuration.plan import Plan, make_plan
 from b2diffurl.configuration.prompts import overlap_text
 from b2diffurl.configuration.rules import faults
 from b2diffurl.experiment import lock
 from b2diffurl.phases.doubts import doubts
+from b2diffurl.phases.finished import calls_left
 from b2diffurl.reporting import dry_run, forecast
 from b2diffurl.reporting.forecast import next_stage
 from b2diffurl.runtime import files
@@ -44,15 +44,14 @@ def start(config: ConfigDict) -> None:
     if flags.FLAGS.dry_run:
         preview(config, plan)
         return
-    if owner := lock.owner():  # 0 on the other machines of a cluster, which leave the lock to the first one
-        lock.take(plan.stage.root, owner)
-    loop = calls(plan.settings)
-    for doubt in doubts(plan):
-        logger.warning("%s", doubt)
-    logger.info(forecast.plan_line(plan.settings))
-    if overlap:
-        logger.warning("plan: %s", overlap)
-    lines = [["call", call.needs, f"run_{call.script}.py", *call.flags] for call in loop]
+    with lock.holding(plan.stage.root):  # of run_process.sh, which keeps it
+        for doubt in doubts(plan):
+            logger.warning("%s", doubt)
+        logger.info(forecast.plan_line(plan.settings))
+        if overlap:
+            logger.warning("plan: %s", overlap)
+        left = calls_left(plan)
+    lines = [["call", call.needs, f"run_{call.script}.py", *call.flags] for call in left]
     # On a GPU each script gives its memory back by ending. On the CPU that is not short, and starting takes longest.
     alone = not torch.cuda.is_available() and config.num_processes <= 1
     how = [["resident"]] if alone else []

@@ -15,13 +15,16 @@ work everywhere; where another name is clearer here, they mean the same (docs/co
 b2diffurl/configuration/keys.py has the allowed values of each key, and whether it may change once an experiment has begun.
 """
 
+from difflib import get_close_matches
+
 from ml_collections import ConfigDict, config_dict
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
     """The configuration of a preset, locked against new keys; a ValueError lists the presets if the name is unknown."""
     if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+        near = "".join(f"; did you mean {name}?" for name in get_close_matches(preset, PRESETS, n=1))
+        raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}{near}")
     config = reference()
     PRESETS[preset](config)
     config.preset = preset

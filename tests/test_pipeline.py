@@ -641,6 +641,8 @@ INDEPENDENT = {"sampling": "independent"}
 PYTHON = f"""#!{sys.executable} -SE
 import json, os, socket, sys
 
+if sys.argv[1] == "-c":
+    sys.exit()  # asked for its version and packages
 with socket.create_connection(("127.0.0.1", int(os.environ["WARM_PYTHON"]))) as server:
     server.sendall(json.dumps([os.getcwd(), sys.argv[1:]]).encode())
     server.shutdown(socket.SHUT_WR)

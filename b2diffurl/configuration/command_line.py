@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -19,11 +19,12 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from safetensors import SafetensorError
 
+from b2diffurl.configuration.typos import bad_value, did_you_mean, unknown_option
+from b2diffurl.configuration.usage import CONFIG_FILE
 from b2diffurl.runtime import ambient, paths
 from b2diffurl.runtime.logs import log_of, logger, name_log, set_up_logging, set_up_streams, show
 from b2diffurl.runtime.processes import OWNER, ending_with_masters
 
-CONFIG_FILE = "config/stage_process.py"  # always the one that is shipped
 GC_THRESHOLD = 50_000  # new objects between two garbage collections; imports make millions, so Python's 700 costs seconds
 FLAGS = flags.FLAGS
 
@@ -193,7 +194,8 @@ def parse_flags() -> tuple[ConfigDict, dict[str, Any]]:
     from b2diffurl.configuration.keys import by_todays_names, flatten, meant_paths  # imports torch, which takes seconds
 
     what = "Configuration, CONFIG.py:PRESET; any key by --config.KEY."
-    where_keys_stand = f"Every key stands with a comment in {CONFIG_FILE}."
+    where_keys_stand = f"Every key stands with a comment in {CONFIG_FILE}; --help says more."
+    preset: dict[str, Any] = {}
     try:
         with contextlib.chdir(paths.user_directory()):  # where --config and --flagfile have their files
             config_flags.DEFINE_config_file("config", config_path(CONFIG_FILE), what)
@@ -206,14 +208,35 @@ def parse_flags() -> tuple[ConfigDict, dict[str, Any]]:
         config = None if unexpected else by_todays_names(FLAGS.config.unlock()).lock()
         if config:
             config.update_from_flattened_dict(meant_paths(flatten(config.to_dict()), given_keys()))
-    except (AttributeError, KeyError) as error:
-        die(f"unknown key {error} on the command line", hint=where_keys_stand)
     except Exception as error:  # absl, ml_collections and the config file each raise their own kinds
-        reason = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
-        die(reason[-1], hint=where_keys_stand)
+        die(said_of(error, flatten(preset)), hint=where_keys_stand)
     if unexpected:
-        die(f"unexpected argument {unexpected[0]!r}", hint="Options look like --config.train.learning_rate=1e-4.")
+        near = did_you_mean(unexpected[0].partition("=")[0], flatten(preset), other_options())
+        die(f"unexpected argument {unexpected[0]!r}{near}", hint="Options look like --config.train.learning_rate=1e-4.")
     return config, preset
+
+
+def said_of(error: Exception, settings: Mapping[str, Any]) -> str:
+    """What is wrong with the command line, in a sentence. `error` came from parsing it.
+
+    `settings` are the preset's, by dotted key; {} if it could not be loaded.
+    """
+    from b2diffurl.configuration.keys import KEYS
+
+    # A key that there is not stops already the loading of the preset.
+    if said := unknown_option(sys.argv[1:], settings or KEYS, other_options()):
+        return said
+    if (match := re.match(r"flag --(config\.[\w.]+=.*?): ", str(error), re.DOTALL)) and (
+        said := bad_value(match[1], settings)
+    ):
+        return said
+    reason = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    return re.sub(r"^(\w+Error: )+|\[Errno \d+\] ", "", reason[-1])
+
+
+def other_options() -> list[str]:
+    """The names of the options that are no keys."""
+    return [name for name in FLAGS if not name.startswith("config.")]
 
 
 def given_keys() -> set[str]:

@@ -247,7 +247,9 @@ class Evaluation:
         with ExitStack() as threads:
             # A reward that waits for another program scores a batch while the next one is drawn.
             beside = {key: threads.enter_context(Behind(abandon=True)) for key in self.rewards if waits(key)}
-            for batch in progress(range(math.ceil(judging.num_images / judging.batch_size)), "eval"):
+            for batch in progress(
+                range(math.ceil(judging.num_images / judging.batch_size)), f"eval {folder.name}", "batches"
+            ):
                 start = batch * judging.batch_size
                 # All batches have the same size, which rounding depends on; what the last one has too much is dropped.
                 count = min(judging.batch_size, judging.num_images - start)

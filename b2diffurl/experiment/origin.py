@@ -9,6 +9,7 @@ what is not recorded is not compared.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from b2diffurl.experiment.stage import LORA_FILE, PHASES, Stage, finished_stages
 from b2diffurl.runtime import files
@@ -27,7 +28,7 @@ def require_origin(stage: Stage) -> None:
 
 def check_lora(stage: Stage) -> None:
     """The LoRA that sampled is a checkpoint of the stage before; nothing is compared if that is not here, or not trained."""
-    before = Stage(stage.root, stage.index - 1)
+    before = replace(stage, index=stage.index - 1)
     if stage.index == 0 or not before.finished("train"):
         return
     used = stage.manifest("sample").get("policy", {}).get("lora_sha256")
@@ -48,11 +49,13 @@ def check_scored(stage: Stage) -> None:
     if recorded and recorded["images"] != (now := images_sha256(stage)):
         refuse(stage, f"the images {short(recorded['images'])}", f"there are now {short(now)}", stage.images)
     for name, checksum in recorded.get("history", {}).items():
-        earlier = Stage(stage.root, int(name.removeprefix("stage")))
+        earlier = replace(stage, index=int(name.removeprefix("stage")))
         if earlier.finished("select") and (now := scores_sha256(earlier)) != checksum:
             refuse(stage, f"the scores {short(checksum)} of {name}", f"{name} now has {short(now)}", earlier.folder)
-    first = finished_stages(stage.root, "select")[0]
-    if selected.get("scales") and selected["scales"] != (now := first.manifest("select").get("scales")):
+    if not selected.get("scales"):
+        return
+    first = next(one for n in range(stage.index + 1) if (one := replace(stage, index=n)).finished("select"))
+    if selected["scales"] != (now := first.manifest("select").get("scales")):
         refuse(stage, f"the scales {selected['scales']}", f"{first.folder.name} now has {now}", first.folder)
 
 
@@ -82,8 +85,8 @@ def short(checksum: str) -> str:
 
 def images_sha256(stage: Stage) -> str:
     """A checksum of the stage's images and their prompts, from its manifest."""
-    described = stage.manifest("sample")["files"]
-    names = sorted(name for name in described if name == stage.prompts.name or name.startswith(f"{stage.images.name}/"))
+    described, prompts, images = stage.manifest("sample")["files"], stage.prompts.name, f"{stage.images.name}/"
+    names = sorted(name for name in described if name == prompts or name.startswith(images))
     return files.digest([(name, described[name]["sha256"]) for name in names])
 
 

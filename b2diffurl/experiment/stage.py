@@ -53,7 +53,7 @@ import re
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -63,6 +63,7 @@ from b2diffurl.runtime import ambient, files
 from b2diffurl.runtime.logs import logger
 
 PHASES = ("sample", "select", "train")
+READ_AT_ONCE = 200  # manifests that a ReadOnce remembers
 STAGE = re.compile(r"stage(0|[1-9]\d*)")  # the name of a stage's folder
 LORA_FILE = "pytorch_lora_weights.safetensors"
 AVERAGE = "ema"  # the folder in a checkpoint that holds the exponential average of its LoRA
@@ -214,10 +215,11 @@ class Stage:
         self.delete_ours(self.debug)
         files.write_record(self.manifest_path(phase), common | facts | machine | {"files": described})
 
-    def verify(self, phase: str, *folders: str) -> None:
+    def verify(self, phase: str, *folders: str, by_size: bool = False) -> None:
         """Compare a finished phase's files with its manifest; a ValueError names the first that is missing or differs.
 
         `folders` limits this to files in those folders of the stage, or of those names: "samples", "prompts.json".
+        `by_size` compares sizes and reads no file: enough for what is not used any more.
         """
         # By checksum and not by time: copying an experiment changes the times of its files.
         for name, expected in self.manifest(phase)["files"].items():
@@ -226,11 +228,30 @@ class Stage:
                 continue
             if not path.is_file():
                 raise ValueError(f"{path} is missing. Delete {self.manifest_path(phase)} and run run_{phase}.py again.")
-            if files.describe(path) != expected:
+            same = path.stat().st_size == expected["bytes"] if by_size else files.describe(path) == expected
+            if not same:
                 raise ValueError(
-                    f"{path} is not what the {phase} phase wrote (checksum). "
+                    f"{path} is not what the {phase} phase wrote ({'size' if by_size else 'checksum'}). "
                     f"Delete it and {self.manifest_path(phase)}, then run run_{phase}.py again."
                 )
+
+
+@dataclass(frozen=True)
+class ReadOnce(Stage):
+    """A stage that remembers the manifests it has read, together with those that `replace` makes of it.
+
+    For looking through many finished stages, each of which asks for the manifests of its neighbours.
+    """
+
+    manifests: dict[tuple[int, str], dict] = field(default_factory=dict, compare=False)
+
+    def manifest(self, phase: str) -> dict:
+        key = (self.index, phase)
+        if key not in self.manifests:
+            if len(self.manifests) >= READ_AT_ONCE:
+                del self.manifests[next(iter(self.manifests))]  # the oldest
+            self.manifests[key] = super().manifest(phase)
+        return self.manifests[key]
 
 
 def stage_in(manifest: Path) -> int | None:

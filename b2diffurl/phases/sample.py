@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from b2diffurl.algorithm.branching import branch_sample
 from b2diffurl.algorithm.seeding import generator, noise_source
@@ -47,7 +46,7 @@ from b2diffurl.rewards import probe_rewards
 from b2diffurl.runtime import files
 from b2diffurl.runtime.batch_sizes import BatchSizes, peak_memory, sampling_sizes
 from b2diffurl.runtime.device import make_accelerator, set_defaults
-from b2diffurl.runtime.logs import logger, progress_bar
+from b2diffurl.runtime.logs import Progress, logger
 from b2diffurl.runtime.stopwatch import working_sec
 from b2diffurl.runtime.threads import Behind
 
@@ -97,7 +96,7 @@ def sample_stage(plan: Plan) -> None:
     with scoring_beside(plan, missing, accelerator) as beside:
         batches = missing[accelerator.process_index :: accelerator.num_processes]
         num_images = len(batches) * images_per_batch(plan)
-        with progress_bar(num_images, f"stage{stage.index} sample", "images") as bar, Behind() as writer:
+        with Progress(num_images, f"stage{stage.index} sample", "images") as bar, Behind() as writer:
             batch_sampler = BatchSampler(plan, model, sampler, sizes, facts["policy"], writer, beside, bar, seconds)
             sample_batches(batch_sampler, batches, accelerator)
         accelerator.wait_for_everyone()  # the manifest lists the batches of all processes
@@ -244,7 +243,7 @@ class BatchSampler:
     policy: dict[str, Any]  # what identifies the policy, for the metadata of every batch's file
     writer: Behind  # writes a batch's files while the next batch is sampled
     beside: Beside  # scores images that are on disk
-    bar: tqdm  # counts images; each network evaluation adds a fraction of one
+    bar: Progress  # counts images; each network evaluation adds a fraction of one
     seconds: dict[str, float]  # adds up: decode; write, the time spent waiting for the writer
 
     @cached_property

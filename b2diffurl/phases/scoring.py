@@ -43,7 +43,7 @@ from b2diffurl.rewards.mixture import Scales, combine, measure_scales, recorded_
 from b2diffurl.rewards.watched import Watched
 from b2diffurl.runtime import files
 from b2diffurl.runtime.batch_sizes import BatchSizes
-from b2diffurl.runtime.logs import logger, progress_bar
+from b2diffurl.runtime.logs import Progress, logger
 from b2diffurl.runtime.stopwatch import working_sec
 from b2diffurl.runtime.threads import ahead
 
@@ -276,7 +276,7 @@ def score_images(
     scored = []
     title, num_images = f"stage{batches.stage.index} score {name}", sum(map(batches.count, batches.starts))
     here = Path.cwd()  # a reward of the user's may be in another directory while the next images are read
-    with progress_bar(num_images, title, "images") as bar, ThreadPoolExecutor(num_workers) as pool:
+    with Progress(num_images, title, "images") as bar, ThreadPoolExecutor(num_workers) as pool:
 
         def read(start: int) -> Tensor:
             with noting(f"reward {name}, {batches.place(start)}"):

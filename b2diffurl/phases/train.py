@@ -32,7 +32,7 @@ from b2diffurl.reporting.forecast import stage_done_line
 from b2diffurl.runtime import files
 from b2diffurl.runtime.batch_sizes import peak_memory
 from b2diffurl.runtime.device import make_accelerator
-from b2diffurl.runtime.logs import logger, progress_bar
+from b2diffurl.runtime.logs import Progress, logger
 from b2diffurl.runtime.stopwatch import working_sec
 from b2diffurl.runtime.threads import ahead
 
@@ -250,7 +250,7 @@ def train_epochs(plan: Plan, trainer: Trainer, log: UpdateLog, data: TrainingDat
         return trainer.loss.prepare(stored, generator(seed, index, "noise", epoch, number))
 
     num_transitions = (training.num_epochs - epochs_done) * data.num_transitions(num_steps)
-    with progress_bar(num_transitions, f"stage{index} train", "transitions") as trainer.bar:
+    with Progress(num_transitions, f"stage{index} train", "transitions") as trainer.bar:
         for (epoch, number, chosen), trajectories in ahead(read, planned):
             # Drawn for each update by a key of its own, so that a resumed training draws the same steps.
             steps = choose_steps(len(trainer.loss.step_weight), num_steps, generator(seed, index, "steps", epoch, number))

@@ -8,9 +8,10 @@ import hashlib
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -24,6 +25,7 @@ with warnings.catch_warnings():
 
 logger = logging.getLogger("b2diffurl")
 IN_NOTEBOOK: ContextVar[bool] = ContextVar("IN_NOTEBOOK", default=False)  # whether bars are shown without a terminal
+LINE_SEC = 60  # between two lines of a phase that takes long, at least
 LOG_OF = " log of the experiment in "  # in the first line of a log, before the experiment's folder
 
 
@@ -177,16 +179,50 @@ class Console(Forgiving, logging.StreamHandler):
             super().emit(record)
 
 
-def progress(iterable: Any, description: str) -> Any:
-    """The iterable, with a progress bar if stderr is a terminal."""
-    return tqdm(iterable, desc=description, leave=False, disable=not shows_progress())
+class Progress(tqdm):
+    """A progress bar if stderr is a terminal. If the work takes longer than a minute the log gets a line now and then, too:
+    after each minute, and after ten of them each time a tenth more of the time has passed.
+
+    The lines go into the log file, and without a bar to stdout.
+    """
+
+    def __init__(self, total: float, title: str, unit: str):
+        self.title, self.amount, self.unit_name, self.advanced = title, total, unit, 0.0
+        self.began = self.told = time.monotonic()
+        form = "{desc}: {percentage:3.0f} % |{bar}| {n:.0f}/{total:.0f} {unit}, {elapsed}, {remaining} left{postfix}"
+        how = {"bar_format": form, "miniters": 0, "leave": False, "disable": not shows_progress()}
+        super().__init__(total=total, desc=title, unit=unit, **how)
+
+    def update(self, n: float = 1) -> bool | None:
+        """Advance by `n`, which may be a fraction."""
+        self.advanced += n
+        now = time.monotonic()
+        if now - self.told >= max(LINE_SEC, (now - self.began) / 10) and 0 < self.advanced < self.amount:
+            self.tell(now - self.began)
+            self.told = now
+        return super().update(n)
+
+    def tell(self, seconds: float) -> None:
+        """Write the line: how much is done after so many seconds, and how long the rest takes at that pace."""
+        left = seconds * (self.amount - self.advanced) / self.advanced
+        logger.log(
+            logging.INFO if self.disable else logging.DEBUG,
+            "%s: %.0f of %.0f %s, %s, about %s left",
+            self.title, self.advanced, self.amount, self.unit_name, minutes(seconds), minutes(left),
+        )  # fmt: skip
 
 
-def progress_bar(total: float, description: str, unit: str) -> tqdm:
-    """A progress bar with the time left; `update(amount)` advances it, also by fractions. Without a terminal, nothing."""
-    form = "{desc}: {percentage:3.0f} % |{bar}| {n:.0f}/{total:.0f} {unit}, {elapsed}, {remaining} left{postfix}"
-    how = {"bar_format": form, "miniters": 0, "leave": False, "disable": not shows_progress()}
-    return tqdm(total=total, desc=description, unit=unit, **how)
+def minutes(seconds: float) -> str:
+    """A duration of minutes or hours in words."""
+    return f"{seconds / 60:.1f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def progress(items: Sequence[Any], description: str, unit: str) -> Iterator[Any]:
+    """The items one after the other, with their progress."""
+    with Progress(len(items), description, unit) as bar:
+        for item in items:
+            yield item
+            bar.update()
 
 
 def shows_progress() -> bool:

@@ -2,8 +2,12 @@
 
 import json
 import os
+import re
+import runpy
 import shlex
+import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -49,13 +53,17 @@ VARIABLES = {
     "Watch": ("reward.watch", ("shapes", "my.rewards:beauty")),
     "TrackWith": ("track_with", ("wandb", "tensorboard")),
 }
-OTHERS = ("Preset", "Resident", "NumProcesses", "NumMachines", "MachineRank", "MainProcessIp", "MainProcessPort", "Launcher")
+OTHERS = (
+    "Preset", "Resident", "NumProcesses", "NumMachines", "MachineRank", "MainProcessIp", "MainProcessPort", "Launcher",
+    "Python",
+)  # fmt: skip
 # What a stub for `python -m b2diffurl.start` writes into the file --calls: a run of two stages.
 TWO_STAGES = list(calls(read_settings(make_config({"stage_cnt": 2}))))
 CALLS = "".join("\t".join(("call", one.needs, f"run_{one.script}.py", *one.flags)) + "\n" for one in TWO_STAGES)
 PLAN = f"folder\tfolder\n{CALLS}end\n".replace("\t", r"\t").replace("\n", r"\n")
 # Every call of the stub prints, and what it prints looks like a call.
 STUB = """#!/bin/bash
+if [ "$1" = -c ]; then exit; fi    # asked for its version and packages
 for one in "$@"; do case "$one" in --calls=*) printf "{plan}" > "${{one#--calls=}}" ;; esac; done
 """
 NOISE = "call\t.\trun_noise.py\n"
@@ -287,3 +295,134 @@ def test_an_average_is_judged_beside_the_lora_at_the_end(config):
             [f"--checkpoint={judged}", "--prompts=test", "--sampler=deployed"],
         ]
     assert found[1].evaluations(2, 0) == {(name, "test", "deployed") for name in ("base", "stage1/ema", "stage1")}
+
+
+# ---- the shell: --help, switches, misspelt variables, the interpreter ----
+
+
+def shell(
+    tmp_path: Path, variables: dict[str, str], *arguments: str, script: str = "run_process.sh"
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of run_process.sh with a stub for `python`."""
+    command, environment = stubbed(tmp_path, variables, *arguments)
+    command = command if script == "run_process.sh" else [script, *arguments]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    return ended.returncode, ended.stdout, ended.stderr
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h", "-help", "--helpfull"])
+def test_help_lists_every_variable_and_every_preset(tmp_path, flag):
+    """Each with the comment that stands beside it, from wherever it is called; nothing is started."""
+    code, stdout, stderr = shell(tmp_path, {}, flag)
+    assert (code, stderr) == (0, "")
+    lines = (ROOT / "run_process.sh").read_text().splitlines()
+    comments = {line.partition("=")[0]: line.rpartition("  # ")[2] for line in lines if ":-" in line and "  # " in line}
+    for name in (*VARIABLES, *OTHERS):
+        assert any(line.split()[:1] == [name] and comments[name] in line for line in stdout.splitlines()), name
+    presets = runpy.run_path(str(ROOT / "config" / "stage_process.py"))["PRESETS"]
+    assert all(re.search(rf"\b{preset}\b", stdout) for preset in presets)
+    assert "StageCnt         number of stages" in stdout
+    assert "(default: 29500)" in stdout
+    assert not (tmp_path / "calls").exists()
+
+
+def test_it_is_executable(tmp_path):
+    code, stdout, _ = shell(tmp_path, {}, "--help", script=str(ROOT / "run_process.sh"))
+    assert (code, "Variables:" in stdout) == (0, True)
+    mode = subprocess.run(["git", "ls-files", "-s", "run_process.sh"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert mode.stdout.startswith("100755") or not mode.stdout  # not where the files were copied without git
+
+
+@pytest.mark.parametrize(
+    ("word", "number"),
+    [("yes", 1), ("true", 1), ("True", 1), ("ON", 1), ("1", 1), ("no", 0), ("False", 0), ("off", 0), ("0", 0)],
+)
+def test_a_switch_may_be_a_word(tmp_path, word, number):
+    """Resident and RandomPrompt, as 1 and 0."""
+    calls, _ = called(tmp_path, {"Resident": word, "RandomPrompt": word})
+    assert all(f"--config.prompt_random_choose={number}" in call for call in calls)
+    assert ["-m", "b2diffurl.resident"] in [call[:2] for call in calls] if number else len(calls) == 1 + 10
+
+
+@pytest.mark.parametrize("name", ["Resident", "RandomPrompt"])
+@pytest.mark.parametrize("value", ["maybe", "2", "yess", " ", "-1"])
+def test_a_switch_that_is_neither_is_refused(tmp_path, name, value):
+    code, _, stderr = shell(tmp_path, {name: value})
+    assert (code, stderr.splitlines()[0]) == (2, f"error: {name} is '{value}'; it is 1 (yes) or 0 (no)")
+    assert not (tmp_path / "calls").exists()
+
+
+def test_a_variable_that_is_misspelt_in_case_is_warned_of(tmp_path):
+    """And one with other underscores; the run goes on. The right ones and PYTHON, which is used elsewhere, pass."""
+    wrong = {"Expname": "a", "STAGE_CNT": "3", "DevId": "1", "lr": "2", "PYTHON": "x"}
+    code, _, stderr = shell(tmp_path, wrong | {"Seed": "5", "ExpName": "b", "Dev_Id": "0"})
+    assert code == 0
+    said = "warning: {} is set, which has no effect here; the variable is {}".format
+    meant = {"Expname": "ExpName", "STAGE_CNT": "StageCnt", "DevId": "Dev_Id", "lr": "LR"}
+    assert sorted(stderr.splitlines()) == sorted(said(*pair) for pair in meant.items())
+
+
+def interpreter(folder: Path, name: str, answer: str) -> Path:
+    """A program that answers every question with a line and notes its calls."""
+    path = folder / name
+    path.write_text(
+        f'#!/bin/bash\nif [ "$1" = -c ]; then {answer}; exit; fi\n{STUB.format(plan=PLAN)}echo "$0" >> {folder}/ran'
+    )
+    path.chmod(0o755)
+    return path
+
+
+def with_interpreters(folder: Path, answers: dict[str, str], **variables: str) -> tuple[int, str]:
+    """Exit code and stderr of run_process.sh where only these interpreters are on the PATH."""
+    for name, answer in answers.items():
+        interpreter(folder, name, answer)
+    for name in ("bash", "awk", "sed", "dirname", "mktemp", "grep", "tail", "rm", "rmdir"):
+        (folder / name).symlink_to(shutil.which(name))
+    ended = subprocess.run(
+        ["bash", ROOT / "run_process.sh"], env=variables | {"PATH": str(folder)}, capture_output=True, text=True, timeout=60
+    )
+    return ended.returncode, ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("answers", "variables", "chosen"),
+    [
+        ({"python": ":", "python3": ":"}, {}, "python"),
+        ({"python3": ":"}, {}, "python3"),
+        ({"python": ":", "other": ":"}, {"Python": "other"}, "other"),
+    ],
+)
+def test_the_interpreter_is_found(tmp_path, answers, variables, chosen):
+    """`python`, or `python3` where there is no `python`, or the one that is given; for every call."""
+    assert with_interpreters(tmp_path, answers, **variables) == (0, "")
+    ran = (tmp_path / "ran").read_text().splitlines()
+    assert {Path(one).name for one in ran} == {chosen}
+    assert len(ran) == 1 + 10
+
+
+@pytest.mark.parametrize(
+    ("answers", "variables", "said"),
+    [
+        ({}, {}, "error: there is neither python nor python3"),
+        ({"python3": "echo is Python 3.9; 3.11 or newer is needed"}, {}, "python3 is Python 3.9; 3.11 or newer is needed"),
+        ({"python": "echo lacks torch"}, {}, "pip install -r requirements.txt"),
+        ({"python": ":"}, {"Python": "/no/such"}, "error: /no/such cannot be run"),
+    ],
+)
+def test_an_interpreter_that_cannot_run_this_is_named(tmp_path, answers, variables, said):
+    """In two lines of ours, whose remedy is a command, before anything is started."""
+    if any("3.9" in answer for answer in answers.values()):
+        answers = {name: f"echo '{answer.removeprefix('echo ')}'" for name, answer in answers.items()}
+    code, stderr = with_interpreters(tmp_path, answers, **variables)
+    assert code == 2
+    assert said in stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_question_put_to_the_interpreter_is_answered_by_this_one(tmp_path):
+    """With what it lacks: nothing here, and torch where packages of the environment are not seen."""
+    question = re.search(r"-c '(import sys\n.*?)'\)", (ROOT / "run_process.sh").read_text(), re.DOTALL)[1]
+    ask = [sys.executable, "-c", question]
+    assert subprocess.run(ask, capture_output=True, text=True, check=True).stdout == ""
+    alone = subprocess.run([*ask[:1], "-I", "-S", *ask[1:]], capture_output=True, text=True, check=True)
+    assert alone.stdout.startswith("lacks torch")

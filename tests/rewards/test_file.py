@@ -211,7 +211,8 @@ def run_process(folder: Path, settings: dict, variables: dict[str, str]) -> tupl
             os.mkfifo(pipe)
     stub.parent.mkdir(exist_ok=True)
     stub.write_text(
-        f'#!/bin/bash\nprintf "%s\\n" "$@" > {asked}\nread -r code < {answered}\ncat {folder}/stdout\nexit "$code"\n'
+        '#!/bin/bash\nif [ "$1" = -c ]; then exit; fi\n'
+        f'printf "%s\\n" "$@" > {asked}\nread -r code < {answered}\ncat {folder}/stdout\nexit "$code"\n'
     )
     stub.chmod(0o755)
     shell = {}
@@ -249,17 +250,17 @@ def test_run_process_waits_for_scores_stage_by_stage(overrides, tmp_path):
     start, first = ["start"], [f"run_{verb} stage0" for verb in VERBS]
     assert run_process(tmp_path, settings, variables) == (0, start + first[:2])
     before = snapshot(experiment(tmp_path))
-    assert run_process(tmp_path, settings, variables) == (0, start + first[:2])
+    assert run_process(tmp_path, settings, variables) == (0, start + first[1:2])
     assert snapshot(experiment(tmp_path)) == before
     fill(stage_of(tmp_path))
     first.append("run_eval")  # when it is due
     second = [f"run_{verb} stage1" for verb in VERBS]
-    assert run_process(tmp_path, settings, variables) == (0, start + first + second[:2])
+    assert run_process(tmp_path, settings, variables) == (0, start + first[1:] + second[:2])
     assert stage_of(tmp_path).finished("train")
     assert stage_of(tmp_path, 1).wanted_scores.is_file()
     values = fill(stage_of(tmp_path, 1))
     code, scripts = run_process(tmp_path, settings, variables)
-    assert (code, scripts) == (0, [*start, *first, *second, *["run_eval"] * 3])
+    assert (code, scripts) == (0, [*start, *second[1:], *["run_eval"] * 3])
     assert [row["reward"] for row in scores(tmp_path, 1)] == values
     assert (experiment(tmp_path) / "report.html").is_file()
 

@@ -176,6 +176,84 @@ def test_the_plan_needs_no_rank_but_the_first(overrides, tmp_path, monkeypatch):
     assert not shows_progress()
 
 
+class Clock:
+    """The time, as a test sets it."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(logs, "time", clock)
+    return clock
+
+
+def told(log: Path) -> list[str]:
+    return [re.sub(LINE, "", line) for line in log.read_text().splitlines()]
+
+
+def test_a_long_phase_says_how_far_it_is(tmp_path, clock, capsys):
+    """Where stderr is no terminal: after a minute, and with the time left by the pace so far; not at the end, and with
+    nothing on stderr. Advances may be fractions."""
+    logs.set_up_logging(tmp_path / "x.log")
+    with logs.Progress(32, "stage3 sample", "images") as bar:
+        for _ in range(64):
+            clock.now += 10
+            bar.update(0.5)
+    lines = told(tmp_path / "x.log")
+    assert lines[:2] == [
+        "stage3 sample: 3 of 32 images, 1.0 min, about 9.7 min left",
+        "stage3 sample: 6 of 32 images, 2.0 min, about 8.7 min left",
+    ]
+    assert len(lines) == 10
+    console = capsys.readouterr()
+    assert [re.sub(LINE, "", line) for line in console.out.splitlines()] == lines
+    assert console.err == ""
+
+
+def test_a_phase_of_hours_says_so_ever_more_seldom(tmp_path, clock):
+    """A day in 5-second steps: ten lines in ten minutes, and less than sixty in all the rest; hours from 1.5 hours on."""
+    logs.set_up_logging(tmp_path / "x.log")
+    with logs.Progress(86400 / 5, "stage0 train", "transitions") as bar:
+        for _ in range(86400 // 5):
+            clock.now += 5
+            bar.update()
+    lines = told(tmp_path / "x.log")
+    assert sum(" min, about" in line for line in lines[:10]) == 10
+    assert 40 < len(lines) < 70
+    assert re.search(r"2\d\.\d h, about [\d.]+ (min|h) left", lines[-1])
+
+
+def test_a_short_phase_says_nothing(tmp_path, clock, monkeypatch):
+    """One of a minute, nor does a further process, nor the terminal, whose bar says it: only the log file has the line."""
+    logs.set_up_logging(tmp_path / "x.log")
+    for _ in logs.progress(range(59), "eval", "batches"):
+        clock.now += 1
+    assert told(tmp_path / "x.log") == []
+    monkeypatch.setenv("RANK", "1")
+    logs.set_up_logging(tmp_path / "second.log")
+    for _ in logs.progress(range(5), "eval", "batches"):
+        clock.now += 70
+    assert told(tmp_path / "second.log") == []
+
+
+def test_beside_a_bar_only_the_log_file_has_the_lines(tmp_path, clock, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    logs.set_up_logging(tmp_path / "x.log")
+    for _ in logs.progress(range(3), "eval", "batches"):
+        clock.now += 60
+    assert told(tmp_path / "x.log") == [
+        "eval: 1 of 3 batches, 1.0 min, about 2.0 min left",
+        "eval: 2 of 3 batches, 2.0 min, about 1.0 min left",
+    ]
+    assert capsys.readouterr().out == ""
+
+
 # ---- what is shown, and where ----
 
 NASTY = "a cat\x1b[2J\r\n2026-01-01 00:00:00 stage9 done\u202e \x00\x9b \udcff é 日本"
