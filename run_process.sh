@@ -17,8 +17,10 @@ set -euo pipefail
 ( : >&1 ) 2> /dev/null || exec > /dev/null
 ( : >&2 ) || exec 2> /dev/null
 export B2DIFFURL_STARTED_IN="$PWD"    # where the user's relative paths lie (b2diffurl/runtime/paths.py)
-cd "$(dirname "${BASH_SOURCE[0]}")"
-This="$PWD/${BASH_SOURCE[0]##*/}"
+# A repository is worked in. An installed package, which has this script in a folder of its own, is only read.
+Scripts="$(dirname "${BASH_SOURCE[0]}")/"
+if [ -d "${Scripts}b2diffurl" ]; then cd "$Scripts"; Scripts=; fi
+This="${Scripts:-$PWD/}${BASH_SOURCE[0]##*/}"
 
 # fail SENTENCE REMEDY: end with both and exit code 2.
 fail() {
@@ -34,7 +36,7 @@ for Argument in "$@"; do
         sed -n '2,/^set /s/^# \{0,1\}//p' "$This"
         printf '\nVariables:\n\n'
         variables | awk -F '\t' '{ printf "    %-16s %s%s\n", $1, $2, $3 == "" ? "" : " (default: " $3 ")" }'
-        printf '\n%s\n' "$(awk '/^"""/ && NR > 1 { exit } { sub(/^"""/, ""); print }' config/stage_process.py)"
+        printf '\n%s\n' "$(awk '/^"""/ && NR > 1 { exit } { sub(/^"""/, ""); print }' "${Scripts}config/stage_process.py")"
         exit 0
     esac
 done
@@ -249,8 +251,8 @@ while IFS=$'\t' read -r -a Call <&3; do
     # With Reward=file the run ends here, and goes on with the same command once the scores are there.
     if [ "$Needs" != . ] && [ ! -e "$Folder/$Needs" ]; then exit 0; fi
     if [ "$Script" != run_eval.py ]; then
-        run "${Launch[@]}" "$Script" "${Flags[@]}" "${Options[@]}"
+        run "${Launch[@]}" "$Scripts$Script" "${Flags[@]}" "${Options[@]}"
     elif [ "$MachineRank" -eq 0 ]; then    # one process judges
-        run "$Python" "$Script" "${Flags[@]}" "${Options[@]}"
+        run "$Python" "$Scripts$Script" "${Flags[@]}" "${Options[@]}"
     fi
 done 3< "$PlanFile"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from b2diffurl.api.run import finetune
 
 __all__ = ["Experiment", "finetune", "load"]
+__version__ = "0.1.0"
 HOMES = {"Experiment": "b2diffurl.api.experiment", "load": "b2diffurl.api.experiment", "finetune": "b2diffurl.api.run"}
 
 

@@ -39,8 +39,13 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 def main() -> None:
     """Parse the command line and export. A mistake of the user's ends in two lines and exit code 2."""
-    parser = argparse.ArgumentParser(prog="python -m b2diffurl.export", description="Export a checkpoint, and a model card.")
-    parser.add_argument("experiment", help="its folder, or its name")
+    parser = argparse.ArgumentParser(
+        prog="python -m b2diffurl.export",
+        description="Export a checkpoint, and a model card.",
+        epilog="Examples: python -m b2diffurl.export shapes --format kohya; python -m b2diffurl.export model/lora/shapes "
+        "--checkpoint stage3 --format pipeline --out my_pipeline. More in docs/evaluation.md.",
+    )
+    parser.add_argument("experiment", help="its folder, or its name below model/lora")
     parser.add_argument(
         "--checkpoint",
         default="last",
@@ -51,10 +56,14 @@ def main() -> None:
         "--format",
         choices=FORMATS,
         default="diffusers",
-        help="a LoRA for diffusers, a LoRA for ComfyUI and similar programs (kohya), or a pipeline with the LoRA fused in",
+        help="a LoRA for diffusers, a LoRA for ComfyUI and similar programs (kohya), or a pipeline with the LoRA fused in "
+        "(default: diffusers)",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of a pipeline's weights; a LoRA is always float32"
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of a pipeline's weights (default: float32); a LoRA is always float32",
     )
     parser.add_argument(
         "--license", default="", help="for the card, as the hub writes it (default: the base model's, if its files say it)"

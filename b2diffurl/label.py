@@ -20,8 +20,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m b2diffurl.label",
         description="Judge the images of a stage in a browser. The run (Reward=file) then goes on with the same command.",
+        epilog="Example: python -m b2diffurl.label my_run --port 8000. More in docs/rewards.md.",
     )
-    parser.add_argument("experiment", help="its folder, or its name")
+    parser.add_argument("experiment", help="its folder, or its name below model/lora")
     parser.add_argument("--stage", type=int, help="which stage (default: the newest that waits for scores)")
     parser.add_argument("--port", type=int, default=0, help="of 127.0.0.1, where the page is served (default: a free one)")
     set_up_command("label")

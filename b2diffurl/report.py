@@ -10,8 +10,12 @@ from b2diffurl.runtime.logs import show
 
 def main() -> None:
     """Write the report and print its path. A mistake of the user's ends in two lines and exit code 2."""
-    parser = argparse.ArgumentParser(prog="python -m b2diffurl.report", description="Write the report of an experiment.")
-    parser.add_argument("experiment", help="its folder, or its name")
+    parser = argparse.ArgumentParser(
+        prog="python -m b2diffurl.report",
+        description="Write report.html and its pictures from an experiment's files. A run does so itself after each stage.",
+        epilog="Example: python -m b2diffurl.report shapes. More in docs/evaluation.md.",
+    )
+    parser.add_argument("experiment", help="its folder, or its name below model/lora")
     set_up_command("report")
     try:
         show(str(write_report(find_experiment(parser.parse_args().experiment))))

@@ -1,10 +1,11 @@
 """How far forecasts of a run's time are off: each one that real runs log, against what the rest really took.
 
 python -m benchmarks.forecast run FOLDER         # 8 small runs of the shapes' presets, a minute or two each
-python -m benchmarks.forecast run FOLDER --development    # other runs, by which the constants of forecast.py were chosen
+python -m benchmarks.forecast run FOLDER --only sliding   # those that are named
+python -m benchmarks.forecast run FOLDER --development    # other runs, for choosing the constants of reporting/forecast.py
 python -m benchmarks.forecast table FOLDER       # of what was run: errors, and how many ranges held
 
-Three runs are stopped half-way and gone on with: then the plan's line has a forecast, too.
+Some runs are stopped half-way and gone on with: then the plan's line has a forecast, too.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from b2diffurl.runtime.paths import REPOSITORY
+from b2diffurl.runtime.paths import SHIPPED
 
 GROUPS = 12  # in a batch, instead of 32
 SECONDS = {"s": 1, "min": 60, "h": 3600, "days": 86400}
@@ -46,7 +47,7 @@ class Run:
         settings |= {"sample.num_batches_per_epoch": self.batches, "eval.num_images": self.judged, "eval.every": self.every}
         settings |= {"sample.batch_size": GROUPS, "eval.batch_size": 32}
         flags = [f"--config.{key}={value}" for key, value in (settings | self.more).items()]
-        return ["bash", str(REPOSITORY / "run_process.sh"), *flags]
+        return ["bash", str(SHIPPED / "run_process.sh"), *flags]
 
 
 SHORT = {"train.num_epochs": 2, "train.save_interval": 2}

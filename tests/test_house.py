@@ -14,7 +14,7 @@ PACKAGE = ROOT / "b2diffurl"
 # Top down. What stands in one line may import each other, as long as no two modules do so in a circle.
 FLOORS = (
     ("api",),
-    ("start", "resident", "report", "label", "export", "results"),
+    ("__main__", "start", "resident", "report", "label", "export", "results"),
     ("phases",),
     ("reporting", "evaluation", "labelling"),
     ("models", "rewards"),
@@ -24,7 +24,7 @@ FLOORS = (
 )
 WORLD = "shapes"  # the embedded world: a project of its own, which rewards and tests look into
 NO_ROOMS = {"benchmarks", "recorded", "faults"}  # of tests/: beside the package, data, runs of the whole
-MAX_LINES, USUAL_LINES, MAX_FIELDS, MAX_CONFIG = 60, 20, 10, 20
+MAX_LINES, USUAL_LINES, MAX_FIELDS, MAX_CONFIG = 60, 20, 10, 24
 
 
 def modules() -> dict[str, ast.Module]:
@@ -53,7 +53,10 @@ def room(name: str) -> str:
 
 
 MODULES = modules()
-GRAPH = {name: {found for found in imports(name, tree, set(MODULES)) if found != name} for name, tree in MODULES.items()}
+GRAPH = {
+    name: {found for found in imports(name, tree, set(MODULES)) if found not in (name, "b2diffurl")}
+    for name, tree in MODULES.items()
+}
 
 
 def test_every_room_has_a_floor():

@@ -729,9 +729,10 @@ def test_the_shell_script_takes_the_switches_from_the_environment(stage_with, ov
 
 
 @pytest.mark.long
-def test_the_default_preset_takes_prompts_of_another_world(tmp_path):
+def test_the_default_preset_takes_prompts_of_another_world(tmp_path, monkeypatch):
     """PromptFile alone: the run goes to its end, without the world's checker and on the prompts that were given. It says so
     once, records it, and calls nothing held out."""
+    monkeypatch.setenv("B2DIFFURL_RUN", str(os.getpid()))  # as run_process.sh has it, whose scripts this process runs
     (tmp_path / "mine.txt").write_text("a wizard on a hill\na wizard\nA  wizard\n")
     few = {"eval.num_images": 4, "eval.batch_size": 4, "sample.batch_size": 4, "train.num_epochs": 1, "num_threads": 1}
     variables = {"PromptFile": str(tmp_path / "mine.txt"), "ExpName": "tiny", "SavePath": str(tmp_path), "Resident": "1"}

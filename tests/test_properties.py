@@ -269,7 +269,7 @@ REFUSED = {
                        5, [1], {JPEG: {"a": 1}}, {"": 1.0}, {JPEG: None}],
     "reward.watch": [("beauty",), (JPEG,), (1,), (OTHER_JPEG, OTHER_JPEG), ((),), ("",)],
     "eval.diversity": [("beauty",), (1,), ((),), ("",), ([],)], "track_with": [("mlflow",), (1,), ((),), ("",)],
-    "eval.judge": ["beauty", "file", "\n", "x" * 300], "eval.prompt_file": ["", "no.json", "n" * 300, "file", ".", "a\0b"],
+    "eval.judge": ["beauty", "file", "\n", "x" * 300], "eval.prompt_file": ["no.json", "n" * 300, "file", ".", "a\0b"],
     "prompt_file": ["", "no.json", "n" * 300, "file", ".", "a\0b"], "prompt": [" ", "\n", "\ud800"],
     "resume_from": ["no/such/lora", ".", "n" * 300, "a\0b", "~no-such-user/x", "file", "/dev/null"],
     "eval.deployed.scheduler": ["Magic", "os.system", "x" * 300], "selection.pos_threshold": [-1.0],
@@ -327,7 +327,7 @@ def invalid(key: str, default: Any) -> st.SearchStrategy:
         else:
             given |= st.floats(max_value=low, exclude_max=True) | st.floats(min_value=high, exclude_min=True)
             given |= st.sampled_from([float("nan"), float("inf"), float("-inf")])
-            given = given.filter(lambda value: value != single)
+        given = given.filter(lambda value: value != single)
     elif isinstance(default, str):
         free = isinstance(limit, Text) and limit.may_have_lines
         given |= st.sampled_from(["\ud800", "a\ud8ffb"] if free else ["a\nb", "\x00", "\x1b[2J", "\ud800"])

@@ -26,6 +26,7 @@ from b2diffurl.export import FORMATS, export
 from b2diffurl.models.policy import keeping_models
 from b2diffurl.phases.evaluate import evaluate_and_show
 from b2diffurl.reporting import page
+from b2diffurl.reporting.verdict import verdict
 from b2diffurl.rewards import own
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import log_of
@@ -106,6 +107,11 @@ class Experiment:
         return page.write_report(self.folder)
 
     # ---- figures ----
+
+    @property
+    def verdict(self) -> dict[str, Any] | None:
+        """What the newest judged stage has changed, with intervals; None while no stage has been judged."""
+        return verdict(self.folder)
 
     def stages(self) -> Rows:
         """A row for each scored stage: images, rewards, losses, seconds (docs/evaluation.md#metrics)."""

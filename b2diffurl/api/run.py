@@ -9,12 +9,14 @@ from b2diffurl.api.experiment import Experiment
 from b2diffurl.api.given import HELD_OUT, PROMPTS, Given, named
 from b2diffurl.api.process import borrowed
 from b2diffurl.configuration.command_line import named_preset
+from b2diffurl.configuration.keys import flatten
 from b2diffurl.configuration.limits import Folder, Name, check_value
+from b2diffurl.configuration.own_prompts import step_back
 from b2diffurl.configuration.presets import changed_config, preset_config
 from b2diffurl.experiment import lock
 from b2diffurl.resident import run_stages
 from b2diffurl.rewards import own
-from b2diffurl.runtime.logs import log_of, name_log
+from b2diffurl.runtime.logs import log_of, logger, name_log
 
 Reward = str | Callable | Mapping[str | Callable, float]
 Prompts = str | Path | Sequence[str]
@@ -87,5 +89,11 @@ def run(preset: str, changes: Mapping[str, Any], given: Given, *, quiet: bool) -
         during.enter_context(lock.holding(given.root))
         during.enter_context(given.written())
         during.enter_context(own.given(given.functions))
-        during.enter_context(named_preset(preset_config(preset).to_dict()))
+        begun_with = preset_config(preset).to_dict()
+        during.enter_context(named_preset(begun_with))
+        # Now that a list of prompts is in its file.
+        more, said = step_back(flatten(config.to_dict()), flatten(begun_with), flatten(changes).keys())
+        config.update_from_flattened_dict(more)
+        for sentence in said:
+            logger.info("%s", sentence)
         run_stages(config)

@@ -20,9 +20,9 @@ from ml_collections import ConfigDict, config_flags
 from safetensors import SafetensorError
 
 from b2diffurl.configuration.typos import bad_value, did_you_mean, unknown_option
-from b2diffurl.configuration.usage import CONFIG_FILE
 from b2diffurl.runtime import ambient, paths
 from b2diffurl.runtime.logs import log_of, logger, name_log, set_up_logging, set_up_streams, show
+from b2diffurl.runtime.paths import CONFIG_FILE
 from b2diffurl.runtime.processes import OWNER, ending_with_masters
 
 GC_THRESHOLD = 50_000  # new objects between two garbage collections; imports make millions, so Python's 700 costs seconds
@@ -221,10 +221,11 @@ def said_of(error: Exception, settings: Mapping[str, Any]) -> str:
 
     `settings` are the preset's, by dotted key; {} if it could not be loaded.
     """
-    from b2diffurl.configuration.keys import KEYS
+    from b2diffurl.configuration.keys import KEYS, TODAYS_NAME
 
     # A key that there is not stops already the loading of the preset.
-    if said := unknown_option(sys.argv[1:], settings or KEYS, other_options()):
+    known = dict.fromkeys(TODAYS_NAME) | dict(settings or KEYS)
+    if said := unknown_option(sys.argv[1:], known, other_options()):
         return said
     if (match := re.match(r"flag --(config\.[\w.]+=.*?): ", str(error), re.DOTALL)) and (
         said := bad_value(match[1], settings)

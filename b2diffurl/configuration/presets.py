@@ -11,15 +11,14 @@ from ml_collections import ConfigDict
 from b2diffurl.configuration.keys import by_todays_names, flatten, meant_paths
 from b2diffurl.configuration.limits import shown
 from b2diffurl.configuration.recorded import read_record, recorded_settings
-from b2diffurl.runtime.paths import resource
+from b2diffurl.runtime.paths import CONFIG_FILE, resource
 
 KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", tuple: "a list"}
-PRESETS = "config/stage_process.py"
 
 
 def preset_config(name: str) -> ConfigDict:
     """The configuration of a preset of config/stage_process.py, locked; a ValueError lists the presets."""
-    return by_todays_names(runpy.run_path(str(resource(PRESETS)))["get_config"](name).unlock()).lock()
+    return by_todays_names(runpy.run_path(str(resource(CONFIG_FILE)))["get_config"](name).unlock()).lock()
 
 
 def changed_config(preset: str, changes: Mapping[str, Any]) -> ConfigDict:
@@ -43,7 +42,7 @@ def recorded_config(root: Path) -> ConfigDict:
     if record is None:
         raise FileNotFoundError(f"{root.absolute()} is no experiment: it has no config.json")
     settings = recorded_settings(record["config"])
-    presets = runpy.run_path(str(resource(PRESETS)))["PRESETS"]
+    presets = runpy.run_path(str(resource(CONFIG_FILE)))["PRESETS"]
     config = preset_config(settings["preset"] if settings.get("preset") in presets else next(iter(presets)))
     newer = f"{root / 'config.json'} has the key {{key}}, which this version does not know. Take the version that wrote it"
     set_keys(config, settings, unknown=newer)

@@ -9,10 +9,9 @@ from typing import Any
 
 from absl import flags
 
-from b2diffurl.runtime import paths
 from b2diffurl.runtime.logs import set_up_streams, show
+from b2diffurl.runtime.paths import CONFIG_FILE, resource
 
-CONFIG_FILE = "config/stage_process.py"  # always the repository's
 HELP = ("-h", "-help", "--help", "-helpshort", "--helpshort", "-helpfull", "--helpfull")
 LEFT, WIDTH = 28, 120  # where the text beside an option begins, and where its lines end
 
@@ -47,7 +46,7 @@ def usage(doc: str) -> Iterator[str]:
     yield from ("", "Examples:", "", f"    {example}")
     of_another_run = f"{script} --config={CONFIG_FILE}:sd14 --config.exp_name=my_run"  # the preset comes before the settings
     yield from (f"    {example.replace(script, of_another_run)}", "", f"{CONFIG_FILE}:", "")
-    yield from (ast.get_docstring(ast.parse((paths.REPOSITORY / CONFIG_FILE).read_text())) or "").splitlines()
+    yield from (ast.get_docstring(ast.parse(resource(CONFIG_FILE).read_text())) or "").splitlines()
     yield from ("", "docs/configuration.md explains the settings. For a whole run: bash run_process.sh --help")
 
 

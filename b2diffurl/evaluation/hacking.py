@@ -111,7 +111,7 @@ def evaluation_look(row: Row, apart: Mapping[str, float], units: Mapping[str, fl
     names = [key.removesuffix("_se") for key in row if key.endswith("_se") and "/" not in key]
     names = [name for name in names if not name.endswith("_gain") and deviation(row, name) is not None]
     # The judge may be watched, too, under its own name.
-    names = [name for name in names if name == "accuracy" or row[name] != row.get("accuracy")]
+    names = [name for name in names if name in ("accuracy", "reward") or row[name] != row.get("accuracy")]
     figures = {
         name: Estimate(row[name], row[f"{name}_se"], deviation(row, name), row.get(f"{name}_gain_se")) for name in names
     }

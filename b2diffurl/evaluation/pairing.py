@@ -12,8 +12,8 @@ from b2diffurl.experiment.evaluation_table import SETS, describe_sampler, set_ti
 from b2diffurl.experiment.folder import short_names
 from b2diffurl.experiment.stage import finished_stages
 from b2diffurl.runtime import files
+from b2diffurl.runtime.paths import CONFIG_FILE
 
-CONFIG_FILE = "config/stage_process.py"
 # Keys of run_eval.py that a sampler's facts come from.
 SAMPLER_KEYS = ("num_steps", "eta", "guidance_scale", "scheduler", "sde")
 

@@ -19,6 +19,7 @@ from b2diffurl.labelling.votes import Votes
 from b2diffurl.rewards.file import write_table
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import printable
+from b2diffurl.runtime.paths import RUN
 
 
 class TooLateError(ValueError):
@@ -171,7 +172,7 @@ def run_command(root: Path) -> str:
     named |= {} if reward.get("weights") else {"reward.name": reward["name"]}
     variables = [f"{short[key]}={shlex.quote(value)}" for key, value in named.items() if value]
     flags = [f"--config.{key}={as_flag(value)}" for key, value in changed.items() if key not in short and value is not None]
-    return " ".join([*variables, "bash run_process.sh", *map(shlex.quote, flags)])
+    return " ".join([*variables, RUN, *map(shlex.quote, flags)])
 
 
 def as_flag(value: Any) -> str:

@@ -31,8 +31,8 @@ JUDGING = 1.3  # what judging takes of the time of sampling and scoring as many 
 SCORING_SHARE = 0.1  # of sampling an image, which scoring one may take, before that is measured
 FINISHED_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 
-# The errors of forecasts, as standard deviations of logarithms, found by benchmarks/forecast.py. First those of what is not
-# measured yet, in proportion to its share of the time.
+# The errors of forecasts, as standard deviations of logarithms, found by runs such as those of benchmarks/forecast.py. First
+# those of what is not measured yet, each in proportion to its share of the time.
 GUESSED = {"scoring": 1.0, "training": 0.5, "judging": 0.35, "reports": 0.8}
 STAGE_SPREAD, NUM_PRIOR = 0.25, 3  # of a stage's pace, on a machine that others use, too; it counts as so many stages
 DRIFT = 0.8  # part of that variance which all stages to come have in common

@@ -79,7 +79,7 @@ class Pair:
     right: tuple[bool, bool] | None  # whether the judge accepts each; None: there is no judge
 
 
-# ---- curves over images scored ----
+# ---- curves over the images scored so far ----
 
 
 def curve_panels(stages: Sequence[Row], evaluations: Sequence[Row], *, clips: bool = True) -> list[Panel]:
@@ -261,7 +261,7 @@ def panels_figure(panels: Sequence[Panel]) -> Figure:
 
 
 def fill_panel(axes: Axes, panel: Panel) -> None:
-    """Draw a panel with its title, over images scored."""
+    """Draw a panel with its title, over the images scored."""
     panel.draw(axes)
     axes.set_title(panel.title)
     axes.set_xlabel("images scored", labelpad=2)

@@ -66,7 +66,7 @@ def verdict(root: Path, stages: Sequence[Row] | None = None, rows: Sequence[Row]
         "reward": describe_reward(config["reward"]),
         "judge": config["eval"].get("judge", ""),
         "stage": newest,
-        "num_stages": config["stage_cnt"],
+        "num_stages": max(config["stage_cnt"], newest + 1),  # a run may go on for longer than it was begun for
         "images": next(row["queries"] for row in stages if row["stage"] == newest),
         "outcome": {one["key"]: outcome(one) for one in tables[0]["figures"]},
         "tables": tables,
@@ -102,7 +102,7 @@ def table(root: Path, base: Row, tuned: Row) -> dict[str, Any] | None:
     figures = []
     for key in figures_of([base, tuned]):
         # The judge may be watched, too, under its own name.
-        is_judge = key != "accuracy" and all(row.get(key) == row["accuracy"] for row in (base, tuned))
+        is_judge = key not in ("accuracy", "reward") and all(row.get(key) == row["accuracy"] for row in (base, tuned))
         if not is_judge and None not in (base.get(key), tuned.get(key)):
             figures.append({"key": key, "name": describe_figure(key)} | compare(key, (base, tuned), results))
     facts = {key: tuned[key] for key in ("prompts", "sampler", "checkpoint", "lora", "n_images")}

@@ -50,8 +50,9 @@ def for_page(found: Found) -> dict[str, Any]:
         one | {"cells": [cells(figure) for figure in chosen(one["figures"], most)]}
         for one, most in zip(found["tables"], NUM_FIGURES, strict=False)
     ]
-    signs = hacking_lines(found["hacking"], found["outcome"])
-    return {"told": told(found), "tables": tables, "signs": signs, "hacked": bool(found["hacking"]), "next": found["next"]}
+    signs = [printable(line) for line in hacking_lines(found["hacking"], found["outcome"])]
+    steps = {what: printable(command) for what, command in found["next"].items()}
+    return {"told": told(found), "tables": tables, "signs": signs, "hacked": bool(found["hacking"]), "next": steps}
 
 
 def main_outcomes(found: Found) -> dict[str, str]:

@@ -16,7 +16,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1]
 INSTALLED = PACKAGE / "shipped"  # a wheel has it (pyproject.toml), a repository has not
 SHIPPED = INSTALLED if INSTALLED.is_dir() else PACKAGE.parent
+RUN = "b2diffurl run" if SHIPPED == INSTALLED else "bash run_process.sh"  # the command of a whole run, for people
 FOLDERS = ("config", "model/shapes", "model/shapes_flow")  # of SHIPPED: where a relative path may mean something in it
+CONFIG_FILE = "config/stage_process.py"  # the presets; always the file that is shipped
 STARTED_IN = "B2DIFFURL_STARTED_IN"  # the environment variable in which run_process.sh keeps the user's directory
 
 

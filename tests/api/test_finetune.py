@@ -16,7 +16,7 @@ from accelerate.state import PartialState
 from conftest import experiment, run_script, snapshot
 
 import b2diffurl
-from b2diffurl.api import process
+from b2diffurl.api import process, run
 from b2diffurl.api.experiment import Experiment
 from b2diffurl.reporting import page
 from b2diffurl.runtime import files
@@ -136,6 +136,16 @@ def test_a_function_and_prompts_are_recorded_and_compared(overrides, here, monke
         assert ended.code == 0, ended.stderr
 
 
+def test_prompts_of_another_world_do_without_its_checker(here, monkeypatch):
+    """As in the shell: the preset's own judge and held-out prompts step back, unless they were asked for."""
+    seen = []
+    monkeypatch.setattr(run, "run_stages", lambda config: seen.append(config["eval"].to_dict()))
+    for settings in ({}, {"held_out": ["a witch"]}, {"eval": {"judge": "shapes"}}):
+        b2diffurl.finetune("shapes", prompts=["a wizard"], quiet=True, **settings)
+    assert [one["judge"] for one in seen] == ["", "", "shapes"]
+    assert [Path(one["prompt_file"]).name for one in seen] == ["", "given_held_out.json", ""]
+
+
 def test_a_run_that_is_refused_leaves_nothing(overrides, here, monkeypatch):
     monkeypatch.setattr(warmth, "__module__", "__main__")
     with pytest.raises(ValueError, match=r"sample\.num_steps"):
@@ -217,6 +227,7 @@ def test_figures_are_those_on_disk(judged):
     select = json.loads((judged.folder / "stage1" / "select.json").read_text())
     assert curve[2]["training_reward"] == select["reward_mean"]
     assert len(judged.evaluations()) == len(rows)
+    assert judged.verdict["stage"] == 1
     assert [row["num_images"] for row in judged.stages()] == [18, 18]
     assert {row["stage"] for row in judged.updates()} == {0, 1}
     assert len(judged.scores(1)) == 18

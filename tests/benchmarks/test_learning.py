@@ -214,7 +214,9 @@ def test_a_page_needs_no_more_than_the_runs(elsewhere, monkeypatch):
     assert "The figures are those that `run_process.sh` itself has made, each of 512 images." in text
     assert "| training | seed 1 | 20.0 % | 60.0 % | +40.0 ± 24.5 | +0.4000 ± 0.2449 | 42 | 5.0 |" in text
     assert "| held-out | seed 2 | 20.0 % | 60.0 % | +40.0 ± 24.5 | +0.4000 ± 0.2449 | 42 | 5.0 |" in text
-    assert "By `run_process.sh` itself, with deterministic DDIM and 20 steps, on held-out prompts." in text
+    assert (
+        "By `run_process.sh` itself, with deterministic DDIM and 20 steps (`eval.deployed`), on held-out\nprompts." in text
+    )
     assert "| 2 | held-out | seed 2 | 20.0 % | 60.0 % | +40.0 ± 24.5 |" in text
     assert "| training | 56.7 % |" in text
     assert (elsewhere / "docs/results/learning.png").stat().st_size > 20_000

@@ -103,7 +103,7 @@ def test_without_held_out_prompts_test_means_train(tmp_path, overrides):
     assert named_prompts(settings.prompts, "test") == named_prompts(settings.prompts, "train")
     asked = {prompts for call in calls(settings) for _, prompts, _ in call.evaluations(2, 1)}
     assert asked == {"train"}
-    assert [call.flags[1] for call in calls(settings) if call.stage is None] == ["--prompts=train"] * 2
+    assert all("--prompts=train" in call.flags for call in calls(settings) if call.stage is None)
     assert overlap_text(settings.prompts) == ""
 
 

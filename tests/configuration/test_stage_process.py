@@ -36,7 +36,7 @@ def test_the_presets_named_here_are_all():
     """PRESETS of the file, and an unknown name lists them."""
     with pytest.raises(ValueError) as error:
         get_config("sd15")
-    assert str(error.value) == "unknown preset 'sd15'; known: " + ", ".join(PRESETS)
+    assert str(error.value) == "unknown preset 'sd15'; known: " + ", ".join(PRESETS) + "; did you mean sd35?"
 
 
 def test_sd14_keeps_the_reference_values():

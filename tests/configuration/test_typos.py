@@ -1,6 +1,7 @@
 """Mistyped command lines: one sentence, with the nearest key or option, and no quotes within quotes."""
 
 import difflib
+import re
 import runpy
 import subprocess
 import sys
@@ -89,6 +90,17 @@ def test_help_says_what_a_script_does_and_ends_well(tmp_path, script, flag):
     for example in (line.split() for line in lines if line.startswith(f"    python {script}")):
         parsed = parse_command(tmp_path, [script, *example[2:]])
         assert parsed.code == 0, parsed.stderr
+
+
+@pytest.mark.parametrize("command", ["export", "report", "label"])
+def test_help_of_a_command_has_an_example(tmp_path, command):
+    """What it does, an example, a page of the documentation that is there; exit code 0."""
+    path = str(ROOT / "b2diffurl" / f"{command}.py")
+    ended = call(tmp_path, [path, "-h"], lambda: runpy.run_path(path, run_name="__main__"))
+    shown = " ".join(ended.stdout.split())
+    assert (ended.code, ended.stderr) == (0, "")
+    assert f"python -m b2diffurl.{command} " in shown.partition("Example")[2]
+    assert (ROOT / re.search(r"More in (docs/\w+\.md)", shown)[1]).is_file()
 
 
 def test_help_imports_nothing_that_takes_long():

@@ -91,6 +91,17 @@ def test_images_that_are_all_alike_warn():
     assert said("", 0.3) == []
 
 
+def test_a_judge_that_is_the_reward_cannot_be_hacked_by_it():
+    """Nor is it taken for a watched reward; its diversity is still looked at."""
+    figures = [(value, 0.03, 0.03, value, 0.03, 0.03) for value in (0.5, 0.9, 0.6)]
+    assert evaluation_warnings(evaluations(figures), {}) == []
+    rows = [
+        row | {"diversity/clip": share, "diversity/clip_se": 0.001}
+        for row, share in zip(evaluations(figures[:2]), (0.2, 0.02), strict=True)
+    ]
+    assert [one["kind"] for one in evaluation_warnings(rows, {})] == ["Diversity"]
+
+
 def recorded_curves() -> Iterator[list[dict]]:
     """The rows of evaluations of each recorded run that went as it should, once for each prompt set."""
     results = ROOT / "docs" / "results"

@@ -9,6 +9,7 @@ import pytest
 from conftest import CONFIG, experiment, get_config, make_config, parse_command, snapshot, stage_of
 from scored import NUM_IMAGES
 
+from b2diffurl.configuration.keys import by_todays_names
 from b2diffurl.configuration.recorded import preset_differences
 from b2diffurl.experiment.stage import Stage
 from b2diffurl.labelling import session as sessions
@@ -216,12 +217,12 @@ def test_the_command_with_which_the_run_goes_on(begin, models):
     root = experiment(begin(FILE)[0])
     assert run_command(root).endswith(" ExpName=tiny Reward=file bash run_process.sh")
     asked = {"exp_name": "my_run", "reward.weights": {"file": 1.0, "clip": 0.5}, "split_time": 4, "train.ema": 0.5}
-    asked |= {"eval.diversity": ("clip", "layout"), "prompt_file": str(models / "prompts.json")}
-    config = make_config(asked).to_dict()
+    asked |= {"eval.diversity": ("clip", "layout"), "prompt_file": str(models / "prompts.json"), "eval.prompt_file": ""}
+    config = by_todays_names(make_config(asked).to_dict())
     differs = preset_differences(config, get_config("sd14").to_dict())
     write_json(root / "config.json", {"config": config | {"preset": "sd14"}, "differs_from_preset": differs})
     preset, name, shell, script, *flags = shlex.split(run_command(root))
     assert (preset, name, shell, script) == ("Preset=sd14", "ExpName=my_run", "bash", "run_process.sh")
     ended = parse_command(root, ["run_train.py", f"{CONFIG}:sd14", "--config.exp_name=my_run", *flags])
     assert ended.code == 0, ended.stderr
-    assert json.loads(ended.stdout) == json.loads(json.dumps(config))
+    assert json.loads(ended.stdout.splitlines()[-1]) == json.loads(json.dumps(config))

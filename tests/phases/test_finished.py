@@ -146,11 +146,14 @@ def test_looking_through_many_stages_is_linear(workplace, overrides, monkeypatch
 def test_a_run_ends_the_same_with_and_without_the_calls_of_finished_phases(
     workplace, overrides, tmp_path, monkeypatch, every
 ):
-    """A run that lost its last training, and one whose report is missing: every file as if each call had been made."""
+    """A run that lost its last training, with and without evaluations due: every file as if each call had been made."""
     unfinish(workplace, "train")
     other = shutil.copytree(workplace, tmp_path / "other")
     for folder, how in ((workplace, calls_left), (other, lambda plan, **_: list(calls(plan.settings)))):
         monkeypatch.chdir(folder)
         monkeypatch.setattr(resident, "calls_left", how)
         resident.run_stages(make_config(overrides | {"eval.every": every}))
+    for folder in (workplace, other):  # a report shows times
+        (experiment(folder) / "report.html").unlink()
+        shutil.rmtree(experiment(folder) / "report")
     assert_same(workplace, other)

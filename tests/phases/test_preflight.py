@@ -212,6 +212,19 @@ def test_a_disk_with_too_little_room(doubts_of, overrides, monkeypatch):
         assert len(doubts_of("somebody/model", {})) == num_doubts
 
 
+def test_a_gpu_with_too_little_memory(doubts_of, monkeypatch):
+    """FLUX's 16.9 billion numbers take 34 GB in bfloat16; without the text encoders, which are offloaded, 24."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "a small one")
+    flux = {"pretrained.model": "black-forest-labs/FLUX.1-dev"}
+    for offload, memory, warned in ((False, 33e9, True), (False, 35e9, False), (True, 23e9, True), (True, 25e9, False)):
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda _, all=memory: SimpleNamespace(total_memory=all))
+        found = doubts_of("somebody/model", flux | {"pretrained.offload": offload})
+        assert any("and the GPU has" in sentence for sentence in found) == warned
+
+
 def test_a_tracker_that_is_not_installed(doubts_of, monkeypatch):
     monkeypatch.setattr(doubts, "find_spec", lambda name: None)
     (said,) = doubts_of("somebody/model", {"track_with": ("wandb",)})

@@ -21,11 +21,12 @@ from safetensors.torch import load_file
 
 from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.settings import read_settings
+from b2diffurl.evaluation.generate import training_sampler
 from b2diffurl.experiment.metrics import judgings, record_judging
 from b2diffurl.experiment.stage import LORA_FILE, Stage, finished_stages
 from b2diffurl.experiment.stage_table import stage_rows
 from b2diffurl.models import stable_diffusion
-from b2diffurl.phases.evaluate import evaluate_due
+from b2diffurl.phases.evaluate import evaluate_timed
 from b2diffurl.reporting import dry_run, forecast, page
 from b2diffurl.reporting.forecast import Pace, Work
 from b2diffurl.runtime.files import read_json, read_metadata
@@ -195,9 +196,9 @@ def test_the_report_s_time_has_no_evaluation_in_it(overrides, tmp_path):
 def test_calls_that_judge_are_timed(overrides, workplace, monkeypatch):
     """With their amounts of work: 6 images of 4 steps by the base and by the stage; figures that are read back count not."""
     monkeypatch.chdir(workplace)
-    settings = read_settings(make_config(overrides | {"eval.every": 1}))
+    settings = read_settings(make_config(overrides))
     for _ in range(2):
-        evaluate_due(settings, 1)
+        evaluate_timed(settings, ["base", "stage1"], ["test"], {"training": training_sampler(settings)}, after=1)
     (judged,) = judgings(settings.output.root)
     assert judged.pop("seconds") > 0
     assert judged == {"event": "judged", "after": 1, "images": 12, "evaluations": 48}
