@@ -273,7 +273,7 @@ def test_averages_are_judged_under_their_own_name(copied, overrides):
     assert "exponential average" in page
 
     said = ran(copied, "eval", settings, "--best", "--sampler=training")
-    assert "best of 3 checkpoints: " in said
+    assert "Best of 3 checkpoints: " in said
     assert [row["checkpoint"] for row in evaluation_rows(root)] == ["base", "stage0", "stage1"]
     (result,) = run_evaluation(copied, settings, ["stage1/ema"])
     assert result["reward"] == rows["stage1/ema"]["reward"]

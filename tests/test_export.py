@@ -632,7 +632,7 @@ def test_push(workplace, hub):
     assert b'"me/tuned"' in exported["README.md"]
 
 
-@pytest.mark.parametrize("token", ["", "wrong"])
+@pytest.mark.parametrize("token", ["", pytest.param("wrong", marks=pytest.mark.long)])
 def test_push_without_login(workplace, hub, token):
     """Is refused before any work, and the error says how to log in."""
     ended = push(workplace, hub, "--push=me/tuned", token=token)

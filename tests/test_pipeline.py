@@ -255,7 +255,7 @@ def test_no_two_stages_or_seeds_share_their_noise(finished, overrides, tmp_path)
 # ---- the ratio ----
 
 
-@pytest.mark.parametrize("base", ["sd", "sd_v"])
+@pytest.mark.parametrize("base", ["sd", pytest.param("sd_v", marks=pytest.mark.long)])
 def test_ratio_is_exactly_one_after_the_round_trip(models, overrides, tmp_path, base):
     """Same batch shape, float32: after a trip through disk the first update's log-ratio is 0.0 for every pair, at a fresh
     LoRA and at a trained one, for epsilon and v-prediction."""
@@ -347,7 +347,7 @@ def test_interrupted_after_an_epoch(workplace, finished, overrides, index):
     assert_same(workplace, finished)
 
 
-@pytest.mark.parametrize("objective", REFERRING)
+@pytest.mark.parametrize("objective", ["dpok", pytest.param("d3po", marks=pytest.mark.long)])
 def test_interrupted_after_an_epoch_with_a_base_policy(stage_with, overrides, tmp_path, objective):
     """The same for the objectives that ask the base policy: it is the base still, not what the LoRA was on resuming."""
     finished = stage_with(**REFERRING[objective])

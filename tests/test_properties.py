@@ -681,9 +681,9 @@ def test_whatever_is_given_is_run_or_refused_and_nothing_is_lost(models, tmp_pat
     with mock.patch.object(policy, "_kept", {}):  # base models are loaded once
         try_configurations(world, 0, 12 if full else 1, list(DEFAULTS))
         try_configurations(world, 2 if full else 1, 0, list(DEFAULTS) if full else ["exp_name", "eval.seed", "train.eps"])
-        try_combinations(world, 160 if full else 8)
-        try_prompt_files(world, 260 if full else 8)
-        try_stage_folders(world, 240 if full else 8, states)
+        try_combinations(world, 160 if full else 4)
+        try_prompt_files(world, 260 if full else 6)
+        try_stage_folders(world, 240 if full else 4, states)
     AcceleratorState._reset_state()
     torch.set_num_threads(threads)
     world.tally.seconds = time.perf_counter() - started

@@ -13,7 +13,7 @@ from b2diffurl.configuration.resume import trained_window
 from b2diffurl.experiment import lock
 from b2diffurl.experiment.origin import require_origin
 from b2diffurl.experiment.stage import ReadOnce, Stage, finished_stages
-from b2diffurl.phases import evaluate, select, train
+from b2diffurl.phases import select, train
 from b2diffurl.phases.preflight import check_later_phases
 from b2diffurl.phases.sample import restore_record
 from b2diffurl.runtime.logs import logger
@@ -39,7 +39,9 @@ def calls_left(plan: Plan, *, checked: bool = False) -> list[Call]:
         if lock.owner():  # the first machine does it for all
             tidy_up(plan, done)
             if trained and not due and left[0].stage is not None:
-                evaluate.show(plan.settings)  # the run may have been killed before
+                from b2diffurl.phases.evaluate import show  # imports matplotlib, for which a new run need not wait
+
+                show(plan.settings)  # the run may have been killed before
     for call in done:
         if call.script != "eval" and call.stage == left[0].stage:
             logger.info("stage%d %s: already finished", call.stage, call.script)

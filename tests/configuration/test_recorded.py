@@ -348,7 +348,15 @@ def begun_on_a_copy(overrides, models, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer", "scheduler", "config", "unet"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "vae",
+        *(pytest.param(part, marks=pytest.mark.long) for part in ("text_encoder", "tokenizer", "config")),
+        "scheduler",
+        "unet",
+    ],
+)
 def test_a_base_model_with_an_exchanged_part_is_refused_by_every_phase(part, begun_on_a_copy, overrides, tmp_path):
     """Between two stages, in the middle of one, and before judging; the part is named. Put back, all goes on."""
     folder = shutil.copytree(begun_on_a_copy, tmp_path / "copy")

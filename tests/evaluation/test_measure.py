@@ -48,7 +48,7 @@ def test_a_lora_that_was_never_updated_equals_the_base(overrides, tmp_path):
     assert (last["reward_gain"], last["reward_gain_se"]) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize("checkpoints", [["base", "last"], ["last"]])
+@pytest.mark.parametrize("checkpoints", [["base", "last"], pytest.param(["last"], marks=pytest.mark.long)])
 def test_a_rate_of_0_is_a_control(overrides, tmp_path, caplog, monkeypatch, checkpoints):
     """Its LoRA has had updates and is as fresh as at first: a warning, and it is judged, once."""
     monkeypatch.setattr(logger, "propagate", True)
@@ -67,7 +67,7 @@ def test_a_rate_of_0_is_a_control(overrides, tmp_path, caplog, monkeypatch, chec
 @pytest.mark.parametrize(
     ("harmed", "said"),
     [
-        ("00002.png", "00002.png is missing or cut off"),
+        pytest.param("00002.png", "00002.png is missing or cut off", marks=pytest.mark.long),
         ("cut", "00003.png is missing or cut off"),
         ("result.json", "result.json is damaged"),
     ],

@@ -262,7 +262,7 @@ def test_stock_diffusers_draws_the_same(base, lora, stock):
     assert np.abs(draw(stock, eta=0.0) - by_ddim).max() <= 1.0
 
 
-@pytest.mark.parametrize("form", ["diffusers", pytest.param("kohya", marks=LONG), "pipeline"])
+@pytest.mark.parametrize("form", ["diffusers", pytest.param("kohya", marks=LONG), pytest.param("pipeline", marks=LONG)])
 def test_exports_draw_the_same(base, trained, lora, stock, tmp_path, form):
     """Every format, in stock diffusers, as the card says; the card is SDXL's."""
     out = export(experiment(trained), form=form, out=tmp_path / "out")

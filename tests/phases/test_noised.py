@@ -250,7 +250,11 @@ def test_interrupted_after_an_epoch(stage_with, overrides, tmp_path, objective):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"sample.eta": 0.0}, {"sample.scheduler": "DPMSolverMultistep"}, {"sample.scheduler": "EulerAncestralDiscrete"}],
+    [
+        pytest.param({"sample.eta": 0.0}, marks=pytest.mark.long),
+        {"sample.scheduler": "DPMSolverMultistep"},
+        pytest.param({"sample.scheduler": "EulerAncestralDiscrete"}, marks=pytest.mark.long),
+    ],
 )
 def test_images_of_any_sampler_can_be_trained_on(stage_with, overrides, settings):
     """Without noise, and by schedulers of diffusers: a stage samples, trains and is judged with them."""

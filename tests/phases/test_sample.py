@@ -112,7 +112,10 @@ MOVING = {
 }
 
 
-@pytest.mark.parametrize(("curriculum", "windows"), [("sliding", [[0, 2], [2, 4]]), ("early", [[0, 1], [0, 2]])])
+@pytest.mark.parametrize(
+    ("curriculum", "windows"),
+    [pytest.param("sliding", [[0, 2], [2, 4]], marks=pytest.mark.long), ("early", [[0, 1], [0, 2]])],
+)
 def test_a_run_in_moving_windows(overrides, tmp_path, curriculum, windows):
     """Two stages from samples to LoRA: records and files have the windows, every first ratio is 1, and the images are those
     that the tail leads to. A batch that was lost is sampled again to the same bits."""

@@ -295,7 +295,7 @@ def test_micro_batching_does_not_change_the_update(bench, batch, settings):
         assert (report.step_norms is not None) == (apart or constant or size < 2 * units.numel())
 
 
-@pytest.mark.parametrize("settings", [{}, D3PO], ids=["ddpo", "d3po"])
+@pytest.mark.parametrize("settings", [pytest.param({}, id="ddpo", marks=pytest.mark.long), pytest.param(D3PO, id="d3po")])
 def test_a_remainder_is_divided_by_its_own_size(bench, batch, settings):
     """An update on r trajectories or pairs is their mean: the updates of an epoch, weighted by their sizes, add up to the
     gradient of the whole epoch."""
@@ -327,7 +327,7 @@ def test_processes_share_an_update_without_loss(num_units, num_processes, size, 
     assert sorted(counted) == units.tolist()
 
 
-@pytest.mark.parametrize("settings", [{}, D3PO], ids=["ddpo", "d3po"])
+@pytest.mark.parametrize("settings", [pytest.param({}, id="ddpo"), pytest.param(D3PO, id="d3po", marks=pytest.mark.long)])
 def test_processes_add_up_to_one(bench, batch, settings):
     """The mean over processes of their gradients, which is what DDP takes, is the gradient of one process."""
     trainer = bench(**settings)

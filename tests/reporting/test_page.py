@@ -260,17 +260,17 @@ def cut(path):
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        ("eval/base_test_*/00001.png", cut),
+        pytest.param("eval/base_test_*/00001.png", cut, marks=pytest.mark.long),
         ("eval/stage1_test_*/00001.png", lambda path: path.unlink()),
         ("eval/stage1_test_*/result.json", cut),
         ("eval.jsonl", cut),
         ("stage1/select.json", cut),
-        ("stage1/train.json", cut),
+        pytest.param("stage1/train.json", cut, marks=pytest.mark.long),
         ("stage0/metrics/train.jsonl", lambda path: path.write_text("{\n" + path.read_text())),
-        ("stage0/metrics/select.jsonl", lambda path: path.unlink()),
+        pytest.param("stage0/metrics/select.jsonl", lambda path: path.unlink(), marks=pytest.mark.long),
         ("stage0/tree.json", cut),
-        ("stage0/tree.png", cut),
-        ("stage0/selection.json", cut),
+        pytest.param("stage0/tree.png", cut, marks=pytest.mark.long),
+        pytest.param("stage0/selection.json", cut, marks=pytest.mark.long),
         ("stage0/scores.jsonl", cut),
     ],
 )
