@@ -4,7 +4,7 @@
 #
 #     bash run_process.sh                                      # the default run
 #     Preset=sd14 ExpName=my_run bash run_process.sh           # Stable Diffusion v1.4
-#     bash run_process.sh --dry_run                            # only say what would be done
+#     bash run_process.sh --dry_run                            # check everything, say what would be done, and do nothing
 #     bash run_process.sh --config.train.learning_rate=1e-3    # arguments are passed on to every script
 #     bash run_process.sh --help                               # this text, the variables below, the presets
 #
@@ -31,13 +31,21 @@ fail() {
 variables() {
     sed -nE "s/^([A-Z][A-Za-z0-9_]*)=\"\\$\{[A-Za-z0-9_]*:-([^}]*)\}\" *# (.*)/\1"$'\t'"\3"$'\t'"\2/p" "$This"
 }
+Given="${Scripts:+b2diffurl run}"    # where the package is installed
 for Argument in "$@"; do
     case "$Argument" in -h | -help | --help | --helpshort | --helpfull)
-        sed -n '2,/^set /s/^# \{0,1\}//p' "$This"
-        printf '\nVariables:\n\n'
-        variables | awk -F '\t' '{ printf "    %-16s %s%s\n", $1, $2, $3 == "" ? "" : " (default: " $3 ")" }'
-        printf '\n%s\n' "$(awk '/^"""/ && NR > 1 { exit } { sub(/^"""/, ""); print }' "${Scripts}config/stage_process.py")"
-        exit 0
+        {
+            sed -n '2,/^set /s/^# \{0,1\}//p' "$This"
+            printf '\nVariables:\n\n'
+            variables | awk -F '\t' '{ printf "    %-16s %s%s\n", $1, $2, $3 == "" ? "" : " (default: " $3 ")" }'
+            printf '\nconfig/stage_process.py:\n\n%s\n' "$(awk '/^"""/ && NR > 1 { exit } { sub(/^"""/, ""); print }' "${Scripts}config/stage_process.py")"
+        } | sed "s/bash run_process\.sh/${Given:-&}/" 2> /dev/null || true    # | head ends it
+        exit 0 ;;
+    [A-Z]*=*)    # NumStep=20 behind the command is not in the environment
+        if variables | cut -f 1 | grep -Fx -- "${Argument%%=*}" > /dev/null; then
+            fail "$Argument is an argument here, and ${Argument%%=*} is a variable" \
+                "Give it before the command: $(printf %q "$Argument") ${Given:-bash run_process.sh}"
+        fi
     esac
 done
 

@@ -47,4 +47,4 @@ def run_stages(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    run_script("process", run_stages)
+    run_script("run", run_stages)

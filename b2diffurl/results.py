@@ -17,7 +17,7 @@ from b2diffurl.experiment.overview import overview, rows
 from b2diffurl.reporting import listing
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import logger, show
-from b2diffurl.runtime.paths import user_path
+from b2diffurl.runtime.paths import RUN, user_path
 
 STDOUT = "-"
 ENDINGS = {"html": (".html", ".htm"), "csv": (".csv",), "markdown": (".md", ".markdown")}
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
 
 def list_them(found: Sequence[listing.Row], folder: Path, args: argparse.Namespace) -> None:
     if not found:
-        show(f"no experiments in {folder} yet; run_process.sh makes one")
+        show(f"no experiments in {folder} yet; {RUN} makes one")
     elif not (write(args.csv, listing.as_csv(found)) | write(args.markdown, listing.as_markdown(found))):
         show(*listing.table(found, shutil.get_terminal_size((listing.MAX_WIDTH, 24)).columns))
 

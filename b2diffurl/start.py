@@ -14,8 +14,8 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from b2diffurl.configuration.command_line import die, run_script
-from b2diffurl.configuration.plan import Plan, make_plan
-from b2diffurl.configuration.prompts import overlap_text
+from b2diffurl.configuration.plan import checked_settings, make_plan
+from b2diffurl.configuration.prompts import named_prompts, overlap_text
 from b2diffurl.configuration.rules import faults
 from b2diffurl.experiment import lock
 from b2diffurl.phases.doubts import doubts
@@ -37,13 +37,11 @@ def start(config: ConfigDict) -> None:
         call <TAB> a file that the call needs <TAB> script <TAB> flag <TAB> flag …      one line for each call
         end                                                                             the only line after a dry run
     """
-    if flags.FLAGS.dry_run and len(wrong := [*map(str, faults(config))]) > 1:
-        refuse(wrong)
+    if flags.FLAGS.dry_run:
+        preview(config)
+        return
     plan = make_plan(config)
     overlap = overlap_text(plan.settings.prompts)  # a bad file is refused now, not hours later by the first evaluation
-    if flags.FLAGS.dry_run:
-        preview(config, plan)
-        return
     with lock.holding(plan.stage.root):  # of run_process.sh, which keeps it
         for doubt in doubts(plan):
             logger.warning("%s", doubt)
@@ -58,12 +56,19 @@ def start(config: ConfigDict) -> None:
     write_calls([["folder", str(plan.stage.root)], *how, *lines])
 
 
-def preview(config: ConfigDict, plan: Plan) -> None:
+def preview(config: ConfigDict) -> None:
     """Show the plan, and everything for which the run would be refused. Exits with code 2 if there is something."""
     from b2diffurl.phases.preflight import FAULTS, inspect  # imports the libraries, for which a run's start need not wait
 
-    config.run_name = f"stage{next_stage(plan.settings)}"
-    found = inspect(make_plan(config))
+    if wrong := [*map(str, faults(config))]:
+        refuse(wrong)
+    try:
+        plan = make_plan(config)
+        overlap_text(plan.settings.prompts)  # reads the held-out prompts, too
+        config.run_name = f"stage{next_stage(plan.settings)}"
+        found = inspect(make_plan(config))
+    except FAULTS as error:
+        refuse(without_plan(config, error))
     with suppress(*(FAULTS if found.faults else ())):  # the plan of a damaged base model cannot be made
         text = dry_run.describe(plan, found.downloads).splitlines()
         show(*text, *(f"{'warning':<13}{doubt}" for doubt in doubts(plan)))
@@ -71,6 +76,22 @@ def preview(config: ConfigDict, plan: Plan) -> None:
         refuse(found.faults)
     show("", "ready: the run would start. Only it can tell whether the weights are sound and a batch fits into memory.")
     write_calls([])
+
+
+def without_plan(config: ConfigDict, error: Exception) -> list[str]:
+    """Every fault that can be found where no plan can be made, because of `error`, which comes first."""
+    from b2diffurl.phases.preflight import FAULTS, inspect_settings, sentence
+
+    found = [sentence(error)]
+    with suppress(*FAULTS):  # of config.json, which is then that error
+        settings = checked_settings(config)
+        for name in ("train", "test"):
+            try:
+                named_prompts(settings.prompts, name)
+            except FAULTS as other:
+                found.append(sentence(other))
+        found += inspect_settings(settings).faults
+    return [*dict.fromkeys(found)]
 
 
 def refuse(wrong: Sequence[str]) -> NoReturn:
@@ -88,4 +109,4 @@ def write_calls(lines: list[list[str]]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_boolean("dry_run", False, "Check all, print the plan (stages, images, updates, disk, time) and do nothing.")
     flags.DEFINE_string("calls", "", "Write the list of calls to this file: run_process.sh's own use.")
-    run_script("process", start)
+    run_script("run", start)

@@ -80,7 +80,10 @@ def chat_server(answer: Callable[[Request], Any]) -> Iterator[tuple[str, list[Re
             self.send(200, {}, MODELS)
 
         def do_POST(self):
-            requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            asked = self.rfile.read(int(self.headers["Content-Length"]))
+            if not asked:
+                return  # the client is gone: another of its requests has failed
+            requests.append(json.loads(asked))
             requests[-1]["authorization"], requests[-1]["path"] = self.headers.get("Authorization"), self.path
             result = answer(requests[-1])
             if isinstance(result, dict) and result.get("usage") and not result["usage"]["prompt_tokens"]:

@@ -110,6 +110,18 @@ def check_command(folder: Path, where: str, words: list[str], variables: list[st
         assert word != "-r" or (ROOT / following).is_file(), where
 
 
+def test_leverages_are_those_that_the_page_s_own_program_prints(capsys):
+    """method.md's program, run as it stands there, and the page's tables for 20 and 10 steps."""
+    text = (ROOT / "docs" / "method.md").read_text()
+    (program,) = re.findall(r"^python - <<'EOF'\n(.*?)^EOF$", text, re.MULTILINE | re.DOTALL)
+    exec(program, {})
+    printed = [float(one) for one in re.findall(r"\d+\.\d+", capsys.readouterr().out)]
+    rows = re.findall(r"^\| leverage \| (.*) \|$", text, re.MULTILINE)
+    named = [float(one.strip("*")) for row in rows for one in row.split(" | ")]
+    assert len(named) == 23
+    assert all(any(abs(one - other) < 0.0051 for other in printed) for one in named)
+
+
 def intervals(page: Path) -> set[tuple[float, float, float]]:
     """(difference, low, high) of every `1.2 points [0.3, 2.1]` of a page, and the same seen from the other side."""
     found = re.findall(r"([+-]?\d+\.\d+)(?:\*\*| px| points)* \[([+-]?\d+\.\d+), ([+-]?\d+\.\d+)\]", page.read_text())

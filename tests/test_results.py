@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from conftest import call, experiment
 from PIL import Image
 
 from b2diffurl.experiment.evaluation_table import every_evaluation
+from b2diffurl.reporting.compared_page import curve_panels
 from b2diffurl.results import main
 from b2diffurl.runtime.files import read_json, write_record
 
@@ -107,3 +109,14 @@ def test_a_browser_shows_the_comparison_whole(work, tmp_path, scheme):
         assert driver.get_log("browser") == []
     finally:
         driver.quit()
+
+
+def test_a_mixture_s_name_stands_whole_over_its_curves(tmp_path):
+    """Its beginning is not cut off: name and prompt set have a line each."""
+    root = tmp_path / "mixed"
+    root.mkdir()
+    reward = {"name": "clip", "weights": {"clip": 1.0, "jpeg_compressibility": 0.5}}
+    (root / "config.json").write_text(json.dumps({"config": {"reward": reward}}))
+    rows = [{"queries": 0, "reward": 0.1, "accuracy": None}]
+    panels = curve_panels({root: ("solid", "black")}, {root: []}, {root: rows}, "test")
+    assert next(panels).title == "1 clip + 0.5 jpeg_compressibility\nheld-out prompts"

@@ -14,7 +14,6 @@ from b2diffurl.api.process import borrowed
 from b2diffurl.configuration.limits import check_choice
 from b2diffurl.configuration.plan import checked_settings
 from b2diffurl.configuration.presets import recorded_config
-from b2diffurl.configuration.recorded import refuse_code
 from b2diffurl.configuration.settings import Settings
 from b2diffurl.evaluation.measure import named_samplers, prompt_images
 from b2diffurl.experiment.evaluation_table import evaluation_rows, every_evaluation, headline
@@ -32,6 +31,7 @@ from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import log_of
 
 Row = dict[str, Any]
+Reward = str | Callable | Mapping[str | Callable, float]
 
 
 class Rows(list[Row]):
@@ -60,32 +60,39 @@ class Pictures:
         return f"<{len(self.base)} images of {self.prompt!r} by the base model, {len(self.tuned)} by the tuned one>"
 
 
-def load(experiment: str | Path, *, reward: Callable | None = None) -> "Experiment":
+def load(experiment: str | Path, *, reward: Reward | None = None) -> "Experiment":
     """Open an experiment, finished or not, by its folder or its name in model/lora.
 
-    `reward` is the function that it was trained on, if that is in no module: evaluating needs it, all else does not.
+    `reward` is what it was trained on, as finetune takes it, if that is code of yours: evaluating needs it, nothing else.
     Raises a FileNotFoundError that lists the experiments there are, or a ValueError for one of a newer version.
     """
     root = find_experiment(str(experiment))
     recorded_config(root)  # a newer version's is refused now
     given = Given(root)
     if reward is not None:
-        given.reward(reward)
+        for one in reward if isinstance(reward, Mapping | list | tuple) else [reward]:
+            given.reward(one)
         for name, text in given.texts.items():
             given.require_same(root / name, text)
-    return Experiment(root, given.functions)
+    return Experiment(root, given)
 
 
 class Experiment:
     """An experiment in a folder. Nothing is kept here: each call reads the files as they are now."""
 
-    def __init__(self, folder: Path, functions: Mapping[str, tuple[Callable, Path]] | None = None):
-        self.folder = folder
-        self.functions = dict(functions or {})  # rewards that are in no module, as rewards.own.given takes them
+    def __init__(self, folder: Path, given: Given | None = None):
+        self.as_given, self.place = folder, folder.absolute()
+        self.functions = dict(given.functions) if given else {}  # of no module, as rewards.own.given has them
+        self.code = set(given.code) if given else set()  # names of all rewards that the user has given as code
 
     def __repr__(self) -> str:
         done = len(finished_stages(self.folder, "train"))
         return f"<experiment {self.name} in {self.folder}: {done} stages trained>"
+
+    @property
+    def folder(self) -> Path:
+        """Its folder as it was given, or an absolute path if the working directory has become another."""
+        return self.as_given if self.as_given.absolute() == self.place else self.place
 
     @property
     def name(self) -> str:
@@ -192,7 +199,7 @@ class Experiment:
         """
         several = [[given] if isinstance(given, str | Path) else list(given) for given in (checkpoints, prompts)]
         with self.at_work(quiet=quiet) as settings:
-            refuse_code(self.folder / "config.json", self.unknown_rewards(settings))
+            self.refuse_unknown_code(settings)
             return Rows(map(headline, evaluate_and_show(settings, several[0], list(map(str, several[1])), [sampler])))
 
     def export(self, form: str = "diffusers", *, checkpoint: str = "last", out: Path | None = None) -> Path:
@@ -200,9 +207,14 @@ class Experiment:
         check_choice("form", form, FORMATS)
         return export(self.folder, checkpoint, form, out=out)
 
-    def unknown_rewards(self, settings: Settings) -> list[str]:
-        """The rewards that are code which only config.json names."""
-        return [name for name in settings.rewards.weights if name not in self.functions]
+    def refuse_unknown_code(self, settings: Settings) -> None:
+        """Raise a ValueError for a reward that is code which only config.json names."""
+        for name in settings.rewards.weights:
+            if ":" in name and name not in self.code:
+                raise ValueError(
+                    f"{self.folder / 'config.json'} has the reward {name}, which is code of its own and is not run "
+                    "because a file says so. If you know it, give it yourself: b2diffurl.load(experiment, reward=…)"
+                )
 
     @contextmanager
     def at_work(self, *, quiet: bool = True) -> Iterator[Settings]:
@@ -212,5 +224,6 @@ class Experiment:
             if (self.folder / name).is_file():
                 config.update_from_flattened_dict({key: str(self.folder / name)})
         log_file = log_of(Path(config.log_path), self.folder)
-        with borrowed(log_file if log_file.is_file() else None, quiet=quiet), own.given(self.functions):
+        functions = {name: (function, self.folder / file.name) for name, (function, file) in self.functions.items()}
+        with borrowed(log_file if log_file.is_file() else None, quiet=quiet), own.given(functions):
             yield checked_settings(config)

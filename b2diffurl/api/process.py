@@ -33,6 +33,8 @@ def borrowed(log_file: Path | None, *, quiet: bool) -> Iterator[None]:
         restoring.callback(AT_WORK.release)
         restoring.callback(give_back_memory)
         restoring.enter_context(apart.unchanged())
+        restoring.enter_context(torch.inference_mode(False))
+        restoring.enter_context(as_in_a_script())
         restoring.enter_context(own_accelerator())
         restoring.enter_context(same_bars())
         ambient.calm_warnings()
@@ -47,6 +49,16 @@ def borrowed(log_file: Path | None, *, quiet: bool) -> Iterator[None]:
         restoring.enter_context(stopping_in_order() if in_main else nullcontext())
         with explained(log_file):
             yield
+
+
+@contextmanager
+def as_in_a_script() -> Iterator[None]:
+    """Inside the block torch computes as it does in a new process, whatever the user has set: with gradients, in float32."""
+    before = apart.read()
+    fresh = {"gradients": True, "default dtype": torch.float32, "default device": torch.device("cpu"), "denormals": False}
+    apart.write(fresh, before)
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 @contextmanager

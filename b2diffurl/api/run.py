@@ -1,11 +1,14 @@
 """b2diffurl.finetune: a whole run in this process, or the rest of one that was interrupted."""
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from b2diffurl.api.experiment import Experiment
+import numpy as np
+
+from b2diffurl.api.experiment import Experiment, Reward
 from b2diffurl.api.given import HELD_OUT, PROMPTS, Given, named
 from b2diffurl.api.process import borrowed
 from b2diffurl.configuration.command_line import named_preset
@@ -18,7 +21,6 @@ from b2diffurl.resident import run_stages
 from b2diffurl.rewards import own
 from b2diffurl.runtime.logs import log_of, logger, name_log
 
-Reward = str | Callable | Mapping[str | Callable, float]
 Prompts = str | Path | Sequence[str]
 
 
@@ -50,10 +52,16 @@ def finetune(
     name       of the experiment; None: the preset's, with the name of the reward's function behind it
     folder     of all experiments; relative to the working directory, as are all paths
     quiet      whether nothing is printed; the log, log/<name>.log, has it all
-    settings   any key of config/stage_process.py: seed=1, train={"learning_rate": 1e-4}, **{"sample.num_steps": 30}
+    settings   any key of config/stage_process.py: seed=1, train={"learning_rate": 1e-4}, **{"sample.num_steps": 30}. Where
+               a key is given beside the argument that means the same, the argument counts
 
     Raises a ValueError or OSError, which says what to do, before anything is sampled, for what a script would refuse.
     """
+    settings = plain(settings)
+    folder = settings.pop("save_path", folder)
+    for key, value in {"preset": preset, "name": name or settings.get("exp_name") or ""}.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{key} is {value!r}; it must be a text")
     name = name or settings.get("exp_name") or default_name(preset, reward)
     given = Given(Path(folder, name))
     changes = named(given, settings) | {"exp_name": name, "save_path": str(folder)}
@@ -68,7 +76,18 @@ def finetune(
     if stages is not None:
         changes["stage_cnt"] = stages
     run(preset, changes, given, quiet=quiet)
-    return Experiment(given.root, given.functions)
+    return Experiment(given.root, given)
+
+
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in which paths are text and NumPy's numbers are Python's."""
+    return {
+        key: plain(value) if isinstance(value, Mapping) and all(isinstance(one, str) for one in value)
+        else str(value) if isinstance(value, os.PathLike)
+        else value.item() if isinstance(value, np.generic)
+        else value
+        for key, value in settings.items()
+    }  # fmt: skip
 
 
 def default_name(preset: str, reward: Any) -> str:

@@ -8,6 +8,10 @@ import dis
 import functools
 import hashlib
 import inspect
+import linecache
+import math
+import os
+import re
 import sys
 import textwrap
 import types
@@ -44,9 +48,23 @@ def recorded_source(function: Callable) -> str:
     return text
 
 
-def same_source(one: str, other: str) -> bool:
-    """Whether two recorded sources are the same but for comments and layout."""
-    return ast.dump(ast.parse(one)) == ast.dump(ast.parse(other))
+def changed_names(one: str, other: str) -> list[str]:
+    """The names of what is another in two recorded sources, or in one of them only. [] if they are the same."""
+    before, after = pieces(one), pieces(other)
+    return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+
+
+def pieces(source: str) -> dict[str, str]:
+    """Each thing in a recorded source by its name, as text without comments and layout."""
+    found = {}
+    for node in ast.parse(source).body[1:]:  # the first is the docstring
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {one.asname or one.name: ast.dump(node) for one in node.names}
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict) and ast.unparse(node.targets[0]) == UNSEEN:
+            found |= ast.literal_eval(node.value)
+        else:
+            found[ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else node.name] = ast.dump(node)
+    return found
 
 
 def require_function(function: Any) -> None:
@@ -100,13 +118,22 @@ class Parts:
         elif SECRET.search(name) and isinstance(value, str):
             self.unseen[name] = "a secret"  # its checksum would help to guess it
         elif is_plain(value):
-            self.values[name] = repr(value)
+            self.values[name] = written(value)
         else:
             self.unseen[name] = identity(self.name, name, value)
+            for kind in sorted(kinds_in(value), key=lambda kind: kind.__qualname__):  # a network does what its class says
+                if importable(kind):
+                    self.add_own_module(kind.__module__)
+                else:
+                    self.add(kind.__name__, kind)
 
     def add_import(self, name: str, module: str, line: str, called: str) -> None:
         """Add the import of `called` as `name`, and a checksum of its module's files unless it is an installed package."""
         self.imports[name] = line if called == name else f"{line} as {name}"
+        self.add_own_module(module)
+
+    def add_own_module(self, module: str) -> None:
+        """Add a checksum of a module's files unless it is an installed package."""
         if found := own_modules(module):
             checksum = files.digest([files.sha256(path) for path in found])
             self.unseen[module] = f"a module of your own, SHA-256 of its files {checksum}"
@@ -114,12 +141,14 @@ class Parts:
     def add_class(self, name: str, kind: type) -> None:
         """Add a class of the notebook: its source, and what its methods use."""
         source = source_of(name, kind)
-        for method in vars(kind).values():
-            method = getattr(method, "__func__", method)  # of a classmethod or staticmethod
-            if isinstance(method, types.FunctionType):
-                for used, value in sorted(surroundings(method, ast.parse(source).body[0]).items()):
-                    if value is not kind and used != "__class__":
-                        self.add(used, value)
+        definition = ast.parse(source).body[0]
+        home = vars(sys.modules.get(kind.__module__, types))
+        uses = {used: home[used] for used in {*names_around(definition), *names_in_body(definition)} if used in home}
+        for method in methods_of(kind):
+            uses |= surroundings(method, definition)
+        for used, value in sorted(uses.items()):
+            if value is not kind and used != "__class__":
+                self.add(used, value)
         self.sources[name] = source
 
     def text(self) -> str:
@@ -144,6 +173,7 @@ def surroundings(function: types.FunctionType, definition: ast.AST) -> dict[str,
             found[name] = cell.cell_contents
     used = {*names_used(function.__code__), *names_around(definition)}
     found |= {name: function.__globals__[name] for name in used if name in function.__globals__}
+    found = {name: value for name, value in found.items() if not re.fullmatch("__.*__", name)}  # a module's own, as __name__
     return {name: value for name, value in found.items() if getattr(value, "__wrapped__", value) is not function}
 
 
@@ -161,6 +191,13 @@ def names_around(definition: ast.AST) -> Iterator[str]:
                 yield from (one.id for one in ast.walk(part) if isinstance(one, ast.Name))
 
 
+def names_in_body(definition: ast.ClassDef) -> Iterator[str]:
+    """The names that a class reads while it is made, outside its methods."""
+    for statement in definition.body:
+        if not isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from (one.id for one in ast.walk(statement) if isinstance(one, ast.Name))
+
+
 def names_used(code: types.CodeType) -> Iterator[str]:
     """The global names that a function's code reads, in functions inside it, too."""
     for step in dis.get_instructions(code):
@@ -172,21 +209,67 @@ def names_used(code: types.CodeType) -> Iterator[str]:
 
 
 def source_of(name: str, thing: Any) -> str:
-    """The source of a function or a class, without indentation."""
+    """The definition of a function or a class, without indentation, as that of `name`."""
     try:
-        return textwrap.dedent(inspect.getsource(thing))
-    except (OSError, TypeError):
+        if getattr(thing, "__name__", "") == "<lambda>":
+            return f"{name} = {lambda_text(thing)}\n"
+        text = class_text(thing) if isinstance(thing, type) else textwrap.dedent(inspect.getsource(thing))
+        node = ast.parse(text).body[0]
+    except (OSError, TypeError, SyntaxError, IndexError):
         raise ValueError(
             f"the source of {name!r} is not known, so what is rewarded cannot be recorded. Write it into a cell or a file, "
             f"such as my_rewards.py, and import it from there."
         ) from None
+    if name == node.name:
+        return text
+    # It goes by another name here, as the function inside a decorator does, which is the bare one.
+    head, *body = text.splitlines(keepends=True)[node.lineno - 1 :]
+    return re.sub(rf"\b{node.name}\b", name, head, count=1) + "".join(body)
+
+
+def lambda_text(function: types.FunctionType) -> str:
+    """The source of a lambda alone; an OSError if its line has several that differ."""
+    lines, _ = inspect.findsource(function)
+    found = {
+        ast.unparse(node)
+        for node in ast.walk(ast.parse("".join(lines)))
+        if isinstance(node, ast.Lambda) and node.lineno == function.__code__.co_firstlineno
+    }
+    if len(found) != 1:
+        raise OSError("there are several lambdas in its line, or none")
+    return found.pop()
+
+
+def class_text(kind: type) -> str:
+    """The source of a class. A kernel's has no file where inspect would look for it: its methods say in which cell it is."""
+    cells = [method.__code__.co_filename for method in methods_of(kind)]
+    cells += [name for name, entry in reversed(linecache.cache.items()) if len(entry) == 4 and entry[1] is None]
+    for cell in cells:
+        lines = linecache.getlines(cell)
+        with suppress(SyntaxError):
+            for node in ast.walk(ast.parse("".join(lines))):
+                if isinstance(node, ast.ClassDef) and node.name == kind.__name__:
+                    first = min([node.lineno, *(one.lineno for one in node.decorator_list)])
+                    return textwrap.dedent("".join(lines[first - 1 : node.end_lineno]).rstrip("\n") + "\n")
+    return textwrap.dedent(inspect.getsource(kind))
+
+
+def methods_of(kind: type) -> list[types.FunctionType]:
+    """The functions in a class, also those under a property, classmethod or staticmethod."""
+    found = []
+    for value in vars(kind).values():
+        parts = (value.fget, value.fset, value.fdel) if isinstance(value, property) else (value,)
+        found += [
+            inspect.unwrap(getattr(part, "__func__", part)) for part in parts if callable(getattr(part, "__func__", part))
+        ]
+    return [one for one in found if isinstance(one, types.FunctionType) and one.__code__.co_filename != "<string>"]
 
 
 def importable(thing: Any) -> bool:
     """Whether this is a function or class of a module that can be imported again, and not of the notebook."""
     if not isinstance(thing, types.FunctionType | types.BuiltinFunctionType | type):
         return False
-    return thing.__module__ not in (None, "__main__") and "<locals>" not in thing.__qualname__
+    return thing.__module__ not in (None, "__main__", "__mp_main__") and "<locals>" not in thing.__qualname__
 
 
 def is_plain(value: Any) -> bool:
@@ -198,10 +281,32 @@ def is_plain(value: Any) -> bool:
     return type(value) in PLAIN
 
 
+def written(value: Any) -> str:
+    """A plain value as Python reads it again; the same text in every process, whose sets have orders of their own."""
+    if type(value) is float and not math.isfinite(value):
+        return f"float({str(value)!r})"
+    if type(value) is dict:
+        return f"{{{', '.join(f'{written(key)}: {written(one)}' for key, one in value.items())}}}"
+    if type(value) in (set, frozenset):
+        inside = f"{{{', '.join(sorted(map(written, value)))}}}" if value else "set()"
+        return inside if type(value) is set else f"frozenset({inside})"
+    if type(value) in (list, tuple):
+        inside = ", ".join(map(written, value))
+        return f"[{inside}]" if type(value) is list else f"({inside},)" if len(value) == 1 else f"({inside})"
+    return repr(value)
+
+
+def kinds_in(value: Any) -> set[type]:
+    """The classes of a network and of all networks in it."""
+    return {type(one) for one in value.modules()} if isinstance(value, torch.nn.Module) else set()
+
+
 def identity(reward: str, name: str, value: Any) -> str:
     """What a value is, with a checksum of all numbers in it; a ValueError if it is nothing that has one."""
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
-    if isinstance(value, torch.device | torch.dtype | np.dtype | types.BuiltinFunctionType):
+    if isinstance(value, re.Pattern):
+        return f"{kind}, {value.pattern!r}, flags {value.flags}"
+    if isinstance(value, torch.device | torch.dtype | np.dtype | types.BuiltinFunctionType | os.PathLike):
         return f"{kind}, {value}"
     if text := text_of(value):
         return f"{kind}, SHA-256 of its settings {hashlib.sha256(text.encode()).hexdigest()}"
@@ -225,7 +330,7 @@ def tensors_of(value: Any) -> Mapping[str, torch.Tensor] | None:
     if isinstance(value, torch.Tensor):
         return {"": value}
     if isinstance(value, np.ndarray | np.generic) and value.dtype != object:
-        array = np.array(value, ndmin=1)
+        array = np.array(value, ndmin=1, order="C")
         return {"": torch.from_numpy(array.view(np.uint8).copy()), f"{array.dtype} {array.shape}": torch.zeros(0)}
     return None
 

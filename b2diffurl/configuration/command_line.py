@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from safetensors import SafetensorError
 
-from b2diffurl.configuration.typos import bad_value, did_you_mean, unknown_option
+from b2diffurl.configuration.typos import CHOICE_OF_PRESET, PRESET_KEY, bad_value, did_you_mean, unknown_option
 from b2diffurl.runtime import ambient, paths
 from b2diffurl.runtime.logs import log_of, logger, name_log, set_up_logging, set_up_streams, show
 from b2diffurl.runtime.paths import CONFIG_FILE
@@ -205,6 +205,7 @@ def parse_flags() -> tuple[ConfigDict, dict[str, Any]]:
             preset = {} if unexpected else by_todays_names(FLAGS.config.to_dict())
             unexpected = unexpected or FLAGS([sys.argv[0], *after])[1:]  # overrides it
         refuse_two_names()
+        refuse_preset_key(preset)
         config = None if unexpected else by_todays_names(FLAGS.config.unlock()).lock()
         if config:
             config.update_from_flattened_dict(meant_paths(flatten(config.to_dict()), given_keys()))
@@ -275,6 +276,13 @@ def refuse_two_names() -> None:
         one, other = (FLAGS[name] if (name := f"config.{each}") in FLAGS else None for each in (key, older))
         if None not in (one, other) and one.present and other.present:
             refuse_two_values(key, one.value, older, other.value)
+
+
+def refuse_preset_key(preset: Mapping[str, Any]) -> None:
+    """Refuse --config.preset with another name: it would only be recorded, and the settings would be this preset's."""
+    name = f"config.{PRESET_KEY}"
+    if name in FLAGS and FLAGS[name].present and FLAGS[name].value != preset.get(PRESET_KEY):
+        raise ValueError(f"--config.{PRESET_KEY} chooses no preset; that is done by {CHOICE_OF_PRESET}")
 
 
 def split_at_preset(words: list[str]) -> tuple[list[str], list[str]]:

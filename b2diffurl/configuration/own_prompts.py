@@ -4,7 +4,6 @@ The presets of the small model judge by the exact checker of its world, which re
 preset has held-out prompts that belong to its training prompts.
 """
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ def step_back(settings: Settings, preset: Settings, given: Collection[str]) -> t
     if (left_out := checkers(settings, given)) and (foreign := outside_the_world([*trained, *judged])):
         changes |= left_out
         said.append(
-            f"{json.dumps(foreign, ensure_ascii=False)} is no prompt of the small world, whose exact checker cannot judge "
+            f"{foreign!r} is no prompt of the small world, whose exact checker cannot judge "
             f"it, so it steps back: {', '.join(f'{key} is {value!r}' for key, value in left_out.items())}"
         )
     return changes, said

@@ -1,6 +1,5 @@
 """Configurations without a command line: of a preset with some keys changed, or of an experiment on disk."""
 
-import difflib
 import runpy
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +10,8 @@ from ml_collections import ConfigDict
 from b2diffurl.configuration.keys import by_todays_names, flatten, meant_paths
 from b2diffurl.configuration.limits import shown
 from b2diffurl.configuration.recorded import read_record, recorded_settings
+from b2diffurl.configuration.typos import KINDS, nearest
 from b2diffurl.runtime.paths import CONFIG_FILE, resource
-
-KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", tuple: "a list"}
 
 
 def preset_config(name: str) -> ConfigDict:
@@ -55,8 +53,8 @@ def set_keys(config: ConfigDict, flat: Mapping[str, Any], *, unknown: str) -> No
     known = flatten(config.to_dict())
     for key, value in flat.items():
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, 1)
-            raise ValueError(unknown.format(key=key, nearest=f"; did you mean {nearest[0]}?" if nearest else ""))
+            near = nearest(key, known)
+            raise ValueError(unknown.format(key=key, nearest=f"; did you mean {near}?" if near else ""))
         try:
             with config.unlocked():
                 config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})

@@ -96,7 +96,9 @@ def overlap_text(sources: PromptSources) -> str:
     trained, judged = ([prompt for _, prompt in named_prompts(sources, name)] for name in ("train", "test"))
     if not (both := trained_on(trained, judged)):
         return ""
-    example = json.dumps(both[0], ensure_ascii=False)[:100]
+    example = repr(both[0])[:100]  # not as JSON, which escapes the quotes of a text to draw
+    if len(both) == len(set(judged)) == 1:
+        return f"the one prompt of eval.prompt_file is trained on, {example}, so none is held out"
     if len(both) == len(set(judged)):
         return f"all {len(both)} prompts of eval.prompt_file are trained on, such as {example}, so none is held out"
     return f"trained on, too: {len(both)} of {len(set(judged))} held-out prompts (eval.prompt_file), such as {example}"

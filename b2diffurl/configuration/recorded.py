@@ -115,7 +115,8 @@ def refuse_change(stage: Stage, changes: Sequence[str], *, allowed: bool) -> Non
     if not allowed:
         raise ValueError(
             f"{stage.root} belongs to another configuration: {'; '.join(changes)}. Go on with the recorded values, or give "
-            "the new experiment another exp_name; or, if you know what you do, --config.allow_config_change."
+            "the new experiment another name (ExpName=…, --config.exp_name=…); or, if you know what you do, "
+            "--config.allow_config_change."
         )
     if stage.folder.exists() and not stage.finished("train"):
         raise ValueError(

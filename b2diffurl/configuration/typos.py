@@ -4,9 +4,15 @@ import difflib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from b2diffurl.runtime.paths import CONFIG_FILE, RUN
+
 NEAR = 0.75  # how alike two names are that may be meant for each other; 1: equal
+PRESET_KEY = "preset"  # the key that only records which preset was chosen
+CHOICE_OF_PRESET = f"--config={CONFIG_FILE}:NAME (Preset=NAME {RUN})"
 # What a value of a key must be, by the type of the preset's value.
-KINDS = {bool: "True or False", int: "a whole number", float: "a number", tuple: "a list, such as ('a','b')"}
+KINDS = {
+    bool: "True or False", int: "a whole number", float: "a number", str: "a text", tuple: "a list, such as ('a','b')",
+}  # fmt: skip
 
 
 def unknown_option(words: Sequence[str], settings: Mapping[str, Any], options: Collection[str]) -> str | None:
@@ -34,14 +40,21 @@ def unknown_name(name: str, settings: Mapping[str, Any], options: Collection[str
     return f"there is no {what}{did_you_mean(name, settings, options)}"
 
 
-def did_you_mean(name: str, settings: Mapping[str, Any], options: Collection[str]) -> str:
+def did_you_mean(name: str, settings: Collection[str], options: Collection[str]) -> str:
     """`; did you mean --config.seed?`, the nearest option to a name, or nothing if none is near."""
     prefix, _, key = name.lstrip("-").partition(".")
     bare = key if difflib.SequenceMatcher(None, prefix, "config").ratio() > NEAR else name.lstrip("-")
-    known = {one: f"config.{one}" for one in settings} | {one: one for one in options}
-    in_other_section = [one for one in settings if one.rpartition(".")[2] == bare.rpartition(".")[2]]
-    near = difflib.get_close_matches(bare, known, n=1, cutoff=NEAR) or in_other_section
-    return f"; did you mean --{known[near[0]]}?" if len(near) == 1 else ""
+    near = nearest(bare, settings, options)
+    if near == PRESET_KEY and near in settings:
+        return f"; did you mean {CHOICE_OF_PRESET}?"
+    return f"; did you mean --{'config.' if near in settings else ''}{near}?" if near else ""
+
+
+def nearest(name: str, settings: Collection[str], options: Collection[str] = ()) -> str:
+    """The key or option that is most like a name, or the only key that has that name in a section; "" if there is none."""
+    in_other_section = [one for one in settings if one.rpartition(".")[2] == name.rpartition(".")[2]]
+    near = difflib.get_close_matches(name, [*settings, *options], n=1, cutoff=NEAR) or in_other_section
+    return near[0] if len(near) == 1 else ""
 
 
 def bad_value(flag: str, settings: Mapping[str, Any]) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 
 from b2diffurl.runtime.logs import set_up_streams, show
-from b2diffurl.runtime.paths import CONFIG_FILE, resource
+from b2diffurl.runtime.paths import CONFIG_FILE, RUN, command, resource
 
 HELP = ("-h", "-help", "--help", "-helpshort", "--helpshort", "-helpfull", "--helpfull")
 LEFT, WIDTH = 28, 120  # where the text beside an option begins, and where its lines end
@@ -31,7 +31,9 @@ def usage(doc: str) -> Iterator[str]:
     """The lines of --help for the script with this docstring, `What it does: an example of its call`."""
     what, _, example = inspect.cleandoc(doc).partition(": ")
     script = next(word for word in example.split() if word.endswith(".py"))
-    yield from (f"usage: python {script} [--config={CONFIG_FILE}:PRESET] [--config.KEY=VALUE ...] [OPTION ...]", "")
+    given = command(script)
+    example = example.replace(f"python {script}", given)
+    yield from (f"usage: {given} [--config={CONFIG_FILE}:PRESET] [--config.KEY=VALUE ...] [OPTION ...]", "")
     yield from (f"{what}.", "", "Options:", "")
     yield from option(f"--config={CONFIG_FILE}:PRESET", "The settings to begin with (default: those of the preset shapes).")
     yield from option("--config.KEY=VALUE", "Another value for a setting, as often as you like.")
@@ -44,10 +46,10 @@ def usage(doc: str) -> Iterator[str]:
             name, default = f"--[no]{flag.name}" if default else f"--{flag.name}", "yes" if default else ""
         yield from option(name, flag.help + ("" if default in (None, "") else f" (default: {default})"))
     yield from ("", "Examples:", "", f"    {example}")
-    of_another_run = f"{script} --config={CONFIG_FILE}:sd14 --config.exp_name=my_run"  # the preset comes before the settings
-    yield from (f"    {example.replace(script, of_another_run)}", "", f"{CONFIG_FILE}:", "")
+    of_another_run = f"{given} --config={CONFIG_FILE}:sd14 --config.exp_name=my_run"  # the preset comes before the settings
+    yield from (f"    {example.replace(given, of_another_run)}", "", f"{CONFIG_FILE}:", "")
     yield from (ast.get_docstring(ast.parse(resource(CONFIG_FILE).read_text())) or "").splitlines()
-    yield from ("", "docs/configuration.md explains the settings. For a whole run: bash run_process.sh --help")
+    yield from ("", f"docs/configuration.md explains the settings. For a whole run: {RUN} --help")
 
 
 def option(name: str, text: str) -> Iterator[str]:

@@ -44,8 +44,8 @@ class Choice:
 def choose(results: Sequence[Result], sampler: str, *, seed: int, validation: str = "") -> Choice:
     """The result with the highest accuracy, or reward without a judge, of those with `sampler`; of equals the earliest.
 
-    They are chosen on the prompt set `validation` and judged on held-out prompts (or on the first other set). Without one,
-    half of those prompts choose and the other half judges (`half`).
+    They are chosen on the prompt set `validation` and judged on held-out prompts (or on the first other set), without those
+    that are in both. Without one, half of those prompts choose and the other half judges (`half`).
     """
     results = [row for row in results if row["sampler"] == sampler]
     sets = [name for name in dict.fromkeys(row["prompts"] for row in results) if name != validation]
@@ -56,7 +56,7 @@ def choose(results: Sequence[Result], sampler: str, *, seed: int, validation: st
     first, other = set(choosing[0]["shown_prompts"]), set(judging[0]["shown_prompts"])
     if not validation:
         first = half(other, seed)
-        other -= first
+    other -= first
     means = [estimate(row, figure, first) for row in choosing]
     best = max(range(len(choosing)), key=lambda n: means[n].mean)
     ends = {row["checkpoint"]: row for row in (judging[0], judging[-1]) if row is not judging[best]}

@@ -5,7 +5,7 @@ before it. The limits are such that noise does not warn, however often one looks
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from b2diffurl.experiment.evaluation_table import set_title, with_error
@@ -23,9 +23,9 @@ COLLAPSE_SE = 3.0
 
 HACKED, UNIFORM = "Reward hacking", "Diversity"
 ADVICE = {
-    HACKED: "looking at the images: the reward no longer measures what you want. An earlier checkpoint may be the best one "
-    "(run_eval.py --best); in a new experiment mix what has fallen into the reward (reward.weights), or stay nearer to the "
-    "base model, by fewer stages or a lower train.learning_rate",
+    HACKED: "looking at the images: the reward no longer measures what you want. An earlier checkpoint may be better "
+    "(run_eval.py --best, where there is a judge; else --all); in a new experiment mix what has fallen into the reward "
+    "(reward.weights), or stay nearer to the base model, by fewer stages or a lower train.learning_rate",
     UNIFORM: "looking at the images: if those of a prompt are all alike take an earlier checkpoint, or a new experiment "
     "with fewer stages or a lower train.learning_rate",
 }
@@ -70,7 +70,7 @@ def fallen(before: Sequence[Look], now: Look) -> list[tuple[str, int]]:
 
 def error_of_change(was: Estimate, here: Estimate, *, paired: bool) -> float:
     """The standard error of here - was; `paired` if `was` is the base, so that the error on the same noise counts."""
-    if paired and here.gain_error is not None:
+    if paired and was.gain_error is None and here.gain_error is not None:  # the base has no gain; a curve may lack it
         return here.gain_error
     return math.hypot(was.error, here.error)
 
@@ -78,16 +78,17 @@ def error_of_change(was: Estimate, here: Estimate, *, paired: bool) -> float:
 # ---- evaluations ----
 
 
-def evaluation_warnings(rows: Sequence[Row], apart: Mapping[str, float]) -> list[Row]:
+def evaluation_warnings(rows: Sequence[Row], apart: Mapping[str, float], parts: Collection[str] = ()) -> list[Row]:
     """The warnings of evaluations: kind, what, advice, and the `stage`, `prompts` and `sampler` that they are about.
 
     `rows` are those of evaluation_rows: one curve for each prompt set and sampler, in the order of training. `apart` are
-    the weights of rewards that are normalised each by itself, by name; {} if it is `reward` that is trained on.
+    the weights of rewards that are normalised each by itself, by name; {} if it is `reward` that is trained on. `parts` are
+    the rewards of a mixture: one of them may fall for the others, which is no hacking, for it is trained on.
     """
     found = []
     for curve in curves(rows):
         units = {name: deviation(curve[0], name) or 1.0 for name in apart}
-        looks = [evaluation_look(row, apart, units) for row in curve]
+        looks = [evaluation_look(row, apart, units, parts) for row in curve]
         for n, row in enumerate(curve[1:], 1):
             about = {key: row[key] for key in ("stage", "prompts", "sampler")}
             where = f"{set_title(row['prompts']).lower()}, {row['sampler']} sampler"
@@ -106,7 +107,7 @@ def curves(rows: Sequence[Row]) -> Iterator[list[Row]]:
         yield [row for row in rows if (row["prompts"], row["sampler"]) == key]
 
 
-def evaluation_look(row: Row, apart: Mapping[str, float], units: Mapping[str, float]) -> Look:
+def evaluation_look(row: Row, apart: Mapping[str, float], units: Mapping[str, float], parts: Collection[str] = ()) -> Look:
     """The look that an evaluation's row is: reward, accuracy and watched rewards. A figure without an error is left out."""
     names = [key.removesuffix("_se") for key in row if key.endswith("_se") and "/" not in key]
     names = [name for name in names if not name.endswith("_gain") and deviation(row, name) is not None]
@@ -116,11 +117,11 @@ def evaluation_look(row: Row, apart: Mapping[str, float], units: Mapping[str, fl
         name: Estimate(row[name], row[f"{name}_se"], deviation(row, name), row.get(f"{name}_gain_se")) for name in names
     }
     if apart:
-        parts = {name: figures.pop(name) for name in apart if name in figures}
+        mixed = {name: figures.pop(name) for name in apart if name in figures}
         figures.pop("reward", None)
-        if len(parts) == len(apart):
-            figures["reward"] = weighed(parts, apart, units)
-    return figures
+        if len(mixed) == len(apart):
+            figures["reward"] = weighed(mixed, apart, units)
+    return {name: figure for name, figure in figures.items() if name not in parts}
 
 
 def deviation(row: Row, name: str) -> float | None:

@@ -6,16 +6,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from b2diffurl.configuration.commands import judging_command
 from b2diffurl.configuration.recorded import exchanged
-from b2diffurl.evaluation.comparison import Compared, Judged, compare, judged_of, same_noise
-from b2diffurl.experiment.evaluation_table import SETS, describe_sampler, set_title
+from b2diffurl.evaluation.comparison import SAMPLER_KEYS, Compared, Judged, compare, judged_of, judged_otherwise, same_noise
+from b2diffurl.experiment.evaluation_table import SETS, set_title
 from b2diffurl.experiment.folder import short_names
 from b2diffurl.experiment.stage import finished_stages
 from b2diffurl.runtime import files
-from b2diffurl.runtime.paths import CONFIG_FILE
-
-# Keys of run_eval.py that a sampler's facts come from.
-SAMPLER_KEYS = ("num_steps", "eta", "guidance_scale", "scheduler", "sde")
 
 
 @dataclass(frozen=True)
@@ -106,39 +103,17 @@ def explained(roots: tuple[Path, Path], first: Judged, second: Judged, prompts: 
     return Pairing(roots, reasons=(why,), commands={one.root: judging(one.root, first, prompts, sampler) for one in unknown})
 
 
-def judged_otherwise(first: Judged, second: Judged) -> list[str]:
-    """In what the two evaluations differ, in words: prompts, number of images, sampler, noise."""
-    found = []
-    if first.result["n_images"] != second.result["n_images"]:
-        found.append(f"{first.result['n_images']} and {second.result['n_images']} images were drawn (eval.num_images)")
-    few = min(first.result["n_images"], second.result["n_images"])
-    if first.result["shown_prompts"][:few] != second.result["shown_prompts"][:few]:
-        found.append("the prompts are others (eval.prompt_file)")
-    if any(first.row.get(key) != second.row.get(key) for key in SAMPLER_KEYS):
-        found.append(f"the samplers are others ({describe_sampler(first.row)}; {describe_sampler(second.row)})")
-    for key, values in {"seed": (first.seed, second.seed), "batch_size": (first.batch_size, second.batch_size)}.items():
-        if values[0] != values[1]:
-            found.append(f"the noise is another (eval.{key} {values[0]} and {values[1]})")
-    return found
-
-
 def judging(root: Path, like: Judged | None, prompts: str, sampler: str) -> tuple[str, ...]:
     """The command that judges base and newest stage of the experiment in `root`, in all that decides noise as `like` was."""
-    begun = files.read_json(root / "config.json")["config"]
-    words = ["python", "run_eval.py", f"--config={CONFIG_FILE}" + (f":{begun['preset']}" if begun.get("preset") else "")]
-    options: dict[str, Any] = {
-        "exp_name": root.name,
-        "save_path": str(root.parent),
-        "pretrained.model": begun["pretrained"]["model"],
-    }
-    options |= {"eval.judge": begun["eval"].get("judge", "")}
+    record = files.read_json(root / "config.json")
+    options: dict[str, Any] = {}
     chosen = prompts
     if like:
         options |= {"eval.num_images": like.result["n_images"], "eval.seed": like.seed, "eval.batch_size": like.batch_size}
-        options |= sampler_options(like, begun, sampler)
-        chosen = prompt_file(like, begun, prompts)
-    flags = [f"--config.{key}={value}" for key, value in options.items()]
-    return (*words, *flags, "--checkpoint=base,last", f"--prompts={chosen}", f"--sampler={sampler}")
+        options |= sampler_options(like, record["config"], sampler)
+        chosen = prompt_file(like, record["config"], prompts)
+    words = judging_command(root, record, options)
+    return (*words, "--checkpoint=base,last", f"--prompts={chosen}", f"--sampler={sampler}")
 
 
 def sampler_options(like: Judged, begun: dict[str, Any], sampler: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from b2diffurl.experiment.stage import AVERAGE, LORA_FILE, find_checkpoints, finished_stages
-from b2diffurl.runtime.paths import user_path
+from b2diffurl.runtime.paths import RUN, user_path
 
 EXPERIMENTS = Path("model/lora")  # where an experiment is looked for by its name
 NAME_OF_AVERAGE = re.compile(rf"(last|stage\d+(/checkpoint_\d+)?)/{AVERAGE}")
@@ -68,7 +68,7 @@ def resolve_checkpoint(root: Path, name: str) -> Path | None:
     if stage:
         stage.verify("train", "checkpoints")
     if name == "last" or (match and not find_checkpoints(path) and not (path / LORA_FILE).is_file()):
-        choices = f"trained are {', '.join(trained)}" if trained else "it has no trained stage; run run_process.sh first"
+        choices = f"trained are {', '.join(trained)}" if trained else f"it has no trained stage; {RUN} makes some"
         siblings = [f"{match[1]}/{folder.name}" for folder in find_checkpoints(path.parent)] if match else []
         choices = f"there are {', '.join(siblings)}" if siblings else choices
         raise FileNotFoundError(f"{root} has no checkpoint {name!r}: {choices}. {known_experiments(root.parent)}")

@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from b2diffurl.configuration.commands import as_flags
 from b2diffurl.configuration.keys import flatten
 from b2diffurl.configuration.settings import reward_weights
 from b2diffurl.experiment.stage import Stage, finished_stages
@@ -171,10 +172,5 @@ def run_command(root: Path) -> str:
     named = {"preset": config.get("preset"), "exp_name": config["exp_name"]}
     named |= {} if reward.get("weights") else {"reward.name": reward["name"]}
     variables = [f"{short[key]}={shlex.quote(value)}" for key, value in named.items() if value]
-    flags = [f"--config.{key}={as_flag(value)}" for key, value in changed.items() if key not in short and value is not None]
+    flags = as_flags({key: value for key, value in changed.items() if key not in short})
     return " ".join([*variables, RUN, *map(shlex.quote, flags)])
-
-
-def as_flag(value: Any) -> str:
-    """A setting of config.json as a flag takes it: lists there are tuples."""
-    return str(tuple(value) if isinstance(value, list) else value)

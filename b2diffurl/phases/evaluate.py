@@ -41,14 +41,20 @@ def judge_best(settings: Settings, prompts: str, sampler: str, validation: str) 
     """
     if not settings.judging.judge and "file" in settings.rewards.weights:
         raise ValueError("neither a reward nor a judge scores these images, so no checkpoint is best. Set eval.judge.")
-    distinct = {prompt for _, prompt in named_prompts(settings.prompts, prompts)[: settings.judging.num_images]}
-    if not validation and len(distinct) < 2:
+    judged, chosen = (
+        {prompt for _, prompt in named_prompts(settings.prompts, name)[: settings.judging.num_images]} if name else set()
+        for name in (prompts, validation)
+    )
+    if not validation and len(judged) < 2:
         raise ValueError(
             f"--best chooses by one half of the prompts and judges by the other, but --prompts={prompts} has a single one. "
             "Give another file to choose by, such as --validation=train."
         )
-    if validation == prompts:
-        raise ValueError(f"--validation and --prompts are both {prompts}: it would be chosen and judged by the same prompts")
+    if validation and judged <= chosen:
+        raise ValueError(
+            f"--validation={validation} has every prompt of --prompts={prompts}: it would be chosen and judged by the same "
+            "prompts. Give a file of others, or leave out --validation, which chooses by one half and judges by the other."
+        )
     sets = [name for name in (validation, prompts) if name]
     results = evaluate_and_show(settings, every_checkpoint(settings.output.root), sets, [sampler])
     choice = choose(results, sampler, seed=settings.judging.seed, validation=validation)

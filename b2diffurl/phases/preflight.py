@@ -5,7 +5,7 @@ lost. The dry run makes all checks and lists every fault. There nothing is downl
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -68,9 +68,19 @@ def inspect(plan: Plan) -> Findings:
 
     A server that a reward asks is tried as the run tries it (`rewards.probe_rewards`).
     """
+    return carry_out((*later_phases(plan), *first_stage(plan), *models(plan.settings)))
+
+
+def inspect_settings(settings: Settings) -> Findings:
+    """Make those checks that need no plan, where none can be made: of a prompt file that is missing, for example."""
+    return carry_out((*parts(settings), *rewards_made(settings), *models(settings)))
+
+
+def carry_out(checks: Iterable[Check]) -> Findings:
+    """Make all checks, but for those that would only repeat what another has said."""
     found, failed, seen = Findings(), set(), set()
     with hub.only_looking() as looking:
-        for check in (*later_phases(plan), *first_stage(plan), *models(plan.settings)):
+        for check in checks:
             if failed.isdisjoint(check.needs):
                 try:
                     check.run()
@@ -83,13 +93,18 @@ def inspect(plan: Plan) -> Findings:
 
 def note(found: Findings, error: BaseException, seen: set[str]) -> None:
     """Add what a check has found, once for each model that is missing and once for each sentence."""
-    said = " ".join("; ".join([str(error), *getattr(error, "__notes__", ())]).split())
+    said = sentence(error)
     about = error.model if isinstance(error, MissingModelError) else said
     if isinstance(error, DownloadNeededError):
         found.downloads.setdefault(error.model, (error.setting, 0))
     elif about not in seen:
         found.faults.append(said)
     seen.add(about)
+
+
+def sentence(error: BaseException) -> str:
+    """What an error says, with its notes, in a line."""
+    return " ".join("; ".join([str(error), *getattr(error, "__notes__", ())]).split())
 
 
 # ---- the checks ----
@@ -99,11 +114,9 @@ def later_phases(plan: Plan) -> Iterator[Check]:
     """What every sample phase checks, even of a finished stage, because a later phase may not be finished."""
     settings = plan.settings
     # A finished stage need not wait for this. Whatever loads the model later refuses the same.
-    if not plan.stage.finished("train"):
-        yield Check(partial(check_base, settings.model), "pretrained.model")
-    yield Check(partial(choose_device, settings.compute))
-    yield Check(partial(check_optimizer, settings))
-    yield from check_each_reward(plan)
+    yield from (check for check in parts(settings) if check.about != "pretrained.model" or not plan.stage.finished("train"))
+    yield from rewards_made(settings)
+    yield from rewards_fit(plan)
     for name in settings.judging.diversity:
         yield Check(partial(check_features, name, settings.judging, settings.rewards, plan.prompts))
     yield Check(partial(check_windows, plan), needs=("pretrained.model",))
@@ -111,14 +124,26 @@ def later_phases(plan: Plan) -> Iterator[Check]:
         yield Check(partial(sampler, settings), needs=("pretrained.model",))
 
 
-def check_each_reward(plan: Plan) -> Iterator[Check]:
-    """Whether each reward can be made, and whether it can score the training prompts and the held-out ones."""
-    settings, rewards, judge = plan.settings, plan.settings.rewards, plan.settings.judging.judge
+def parts(settings: Settings) -> Iterator[Check]:
+    """Base model, device and optimizer."""
+    yield Check(partial(check_base, settings.model), "pretrained.model")
+    yield Check(partial(choose_device, settings.compute))
+    yield Check(partial(check_optimizer, settings))
+
+
+def rewards_made(settings: Settings) -> Iterator[Check]:
+    """Whether each reward, and the judge, can be made."""
+    rewards, judge = settings.rewards, settings.judging.judge
     trained = (*rewards.weights, *rewards.watched)
     for name in dict.fromkeys((*trained, *([judge] if judge else ()))):
         made = partial(check_reward, settings, name, ()) if name in trained else partial(check_judge, settings, ())
         yield Check(made, f"reward {name}")
-    for name in trained:
+
+
+def rewards_fit(plan: Plan) -> Iterator[Check]:
+    """Whether each reward can score the training prompts and the held-out ones."""
+    settings, rewards, judge = plan.settings, plan.settings.rewards, plan.settings.judging.judge
+    for name in (*rewards.weights, *rewards.watched):
         yield Check(partial(check_reward, settings, name, plan.prompts), needs=(f"reward {name}",))
     yield Check(partial(check_judge, settings, plan.prompts), needs=(f"reward {judge}",))
     for name in named_scorers(settings):

@@ -7,9 +7,10 @@ from typing import Any
 from b2diffurl.evaluation.comparison import Compared
 from b2diffurl.evaluation.intervals import Interval
 from b2diffurl.evaluation.pairing import Pairing
-from b2diffurl.experiment.evaluation_table import decimals, describe_sampler, set_title, with_error
+from b2diffurl.experiment.evaluation_table import describe_sampler, set_title, with_error
 from b2diffurl.reporting.listing import ending, markdown_table, wrapped
 from b2diffurl.reporting.plots import describe_figure
+from b2diffurl.reporting.rounded import ends_text, mean_text
 from b2diffurl.runtime.logs import printable
 
 NAME_LENGTH = 18  # letters of an experiment's name above a column in a terminal: their end
@@ -50,16 +51,12 @@ def figure_name(one: Compared) -> str:
 
 def difference_text(one: Compared) -> str:
     """The difference ± its standard error, accuracies in points."""
-    key = f"{one.keys[0]}_difference"
-    return with_error({key: one.change.mean, f"{key}_se": one.change.error}, key, signed=True)
+    return mean_text(one.figure, one.change, signed=True)
 
 
 def interval_text(one: Compared) -> str:
     """The 95 % interval of the difference, rounded by its standard error; "" if there is none."""
-    if one.change.low is None:
-        return ""
-    percent, places = (100, 1) if one.figure == "accuracy" else (1, decimals(one.change.mean, one.change.error))
-    return " to ".join(f"{percent * end:+.{places}f}" for end in (one.change.low, one.change.high))
+    return " to ".join(ends_text(one.figure, one.change, signed=True))
 
 
 def cells(pairing: Pairing) -> list[list[str]]:

@@ -33,7 +33,8 @@ def write_page(path: Path, roots: Sequence[Path], pairings: Sequence[Pairing], p
     judged = {root: evaluation_rows(root, courses[root], prompts=prompts, sampler=sampler) for root in roots}
     with drawing():
         panels = list(curve_panels(lines, courses, judged, prompts))
-        curves = [inert(to_svg(curve_figure(panel), f"compared{n}"), panel.title) for n, panel in enumerate(panels)]
+        drawn = [to_svg(curve_figure(panel), f"compared{n}") for n, panel in enumerate(panels)]
+        curves = [inert(svg, panel.title.replace("\n", ", ")) for svg, panel in zip(drawn, panels, strict=True)]
     together = judged_together(pairings)
     page = {
         "names": list(names.values()),
@@ -73,19 +74,19 @@ def curve_panels(
     if any(row.get("accuracy") is not None for rows in judged.values() for row in rows):
         yield panel(f"Accuracy, {where}", lines, judged, dict.fromkeys(lines, "accuracy"), percent=True)
     for reward in dict.fromkeys(rewards.values()):
-        name = ending(reward, 17)
+        name = ending(reward, 40)
         # Where it is only watched it has its own name among the figures.
         keys = {root: "reward" if rewards[root] == reward else reward for root in lines}
         if any(row.get(keys[root]) is not None for root, rows in judged.items() for row in rows):
-            yield panel(f"{name}, {where}", lines, judged, keys)
+            yield panel(f"{name}\n{where}", lines, judged, keys)
         keys = {root: "reward_mean" if rewards[root] == reward else f"watch/{reward}_mean" for root in lines}
-        yield panel(f"{name}, images of stages", lines, courses, keys)
+        yield panel(f"{name}\nimages of stages", lines, courses, keys)
 
 
 def curve_figure(panel: Panel) -> Figure:
     """A panel as a figure without room for a legend: the page has one for all of them."""
     figure = Figure(figsize=(4.0, 2.5))
-    fill_panel(figure.add_axes((0.17, 0.17, 0.8, 0.73)), panel)
+    fill_panel(figure.add_axes((0.17, 0.17, 0.8, 0.68)), panel)  # below a title of two lines
     return figure
 
 

@@ -81,7 +81,7 @@ def plan_facts(plan: Plan, budget: Budget) -> dict[str, str]:
         "seeds": f"{settings.schedule.seed} of the experiment, {settings.judging.seed} of the evaluations",
         "a stage": f"{budget.num_groups} groups of {settings.sampling.num_branches} images{settings.sampling.tree.text}; "
         f"trained on {budget.at_most}"
-        f"{budget.most_selected}, {settings.training.num_trajectories} an update, epochs: {settings.training.num_epochs}",
+        f"{budget.most_selected:,}, {settings.training.num_trajectories} an update, epochs: {settings.training.num_epochs}",
     }
 
 
@@ -195,7 +195,7 @@ def disk_text(settings: Settings, base: Sizes, volumes: Sequence[int]) -> str:
     total, kept, kept_bytes, checkpoints, written = disk_facts(settings, base, volumes)
     return (
         f"at most {size(total)}, and about a kilobyte of JSON an image. "
-        f"A stage keeps {kept} images ({size(kept_bytes)}), "
+        f"A stage keeps {kept:,} images ({size(kept_bytes)}), "
         f"checkpoints: {checkpoints} ({size(written)}), trajectories: {'all' if settings.output.keep_samples else 'none'}"
     )
 

@@ -314,7 +314,7 @@ def plan_line(settings: Settings) -> str:
     parts = [
         f"LoRA rank {settings.model.lora.rank} on {settings.model.name}",
         f"reward {settings.rewards.description}{combined_text(settings.rewards.combine)}",
-        f"{num_stages} stages of {budget.num_images} images ({num_stages * budget.num_images})",
+        f"{num_stages} stage{'s' * (num_stages > 1)} of {budget.num_images} images ({num_stages * budget.num_images})",
         f"S {span([window.num_steps for window in budget.planned_windows(root)])} of {settings.sampling.num_steps}",
         f"{budget.at_most}{num_stages * budget.most_updates} updates",
         f"seed {settings.schedule.seed}",

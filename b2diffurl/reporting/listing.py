@@ -4,8 +4,9 @@ import csv
 import io
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from unicodedata import combining, east_asian_width
 
 from b2diffurl.experiment.evaluation_table import short, with_error
 from b2diffurl.experiment.stage_table import Row
@@ -32,7 +33,8 @@ def either(value: Any) -> str:
 
 
 def stages(row: Row) -> str:
-    return f"{row['stages_done']}/{row['stages_planned']}"
+    """Trained and planned stages. A run may go on for longer than it was begun for."""
+    return f"{row['stages_done']}/{max(row['stages_done'], row['stages_planned'])}"
 
 
 def images(row: Row) -> str:
@@ -84,9 +86,16 @@ def model(row: Row) -> str:
 
 
 def ending(name: str, length: int) -> str:
-    """The end of a name, at most `length` letters, with nothing in it that a terminal would act on."""
+    """The end of a name, at most `length` columns of a terminal, with nothing in it that a terminal would act on."""
     name = printable(name)
-    return name if len(name) <= length else "…" + name[1 - length :]
+    if columns_of(name) <= length:
+        return name
+    return "…" + next(name[start:] for start in range(len(name) + 1) if columns_of(name[start:]) < length)
+
+
+def columns_of(text: str) -> int:
+    """How many columns of a terminal a text takes: a letter of Chinese or Japanese takes two, an accent by itself none."""
+    return len(text) if text.isascii() else sum(0 if combining(one) else 1 + (east_asian_width(one) in "WF") for one in text)
 
 
 COLUMNS = (
@@ -111,9 +120,11 @@ def table(rows: Sequence[Row], width: int) -> list[str]:
     """The lines of a table that is at most `width` wide, a line an experiment; what was left out is said below it."""
     width = min(width, MAX_WIDTH)
     whole = [row for row in rows if not row["problem"]]
-    columns = fitting(COLUMNS, rows, width)
+    letters = min(MAX_NAME, max(12, width // 3))  # of a name: in a narrow terminal it leaves room for figures
+    names = replace(COLUMNS[0], text=lambda row: ending(row["name"], letters))
+    columns = fitting([names, *COLUMNS[1:]], rows, width)
     lines = aligned(columns, rows, width)
-    missing = [column.title for column in COLUMNS if column not in columns and any(column.text(row) for row in whole)]
+    missing = [column.title for column in COLUMNS[1:] if column not in columns and any(column.text(row) for row in whole)]
     if whole:
         lines += ["", *wrapped(LEGEND, width)]
     if missing:
@@ -136,7 +147,7 @@ def widths(columns: Sequence[Column], rows: Sequence[Row]) -> list[int]:
     whole = [row for row in rows if not row["problem"]]
     shown = [rows, *([whole] * (len(columns) - 1))]
     return [
-        max([len(column.title), *(len(column.text(row)) for row in some)])
+        max(columns_of(text) for text in (column.title, *map(column.text, some)))
         for column, some in zip(columns, shown, strict=True)
     ]
 
@@ -148,11 +159,20 @@ def aligned(columns: Sequence[Column], rows: Sequence[Row], width: int) -> list[
     for row in rows:
         cells = [column.text(row) for column in columns[: 1 if row["problem"] else None]]
         lines.append(GAP.join([*map(pad, columns, cells, wide), *([printable(row["problem"])] if row["problem"] else [])]))
-    return [shorten(line.rstrip(), width) for line in lines]
+    return [cut(line.rstrip(), width) for line in lines]
+
+
+def cut(line: str, width: int) -> str:
+    """The beginning of a line, at most `width` columns of a terminal."""
+    line = shorten(line, width)
+    while columns_of(line) > width:
+        line = line[:-2] + "…"
+    return line
 
 
 def pad(column: Column, text: str, width: int) -> str:
-    return text.ljust(width) if column.left else text.rjust(width)
+    space = " " * (width - columns_of(text))
+    return text + space if column.left else space + text
 
 
 def wrapped(text: str, width: int) -> list[str]:

@@ -1,6 +1,6 @@
 """The report of an experiment: report.html, one file that any browser shows, and its pictures as PNG in report/.
 
-It is written from the experiment's files alone; the same files give the same page.
+It is written from the experiment's files alone; the same files give the same page, where they lie in the same place.
 """
 
 import base64
@@ -61,6 +61,7 @@ from b2diffurl.reporting.verdict import signs_of_evaluations, verdict
 from b2diffurl.reporting.verdict_text import for_page
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import logger
+from b2diffurl.runtime.paths import EVAL
 
 NUM_PAIRS = 12  # how many images of a prompt set are shown: the first ones, not picked
 NUM_WARNINGS = 3  # how many warnings of a kind are shown
@@ -112,6 +113,7 @@ def write_report(root: Path) -> Path:
             "reward": describe_training(config["reward"]),
             "watched": watched_rewards(config["reward"], stages),
             "verdict": draw_verdict(root, stages, evaluations, damaged),
+            "judge": EVAL,
             "warned": warned_kinds([*(row for one in readable for row in one["warned"]), *signs]),
             "figures": figure_table(evaluations, every_evaluation(root), roles(config["reward"], stages)),
             "galleries": galleries(root, evaluations, kept, damaged),

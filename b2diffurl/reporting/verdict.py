@@ -9,20 +9,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from b2diffurl.configuration.commands import judging_command
 from b2diffurl.configuration.settings import describe_reward, reward_weights
 from b2diffurl.evaluation.hacking import ADVICE, curves, evaluation_warnings
 from b2diffurl.evaluation.intervals import NORMAL, Interval, change, interval
 from b2diffurl.experiment.evaluation_table import describe_sampler, evaluation_rows, set_title
 from b2diffurl.experiment.folder import EXPERIMENTS
 from b2diffurl.experiment.stage_table import Row, stage_rows, warned_rows
-from b2diffurl.labelling.session import as_flag
 from b2diffurl.reporting.plots import describe_figure, figures_of
 from b2diffurl.reporting.verdict_text import NO_CHANGE, in_words, main_outcomes
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import log_of, logger
+from b2diffurl.runtime.paths import EXPORT
 
 FILE = "verdict.json"
-PLACES = ("exp_name", "save_path")  # where an experiment lies, by the settings that say so
 
 
 def refresh(root: Path) -> dict[str, Any] | None:
@@ -46,7 +46,8 @@ def verdict(root: Path, stages: Sequence[Row] | None = None, rows: Sequence[Row]
     stage, num_stages, images           the newest judged stage, how many are wanted, images scored until then
     outcome                             {figure: risen | fallen | no significant change} on held-out prompts
     tables                              of each prompt set and sampler, held-out prompts first: see `table`
-    hacking, warned                     signs of reward hacking of that stage; the stages with any warning of training
+    hacking, hacked_before              signs of reward hacking of that stage; the stages before whose evaluations had some
+    parts, warned                       the rewards of a mixture; the stages with any warning of training
     files, next                         {what: path} of what was made, {what: command} of what can be done now
     text                                all this in lines for people
     """
@@ -71,6 +72,8 @@ def verdict(root: Path, stages: Sequence[Row] | None = None, rows: Sequence[Row]
         "outcome": {one["key"]: outcome(one) for one in tables[0]["figures"]},
         "tables": tables,
         "hacking": hacking_signs(root, rows, newest),
+        "hacked_before": sorted({row["stage"] for row in signs_of_evaluations(root, rows) if row["stage"] < newest}),
+        "parts": sorted(config["reward"].get("weights") or ()),
         "warned": sorted({row["stage"] for row in warned_rows(root)}),
     }
     found |= {"files": made_files(root, record, tables[0]["lora"]), "next": what_next(root, record, found)}
@@ -181,7 +184,8 @@ def signs_of_evaluations(root: Path, rows: Sequence[Row]) -> list[Row]:
     """Every sign of reward hacking in the evaluations `rows`, by stage, in the form of `warned_rows`."""
     reward = files.read_json(root / "config.json")["config"]["reward"]
     apart = reward_weights(reward) if reward.get("combine", "sum") == "advantages" else {}
-    return sorted(evaluation_warnings(rows, apart), key=lambda row: (row["stage"], in_order(row)))
+    signs = evaluation_warnings(rows, apart, reward.get("weights") or ())
+    return sorted(signs, key=lambda row: (row["stage"], in_order(row)))
 
 
 def made_files(root: Path, record: Mapping[str, Any], lora: str) -> dict[str, str]:
@@ -199,25 +203,22 @@ def what_next(root: Path, record: Mapping[str, Any], found: Mapping[str, Any]) -
     result = read_result(root, first["rows"][1])
     prompt = shlex.quote(result["shown_prompts"][0]) if result else "PROMPT"
     name = root.name if root.parent == EXPERIMENTS else str(root)
-    judge = " ".join(["python run_eval.py", *which_experiment(record)])
+    judge = shlex.join(judging_command(root, record, as_judged(first["rows"][1], record["config"]["eval"])))
     draw = {"Draw a prompt": f"{judge} --prompt {prompt}"}
-    if found["hacking"]:
-        return draw | {"Find a better checkpoint": f"{judge} --best"}
+    if found["hacking"] or found["hacked_before"]:
+        # Without a judge the best would be that of the highest reward, which is the one that measures the wrong thing.
+        best = {"Find a better checkpoint": f"{judge} --best"}
+        return draw | (best if found["judge"] else {"Compare the checkpoints": f"{judge} --all"})
     if found["stage"] + 1 < found["num_stages"]:
         return draw | {"Go on": "the same command again"}
-    more = {"Go on": f"the same command with StageCnt={2 * found['num_stages']}"}
+    more = {"Go on": f"the same command with StageCnt={2 * found['num_stages']}, in Python stages={2 * found['num_stages']}"}
     if "risen" not in main_outcomes(found).values():
-        tries = "with a higher LR, more images a stage (BatchCnt) or more judged (eval.num_images)"
-        return draw | more | {"Or begin anew": tries}
-    return draw | {"Export the LoRA": f"python -m b2diffurl.export {shlex.quote(name)}"} | more
+        tries = "judge more images (eval.num_images), or take a new ExpName with a higher LR or BatchCnt"
+        return draw | more | {"Or": tries}
+    return draw | {"Export the LoRA": f"{EXPORT} {shlex.quote(name)}"} | more
 
 
-def which_experiment(record: Mapping[str, Any]) -> list[str]:
-    """The flags with which run_eval.py finds this experiment and its base model; all else is in config.json."""
-    config = record["config"]
-    changed = {key: here for key, (here, _) in (record.get("differs_from_preset") or {}).items()}
-    kept = {
-        key: value for key, value in changed.items() if key in PLACES or key.startswith(("pretrained.", "eval.deployed."))
-    }
-    preset = [f"--config=config/stage_process.py:{config['preset']}"] if config.get("preset") else []
-    return [*preset, *(f"--config.{key}={shlex.quote(as_flag(value))}" for key, value in kept.items() if value is not None)]
+def as_judged(row: Row, begun: Mapping[str, Any]) -> dict[str, Any]:
+    """How a row was judged, where that is not as the experiment was begun: so what has been judged is not judged again."""
+    was = {"num_images": row["n_images"], "batch_size": row.get("batch_size"), "seed": row.get("seed")}
+    return {f"eval.{key}": value for key, value in was.items() if value not in (None, begun.get(key))}

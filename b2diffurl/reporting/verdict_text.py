@@ -1,20 +1,21 @@
-"""The verdict in lines for people: at most some 20, of 100 characters; only commands and signs may be longer."""
+"""The verdict in lines for people: at most some 20, of some 100 characters; only commands and signs may be longer."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from b2diffurl.evaluation.choice import Choice
-from b2diffurl.evaluation.intervals import Interval
-from b2diffurl.experiment.evaluation_table import set_title
+from b2diffurl.evaluation.intervals import MIN_PROMPTS, Interval
+from b2diffurl.experiment.evaluation_table import decimals, set_title
 from b2diffurl.experiment.stage_table import stage_list
+from b2diffurl.reporting.rounded import ends_text, mean_text
 from b2diffurl.runtime.logs import printable, shorten
 
 NO_CHANGE = "no significant change"
 NAME, COLUMN = 17, 24  # widths of the table
 NUM_FIGURES = (7, 2, 2)  # of each table; the file has all
 NUM_SIGNS = 2
+ABOUT = "Means with their 95 % intervals; base and tuned model draw from the same noise."
 
 Found = Mapping[str, Any]
 
@@ -26,12 +27,13 @@ def in_words(found: Found) -> list[str]:
     lines = [
         f"Verdict on {found['experiment']} after {stages}, {found['images']:,} images scored by {found['reward']}.",
         told(found),
-        "Means with their 95 % intervals; base and tuned model draw from the same noise.",
+        ABOUT,
     ]
     lines.append(f"{'':{NAME}}{'base':{COLUMN}}{first['checkpoint']:{COLUMN}}change")
     for one, most in zip(found["tables"], NUM_FIGURES, strict=False):
         lines += table_lines(one, most)
-    lines += hacking_lines(found["hacking"], found["outcome"])
+    lines += few_prompts(found)
+    lines += hacking_lines(found)
     if found["warned"]:
         lines.append(f"Warnings in {stage_list(found['warned'])}: see the report.")
     lines += [f"{what}: {path}" for what, path in {**found["files"], **found["next"]}.items()]
@@ -44,15 +46,22 @@ def told(found: Found) -> str:
     return f"On {found['tables'][0]['title'].lower()}: {'; '.join(done)}."
 
 
+def few_prompts(found: Found) -> list[str]:
+    """A line if a table is of so few prompts that its intervals are for other images of them (evaluation/intervals.py)."""
+    few = dict.fromkeys(one["title"] for one in found["tables"] if one["n_prompts"] < MIN_PROMPTS)
+    return [f"{' and '.join(few)}: so few that the intervals say nothing about other prompts."] if few else []
+
+
 def for_page(found: Found) -> dict[str, Any]:
     """The verdict for the report."""
     tables = [
         one | {"cells": [cells(figure) for figure in chosen(one["figures"], most)]}
         for one, most in zip(found["tables"], NUM_FIGURES, strict=False)
     ]
-    signs = [printable(line) for line in hacking_lines(found["hacking"], found["outcome"])]
+    signs = [printable(line) for line in hacking_lines(found)]
     steps = {what: printable(command) for what, command in found["next"].items()}
-    return {"told": told(found), "tables": tables, "signs": signs, "hacked": bool(found["hacking"]), "next": steps}
+    said = " ".join([told(found), ABOUT, *few_prompts(found)])
+    return {"told": said, "tables": tables, "signs": signs, "hacked": bool(found["hacking"]), "next": steps}
 
 
 def main_outcomes(found: Found) -> dict[str, str]:
@@ -63,7 +72,7 @@ def main_outcomes(found: Found) -> dict[str, str]:
 
 def table_lines(table: Found, most: int) -> list[str]:
     """A heading, and a line for each figure."""
-    number = f"{table['n_images']} images of {table['n_prompts']} prompts"
+    number = f"{table['n_images']} images of {table['n_prompts']} prompt{'s' if table['n_prompts'] > 1 else ''}"
     return [f"{table['title']}, {number}, {table['settings']}", *map(figure_line, chosen(table["figures"], most))]
 
 
@@ -80,7 +89,7 @@ def chosen(figures: Sequence[Found], most: int) -> list[Found]:
 def figure_line(figure: Found) -> str:
     """A line of the table, `reward  0.180 [0.169, 0.191]  0.281 [0.275, 0.287]  +0.101 [+0.090, +0.112]`."""
     name, base, tuned, changed = cells(figure)
-    return f"{shorten(name, NAME - 1):{NAME}}{base:{COLUMN}}{tuned:{COLUMN}}{changed}"
+    return f"{shorten(name, NAME - 1):{NAME}}{base:{COLUMN - 1}} {tuned:{COLUMN - 1}} {changed}"
 
 
 def cells(figure: Found) -> tuple[str, str, str, str]:
@@ -106,9 +115,9 @@ def figure_name(figure: Found) -> str:
 
 def decimals_of(found: Found | None) -> int:
     """So many that half of the interval has two digits."""
-    if not found or found["low"] is None or found["high"] == found["low"]:
+    if not found:
         return 3
-    return min(6, max(0, 1 - math.floor(math.log10((found["high"] - found["low"]) / 2))))
+    return decimals(found["mean"], None if found["low"] is None else (found["high"] - found["low"]) / 2)
 
 
 def shown(found: Found | None, scale: float, decimals: int, *, sign: str = "") -> str:
@@ -121,16 +130,21 @@ def shown(found: Found | None, scale: float, decimals: int, *, sign: str = "") -
     return f"{mean} [{', '.join(ends)}]" if all(ends) else mean
 
 
-def hacking_lines(signs: Sequence[Found], outcome: Mapping[str, str]) -> list[str]:
+def hacking_lines(found: Found) -> list[str]:
     """A line for each sign, at most NUM_SIGNS, and where to look; one line if there is none."""
+    signs, outcome, before = found["hacking"], found["outcome"], found["hacked_before"]
     more = f" Further signs: {len(signs) - NUM_SIGNS}." if len(signs) > NUM_SIGNS else ""
     lines = [f"WARNING, {one['kind'].lower()}: {one['what']}" for one in signs[:NUM_SIGNS]]
     if signs:
         return [*lines, f"Look at the images; the report says what to try.{more}"]
+    earlier = f"; {stage_list(before)} had one, see the report" if before else ""
     fell = [key for key, done in outcome.items() if done == "fallen" and "/" not in key and key != "reward"]
+    fell = [key for key in fell if key not in found["parts"]]
     if fell and outcome.get("reward") == "risen":
-        return [f"Perhaps reward hacking: {' and '.join(fell)} has fallen, less than a warning takes. Look at the images."]
-    return ["No sign of reward hacking."]
+        have = "has" if len(fell) == 1 else "have"
+        less = f"less than a warning takes{earlier}"
+        return [f"Perhaps reward hacking: {' and '.join(fell)} {have} fallen, {less}. Look at the images."]
+    return [f"No sign of reward hacking{' any more' if before else ''}{earlier}."]
 
 
 # ---- the best checkpoint ----
@@ -155,19 +169,13 @@ def choice_lines(root: Path, choice: Choice) -> list[str]:
     return [printable(line) for line in lines]
 
 
-def in_figures(figure: str, found: Interval, *, sign: str = "") -> str:
-    """`93.0 ± 1.2 % [90.5, 95.0]`: mean, standard error and 95 % interval. With a sign it is a difference."""
-    scale, unit = (100, " points" if sign else " %") if figure == "accuracy" else (1, "")
-    ends = {"low": found.low, "high": found.high}
-    decimals = 1 if unit else decimals_of(ends)
-    mean, error, *ends = (
-        "" if value is None else f"{scale * value:{one}.{decimals}f}"
-        for value, one in ((found.mean, sign), (found.error, ""), *((end, sign) for end in ends.values()))
-    )
-    return f"{mean} ± {error}{unit} [{', '.join(ends)}]" if error else f"{mean}{unit}"
+def in_figures(figure: str, found: Interval, *, signed: bool = False) -> str:
+    """`93.0 ± 1.2 % [90.5, 95.0]`: mean, standard error and 95 % interval."""
+    ends = ends_text(figure, found, signed=signed)
+    return mean_text(figure, found, signed=signed) + (f" [{', '.join(ends)}]" if ends else "")
 
 
 def gain_in_words(figure: str, gain: Interval) -> str:
-    return (
-        in_figures(figure, gain, sign="+") if gain.is_significant else f"{NO_CHANGE} ({in_figures(figure, gain, sign='+')})"
-    )
+    """A difference, or that it is no significant one."""
+    words = in_figures(figure, gain, signed=True)
+    return words if gain.is_significant else f"{NO_CHANGE} ({words})"

@@ -74,16 +74,19 @@ def without_report(folder: Path) -> dict[str, bytes]:
 
 
 def test_nothing_of_the_process_has_changed(overrides, here, new_accelerator, no_pictures):
-    """Nor has accelerate's choice of the user's: state by state, also after an error."""
+    """Nor has accelerate's choice of the user's: state by state, also after an error. The user's settings of torch, such as
+    no gradients, are none of the run's."""
     mine = Accelerator(cpu=True, mixed_precision="bf16")
     handler = logging.NullHandler()
     logging.getLogger("b2diffurl").addHandler(handler)
     torch.set_default_dtype(torch.float64)
+    torch.set_grad_enabled(False)
     states = {
         "torch": lambda: torch.get_rng_state().tolist(),
         "numpy": lambda: np.random.get_state()[1].tolist(),
         "random": random.getstate,
         "dtype": torch.get_default_dtype,
+        "gradients": torch.is_grad_enabled,
         "threads": torch.get_num_threads,
         "folder": os.getcwd,
         "environment": lambda: dict(os.environ),
@@ -102,6 +105,7 @@ def test_nothing_of_the_process_has_changed(overrides, here, new_accelerator, no
                 assert "seed is 4" in str(error)
         assert {name: read() for name, read in states.items()} == before
     finally:
+        torch.set_grad_enabled(True)
         torch.set_default_dtype(torch.float32)
         logging.getLogger("b2diffurl").removeHandler(handler)
 
@@ -112,17 +116,23 @@ def test_a_function_and_prompts_are_recorded_and_compared(overrides, here, monke
     given = overrides | QUICK | {"stages": 1, "name": "warm", "quiet": True}
     del given["prompt_file"]
     prompts = ["a red circle", "a blue square"]
+    left = here / "model" / "lora" / "warm" / "given_prompts.json"  # of a process that was killed before the run began
+    left.parent.mkdir(parents=True)
+    left.write_text('["a"]')
     run = b2diffurl.finetune("sd14", reward=warmth, prompts=prompts, **given)
     assert "red - blue" in (run.folder / "reward_warmth.py").read_text()
     assert {row["prompt"] for row in run.scores(0)} == set(prompts)
+    monkeypatch.chdir(here.parent)
+    assert len(run.scores(0)) == 18 and run.lora.is_absolute()  # the working directory is another, the experiment is not
+    monkeypatch.chdir(here)
     before = snapshot(here)
 
     def other(images, prompts):
         return -images.float().mean((1, 2, 3))
 
     other.__name__, other.__module__ = "warmth", "__main__"
-    for change in ({"reward": other}, {"prompts": prompts[:1]}):
-        with pytest.raises(ValueError, match=r"was begun with other|with a function|another name"):
+    for change, said in (({"reward": other}, "with another warmth, as it"), ({"prompts": prompts[:1]}, "other training p")):
+        with pytest.raises(ValueError, match=said):
             b2diffurl.finetune("sd14", **given | {"reward": warmth, "prompts": prompts} | change)
     assert {name: data for name, data in snapshot(here).items()} == before
 
@@ -162,10 +172,15 @@ def test_a_run_that_is_refused_leaves_nothing(overrides, here, monkeypatch):
         ({"prompts": 3}, "prompts are 3; give a list of strings"),
         ({"prompts": ["a", 3]}, "entry 2: 3 is no prompt"),
         ({"prompts": []}, "holds no prompt"),
+        ({"prompts": {"a", "b"}}, "give a list of strings"),
+        ({"split_time": np.int64(0), "log_path": Path("log")}, "split_time is 0; it must"),
         ({"reward": "clop"}, "unknown reward 'clop'"),
         ({"reward": lambda images, prompts: images}, "is a lambda"),
         ({"name": "a/b"}, "exp_name is 'a/b'"),
         ({"preset": "shaped"}, "unknown preset 'shaped'"),
+        ({"preset": None}, "preset is None; it must be a text"),
+        ({"name": 3}, "name is 3; it must be a text"),
+        ({"prompts": "a red circle"}, r"are a text, 'a red circle', which is no file\. Give a list"),
     ],
 )
 def test_mistakes_are_sentences(overrides, here, wrong, said):
@@ -298,3 +313,6 @@ def test_code_that_only_a_record_names_is_not_run(reported, tmp_path, monkeypatc
     assert run.stages() == []
     with pytest.raises(ValueError, match=r"antigravity:geohash, which is code of its own"):
         run.evaluate(quiet=True)
+    known = b2diffurl.load(root, reward="antigravity:geohash")
+    with known.at_work() as settings:
+        known.refuse_unknown_code(settings)

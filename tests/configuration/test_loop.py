@@ -352,6 +352,16 @@ def test_a_switch_that_is_neither_is_refused(tmp_path, name, value):
     assert not (tmp_path / "calls").exists()
 
 
+def test_a_variable_behind_the_command_is_refused(tmp_path):
+    """It would have no effect there; what only looks like one goes on to the scripts."""
+    code, _, stderr = shell(tmp_path, {}, "--dry_run", "Preset=sd14")
+    assert (code, len(stderr.splitlines())) == (2, 2)
+    assert "Give it before the command: Preset=sd14 bash run_process.sh" in stderr
+    assert not (tmp_path / "calls").exists()
+    (tmp_path / "other").mkdir()
+    assert shell(tmp_path / "other", {}, "Presets=sd14")[0] == 0
+
+
 def test_a_variable_that_is_misspelt_in_case_is_warned_of(tmp_path):
     """And one with other underscores; the run goes on. The right ones and PYTHON, which is used elsewhere, pass."""
     wrong = {"Expname": "a", "STAGE_CNT": "3", "DevId": "1", "lr": "2", "PYTHON": "x"}

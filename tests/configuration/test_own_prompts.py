@@ -45,6 +45,12 @@ def test_the_worlds_checker_steps_back_for_other_prompts(tmp_path, prompts, form
     assert [("wizard" in one, "EvalPromptFile" in one) for one in said] == [(False, True), (True, False)]
 
 
+def test_a_prompt_that_quotes_is_shown_as_it_is(tmp_path):
+    """As prompts of the reward ocr do."""
+    _, said = stepped(tmp_path, trained=['a sign that says "OPEN"'])
+    assert said[1].startswith("""'a sign that says "OPEN"' is no prompt of the small world""")
+
+
 def test_held_out_prompts_of_another_world_are_enough(tmp_path):
     judging, said = stepped(tmp_path, judged=FOREIGN)
     assert (judging.judge, judging.diversity, judging.prompt_file) == (
@@ -116,10 +122,10 @@ def test_without_held_out_prompts_test_means_train(tmp_path, overrides):
         (["a cat"], ""),
         (
             ["A  Red\tcircle ", "a cat", "a cat"],
-            'trained on, too: 1 of 2 held-out prompts (eval.prompt_file), such as "A  Red',
+            "trained on, too: 1 of 2 held-out prompts (eval.prompt_file), such as 'A  Red",
         ),
-        (["a red circle"], 'all 1 prompts of eval.prompt_file are trained on, such as "a red circle", so none'),
-        (WORLD[::-1], 'all 2 prompts of eval.prompt_file are trained on, such as "a blue square'),
+        (["a red circle"], "the one prompt of eval.prompt_file is trained on, 'a red circle', so none"),
+        (WORLD[::-1], "all 2 prompts of eval.prompt_file are trained on, such as 'a blue square"),
     ],
 )
 def test_an_overlap_is_named_with_an_example(tmp_path, overrides, held_out, said):

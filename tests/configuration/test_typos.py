@@ -11,6 +11,8 @@ from conftest import ROOT, call, parse_command, run_script
 
 from b2diffurl.configuration.keys import KEYS
 from b2diffurl.configuration.typos import did_you_mean, unknown_name
+from b2diffurl.configuration.usage import usage
+from b2diffurl.runtime import paths
 
 
 @pytest.mark.parametrize(
@@ -25,6 +27,8 @@ from b2diffurl.configuration.typos import did_you_mean, unknown_name
         ("--config.seed.x=1", "there is no key seed.x"),
         ("--config.=1", "--config. names no key"),
         ("--config.train=1", "--config.train is a section, not a key; set one of its keys, such as --config.train."),
+        ("--preset=sd14", "there is no option --preset; did you mean --config=config/stage_process.py:NAME (Preset=NAME"),
+        ("--config.preset=flux", "--config.preset chooses no preset; that is done by --config=config/stage_process.py:NAME"),
         ("--conifg.seed=1", "there is no option --conifg.seed; did you mean --config.seed?"),
         ("--seed=1", "there is no option --seed; did you mean --config.seed?"),
         ("--checkpiont=last", "there is no option --checkpiont; did you mean --checkpoint?"),
@@ -57,7 +61,7 @@ def test_every_key_is_found_with_a_letter_missing_or_two_exchanged():
     for key in KEYS:
         assert unknown_name(f"config.{key}", settings, ()) is None
         for typo in (key[:-1], key[:-2] + key[-1] + key[-2], "_" + key):
-            if len(key) > 5 and typo not in KEYS:
+            if len(key) > 5 and typo not in KEYS and key != "preset":  # which is chosen by --config
                 said = did_you_mean(f"config.{typo}", settings, ())
                 assert said.startswith("; did you mean --config."), typo
                 near = said.removeprefix("; did you mean --config.").removesuffix("?")
@@ -90,6 +94,17 @@ def test_help_says_what_a_script_does_and_ends_well(tmp_path, script, flag):
     for example in (line.split() for line in lines if line.startswith(f"    python {script}")):
         parsed = parse_command(tmp_path, [script, *example[2:]])
         assert parsed.code == 0, parsed.stderr
+
+
+def test_help_of_an_installed_package_has_its_own_commands(tmp_path, monkeypatch):
+    """There are no scripts in the user's folder then."""
+    monkeypatch.setattr(paths, "INSTALLED", paths.SHIPPED)
+    shown = "\n".join(usage("Judge checkpoints: python run_eval.py --all"))
+    assert "usage: b2diffurl eval [" in shown and "    b2diffurl eval --config=" in shown and "run_eval.py" not in shown
+    for name in ("run_process.sh", "config"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    told = subprocess.run(["bash", tmp_path / "run_process.sh", "-h"], capture_output=True, text=True, check=True).stdout
+    assert "    b2diffurl run --dry_run " in told and "    bash run_process.sh" not in told
 
 
 @pytest.mark.parametrize("command", ["export", "report", "label"])

@@ -52,9 +52,14 @@ def test_the_best_is_by_the_judge_and_the_earliest_of_equals():
     assert (choice.best["checkpoint"], choice.figure, choice.over_base) == ("base", "reward", None)
 
 
+def prompts_of(results: list[dict], *, start: int) -> list[dict]:
+    """The same results of other prompts: each is another one of the list, `start` places on."""
+    return [row | {"shown_prompts": [f"prompt {n + start}" for n in range(len(row["shown_prompts"]))]} for row in results]
+
+
 def test_a_validation_set_chooses_and_all_held_out_prompts_judge():
     good, bad = [1.0] * 64, [0.0] * 64
-    held_out, chosen_by = results([bad, bad, good]), results([bad, good, bad], prompts="train")
+    held_out, chosen_by = results([bad, bad, good]), prompts_of(results([bad, good, bad], prompts="train"), start=64)
     mixed = [row for pair in zip(chosen_by, held_out, strict=True) for row in pair]
     choice = choose(mixed, "training", seed=1, validation="train")
     assert choice.best is held_out[1]
@@ -63,3 +68,12 @@ def test_a_validation_set_chooses_and_all_held_out_prompts_judge():
     facts = choice.to_json()
     assert facts["judged_by"]["prompts"] == "test"
     assert facts["chosen_by"]["mean"] == 1.0
+
+
+def test_prompts_that_have_chosen_do_not_judge():
+    """48 of the 64 held-out prompts are in the validation set, too: the other 16 judge."""
+    half_right = [1.0] * 32 + [0.0] * 32
+    held_out, chosen_by = results([half_right] * 2), prompts_of(results([half_right] * 2, prompts="train"), start=16)
+    choice = choose([*chosen_by, *held_out], "training", seed=1, validation="train")
+    assert (choice.chosen_by, choice.judged_by) == (("train", 64), ("test", 16))
+    assert (choice.fair.mean, choice.fair.num_units) == (1.0, 16)

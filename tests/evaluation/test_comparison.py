@@ -73,7 +73,31 @@ def test_the_base_model_s_images_show_that_the_noise_is_one(two):
     found = pair(two, "test", "training")
     assert "accuracy" in {one.figure for one in found.compared}
     assert "clip" in found.others
-    change(two[1], lambda result: result.update(images_sha256="0" * 64), "base")
+    change(two[1], drawn_otherwise, "base")
+    assert not pair(two, "test", "training").judged
+
+
+def drawn_otherwise(result: dict) -> None:
+    """As if the base model had drawn other images, with other values."""
+    result["values"] = {key: [value + 1.0 for value in values] for key, values in result["values"].items()}
+    for measures in result["diversity"].values():
+        measures.update({name: {prompt: value + 1.0 for prompt, value in one.items()} for name, one in measures.items()})
+    result.update(images_sha256="0" * 64)
+
+
+def test_rounding_hides_no_noise(two):
+    """Another number of threads rounds the base's images otherwise: all else being equal they pair, and figures that are the
+    same but for rounding are compared; of another base model they do not."""
+    rejudge(two[1])
+
+    def rounded(result: dict) -> None:
+        result["values"]["reward"] = [value * 1.0003 for value in result["values"]["reward"]]
+        result.update(images_sha256="0" * 64)
+
+    change(two[1], rounded, "base")
+    assert {one.figure for one in pair(two, "test", "training").compared} >= {"accuracy", "clip"}
+    record = read_json(two[1] / "config.json")
+    write_json(two[1] / "config.json", record | {"base_model": record["base_model"] | {"unet": "another"}})
     assert not pair(two, "test", "training").judged
 
 
@@ -91,7 +115,7 @@ def test_the_base_model_s_images_show_that_the_noise_is_one(two):
 def test_what_cannot_be_paired_says_why_and_what_to_do(two, facts, result, reason, option):
     rejudge(two[1], **facts)
     change(two[1], lambda found: found.update(result))
-    change(two[1], lambda found: found.update(images_sha256="0" * 64), "base")
+    change(two[1], drawn_otherwise, "base")
     found = pair(two, "test", "training")
     assert not found.compared
     assert reason in "; ".join(found.reasons)

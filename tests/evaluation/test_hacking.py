@@ -48,6 +48,13 @@ def test_a_small_file_is_no_good_picture(name):
     assert found[-1]["what"].endswith("while what is trained on rose, from -1.8356 ± 0.0066 to -1.4240 ± 0.0060")
 
 
+def test_a_part_of_a_mixture_may_fall_for_the_others():
+    """It is trained on, so it is weighed against them; what is only watched beside the mixture still warns."""
+    rows = evaluations(PLANTED, "pickscore")
+    assert evaluation_warnings(rows, {}, ("clip", "pickscore")) == []
+    assert len(evaluation_warnings(rows, {}, ("clip", "aesthetic"))) == 3
+
+
 def test_a_fall_without_a_rise_is_another_trouble():
     """A model that falls apart loses its reward, too; and one whose reward stays has hacked nothing."""
     for factor in (0.0, 1.0):

@@ -1,5 +1,7 @@
 """run_eval.py: it leaves the experiment alone, takes from it what no flag says, and ends in a verdict."""
 
+from pathlib import Path
+
 import pytest
 from conftest import experiment, judged, ran, run_script, snapshot
 
@@ -105,7 +107,7 @@ def test_both_samplers_are_reported_by_default(workplace, overrides):
 
 def test_all_is_the_learning_curve_and_best_names_its_top(workplace, overrides):
     """Base and both stages, each judged once; --best takes what is there, chooses by some of the prompts and judges by the
-    others, whose mean it gives, and says so. By the training prompts it judges by all."""
+    others, whose mean it gives, and says so. With a file to choose by it judges by all."""
     ended = run_script(workplace, "eval", overrides, "--all", "--sampler=training")
     assert ended.code == 0, ended.stderr
     path = experiment(workplace) / "eval.jsonl"
@@ -130,8 +132,9 @@ def test_all_is_the_learning_curve_and_best_names_its_top(workplace, overrides):
     assert choice["judged_by"]["mean"] == pytest.approx(sum(others) / len(others))
     said = ran(workplace, "eval", overrides, "--best", "--sampler=training")
     assert f"Best of 3 checkpoints: {choice['checkpoint']}, by reward on half of the held-out prompts (1)." in said
-    choice = judged(workplace, overrides, "--best", "--sampler=training", "--validation=train")["choice"]
-    assert (choice["chosen_by"]["prompts"], choice["judged_by"]["n_prompts"]) == ("train", 3)
+    (workplace / "others.txt").write_text("a red circle\na blue circle\n")
+    choice = judged(workplace, overrides, "--best", "--sampler=training", "--validation=others.txt")["choice"]
+    assert (Path(choice["chosen_by"]["prompts"]).name, choice["judged_by"]["n_prompts"]) == ("others.txt", 2)
 
 
 def test_what_cannot_choose_is_refused(workplace, overrides):
@@ -140,6 +143,7 @@ def test_what_cannot_choose_is_refused(workplace, overrides):
     for given, said in (
         ("--prompts=one.txt", "has a single one. Give another file to choose by"),
         ("--validation=test", "chosen and judged by the same prompts"),
+        ("--validation=train", "has every prompt of --prompts=test"),  # under another name
     ):
         ended = run_script(workplace, "eval", overrides, "--best", given)
         assert ended.code == 2

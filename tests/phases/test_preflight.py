@@ -77,6 +77,24 @@ def test_every_value_that_cannot_work_is_listed(overrides, tmp_path, settings, s
     assert not snapshot(tmp_path, log=True)
 
 
+def test_faults_are_listed_beside_prompts_that_cannot_be_read(overrides, tmp_path):
+    """Without prompts there is no plan; both files are named, and what else is wrong."""
+    files = {"prompt_file": "no_prompts.txt", "eval.prompt_file": "none_held_out.txt"}
+    ended = start(tmp_path, overrides | files | FAULTS["a watched reward"][0], "--dry_run")
+    said = ["prompt_file: no prompt file at ", "eval.prompt_file: no prompt file at ", "reward.watch: unknown reward"]
+    assert (ended.code, ended.stdout) == (2, "")
+    assert [error.startswith(one) for error, one in zip(errors_of(ended), said, strict=True)] == [True] * 3
+
+
+def test_faults_are_listed_beside_another_configuration(overrides, workplace):
+    """As are those of an experiment that was begun with other settings."""
+    experiment(workplace)
+    changed = overrides | {"seed": 99} | FAULTS["a watched reward"][0]
+    errors = errors_of(start(workplace, changed, "--dry_run"))
+    assert "belongs to another configuration: seed is 99" in errors[0]
+    assert [error.partition(":")[0] for error in errors[1:]] == ["reward.watch"]
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_run_says_the_same(overrides, tmp_path, name):
     """Whatever the dry run finds, the sample phase refuses in the same words."""

@@ -2,11 +2,12 @@
 
 import csv
 import io
+import re
 
 import pytest
 
 from b2diffurl.experiment.overview import empty_row
-from b2diffurl.reporting.listing import COLUMNS, as_csv, as_markdown, fitting, table
+from b2diffurl.reporting.listing import COLUMNS, as_csv, as_markdown, columns_of, table
 
 WHOLE = empty_row() | {
     "name": "my_run", "folder": "model/lora/my_run", "problem": "", "damaged": [], "preset": "shapes",
@@ -27,14 +28,27 @@ def test_a_line_an_experiment_within_the_terminal(width):
     assert max(map(len, lines)) <= min(width, 120)
     mine = next(line for line in lines if line.startswith("my_run"))
     assert "5/9" in mine
-    assert ("51.2±2.2→90.6±1.3" in mine) == (width > 40)
+    assert "51.2±2.2→90.6±1.3" in mine
     assert any(line.startswith("holiday") for line in lines)
     assert sum("seed1" in line for line in lines) == 1
-    left_out = {column.title for column in COLUMNS} - {
-        column.title for column in fitting(COLUMNS, [WHOLE, FOREIGN, long], min(width, 120))
-    }
+    left_out = {column.title for column in COLUMNS if column.title not in re.split("  +", lines[0])}
     said = " ".join(lines).partition("No room here for: ")[2].partition(";")[0]
     assert set(filter(None, said.split(", "))) == left_out
+
+
+def test_letters_of_two_columns_stay_in_theirs():
+    """A Japanese name takes two columns a letter, an accent by itself none: figures stand below each other, lines end in
+    time, and a name is cut to whole letters."""
+    names = ("日本語の実験", "re\u0301sume\u0301", "日本語の実験" * 9, "plain")
+    for width in (120, 60):
+        foreign = FOREIGN | {"name": "外国" * 3, "problem": "無い" * 60}
+        lines = table([*(WHOLE | {"name": name} for name in names), foreign], width)
+        assert len({columns_of(line.partition("5/9")[0]) for line in lines[1:5]}) == 1
+        assert max(map(columns_of, lines)) <= width
+
+
+def test_a_run_may_go_on_for_longer_than_planned():
+    assert "13/13" in table([WHOLE | {"stages_done": 13}], 120)[1]
 
 
 def test_the_cells_say_the_figures():

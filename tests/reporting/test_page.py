@@ -42,6 +42,7 @@ def test_the_page_is_self_contained_and_the_same_each_time(root):
         *("curves.png", "log_ratio_per_step.png", "clip_fraction_per_step.png", "branches.png", "branches_last.png"),
         *(f"{kind}_{prompts}.png" for kind in ("before_after", "losses", "gains") for prompts in ("test", "train")),
     }
+    write_report(root)  # here, where its commands find it
     before = snapshot(root)
     write_report(root)
     assert snapshot(root) == before
@@ -466,7 +467,14 @@ def test_a_browser_shows_it_whole(root, tmp_path, scheme):
             assert len(sizes) >= 14
             assert min(min(size) for size in sizes) > 150
             assert driver.execute_script("return document.documentElement.scrollWidth") <= width
-            assert max(lines_of(driver, ".figures td.number")) == 1  # a number and its error are never broken
+            # A number and its error are never broken, and none runs into the next one.
+            assert max(lines_of(driver, ".figures:not(.verdict) td.number")) == max(lines_of(driver, ".interval")) == 1
+            cells = (
+                "return [...document.querySelectorAll('.figures td.number')].map(one => one.scrollWidth - one.clientWidth)"
+            )
+            assert max(driver.execute_script(cells)) <= 0
+            headings = "return [...document.querySelectorAll('.verdict th:first-child')].map(one => one.clientWidth)"
+            assert min(driver.execute_script(headings)) > 100
             top = "return document.querySelector('.warnings h2').getBoundingClientRect().top"
             assert 0 < driver.execute_script(top) < 300
             picture = tmp_path / f"{scheme}_{width}.png"

@@ -10,10 +10,11 @@ import pytest
 from conftest import run_script
 
 from b2diffurl.evaluation.intervals import student
+from b2diffurl.experiment.evaluation_table import evaluation_rows
 from b2diffurl.reporting.page import write_report
 from b2diffurl.reporting.verdict import refresh, verdict
 from b2diffurl.reporting.verdict_text import NO_CHANGE, cells
-from b2diffurl.runtime.files import read_json, read_json_lines, write_json_lines
+from b2diffurl.runtime.files import read_json, read_json_lines, write_json, write_json_lines
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -48,17 +49,19 @@ def test_its_figures_are_those_of_the_images(root):
 
 
 def test_its_text_is_short_and_whole(root):
-    """At most 20 lines; at most 100 characters but for commands and paths; the outcome in words, files and what to do."""
+    """At most 20 lines; at most 104 characters but for commands and paths; the outcome in words, files and what to do."""
     found = verdict(root)
     assert len(found["text"]) <= 20
     assert [
-        line for line in found["text"] if len(line) > 100 and not line.startswith(("LoRA: ", "report: ", "log: ", "Draw "))
+        line for line in found["text"] if len(line) > 104 and not line.startswith(("LoRA: ", "report: ", "log: ", "Draw "))
     ] == []
     assert found["text"][0] == "Verdict on tiny after 2 of 2 stages, 36 images scored by clip."
     done = {"risen": "has risen", "fallen": "has fallen", NO_CHANGE: f"shows {NO_CHANGE}"}
     assert found["text"][1] == (
         f"On held-out prompts: reward {done[found['outcome']['reward']]}; accuracy {done[found['outcome']['accuracy']]}."
     )
+    said = "Held-out prompts and Training prompts: so few that the intervals say nothing about other prompts."
+    assert said in found["text"]  # there are 3
     assert "No sign of reward hacking." in found["text"]
     for start in ("LoRA: ", "report: ", "log: ", "Draw a prompt: python run_eval.py --config=", "Go on: the same command"):
         assert any(line.startswith(start) for line in found["text"])
@@ -80,9 +83,19 @@ def test_what_may_be_chance_is_no_change(root):
     assert found["next"].keys() == {"Draw a prompt", "Export the LoRA", "Go on"}
 
 
+def test_numbers_of_many_digits_stay_apart(root):
+    """A change that is far narrower than the base's own interval adds digits to all three."""
+    plant(root, reward=(-100.338, -100.338, 0.003))
+    rows = evaluation_rows(root)
+    found = verdict(root, rows=[row | {"reward_gain_se": 1e-6} for row in rows])
+    lines = [one for one in found["text"] if one.startswith("reward ")]
+    assert lines
+    assert all("]-" not in one and len(one.split()) == 11 for one in lines), lines
+
+
 def test_a_run_that_learnt_nothing_is_told_what_to_try(root):
     plant(root, reward=(0.2, 0.2, 0.01), accuracy=(0.5, 0.5, 0.02))
-    assert "a higher LR" in verdict(root)["next"]["Or begin anew"]
+    assert "a higher LR" in verdict(root)["next"]["Or"]
 
 
 def test_reward_hacking_stands_in_verdict_and_report(root):
@@ -91,12 +104,38 @@ def test_reward_hacking_stands_in_verdict_and_report(root):
     found = verdict(root)
     (said,) = (line for line in found["text"] if line.startswith("WARNING, reward hacking: held-out prompts"))
     assert "accuracy fell from 52.7 ± 2.2 % (base) to 0.8 ± 2.2 %" in said
-    assert found["next"]["Find a better checkpoint"].endswith(" --best")
+    assert found["next"]["Compare the checkpoints"].endswith(" --all")  # by the reward none is better: there is no judge
     page = write_report(root).read_text()
     top = page[: page.index("<h2>Figures</h2>")]
     assert page.index("<h2>Verdict</h2>") < page.index("<h2>Warnings</h2>") < page.index("<h2>Figures</h2>")
     assert top.count("accuracy fell from 52.7 ± 2.2 % (base) to 0.8 ± 2.2 %") >= 2
     assert '<td class="number">52.7 <span class="interval">[48.4, 57.0]</span></td>' in top
+
+
+def test_with_a_judge_there_may_be_a_better_checkpoint(root):
+    """Without one --best would choose by the reward, which is what has been hacked."""
+    plant(root, reward=(-1.852, -1.418, 0.006), accuracy=(0.527, 0.008, 0.022))
+    record = read_json(root / "config.json")
+    record["config"]["eval"]["judge"] = "shapes"
+    write_json(root / "config.json", record)
+    assert verdict(root)["next"]["Find a better checkpoint"].endswith(" --best")
+
+
+def test_a_sign_of_an_earlier_stage_is_not_forgotten(root):
+    """The newest evaluation has none, the one before had: no sign any more, and which stage had one."""
+    plant(root, reward=(-1.852, -1.418, 0.006), accuracy=(0.527, 0.008, 0.022))
+    rows = evaluation_rows(root)
+    found = verdict(root, rows=[row | ({"stage": 0, "checkpoint": "stage0"} if row["stage"] else {}) for row in rows])
+    assert found["hacking"]
+    found = verdict(
+        root,
+        rows=[
+            *(row | ({"stage": 0, "checkpoint": "stage0"} if row["stage"] else {}) for row in rows),
+            *(row | {"accuracy": 0.52, "accuracy_gain": -0.007} for row in rows if row["stage"]),
+        ],
+    )
+    assert (found["hacking"], found["hacked_before"]) == ([], [0])
+    assert "No sign of reward hacking any more; stage 0 had one, see the report." in found["text"]
 
 
 def test_a_fall_below_the_limits_is_no_sign_of_health(root):

@@ -72,11 +72,11 @@ def test_a_function_that_raises(begin, module):
 
 
 def test_the_readmes_reward_runs(begin, tmp_path, monkeypatch):
-    """The reward in README, of at most ten lines, works under the name given there; the scores are what it returns."""
+    """The function in README works in a module of the name given there; the scores are what it returns."""
     text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
-    source = next(block for block in blocks if "def " in block and "images" in block)
-    assert len([line for line in source.splitlines() if line.strip()]) <= 10
+    block = next(block for block in blocks if "def " in block and "images" in block)
+    source = re.search(r"^def (?:.+\n)+", block, re.M)[0]  # without the run of it, which takes minutes
     name, function = re.search(r"Reward=(\w+):(\w+)", text).groups()
     (tmp_path / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
