@@ -1,27 +1,26 @@
 """The command `b2diffurl` of an installed package. Each of its commands is a script of the repository, or a module that is a
 command, with the same options, output and exit code."""
 
-import difflib
 import os
 import runpy
 import sys
 from typing import NoReturn
 
 from b2diffurl import __version__
+from b2diffurl.configuration.typos import nearest
 from b2diffurl.runtime.logs import show
-from b2diffurl.runtime.paths import INSTALLED, SHIPPED
+from b2diffurl.runtime.paths import INSTALLED, SHIPPED, in_clone
 
-# What each command does, and as what it is given in a repository.
 COMMANDS = {
-    "run": ("a whole run; given again, it goes on", "bash run_process.sh"),
-    "sample": ("sample the images of one stage", "python run_sample.py"),
-    "select": ("score them, and select those that are trained on", "python run_select.py"),
-    "train": ("train the LoRA on these", "python run_train.py"),
-    "eval": ("judge checkpoints, or draw one prompt", "python run_eval.py"),
-    "report": ("write the report of an experiment", "python -m b2diffurl.report"),
-    "results": ("list experiments, or compare some", "python -m b2diffurl.results"),
-    "export": ("export a LoRA or a pipeline, with a model card", "python -m b2diffurl.export"),
-    "label": ("judge the images of a stage in a browser", "python -m b2diffurl.label"),
+    "run": "a whole run; given again, it goes on",
+    "sample": "sample the images of one stage",
+    "select": "score them, and select those that are trained on",
+    "train": "train the LoRA on these",
+    "eval": "judge checkpoints, or draw one prompt",
+    "report": "write the report of an experiment",
+    "results": "list experiments, or compare some",
+    "export": "export a LoRA or a pipeline, with a model card",
+    "label": "judge the images of a stage in a browser",
 }
 
 
@@ -33,10 +32,10 @@ def main() -> None:
     elif command == "--version":
         show(f"b2diffurl {__version__}")
     elif command in COMMANDS:
-        become(COMMANDS[command][1].split()[1:], words)
+        become(in_clone(command).split()[1:], words)
     else:
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
-        meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}."
+        near = nearest(command, COMMANDS)
+        meant = f"did you mean {near}?" if near else f"there are {', '.join(COMMANDS)}."
         show(
             f"error: b2diffurl has no command {command!r}; {meant}", "       b2diffurl --help lists them.", stream=sys.stderr
         )
@@ -51,7 +50,7 @@ def usage() -> list[str]:
         "",
         "    b2diffurl COMMAND [OPTIONS]",
         "",
-        *(f"    {name:<8}  {what:<50}  {same}" for name, (what, same) in COMMANDS.items()),
+        *(f"    {name:<8}  {what:<50}  {in_clone(name)}" for name, what in COMMANDS.items()),
         "",
         "On the right, the same in a clone of the repository. `b2diffurl COMMAND --help` lists the options of a command.",
         "",

@@ -14,6 +14,7 @@ from packaging.utils import canonicalize_name
 
 from b2diffurl import __main__ as console
 from b2diffurl import __version__
+from b2diffurl.runtime import paths
 from b2diffurl.runtime.paths import FOLDERS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -31,7 +32,8 @@ def test_without_a_command_it_lists_them_on_one_screen_and_at_once():
     )
     ended = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True, check=True)
     assert len(ended.stdout.splitlines()) <= 24 and max(map(len, ended.stdout.splitlines())) <= 120
-    for name, (_, same) in console.COMMANDS.items():
+    for name in console.COMMANDS:
+        same = paths.in_clone(name)
         assert re.search(rf"^    {name} .* {same}$", ended.stdout, re.MULTILINE)
     for words in (["--help"], ["-h"]):
         assert command(ROOT, *words).stdout == ended.stdout
@@ -39,7 +41,7 @@ def test_without_a_command_it_lists_them_on_one_screen_and_at_once():
 
 
 def test_every_command_has_its_script_or_module():
-    for _, same in console.COMMANDS.values():
+    for same in map(paths.in_clone, console.COMMANDS):
         target = same.split()[-1]
         if not target.startswith("b2diffurl."):
             assert (ROOT / target).is_file() and target in BUILT["wheel"]["force-include"]

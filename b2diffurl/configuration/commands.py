@@ -7,7 +7,7 @@ from typing import Any
 from b2diffurl.configuration.keys import KEYS, flatten
 from b2diffurl.configuration.settings import reward_weights
 from b2diffurl.experiment.folder import EXPERIMENTS
-from b2diffurl.runtime.paths import CONFIG_FILE, EVAL
+from b2diffurl.runtime.paths import CONFIG_FILE, command
 
 JUDGING = ("pretrained.", "eval.", "reward.")  # of the settings that may change, those that decide how run_eval.py judges
 
@@ -30,7 +30,7 @@ def judging_command(root: Path, record: Mapping[str, Any], options: Mapping[str,
     beside = any((root / f"{module}.py").is_file() for module in own)  # a function of a notebook is kept there
     preset = [f"--config={CONFIG_FILE}:{config['preset']}"] if config.get("preset") else []
     place = {"exp_name": root.name} | ({} if root.parent == EXPERIMENTS else {"save_path": str(root.parent)})
-    program = [*(["env", f"PYTHONPATH={root}"] if beside else []), *EVAL.split()]
+    program = [*(["env", f"PYTHONPATH={root}"] if beside else []), *command("eval").split()]
     return [*program, *preset, *as_flags(place | kept | dict(options or {}))]
 
 

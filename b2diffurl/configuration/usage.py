@@ -31,7 +31,7 @@ def usage(doc: str) -> Iterator[str]:
     """The lines of --help for the script with this docstring, `What it does: an example of its call`."""
     what, _, example = inspect.cleandoc(doc).partition(": ")
     script = next(word for word in example.split() if word.endswith(".py"))
-    given = command(script)
+    given = command(script.removeprefix("run_").removesuffix(".py"))
     example = example.replace(f"python {script}", given)
     yield from (f"usage: {given} [--config={CONFIG_FILE}:PRESET] [--config.KEY=VALUE ...] [OPTION ...]", "")
     yield from (f"{what}.", "", "Options:", "")

@@ -18,8 +18,9 @@ from b2diffurl.experiment.folder import find_lora
 from b2diffurl.experiment.stage import LORA_FILE, PHASES, Stage, finished_stages
 from b2diffurl.models import Sizes, base_sizes, family_of
 from b2diffurl.models.known import expected_family, expected_sizes
-from b2diffurl.reporting.forecast import evaluations_left, num_done, number, time_text
+from b2diffurl.reporting.forecast import evaluations_left, num_done, time_text
 from b2diffurl.runtime.device import Compute, choose_device
+from b2diffurl.runtime.logs import number
 
 UNTIMED = (
     "unknown until the run has sampled its first batch; its log then says it. A run can be stopped at any time: the same "

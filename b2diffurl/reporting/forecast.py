@@ -22,6 +22,7 @@ from b2diffurl.experiment.stage import PHASES, Stage, finished_stages
 from b2diffurl.experiment.stage_table import stage_list, warned_rows
 from b2diffurl.models import family_of
 from b2diffurl.models.known import expected_family
+from b2diffurl.runtime.logs import duration
 
 NUM_LATEST = 5  # finished stages that count, so that a faster or slower machine soon shows
 LONGEST_REPORT_SEC = 30  # a run that takes longer from one stage to the next, without evaluations, was stopped
@@ -373,23 +374,10 @@ def next_stage(settings: Settings) -> int:
     return next((index for index in indices if not Stage(settings.output.root, index).finished("train")), indices[-1])
 
 
-def duration(seconds: float) -> str:
-    """A duration in words: 45 s, 12 min, 3.4 h, 5.1 days."""
-    for unit, size, end in (("s", 1, 90), ("min", 60, 90 * 60), ("h", 3600, 48 * 3600)):
-        if seconds < end:
-            return number(seconds / size, unit)
-    return number(seconds / 86400, "days")
-
-
 def span_text(low: float, high: float) -> str:
     """Two durations, in one unit where they have the same: `2.4 to 4.0 min`, `50 s to 1.8 min`."""
     (low_number, low_unit), (high_number, high_unit) = (duration(one).split() for one in (low, high))
     return f"{low_number}{'' if low_unit == high_unit else f' {low_unit}'} to {high_number} {high_unit}"
-
-
-def number(value: float, unit: str) -> str:
-    """A number with its unit; one decimal below 10, none above."""
-    return f"{value:.{0 if value >= 10 else 1}f} {unit}"
 
 
 def span(steps: Sequence[int]) -> str:

@@ -61,7 +61,7 @@ from b2diffurl.reporting.verdict import signs_of_evaluations, verdict
 from b2diffurl.reporting.verdict_text import for_page
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import logger
-from b2diffurl.runtime.paths import EVAL
+from b2diffurl.runtime.paths import command
 
 NUM_PAIRS = 12  # how many images of a prompt set are shown: the first ones, not picked
 NUM_WARNINGS = 3  # how many warnings of a kind are shown
@@ -113,7 +113,7 @@ def write_report(root: Path) -> Path:
             "reward": describe_training(config["reward"]),
             "watched": watched_rewards(config["reward"], stages),
             "verdict": draw_verdict(root, stages, evaluations, damaged),
-            "judge": EVAL,
+            "judge": command("eval"),
             "warned": warned_kinds([*(row for one in readable for row in one["warned"]), *signs]),
             "figures": figure_table(evaluations, every_evaluation(root), roles(config["reward"], stages)),
             "galleries": galleries(root, evaluations, kept, damaged),

@@ -20,7 +20,7 @@ from b2diffurl.reporting.plots import describe_figure, figures_of
 from b2diffurl.reporting.verdict_text import NO_CHANGE, in_words, main_outcomes
 from b2diffurl.runtime import files
 from b2diffurl.runtime.logs import log_of, logger
-from b2diffurl.runtime.paths import EXPORT
+from b2diffurl.runtime.paths import command
 
 FILE = "verdict.json"
 
@@ -215,7 +215,7 @@ def what_next(root: Path, record: Mapping[str, Any], found: Mapping[str, Any]) -
     if "risen" not in main_outcomes(found).values():
         tries = "judge more images (eval.num_images), or take a new ExpName with a higher LR or BatchCnt"
         return draw | more | {"Or": tries}
-    return draw | {"Export the LoRA": f"{EXPORT} {shlex.quote(name)}"} | more
+    return draw | {"Export the LoRA": f"{command('export')} {shlex.quote(name)}"} | more
 
 
 def as_judged(row: Row, begun: Mapping[str, Any]) -> dict[str, Any]:

@@ -208,13 +208,21 @@ class Progress(tqdm):
         logger.log(
             logging.INFO if self.disable else logging.DEBUG,
             "%s: %.0f of %.0f %s, %s, about %s left",
-            self.title, self.advanced, self.amount, self.unit_name, minutes(seconds), minutes(left),
+            self.title, self.advanced, self.amount, self.unit_name, duration(seconds), duration(left),
         )  # fmt: skip
 
 
-def minutes(seconds: float) -> str:
-    """A duration of minutes or hours in words."""
-    return f"{seconds / 60:.1f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+def duration(seconds: float) -> str:
+    """A duration in words: 45 s, 12 min, 3.4 h, 5.1 days."""
+    for unit, size, end in (("s", 1, 90), ("min", 60, 90 * 60), ("h", 3600, 48 * 3600)):
+        if seconds < end:
+            return number(seconds / size, unit)
+    return number(seconds / 86400, "days")
+
+
+def number(value: float, unit: str) -> str:
+    """A number with its unit; one decimal below 10, none above."""
+    return f"{value:.{0 if value >= 10 else 1}f} {unit}"
 
 
 def progress(items: Sequence[Any], description: str, unit: str) -> Iterator[Any]:

@@ -16,18 +16,24 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1]
 INSTALLED = PACKAGE / "shipped"  # a wheel has it (pyproject.toml), a repository has not
 SHIPPED = INSTALLED if INSTALLED.is_dir() else PACKAGE.parent
-RUN = "b2diffurl run" if SHIPPED == INSTALLED else "bash run_process.sh"  # the command of a whole run, for people
-EVAL = "b2diffurl eval" if SHIPPED == INSTALLED else "python run_eval.py"  # the same of judging
-EXPORT = "b2diffurl export" if SHIPPED == INSTALLED else "python -m b2diffurl.export"  # and of exporting
 FOLDERS = ("config", "model/shapes", "model/shapes_flow")  # of SHIPPED: where a relative path may mean something in it
 CONFIG_FILE = "config/stage_process.py"  # the presets; always the file that is shipped
 STARTED_IN = "B2DIFFURL_STARTED_IN"  # the environment variable in which run_process.sh keeps the user's directory
 
 
-def command(script: str) -> str:
-    """How people give the command of a script: `python run_eval.py` in a repository, `b2diffurl eval` installed."""
-    verb = script.removeprefix("run_").removesuffix(".py")
-    return f"b2diffurl {verb}" if SHIPPED == INSTALLED else f"python {script}"
+def in_clone(verb: str) -> str:
+    """How people give a command in a clone of the repository: run is `bash run_process.sh`, eval `python run_eval.py`."""
+    if verb == "run":
+        return "bash run_process.sh"
+    return f"python run_{verb}.py" if verb in ("sample", "select", "train", "eval") else f"python -m b2diffurl.{verb}"
+
+
+def command(verb: str) -> str:
+    """How people give a command: as `in_clone`, or `b2diffurl <verb>` where the package is installed."""
+    return f"b2diffurl {verb}" if SHIPPED == INSTALLED else in_clone(verb)
+
+
+RUN = command("run")
 
 
 def go_to_work() -> None:

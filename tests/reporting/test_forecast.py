@@ -29,6 +29,7 @@ from b2diffurl.models import stable_diffusion
 from b2diffurl.phases.evaluate import evaluate_timed
 from b2diffurl.reporting import dry_run, forecast, page
 from b2diffurl.reporting.forecast import Pace, Work
+from b2diffurl.runtime import logs
 from b2diffurl.runtime.files import read_json, read_metadata
 
 
@@ -320,8 +321,8 @@ def test_a_range_in_words(seconds, said):
 
 def test_durations_and_sizes():
     seconds = {4.44: "4.4 s", 89: "89 s", 91: "1.5 min", 61 * 60: "61 min", 5 * 3600: "5.0 h", 30 * 3600: "30 h"}
-    assert {one: forecast.duration(one) for one in seconds} == seconds
-    assert forecast.duration(50 * 3600) == "2.1 days"
+    assert {one: logs.duration(one) for one in seconds} == seconds
+    assert logs.duration(50 * 3600) == "2.1 days"
     assert [dry_run.size(n) for n in (640e3, 3.21e6, 15e9, 2e12)] == ["640 kB", "3.2 MB", "15 GB", "2.0 TB"]
 
 
