@@ -34,7 +34,7 @@ flags.DEFINE_string(
     None,
     "Only draw this prompt: by the base and the last of --checkpoint, with the last of --sampler.",
 )
-flags.DEFINE_boolean("verdict", True, "At the end tell what the newest judged stage has changed.")
+flags.DEFINE_boolean("verdict", True, "At the end tell what the newest judged stage has changed, and write the report anew.")
 flags.DEFINE_boolean("json", False, "Print one JSON object and nothing else on stdout; log lines go to stderr.")
 
 
@@ -57,7 +57,14 @@ def judge(config):
     from b2diffurl.evaluation.measure import every_checkpoint
     from b2diffurl.experiment.evaluation_table import headline
     from b2diffurl.experiment.lock import within_run
-    from b2diffurl.phases.evaluate import draw_prompt, evaluate_and_show, evaluate_due, judge_best, tell_verdict
+    from b2diffurl.phases.evaluate import (
+        draw_prompt,
+        evaluate_and_show,
+        evaluate_and_warn,
+        evaluate_due,
+        judge_best,
+        tell_verdict,
+    )
     from b2diffurl.runtime.logs import announce
     from b2diffurl.runtime.paths import user_path
 
@@ -78,7 +85,8 @@ def judge(config):
         if given.best:
             return judge_best(settings, prompt_sets[0], given.sampler[0], validation)
         checkpoints = every_checkpoint(root) if given.all else given.checkpoint
-        results = evaluate_and_show(settings, checkpoints, prompt_sets, given.sampler)
+        judge = evaluate_and_show if given.verdict else evaluate_and_warn
+        results = judge(settings, checkpoints, prompt_sets, given.sampler)
         if given.verdict and any(one["stage"] is not None for one in results):
             tell_verdict(settings)
         return headline(results[-1])

@@ -227,30 +227,33 @@ if [ -z "$Launcher" ]; then unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE; f
 PlanFolder=$(mktemp -d)
 PlanFile="$PlanFolder/calls"
 Folder=
+# The experiment's folder, once start has said it.
+read_folder() { Folder=$(sed -n $'1s/^folder\t//p' "$PlanFile" 2> /dev/null || true); }
 # At the end, delete the lock if it is ours, and the experiment's folder if it is empty.
 leave() {
+    read_folder
     rm -rf "$PlanFolder"
     if grep -qs "\[\[$$," "$Folder/run.lock"; then rm -f "$Folder/run.lock"; rmdir "$Folder" 2> /dev/null || true; fi
 }
 trap leave EXIT
 # start checks all settings, and writes what is to be done into a file: folder <tab> the experiment's folder, a line for each
 # call of a script (call <tab> file that it needs <tab> script <tab> its flags, separated by tabs), and end.
-run "$Python" -m b2diffurl.start --calls="$PlanFile" "${Flags[@]}"
+# One process makes all calls itself: on the CPU, or where the user has said so.
+Alone=no
+if [ "$Resident" = 1 ]; then
+    Alone=yes
+elif [ -z "$Resident$Launcher" ] && [ "${NumProcesses:-1}" -eq 1 ] && [ "$NumMachines" -eq 1 ]; then
+    Alone=auto
+fi
+run "$Python" -m b2diffurl.start --calls="$PlanFile" --alone="$Alone" "${Flags[@]}"
 if [ "$(tail -n 1 "$PlanFile" 2> /dev/null)" != end ]; then
     echo "error: b2diffurl.start has ended without a list of calls, so nothing can be run" >&2
     echo "       Something that it imports may have ended it: config/stage_process.py, or a module beside it." >&2
     exit 1
 fi
-Folder=$(sed -n $'1s/^folder\t//p' "$PlanFile")
+read_folder
 if [ -z "$Folder" ]; then exit 0; fi    # it was --dry_run, which has shown the plan
-# start has found that one process should make all calls: on the CPU.
-if [ -z "$Resident$Launcher" ] && [ "${NumProcesses:-1}" -eq 1 ] && [ "$NumMachines" -eq 1 ] && grep -qx resident "$PlanFile"; then
-    Resident=1
-fi
-if [ "$Resident" = 1 ]; then
-    run "$Python" -m b2diffurl.resident "${Flags[@]}"
-    exit 0
-fi
+if grep -qx resident "$PlanFile"; then exit 0; fi    # start has made all calls
 # The loop: every call in order. A call whose work is already done ends at once. The list is read from descriptor 3, so
 # that the scripts cannot read from it.
 while IFS=$'\t' read -r -a Call <&3; do

@@ -1,29 +1,30 @@
 """The whole loop of a run in one process, which imports the libraries and loads the base model only once.
 
-run_process.sh takes it for runs on the CPU, and wherever Resident=1 is given. The calls, their order and their results are
-those of its own loop over the scripts, which Resident=0 takes.
+run_process.sh takes it (by start.py) for runs on the CPU, and wherever Resident=1 is given. The calls, their order and their
+results are those of its own loop over the scripts, which Resident=0 takes.
 """
 
 import os
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
 from b2diffurl.configuration.command_line import run_script
+from b2diffurl.configuration.loop import Call
 from b2diffurl.configuration.plan import make_plan
 from b2diffurl.experiment import lock
 from b2diffurl.models import policy
-from b2diffurl.phases.evaluate import evaluate_and_show, evaluate_due, tell_verdict
+from b2diffurl.phases.evaluate import evaluate_and_show, evaluate_and_warn, evaluate_due, tell_verdict
 from b2diffurl.phases.finished import calls_left
 from b2diffurl.phases.sample import sample_stage
 from b2diffurl.phases.select import select_stage
 from b2diffurl.phases.train import train_stage
-from b2diffurl.runtime.processes import OWNER
 
 VERBS = {"sample": sample_stage, "select": select_stage, "train": train_stage}
 
 
-def run_stages(config: ConfigDict) -> None:
-    """Make every call of the loop in order, then tell the verdict.
+def run_stages(config: ConfigDict, left: Sequence[Call] | None = None) -> None:
+    """Make the calls that are `left`, in order, then tell the verdict. None: look first what is left of the run.
 
     Ends early where a call lacks the file that it needs: scores are being made elsewhere (reward `file`).
     """
@@ -32,11 +33,13 @@ def run_stages(config: ConfigDict) -> None:
     first = make_plan(config)
     root = first.stage.root
     with policy.keeping_models(), lock.holding(root):
-        for call in calls_left(first, checked=OWNER in os.environ):
+        for call in calls_left(first) if left is None else left:
             if not call.is_possible(root):
                 return
             if call.stage is None:  # the evaluations at the end of the run
-                evaluate_and_show(first.settings, call.checkpoints, call.prompts, [call.sampler])
+                # What an evaluation before the last one would show, the last one does.
+                judge = evaluate_and_show if call.is_last else evaluate_and_warn
+                judge(first.settings, call.checkpoints, call.prompts, [call.sampler])
             elif call.script == "eval":
                 evaluate_due(first.settings, call.stage)
             else:

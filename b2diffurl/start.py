@@ -1,7 +1,8 @@
 """The first command of run_process.sh: check everything, take the lock, write the list of calls. Or print the plan.
 
-The list is what is left of the run's loop (phases/finished.py), which run_process.sh then walks, call after call.
-It goes through a file of its own, --calls: anything may print to stdout, such as a module that the configuration imports.
+The list is what is left of the run's loop (phases/finished.py). With --alone this process makes all calls itself, else
+run_process.sh walks the list. It goes through a file of its own, --calls: anything may print to stdout, such as a module
+that the configuration imports.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from b2diffurl.configuration.command_line import die, run_script
+from b2diffurl.configuration.loop import is_needed
 from b2diffurl.configuration.plan import checked_settings, make_plan
 from b2diffurl.configuration.prompts import named_prompts, overlap_text
 from b2diffurl.configuration.rules import faults
@@ -33,7 +35,7 @@ def start(config: ConfigDict) -> None:
     to be done:
 
         folder <TAB> the experiment's folder
-        resident                                          one process should make all calls, unless several were asked for
+        resident                                          this process makes all calls
         call <TAB> a file that the call needs <TAB> script <TAB> flag <TAB> flag …      one line for each call
         end                                                                             the only line after a dry run
     """
@@ -49,11 +51,20 @@ def start(config: ConfigDict) -> None:
         if overlap:
             logger.warning("plan: %s", overlap)
         left = calls_left(plan)
-    lines = [["call", call.needs, f"run_{call.script}.py", *call.flags] for call in left]
+    needed = [call for call in left if is_needed(call, plan.settings)]
+    lines = [["call", call.needs, f"run_{call.script}.py", *call.flags] for call in needed]
+    alone = is_alone(flags.FLAGS.alone, config.num_processes)
+    write_calls([["folder", str(plan.stage.root)], *([["resident"]] if alone else []), *lines])
+    if alone:
+        from b2diffurl.resident import run_stages  # imports all phases
+
+        run_stages(config, left)
+
+
+def is_alone(asked: str, num_processes: int) -> bool:
+    """Whether this process makes all calls: if it is `asked` to, or by `auto` on the CPU."""
     # On a GPU each script gives its memory back by ending. On the CPU that is not short, and starting takes longest.
-    alone = not torch.cuda.is_available() and config.num_processes <= 1
-    how = [["resident"]] if alone else []
-    write_calls([["folder", str(plan.stage.root)], *how, *lines])
+    return asked == "yes" or (asked == "auto" and not torch.cuda.is_available() and num_processes <= 1)
 
 
 def preview(config: ConfigDict) -> None:
@@ -108,5 +119,6 @@ def write_calls(lines: list[list[str]]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_boolean("dry_run", False, "Check all, print the plan (stages, images, updates, disk, time) and do nothing.")
+    flags.DEFINE_enum("alone", "no", ["no", "auto", "yes"], "Make all calls in this process: run_process.sh's own use.")
     flags.DEFINE_string("calls", "", "Write the list of calls to this file: run_process.sh's own use.")
     run_script("run", start)

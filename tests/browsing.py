@@ -1,35 +1,29 @@
 """A real browser for pages that people see."""
 
-import base64
 import os
-import shutil
-from pathlib import Path
 
 import pytest
+
+from benchmarks import chromium
+from benchmarks.chromium import screenshot
+
+__all__ = ["browser", "lines_of", "screenshot", "set_window"]
 
 
 def browser():
     """Headless Chromium from Debian's packages; without it the test is skipped, but not under CI."""
-    missing = [name for name in ("chromium", "chromedriver") if not shutil.which(name)]
-    if missing:
+    if missing := chromium.missing():
         message = f"no {' and '.join(missing)}: apt-get install chromium chromium-driver"
         assert not os.environ.get("CI"), message
         pytest.skip(message)
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    return webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    return chromium.browser()
 
 
 def set_window(driver, width: int, scheme: str = "light") -> None:
     """A phone or a desktop of this width [px], whose user likes pages light or dark."""
-    emulate(driver, "setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
-    emulate(driver, "setDeviceMetricsOverride", metrics(width, 900))
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    chromium.emulate(driver, "setEmulatedMedia", features=features)
+    chromium.set_size(driver, width)
 
 
 def lines_of(driver, selector: str) -> list[int]:
@@ -39,19 +33,3 @@ def lines_of(driver, selector: str) -> list[int]:
         "range.selectNodeContents(one); return new Set([...range.getClientRects()].map(each => each.top)).size })",
         selector,
     )
-
-
-def screenshot(driver, width: int, path: Path) -> int:
-    """Write the whole page of a window of this width as PNG, however long it is; returns its height [px]."""
-    height = driver.execute_script("return document.documentElement.scrollHeight")
-    emulate(driver, "setDeviceMetricsOverride", metrics(width, height))
-    path.write_bytes(base64.b64decode(driver.execute_cdp_cmd("Page.captureScreenshot", {})["data"]))
-    return height
-
-
-def metrics(width: int, height: int) -> dict:
-    return {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-
-
-def emulate(driver, what: str, settings: dict) -> None:
-    driver.execute_cdp_cmd(f"Emulation.{what}", settings)

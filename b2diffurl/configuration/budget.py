@@ -6,7 +6,7 @@ from pathlib import Path
 
 from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.settings import Sampling, Schedule, Settings, Training
-from b2diffurl.experiment.stage import Stage
+from b2diffurl.experiment.stage import Stage, window_in
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,9 @@ class Budget:
 
     def window(self, stage: Stage) -> Window:
         """The trained window of a stage: as it was sampled, or as the schedule has it if it is not sampled yet."""
-        return stage.sampled_window(self.schedule.num_steps) or self.schedule.window(stage.index)
+        if not stage.finished("sample"):
+            return self.schedule.window(stage.index)
+        return window_in(stage.noted("sample"), self.schedule.num_steps)
 
     def planned_windows(self, root: Path) -> list[Window]:
         """The window of each stage of the experiment in folder `root`."""

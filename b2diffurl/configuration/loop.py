@@ -4,11 +4,14 @@ start.py prints the calls for run_process.sh, which makes them. resident.py make
 those that are left.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from b2diffurl.configuration.settings import Settings
+
+ALL_SHOWN, GROWN = 20, 1.05  # see `is_shown`
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,19 @@ class Call:
         due = every and (self.stage + 1) % every == 0
         judged = ("base", f"stage{self.stage}") if due else ()
         return {(checkpoint, prompts, "training") for checkpoint in judged for prompts in self.prompts}
+
+
+def is_needed(call: Call, settings: Settings) -> bool:
+    """Whether a script has to be started for a call: not to find that nothing is to be judged or shown after a stage."""
+    if call.script != "eval" or call.stage is None:
+        return True
+    return is_shown(call.stage + 1) or bool(call.evaluations(settings.schedule.num_stages, settings.judging.every))
+
+
+def is_shown(count: int) -> bool:
+    """Whether a run is shown anew after so many stages, or evaluations: each of the first, then whenever it has grown by a
+    twentieth. So all reports of a run together take time in proportion to its length, though each shows the whole run."""
+    return count <= ALL_SHOWN or math.floor(math.log(count, GROWN)) > math.floor(math.log(count - 1, GROWN))
 
 
 def calls(settings: Settings) -> Iterator[Call]:

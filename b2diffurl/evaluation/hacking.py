@@ -6,7 +6,7 @@ before it. The limits are such that noise does not warn, however often one looks
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from b2diffurl.experiment.evaluation_table import set_title, with_error
 from b2diffurl.experiment.stage_table import Row
@@ -45,27 +45,49 @@ class Estimate:
 Look = Mapping[str, Estimate]  # `reward`, what is trained on, and by name the figures that should not fall with it
 
 
-def fallen(before: Sequence[Look], now: Look) -> list[tuple[str, int]]:
-    """(name, index of an earlier look) of each figure that has fallen since then, while the reward has risen.
+@dataclass
+class Looks:
+    """Looks at a policy one after the other, of which each is compared with those before it."""
 
-    A figure is compared with the first look, and with the one at which it was highest. Two looks count as independent,
-    which is too careful where they are on the same noise.
-    """
-    found = []
-    for name in now.keys() - {"reward"} if "reward" in now else ():
-        known = [index for index, look in enumerate(before) if name in look and "reward" in look]
-        highest = sorted(known, key=lambda index: -before[index][name].mean)[:1]
-        for index in dict.fromkeys([*highest, *known[:1]]):
-            was, here = before[index], now
-            paired = index == 0
-            limit = FALL_SE if index == known[0] else FALL_SE_OF_BEST
-            limit *= error_of_change(was[name], here[name], paired=paired)
-            limit = max(limit, MIN_FALL * max(was[name].deviation, here[name].deviation))
-            rise = RISE_SE * error_of_change(was["reward"], here["reward"], paired=paired)
-            if was[name].mean - here[name].mean > limit and here["reward"].mean - was["reward"].mean > rise:
-                found.append((name, index))
-                break
-    return sorted(found)
+    all: list[Look] = field(default_factory=list)
+    first: dict[str, int] = field(default_factory=dict)  # of a figure the first look that has it, and a reward …
+    highest: dict[str, int] = field(default_factory=dict)  # … and that at which it was highest
+
+    def add(self, look: Look) -> None:
+        for name in look.keys() - {"reward"} if "reward" in look else ():
+            self.first.setdefault(name, len(self.all))
+            best = self.highest.get(name)
+            if best is None or look[name].mean > self.all[best][name].mean:
+                self.highest[name] = len(self.all)
+        self.all.append(look)
+
+    def fallen(self, now: Look) -> list[tuple[str, int]]:
+        """(name, index of an earlier look) of each figure that has fallen since then, while the reward has risen.
+
+        A figure is compared with the first look, and with the one at which it was highest. Two looks count as independent,
+        which is too careful where they are on the same noise.
+        """
+        found = []
+        for name in now.keys() & self.first.keys() if "reward" in now else ():
+            for index in dict.fromkeys([self.highest[name], self.first[name]]):
+                was, here = self.all[index], now
+                paired = index == 0
+                limit = FALL_SE if index == self.first[name] else FALL_SE_OF_BEST
+                limit *= error_of_change(was[name], here[name], paired=paired)
+                limit = max(limit, MIN_FALL * max(was[name].deviation, here[name].deviation))
+                rise = RISE_SE * error_of_change(was["reward"], here["reward"], paired=paired)
+                if was[name].mean - here[name].mean > limit and here["reward"].mean - was["reward"].mean > rise:
+                    found.append((name, index))
+                    break
+        return sorted(found)
+
+
+def fallen(before: Sequence[Look], now: Look) -> list[tuple[str, int]]:
+    """`Looks.fallen` of a single look after those `before`."""
+    looks = Looks()
+    for look in before:
+        looks.add(look)
+    return looks.fallen(now)
 
 
 def error_of_change(was: Estimate, here: Estimate, *, paired: bool) -> float:
@@ -88,16 +110,18 @@ def evaluation_warnings(rows: Sequence[Row], apart: Mapping[str, float], parts: 
     found = []
     for curve in curves(rows):
         units = {name: deviation(curve[0], name) or 1.0 for name in apart}
-        looks = [evaluation_look(row, apart, units, parts) for row in curve]
-        for n, row in enumerate(curve[1:], 1):
+        looks = Looks()
+        for row in curve:
+            look = evaluation_look(row, apart, units, parts)
             about = {key: row[key] for key in ("stage", "prompts", "sampler")}
             where = f"{set_title(row['prompts']).lower()}, {row['sampler']} sampler"
-            for name, index in fallen(looks[:n], looks[n]):
+            for name, index in looks.fallen(look):
                 what = change_in_words(name, curve[index], row, mixed=bool(apart))
                 found.append({"kind": HACKED, "what": f"{where}: {what}"} | about)
-            for name in collapsed(curve[0], row, looks[0], looks[n]):
+            for name in collapsed(curve[0], row, looks.all[0], look) if looks.all else ():
                 what = change_in_words(name, curve[0], row, mixed=bool(apart))
                 found.append({"kind": UNIFORM, "what": f"{where}: {what}"} | about)
+            looks.add(look)
     return [row | {"phase": "eval", "advice": ADVICE[row["kind"]]} for row in found]
 
 

@@ -14,7 +14,7 @@ from b2diffurl.experiment import lock
 from b2diffurl.experiment.damage import skipping
 from b2diffurl.experiment.folder import in_words
 from b2diffurl.experiment.stage import LORA_FILE, Stage
-from b2diffurl.experiment.stage_table import Row, stage_rows
+from b2diffurl.experiment.stage_table import Row, image_rows
 from b2diffurl.runtime import files
 
 SETS = {"test": "Held-out prompts", "train": "Training prompts"}  # the two prompt sets that every experiment has
@@ -79,10 +79,10 @@ def evaluation_rows(
     sampler the conditions with the most rows are chosen, the newest of them on a tie: one evaluation with other settings
     does not replace a curve.
 
-    `stages` are the experiment's `stage_rows`, if they have been read; `damaged` is as for `every_evaluation`.
+    `stages` are rows of the experiment with `queries`, if they have been read; `damaged` is as for `every_evaluation`.
     """
-    queries = {row["stage"]: row["queries"] for row in (stage_rows(root) if stages is None else stages)} | {None: 0}
-    course = ("base", *(f"stage{index}" for index in queries))
+    queries = {row["stage"]: row["queries"] for row in (image_rows(root) if stages is None else stages)} | {None: 0}
+    course = {"base", *(f"stage{index}" for index in queries)}
     found = [
         row | {"queries": queries[row["stage"]]} for row in every_evaluation(root, damaged) if row["checkpoint"] in course
     ]
@@ -125,7 +125,7 @@ def lora_sha256(root: Path, stage: int, lora: str) -> str:
     """The checksum of a stage's LoRA file, by the record of its training or, until that is over, of its checkpoint."""
     of = Stage(root, stage)
     if of.finished("train"):
-        return of.manifest("train")["files"].get(lora.partition("/")[2], {}).get("sha256", "")
+        return of.loras().get(lora.partition("/")[2], "")
     from b2diffurl.experiment.checkpoints import read_state  # imports torch, which takes seconds
 
     return ((read_state(root / lora) or {}).get("files") or {}).get(LORA_FILE, {}).get("sha256", "")

@@ -4,7 +4,6 @@ Nothing here writes or imports torch, and of a stage only the head of a manifest
 """
 
 import os
-import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,8 +16,6 @@ from b2diffurl.experiment.stage_table import Row
 from b2diffurl.runtime import files
 
 FIGURES = ("reward", "accuracy")  # of an evaluation, that a row has
-HEAD_BYTES = 1 << 14  # of a manifest: its own entries come before the checksums of its files
-NUM_IMAGES = re.compile(rb'^ "num_images": (\d+),?$', re.MULTILINE)  # one space: an entry of the manifest itself
 
 
 def rows(folder: Path) -> list[Row]:
@@ -111,18 +108,11 @@ def with_images(stages: Sequence[Stage], damaged: list[str]) -> list[Row]:
     found, queries = [], 0
     for stage in stages:
         try:
-            queries += num_images(stage)
+            queries += stage.noted("select")["num_images"]
         except (ValueError, OSError, LookupError, TypeError) as error:
             damaged.append(f"stage{stage.index}: {why(error)}")
         found.append({"stage": stage.index, "queries": queries})
     return found
-
-
-def num_images(stage: Stage) -> int:
-    """How many images a stage has scored, from the head of its manifest, or if that does not say, from all of it."""
-    with stage.manifest_path("select").open("rb") as file:
-        match = NUM_IMAGES.search(file.read(HEAD_BYTES))
-    return int(match[1]) if match else stage.manifest("select")["num_images"]
 
 
 def mean_reward(root: Path, stages: Sequence[Row], damaged: list[str]) -> float | None:

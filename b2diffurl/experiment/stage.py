@@ -64,6 +64,13 @@ from b2diffurl.runtime.logs import logger
 
 PHASES = ("sample", "select", "train")
 READ_AT_ONCE = 200  # manifests that a ReadOnce remembers
+# What later stages, forecasts and reports take from the manifest of a stage; of its settings the number of steps.
+NOTED = (
+    *("stage", "window", "num_trained_steps", "num_images", "num_groups", "num_flat_groups", "num_twin_groups"),
+    *("reward_mean", "reward_std", "figures", "warnings", "seconds"),
+)
+HEAD_BYTES = 1 << 13  # of a manifest, that are read at a time to find the end of its own entries …
+FILES = b',\n "files": {'  # … where the checksums of its files begin; one space: it is an entry of the manifest itself
 STAGE = re.compile(r"stage(0|[1-9]\d*)")  # the name of a stage's folder
 LORA_FILE = "pytorch_lora_weights.safetensors"
 AVERAGE = "ema"  # the folder in a checkpoint that holds the exponential average of its LoRA
@@ -176,17 +183,19 @@ class Stage:
 
     def finished(self, phase: str) -> bool:
         """Whether the phase has written its manifest, which it does last."""
-        path = self.manifest_path(phase)
+        path = f"{self.root}/stage{self.index}/{phase}.json"  # no Path, which takes several times as long to make
+        if not os.path.lexists(path):
+            return False
         if (other := stage_in(path)) not in (None, self.index):
             raise ValueError(
                 f"{path} is the record of stage {other}: {self.folder} is a copy of it. Move {self.folder} elsewhere, out "
                 "of the experiment."
             )
-        if path.is_dir():
+        if os.path.isdir(path):
             raise ValueError(  # else the phase would run again, and fail only when it writes the manifest
                 f"{path} is a folder; it must be that phase's record. Move it away, then run run_{phase}.py again"
             )
-        return path.is_file()
+        return os.path.isfile(path)
 
     def manifest(self, phase: str) -> dict:
         """The manifest of `phase`; a ValueError if the phase is not finished."""
@@ -194,18 +203,35 @@ class Stage:
             raise ValueError(f"the {phase} phase of {self.folder} is not finished. Run run_{phase}.py first.")
         return files.read_json(self.manifest_path(phase))
 
+    def noted(self, phase: str) -> dict:
+        """The entries NOTED of the manifest of a phase that is finished; do not change them.
+
+        For looking at all stages of a long experiment: the checksums of a stage's files are not read, and what was read is
+        remembered while the file stays the same. The manifest's own checksum is not compared, as `manifest` does.
+        """
+        return files.remembered(self.manifest_path(phase), noted_in, lambda _: self.head(phase))
+
+    def head(self, phase: str) -> dict:
+        """The manifest's own entries, which come before `files`. What is not as `write_manifest` left it is read whole."""
+        with suppress(OSError, ValueError), self.manifest_path(phase).open("rb") as file:
+            read = b""
+            while block := file.read(HEAD_BYTES):
+                read += block
+                own, found, _ = read.partition(FILES)
+                if found:
+                    return files.parse_json(own + b"}")
+        return {key: value for key, value in self.manifest(phase).items() if key != "files"}
+
+    def loras(self) -> dict[str, str]:
+        """{path in the stage's folder: SHA-256} of every LoRA that its training has written."""
+        return files.remembered(self.manifest_path("train"), loras_in, lambda _: self.manifest("train"))
+
     def sampled_window(self, num_steps: int) -> Window | None:
         """The trained window that the stage was sampled with; None if it is not sampled yet.
 
         Earlier versions recorded only S: they trained the last S of `num_steps`.
         """
-        if not self.finished("sample"):
-            return None
-        sampled = self.manifest("sample")
-        if "window" in sampled:
-            return Window(*sampled["window"])
-        num_steps = sampled.get("settings", {}).get("sample.num_steps", num_steps)  # another, if the user has changed it
-        return Window.last(sampled["num_trained_steps"], num_steps)
+        return window_in(self.manifest("sample"), num_steps) if self.finished("sample") else None
 
     def write_manifest(self, phase: str, facts: dict, written: list[Path]) -> None:
         """Finish a phase: record `facts`, hardware, versions, environment, and size and checksum of each file `written`."""
@@ -254,12 +280,38 @@ class ReadOnce(Stage):
         return self.manifests[key]
 
 
-def stage_in(manifest: Path) -> int | None:
+def noted_in(manifest: dict) -> dict:
+    """The entries of a manifest that `Stage.noted` has."""
+    steps = {key: value for key, value in manifest.get("settings", {}).items() if key == "sample.num_steps"}
+    return {key: value for key, value in manifest.items() if key in NOTED} | ({"settings": steps} if steps else {})
+
+
+def window_in(sampled: dict, num_steps: int) -> Window:
+    """The trained window by a sample manifest. Earlier versions recorded S alone: the last S of `num_steps`, or of the
+    number that the stage was sampled with if they recorded that."""
+    if "window" in sampled:
+        return Window(*sampled["window"])
+    return Window.last(sampled["num_trained_steps"], sampled.get("settings", {}).get("sample.num_steps", num_steps))
+
+
+def loras_in(trained: dict) -> dict[str, str]:
+    """{path in the stage's folder: SHA-256} of every LoRA in a train manifest."""
+    return {name: entry["sha256"] for name, entry in trained["files"].items() if name.endswith(LORA_FILE)}
+
+
+def stage_in(manifest: Path | str) -> int | None:
     """The number of the stage that a manifest is of; None if there is no such file, or it does not say."""
-    if not manifest.is_file():
-        return None
-    with manifest.open("rb") as file:
-        match = re.search(rb'"stage": (\d+)', file.read(200))  # its second entry: the files' checksums need not be read
+    return files.remembered(manifest, number_in, read_beginning) if os.path.isfile(manifest) else None
+
+
+def read_beginning(manifest: Path | str) -> bytes:
+    with open(manifest, "rb") as file:
+        return file.read(200)
+
+
+def number_in(beginning: bytes) -> int | None:
+    """The number of the stage: a manifest's second entry, so the checksums of files need not be read."""
+    match = re.search(rb'"stage": (\d+)', beginning)
     return int(match[1]) if match else None
 
 
@@ -268,13 +320,15 @@ def finished_stages(root: Path, phase: str) -> list[Stage]:
 
     A folder of another number than its manifest has is somebody's copy: it is left out, and the log names it.
     """
-    found = {
-        int(match[1]): path for path in root.glob(f"stage*/{phase}.json") if (match := STAGE.fullmatch(path.parent.name))
-    }
-    for index, path in sorted(found.items()):
-        if stage_in(path) not in (None, index):
-            warn_of_copy(path)
-            del found[index]
+    found = []
+    for name in os.listdir(root) if os.path.isdir(root) else ():
+        path = f"{root}/{name}/{phase}.json"  # no Path: see Stage.finished
+        if not (match := STAGE.fullmatch(name)) or not os.path.lexists(path):
+            continue
+        if stage_in(path) in (None, int(match[1])):
+            found.append(int(match[1]))
+        else:
+            warn_of_copy(Path(path))
     return [Stage(root, index) for index in sorted(found)]
 
 

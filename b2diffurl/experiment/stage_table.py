@@ -14,6 +14,7 @@ from b2diffurl.experiment.stage import PHASES, Stage, finished_stages
 from b2diffurl.runtime.logs import logger
 
 Row = dict[str, Any]
+MOST_NAMED = 16  # stages, or rows of stages, that a sentence names
 
 
 def stage_rows(root: Path) -> list[Row]:
@@ -24,6 +25,17 @@ def stage_rows(root: Path) -> list[Row]:
         rows.append(None)
         with skipping(damaged, f"stage {stage.index}"):
             rows[-1] = stage_row(stage)
+    return with_queries(rows)
+
+
+def image_rows(root: Path) -> list[Row]:
+    """Stage, num_images and `queries` of each scored stage, in order. A damaged one is left out. Far less is read than for
+    `stage_rows`."""
+    rows: list[Row | None] = []
+    for stage in finished_stages(root, "select"):
+        rows.append(None)
+        with skipping([], f"stage {stage.index}"):
+            rows[-1] = {"stage": stage.index, "num_images": stage.noted("select")["num_images"]}
     return with_queries(rows)
 
 
@@ -100,28 +112,33 @@ def updates_before(stage: Stage, count: int) -> list[Row]:
 
 def warned_rows(root: Path) -> list[Row]:
     """Every warning of the phases (`b2diffurl.phases.health`), in order: its own entries, `stage` and `phase`."""
-    return [row for stage in finished_stages(root, "select") for row in stage_warnings(stage)]
+    trained = {stage.index for stage in finished_stages(root, "train")}
+    scored = finished_stages(root, "select")
+    return [row for stage in scored for row in stage_warnings(stage, trained=stage.index in trained)]
 
 
-def stage_warnings(stage: Stage) -> list[Row]:
-    """The rows of `warned_rows` of one stage."""
+def stage_warnings(stage: Stage, *, trained: bool | None = None) -> list[Row]:
+    """The rows of `warned_rows` of one scored stage. `trained` is whether it is, if that is known."""
     rows = []
-    for phase in ("select", "train"):
-        warnings = stage.manifest(phase).get("warnings", []) if stage.finished(phase) else []
-        rows += [{"stage": stage.index, "phase": phase} | warning for warning in warnings]
+    phases = ("select", "train") if (stage.finished("train") if trained is None else trained) else ("select",)
+    for phase in phases:
+        rows += [{"stage": stage.index, "phase": phase} | warning for warning in stage.noted(phase).get("warnings", [])]
     return rows
 
 
 def stage_list(indices: Sequence[int]) -> str:
-    """Stages in words: `stage 3`, `stages 2, 5-8`."""
+    """Stages in words: `stage 3`, `stages 2, 5-8`; of many the first and the last: `stages 2, 5-8, …, 990 (310 in all)`."""
     runs: list[list[int]] = []
     for index in sorted(set(indices)):
         if runs and index == runs[-1][1] + 1:
             runs[-1][1] = index
         else:
             runs.append([index, index])
-    named = ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
-    return f"stage{'s' if len(set(indices)) > 1 else ''} {named}"
+    named = [f"{first}" if first == last else f"{first}-{last}" for first, last in runs]
+    more = ""
+    if len(named) > MOST_NAMED:
+        named, more = [*named[: MOST_NAMED - 1], "…", named[-1]], f" ({len(set(indices))} in all)"
+    return f"stage{'s' if len(set(indices)) > 1 else ''} {', '.join(named)}{more}"
 
 
 def per_step_rows(root: Path, key: str) -> dict[int, dict[float, float]]:

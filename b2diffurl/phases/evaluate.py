@@ -5,6 +5,7 @@ from operator import mul
 from pathlib import Path
 from typing import Any
 
+from b2diffurl.configuration.loop import is_shown
 from b2diffurl.configuration.prompts import named_prompts
 from b2diffurl.configuration.settings import SamplerSettings, Settings
 from b2diffurl.evaluation.choice import choose
@@ -24,13 +25,21 @@ from b2diffurl.runtime.stopwatch import working_sec
 def evaluate_and_show(
     settings: Settings, checkpoints: Sequence[str], prompt_sets: Sequence[str], samplers: Sequence[str]
 ) -> list[Result]:
-    """Judge checkpoints on prompt sets with samplers, all given by name, and update report and trackers.
+    """`evaluate_and_warn`, and update report and trackers."""
+    results = evaluate_and_warn(settings, checkpoints, prompt_sets, samplers)
+    show(settings)
+    return results
+
+
+def evaluate_and_warn(
+    settings: Settings, checkpoints: Sequence[str], prompt_sets: Sequence[str], samplers: Sequence[str]
+) -> list[Result]:
+    """Judge checkpoints on prompt sets with samplers, all given by name, and warn of reward hacking.
 
     `measure.evaluate` says which names there are. Returns one result for each combination.
     """
     results = evaluate_timed(settings, checkpoints, prompt_sets, named_samplers(settings, samplers))
     warn_of_hacking(settings, results)
-    show(settings)
     return results
 
 
@@ -86,14 +95,19 @@ def evaluate_due(settings: Settings, index: int) -> None:
     """After the training of stage `index`: judge it and the base if eval.every says so, and update report and trackers.
 
     They are judged on held-out prompts with training's sampler. Nothing happens if a later stage has been trained already.
+    In a long run report and trackers are updated more and more rarely (`loop.is_shown`).
     """
     trained = finished_stages(settings.output.root, "train")
     if not trained or trained[-1].index != index:
         return
-    if settings.judging.due(index):
+    due = settings.judging.due(index)
+    if due:
         judged = ["base", f"stage{index}"], ["test"], {"training": training_sampler(settings)}
         warn_of_hacking(settings, evaluate_timed(settings, *judged, after=index))
-    show(settings)
+    if is_shown(index + 1) or (due and is_shown((index + 1) // settings.judging.every)):
+        show(settings)
+    elif due:
+        verdict.refresh(settings.output.root)
 
 
 def draw_prompt(settings: Settings, checkpoint: str, prompt: str, sampler: str) -> Path:

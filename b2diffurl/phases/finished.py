@@ -19,29 +19,27 @@ from b2diffurl.phases.sample import restore_record
 from b2diffurl.runtime.logs import logger
 
 
-def calls_left(plan: Plan, *, checked: bool = False) -> list[Call]:
+def calls_left(plan: Plan) -> list[Call]:
     """The calls of the run from the first phase that is not finished, in order; the others are checked and tidied up.
 
     Before them comes the evaluation of the newest trained stage if one is due there: it may have been interrupted. A
-    ValueError names a finished stage that does not fit the others, or what a later phase would refuse. `checked` says that
-    run_process.sh has had all this done in this run.
+    ValueError names a finished stage that does not fit the others, or what a later phase would refuse.
     """
     loop = list(calls(plan.settings))
     first = next(n for n, call in enumerate(loop) if not is_done(plan, call))
     done, left = loop[:first], loop[first:]
     trained = finished_stages(plan.stage.root, "train")
     due = [] if left[0].stage is None else [call for call in done if is_due(plan, call, trained)]  # the end judges it, too
-    if not checked:
-        check_done(plan, done)
-        if done and left[0].script != "sample":  # which checks this itself
-            stage = Stage(plan.stage.root, done[-1].stage if left[0].stage is None else left[0].stage)
-            check_later_phases(replace(plan, stage=stage, window=trained_window(stage, plan.settings.schedule)))
-        if lock.owner():  # the first machine does it for all
-            tidy_up(plan, done)
-            if trained and not due and left[0].stage is not None:
-                from b2diffurl.phases.evaluate import show  # imports matplotlib, for which a new run need not wait
+    check_done(plan, done)
+    if done and left[0].script != "sample":  # which checks this itself
+        stage = Stage(plan.stage.root, done[-1].stage if left[0].stage is None else left[0].stage)
+        check_later_phases(replace(plan, stage=stage, window=trained_window(stage, plan.settings.schedule)))
+    if lock.owner():  # the first machine does it for all
+        tidy_up(plan, done)
+        if trained and not due and left[0].stage is not None:
+            from b2diffurl.phases.evaluate import show  # imports matplotlib, for which a new run need not wait
 
-                show(plan.settings)  # the run may have been killed before
+            show(plan.settings)  # the run may have been killed before
     for call in done:
         if call.script != "eval" and call.stage == left[0].stage:
             logger.info("stage%d %s: already finished", call.stage, call.script)

@@ -157,10 +157,10 @@ def write_selection(plan: Plan, selected: list[Selected], edges: Tensor) -> list
 
 
 def earlier_summaries(stage: Stage) -> list[dict[str, Any]]:
-    """The manifests of the earlier stages' select phases, in order."""
-    manifests = [one.manifest("select") for one in finished_stages(stage.root, "select") if one.index < stage.index]
+    """What the warnings need of the earlier stages' select manifests, in order."""
+    found = [one.noted("select") for one in finished_stages(stage.root, "select") if one.index < stage.index]
     # Those that the first version wrote lack figures that the warnings need.
-    return [manifest for manifest in manifests if "num_twin_groups" in manifest]
+    return [summary for summary in found if "num_twin_groups" in summary]
 
 
 def log_summary(plan: Plan, summary: dict[str, Any], seconds: float) -> None:

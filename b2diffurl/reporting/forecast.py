@@ -253,12 +253,13 @@ def work_left(settings: Settings) -> Work:
     latest = [stage.manifest("select") for stage in finished_stages(root, "select")[-NUM_LATEST:]]
     shares = [manifest["num_selected"] / manifest["num_images"] for manifest in latest]
     expected = median(shares) * budget.num_images if shares else budget.most_selected
-    left = evaluations_left(settings, finished={stage.index for stage in finished_stages(root, "train")})
+    trained = {stage.index for stage in finished_stages(root, "train")}
+    left = evaluations_left(settings, finished=trained)
     for call in calls(settings):
-        if call.script == "eval":
-            continue  # `evaluations_left` has them
+        if call.script == "eval" or call.stage in trained:
+            continue  # `evaluations_left` has the evaluations
         stage = Stage(root, call.stage)
-        if not stage.finished(call.script) and not stage.finished("train"):
+        if not stage.finished(call.script):
             left += phase_work(settings, budget, stage, call, expected)
     return left
 
@@ -298,7 +299,7 @@ def spent(root: Path, pace: Pace) -> float:
     seconds = 0.0
     for stage in finished_stages(root, "train"):
         for phase, part in (("sample", "sample"), ("select", "score"), ("train", "train")):
-            timed = stage.manifest(phase)["seconds"]
+            timed = stage.noted(phase)["seconds"]
             # `share`: see `stage_pace`. select records none, and 0 says that the last process found all work done.
             seconds += timed[part] / (timed.get("share") or 1) + pace.process
     return seconds

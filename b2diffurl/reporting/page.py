@@ -66,7 +66,8 @@ from b2diffurl.runtime.paths import command
 NUM_PAIRS = 12  # how many images of a prompt set are shown: the first ones, not picked
 NUM_WARNINGS = 3  # how many warnings of a kind are shown
 NUM_EXTREMES = 6  # how many of the largest losses, and of the largest gains, are shown
-KEPT_VERSION = 3  # raise it when a picture or `summary` changes: what an older report kept is then made again
+NUM_CHANGES = 50  # how many changes of settings are shown
+KEPT_VERSION = 4  # raise it when a picture or `summary` changes: what an older report kept is then made again
 HEAT_MAPS = {"log_ratio": "Mean |log-ratio|", "clip_fraction": "Clip fraction"}
 # The names of the report's pictures.
 PICTURE = re.compile(r"curves|branches(_last)?|(log_ratio|clip_fraction)_per_step|(before_after|losses|gains)_.+")
@@ -104,6 +105,7 @@ def write_report(root: Path) -> Path:
     config = record["config"]
     signs = signs_of_evaluations(root, evaluations)
     objective = config["train"].get("objective", "ddpo")  # the only one that earlier versions had
+    changes = setting_changes(different_settings(root, readable, kept), record)
     with drawing():
         page = {
             "name": root.name,
@@ -120,8 +122,9 @@ def write_report(root: Path) -> Path:
             "curves": draw_curves(stages, evaluations, kept, clips=clips(objective)),
             "heat_maps": draw_heat_maps(readable, kept, clips=clips(objective)),
             "trees": draw_trees(root, readable, kept, damaged),
-            "changes": setting_changes({one["row"]["stage"]: one["settings"] for one in readable}, record),
-            "facts": facts(root, stages, record, readable),
+            "changes": changes[:NUM_CHANGES],
+            "num_more_changes": len(changes[NUM_CHANGES:]),
+            "facts": facts(root, stages, record, readable) | {"disk": disk_usage(root, kept)},
             "damaged": damaged,
             "gaps": stage_list(gaps) if (gaps := missing_stages(stages)) else "",
         }
@@ -205,9 +208,17 @@ def read_stages(root: Path, kept: Kept, damaged: list[str]) -> list[dict[str, An
 
 def seal_of(path: Path) -> str:
     """The end of a manifest, which is a checksum of all before."""
+    return files.remembered(path, as_text, read_end)
+
+
+def read_end(path: Path) -> bytes:
     with path.open("rb") as file:
         file.seek(-min(100, path.stat().st_size), os.SEEK_END)
-        return file.read().decode(errors="replace")
+        return file.read()
+
+
+def as_text(data: bytes) -> str:
+    return data.decode(errors="replace")
 
 
 def summary(stage: Stage) -> dict[str, Any]:
@@ -216,7 +227,7 @@ def summary(stage: Stage) -> dict[str, Any]:
     return {
         "row": stage_row(stage),
         "warned": stage_warnings(stage),
-        "settings": sampled.get("settings"),
+        "settings": files.digest(settings) if (settings := sampled.get("settings")) is not None else None,
         "telling": is_telling(stage),
         # As a list of pairs: keys of JSON objects are text.
         "steps": {key: list((step_means(stage, f"{key}_per_step") or {}).items()) for key in HEAT_MAPS},
@@ -224,6 +235,20 @@ def summary(stage: Stage) -> dict[str, Any]:
         "sampled": [sampled["num_images"] * sampled["seconds"].get("share", 1), sampled["seconds"]["sample"]],
         "finished": max(stage.manifest(phase)["finished"] for phase in PHASES if stage.finished(phase)),
     }
+
+
+def different_settings(root: Path, summaries: Sequence[dict[str, Any]], kept: Kept) -> dict[int, dict[str, Any] | None]:
+    """{stage: its settings, None if it recorded none} of the stages whose settings differ from those of the one before."""
+    found, before = {}, None
+    for one in summaries:
+        index, checksum = one["row"]["stage"], one["settings"]
+        if checksum is None:
+            found[index] = None
+        elif checksum != before:
+            read = lambda index=index: Stage(root, index).manifest("sample")["settings"]  # noqa: E731
+            found[index] = kept.get(f"settings {checksum}", checksum, read)
+            before = checksum
+    return found
 
 
 @contextmanager
@@ -578,7 +603,6 @@ def facts(
             key.removeprefix("seconds/").replace("/", ": "): sum(values) / len(values) for key, values in seconds.items()
         },
         "images_per_second": images / sampling_sec if images else None,
-        "disk": disk_usage(root),
         "finished": max(one["finished"] for one in summaries),
     }
 
@@ -601,19 +625,46 @@ def preset_rows(record: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     return [(key, here, there) for key, (here, there) in flatten(differences).items()]
 
 
-def disk_usage(root: Path) -> dict[str, int]:
+def disk_usage(root: Path, kept: Kept) -> dict[str, int]:
     """Bytes by kind of folder: `samples`, `images`, … over all stages, `eval`, …, and `other files`; without the report.
 
-    Without it, so that the same experiment gives the same page.
+    Without it, so that the same experiment gives the same page. A folder in which nothing has been made or deleted since the
+    last report is not looked through again.
     """
     sizes: dict[str, int] = {}
-    for folder, _, names in os.walk(root):  # several times as fast as Path.rglob
-        parts = Path(folder).relative_to(root).parts
-        inside = len(parts) > 1 and parts[0].startswith("stage")
-        # samples, images, … of all stages add up; a file directly in a stage's folder is one of the other files.
-        kind = parts[1] if inside else "other files" if not parts or parts[0].startswith("stage") else parts[0]
-        counted = [name for name in names if not name.endswith(files.TEMPORARY) and (parts or name != "report.html")]
-        if counted and parts[:1] != ("report",):
+    for folder in sorted(parts_of(root)):
+        name = folder.relative_to(root).as_posix()
+        found = kept.get(f"disk {name}", times(folder), lambda folder=folder: sizes_in(root, folder))
+        for kind, size in found.items():
+            sizes[kind] = sizes.get(kind, 0) + size
+    directly = [path for path in root.iterdir() if path.is_file() and path.name != "report.html"]
+    others = sum(path.stat().st_size for path in directly if not path.name.endswith(files.TEMPORARY))
+    return dict(sorted((sizes | {"other files": sizes.get("other files", 0) + others}).items()))
+
+
+def parts_of(root: Path) -> Iterator[Path]:
+    """The folders of stages and of evaluations, and all others but the report's."""
+    for name in os.listdir(root):
+        if name != "report" and os.path.isdir(root / name):
+            yield from (root / name / one for one in os.listdir(root / name)) if name == "eval" else (root / name,)
+
+
+def times(folder: Path) -> list[int]:
+    """When something was last made or deleted in a folder, and in those directly in it."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        inside = sorted(entry.stat().st_mtime_ns for entry in entries if entry.is_dir())
+        return [os.stat(folder).st_mtime_ns, *inside]
+    return []
+
+
+def sizes_in(root: Path, part: Path) -> dict[str, int]:
+    """Bytes below a folder of the experiment by kind: a stage's folders each have their own."""
+    sizes: dict[str, int] = {}
+    for folder, _, names in os.walk(part):  # several times as fast as Path.rglob
+        kind, *inside = Path(folder).relative_to(root).parts
+        if kind.startswith("stage"):  # a file directly in a stage's folder is one of the other files
+            kind = inside[0] if inside else "other files"
+        if counted := [name for name in names if not name.endswith(files.TEMPORARY)]:
             with suppress(OSError):  # a file that was deleted in this moment
                 sizes[kind] = sizes.get(kind, 0) + sum(os.stat(os.path.join(folder, name)).st_size for name in counted)
-    return dict(sorted(sizes.items()))
+    return sizes

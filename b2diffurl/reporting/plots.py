@@ -58,6 +58,7 @@ PAGE_STYLE = (
 )
 PANEL_INCHES = (4.0, 2.9)
 PANEL_AXES = (0.17, 0.27, 0.8, 0.63)  # left, bottom, width, height in a panel; the room below is for a legend
+MANY = 100  # points of a curve, above which each is not marked; and the most columns of a map, and bars
 TREE_COLUMN, TREE_ROW = 1.35, 1.12  # in the branch picture, from one image to the next; an image has side 1
 
 
@@ -117,8 +118,13 @@ def curve_panels(stages: Sequence[Row], evaluations: Sequence[Row], *, clips: bo
         ),
         Panel("Max |log-ratio| at the first update", lambda axes: draw_first_ratio(axes, x, trained)),
         Panel("Gradient norm, mean over updates", lambda axes: draw_series(axes, x, trained, "grad_norm")),
-        Panel("Seconds a stage", lambda axes: draw_seconds(axes, after, stages)),
+        Panel(f"Seconds a stage{mean_text(len(stages))}", lambda axes: draw_seconds(axes, after, stages)),
     ]
+
+
+def mean_text(count: int) -> str:
+    """What a picture shows of so many stages, for its title or axis: of many the means of several."""
+    return f", means of {together}" if (together := -(-count // MANY)) > 1 else ""
 
 
 def figures_of(evaluations: Sequence[Row]) -> list[str]:
@@ -148,12 +154,16 @@ def describe_figure(key: str) -> str:
 def draw_series(axes: Axes, x: Sequence[float], rows: Sequence[Row], key: str, *, steps: bool = False) -> None:
     """One figure over x; rows without it are skipped. `steps` is for counts: a staircase, whole numbers, from 0 on."""
     points = [(at, row[key]) for at, row in zip(x, rows, strict=True) if row.get(key) is not None]
-    axes.plot(
-        *zip(*points, strict=True) if points else ((), ()), "o-", color=BLUE, drawstyle="steps-mid" if steps else "default"
-    )
+    drawn = zip(*points, strict=True) if points else ((), ())
+    axes.plot(*drawn, line(points), color=BLUE, drawstyle="steps-mid" if steps else "default")
     if steps:
         axes.yaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
         axes.set_ylim(0, 1.15 * max((value for _, value in points), default=0) or 1)  # 1: an axis needs a length
+
+
+def line(points: Sequence[Any]) -> str:
+    """How a curve through these points is drawn: few of them are marked."""
+    return "o-" if len(points) <= MANY else "-"
 
 
 def draw_share(axes: Axes, x: Sequence[float], rows: Sequence[Row], key: str) -> None:
@@ -166,14 +176,14 @@ def draw_spread(axes: Axes, x: Sequence[float], rows: Sequence[Row], name: str) 
     """`<name>_mean` over x, with a band of `<name>_std` on both sides."""
     mean, spread = (np.array([row[f"{name}_{key}"] for row in rows]) for key in ("mean", "std"))
     axes.fill_between(x, mean - spread, mean + spread, color=BLUE, alpha=0.18, linewidth=0)
-    axes.plot(x, mean, "o-", color=BLUE)
+    axes.plot(x, mean, line(mean), color=BLUE)
 
 
 def draw_judged(axes: Axes, evaluations: Sequence[Row], key: str) -> None:
     """One evaluated figure ± its standard error over the images scored, a line for each prompt set and sampler."""
     others = sorted({row["prompts"] for row in evaluations} - set(SETS))
     for colour, prompts in zip(cycle(COLOURS), [*SETS, *others], strict=False):
-        for sampler, line in (("training", "-"), ("deployed", ":")):
+        for sampler, dashes in (("training", "-"), ("deployed", ":")):
             rows = [row for row in evaluations if (row["prompts"], row["sampler"]) == (prompts, sampler)]
             rows = [row for row in rows if row["queries"] is not None and row.get(key) is not None]
             if rows:
@@ -182,10 +192,13 @@ def draw_judged(axes: Axes, evaluations: Sequence[Row], key: str) -> None:
                 label = title.replace(" prompts", "").lower() if prompts in SETS else ending(title, 15)
                 label = label.partition(" (")[0] if label.startswith("held-out") else label
                 label += ", deployed" if sampler == "deployed" else ""
-                values, errors = [row[key] for row in rows], [row[f"{key}_se"] or 0.0 for row in rows]
-                axes.errorbar(
-                    [row["queries"] for row in rows], values, errors, color=colour, linestyle=line, marker="o", label=label
-                )
+                at, values = [row["queries"] for row in rows], np.array([row[key] for row in rows])
+                errors = np.array([row[f"{key}_se"] or 0.0 for row in rows])
+                if len(rows) <= MANY:
+                    axes.errorbar(at, values, errors, color=colour, linestyle=dashes, marker="o", label=label)
+                else:
+                    axes.plot(at, values, color=colour, linestyle=dashes, label=label)
+                    axes.fill_between(at, values - errors, values + errors, color=colour, alpha=0.18, linewidth=0)
     if key == "accuracy":
         axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
     if axes.get_legend_handles_labels()[0]:
@@ -196,8 +209,8 @@ def draw_judged(axes: Axes, evaluations: Sequence[Row], key: str) -> None:
 def draw_kept(axes: Axes, x: Sequence[float], rows: Sequence[Row]) -> None:
     """How many good and bad images a stage kept, and how many groups there were."""
     best, worst = ([row[key] for row in rows] for key in ("num_best", "num_worst"))
-    axes.plot(x, best, "o-", color=GREEN, label="good")
-    axes.plot(x, worst, "o-", color=RED, label="bad")
+    axes.plot(x, best, line(best), color=GREEN, label="good")
+    axes.plot(x, worst, line(worst), color=RED, label="bad")
     axes.plot(x, [row["num_groups"] for row in rows], linestyle="--", color=FAINT, linewidth=1, label="groups")
     axes.margins(y=0.25)
     axes.autoscale_view()
@@ -218,7 +231,10 @@ def draw_first_ratio(axes: Axes, x: Sequence[float], rows: Sequence[Row]) -> Non
 
 
 def draw_seconds(axes: Axes, x: Sequence[float], rows: Sequence[Row]) -> None:
-    """Seconds of each stage as stacked bars: sampling, scoring, training, and the loading of all phases."""
+    """Seconds of each stage as stacked bars: sampling, scoring, training, and the loading of all phases.
+
+    Of many stages there are areas instead, of means of several that follow each other.
+    """
     parts = {"sample": "sample/sample", "score": "select/score", "train": "train/train"}
     seconds = {name: [row.get(f"seconds/{key}", 0.0) for row in rows] for name, key in parts.items()}
     loading = [
@@ -226,19 +242,34 @@ def draw_seconds(axes: Axes, x: Sequence[float], rows: Sequence[Row]) -> None:
     ]
     # Loading of all phases together: it does not grow with the stage.
     seconds["load"] = [sum(row.get(key, 0.0) for key in loading) for row in rows]
-    # Bars stand at the images scored, so the smallest distance between two stages decides their width.
-    width = (x[0] if len(x) == 1 else min(np.diff(x))) * 0.7
-    below = np.zeros(len(rows))
+    together = -(-len(rows) // MANY)
+    x = means_of(x, together)
+    seconds = {name: means_of(values, together) for name, values in seconds.items()}
+    below = np.zeros(len(x))
     for (name, values), colour in zip(seconds.items(), COLOURS, strict=False):
-        # One collection for all bars: axes.bar would make a patch of each, which takes seconds for hundreds of stages.
-        left, right, top = np.array(x) - width / 2, np.array(x) + width / 2, below + values
-        corners = np.stack([[left, below], [right, below], [right, top], [left, top]]).transpose(2, 0, 1)
-        axes.add_collection(PolyCollection(corners, label=name, color=colour, linewidths=0))
+        if together == 1:
+            draw_bars(axes, x, below, below + values, label=name, color=colour, linewidths=0)
+        else:
+            axes.fill_between(x, below, below + values, step="mid", label=name, color=colour, linewidth=0)
         below = below + values
     axes.margins(y=0.25)
     axes.autoscale_view()
     axes.set_ylim(bottom=0)
     axes.legend(loc="upper left", ncols=4, columnspacing=1.0, handlelength=1.0)
+
+
+def draw_bars(axes: Axes, x: Sequence[float], below: np.ndarray, top: np.ndarray, **style: Any) -> None:
+    """A bar at each x, as wide as the smallest distance between two allows."""
+    width = 0.7 * (x[0] if len(x) == 1 else min(np.diff(x)))
+    left, right = np.array(x) - width / 2, np.array(x) + width / 2
+    corners = np.stack([[left, below], [right, below], [right, top], [left, top]]).transpose(2, 0, 1)
+    axes.add_collection(PolyCollection(corners, **style))  # not axes.bar, which makes a patch of each
+
+
+def means_of(values: Sequence[float], together: int) -> np.ndarray:
+    """The mean of each so many values that follow each other; of the last ones, which may be fewer. NaN does not count."""
+    cut = [np.asarray(values[start : start + together], dtype=float) for start in range(0, len(values), together)]
+    return np.array([np.nan if np.isnan(one).all() else np.nanmean(one) for one in cut])
 
 
 def panel_figure(panel: Panel) -> Figure:
@@ -276,10 +307,13 @@ def fill_panel(axes: Axes, panel: Panel) -> None:
 def heat_map(title: str, values: Mapping[int, Mapping[float, float]], *, log: bool) -> Figure:
     """`values`, {stage: {timestep: value}}, as colours: stages across, timesteps down from noise to image.
 
-    Steps that a stage did not train stay empty. On a logarithmic scale 0 gets the colour of the smallest positive value.
+    Steps that a stage did not train stay empty. On a logarithmic scale 0 gets the colour of the smallest positive value. Of
+    many stages a column has the mean of several that follow each other.
     """
     stages, timesteps = sorted(values), sorted({t for column in values.values() for t in column}, reverse=True)
-    grid = np.array([[values[stage].get(t, np.nan) for stage in stages] for t in timesteps], dtype=float)
+    together = -(-len(stages) // MANY)
+    grid = np.array([means_of([values[stage].get(t, np.nan) for stage in stages], together) for t in timesteps])
+    stages = stages[::together]
     positive = grid[np.isfinite(grid) & (grid > 0)]
     if log and positive.size:
         norm = LogNorm(positive.min(), max(positive.max(), positive.min() * 1.01))  # equal ends would be no scale
@@ -290,14 +324,12 @@ def heat_map(title: str, values: Mapping[int, Mapping[float, float]], *, log: bo
     figure = Figure(figsize=(4.6, 2.8))
     axes = figure.add_axes((0.14, 0.16, 0.64, 0.73))
     axes.grid(visible=False)
-    mesh = axes.pcolormesh(
-        np.arange(len(stages) + 1) - 0.5, np.arange(len(timesteps) + 1) - 0.5, grid, cmap="viridis", norm=norm
-    )
-    axes.invert_yaxis()  # noise, the largest t, on top
+    # An image has its first row, of noise, on top. It leaves no seams between the cells, as their outlines would.
+    cells = axes.imshow(grid, cmap="viridis", norm=norm, aspect="auto", interpolation="none")
     axes.set_yticks(range(len(timesteps)), [f"{t:.4g}" for t in timesteps])
     axes.set_xticks(thin(range(len(stages))), [str(stages[n]) for n in thin(range(len(stages)))])
-    axes.set(xlabel="stage", ylabel="timestep t", title=title)
-    bar = figure.colorbar(mesh, cax=figure.add_axes((0.8, 0.16, 0.03, 0.73)))
+    axes.set(xlabel=f"stage{mean_text(len(values))}", ylabel="timestep t", title=title)
+    bar = figure.colorbar(cells, cax=figure.add_axes((0.8, 0.16, 0.03, 0.73)))
     bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])  # short: there is little room at the right
     bar.minorticks_off()
     bar.outline.set_visible(False)

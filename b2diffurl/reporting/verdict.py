@@ -15,7 +15,8 @@ from b2diffurl.evaluation.hacking import ADVICE, curves, evaluation_warnings
 from b2diffurl.evaluation.intervals import NORMAL, Interval, change, interval
 from b2diffurl.experiment.evaluation_table import describe_sampler, evaluation_rows, set_title
 from b2diffurl.experiment.folder import EXPERIMENTS
-from b2diffurl.experiment.stage_table import Row, stage_rows, warned_rows
+from b2diffurl.experiment.stage import Stage
+from b2diffurl.experiment.stage_table import Row, image_rows, stage_warnings, warned_rows
 from b2diffurl.reporting.plots import describe_figure, figures_of
 from b2diffurl.reporting.verdict_text import NO_CHANGE, in_words, main_outcomes
 from b2diffurl.runtime import files
@@ -40,7 +41,7 @@ def refresh(root: Path) -> dict[str, Any] | None:
 def verdict(root: Path, stages: Sequence[Row] | None = None, rows: Sequence[Row] | None = None) -> dict[str, Any] | None:
     """The verdict on the experiment in folder `root`; None while base model and a stage have not been judged alike.
 
-    `stages` and `rows` are its stage_rows and evaluation_rows, if they have been read.
+    `stages` and `rows` are its rows with `queries` and its evaluation_rows, if they have been read.
 
     experiment, preset, reward, judge   what it is
     stage, num_stages, images           the newest judged stage, how many are wanted, images scored until then
@@ -51,7 +52,7 @@ def verdict(root: Path, stages: Sequence[Row] | None = None, rows: Sequence[Row]
     files, next                         {what: path} of what was made, {what: command} of what can be done now
     text                                all this in lines for people
     """
-    stages = stage_rows(root) if stages is None else stages
+    stages = image_rows(root) if stages is None else stages
     rows = evaluation_rows(root, stages) if rows is None else rows
     judged = [row["stage"] for row in rows if row["stage"] is not None]
     if not judged:
@@ -61,6 +62,7 @@ def verdict(root: Path, stages: Sequence[Row] | None = None, rows: Sequence[Row]
     tables = [found for base, tuned in judged_pairs(rows, newest) if (found := table(root, base, tuned))]
     if not tables:
         return None
+    signs = signs_of_evaluations(root, rows)
     found = {
         "experiment": root.name,
         "preset": config.get("preset", ""),
@@ -71,8 +73,8 @@ def verdict(root: Path, stages: Sequence[Row] | None = None, rows: Sequence[Row]
         "images": next(row["queries"] for row in stages if row["stage"] == newest),
         "outcome": {one["key"]: outcome(one) for one in tables[0]["figures"]},
         "tables": tables,
-        "hacking": hacking_signs(root, rows, newest),
-        "hacked_before": sorted({row["stage"] for row in signs_of_evaluations(root, rows) if row["stage"] < newest}),
+        "hacking": hacking_signs(root, signs, newest),
+        "hacked_before": sorted({row["stage"] for row in signs if row["stage"] < newest}),
         "parts": sorted(config["reward"].get("weights") or ()),
         "warned": sorted({row["stage"] for row in warned_rows(root)}),
     }
@@ -170,14 +172,14 @@ def outcome(figure: Mapping[str, Any]) -> str:
     return "risen" if figure["change"]["mean"] > 0 else "fallen"
 
 
-def hacking_signs(root: Path, rows: Sequence[Row], stage: int) -> list[Row]:
+def hacking_signs(root: Path, signs: Sequence[Row], stage: int) -> list[Row]:
     """The signs of reward hacking of a stage: of its evaluations, and of its scores and those of the stage after it.
 
-    What a stage has learnt shows in the images of the next one.
+    `signs` are those of all evaluations. What a stage has learnt shows in the images of the next one.
     """
-    found = [row for row in signs_of_evaluations(root, rows) if row["stage"] == stage]
-    scored = [row for row in warned_rows(root) if row["kind"] in ADVICE and row["stage"] in (stage, stage + 1)]
-    return [*found, *scored]
+    near = [one for one in (Stage(root, stage), Stage(root, stage + 1)) if one.finished("select")]
+    scored = [row for one in near for row in stage_warnings(one) if row["kind"] in ADVICE]
+    return [*(row for row in signs if row["stage"] == stage), *scored]
 
 
 def signs_of_evaluations(root: Path, rows: Sequence[Row]) -> list[Row]:

@@ -14,11 +14,11 @@ import re
 import shutil
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import numpy as np
 import safetensors
@@ -26,15 +26,18 @@ from PIL import Image
 
 from b2diffurl.runtime.processes import started
 
+R, T = TypeVar("R"), TypeVar("T")
+
 if TYPE_CHECKING:  # importing torch takes seconds, and commands that only look at an experiment read no tensors
     from torch import Tensor
 
+REMEMBERED: dict[tuple[str, Callable], tuple[tuple[int, ...], Any]] = {}  # of `remembered`
 TEMPORARY = ".tmp"
 # How the temporary name of a file ends: with the process that writes it. Twice if the file is a temporary one itself.
 TEMPORARY_END = re.compile(r"((\.\d+)?\.tmp)+$")
 MAX_PIXELS = 1 << 26  # of an image: 8192 x 8192. A file of a few kilobytes can hold a million times as much
 SEAL = "content_sha256"  # last key of a record: SHA-256 of all bytes before it
-SEALED = re.compile(rb'(.*?),\s*"' + SEAL.encode() + rb'": "(.*?)"\s*}\s*', re.DOTALL)
+SEALED = re.compile(rb',\s*"' + SEAL.encode() + rb'": "(.*?)"\s*}\s*', re.DOTALL)
 
 
 def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
@@ -155,9 +158,10 @@ def parse_float(text: str) -> float:
 def open_sealed(data: bytes) -> Any:
     """The JSON value in `data`. A record's checksum is checked and removed; a ValueError says that it does not match."""
     value = parse_json(data)  # first: what is cut off is no JSON, and says so better than a checksum
-    match = SEALED.fullmatch(data)
-    if match:
-        if hashlib.sha256(match[1]).hexdigest().encode() != match[2]:
+    # From its end: to look for the checksum from the beginning would take longer than all the rest.
+    comma = data.rfind(b",", 0, max(0, data.rfind(SEAL.encode())))
+    if comma >= 0 and (match := SEALED.fullmatch(data, comma)):
+        if hashlib.sha256(data[:comma]).hexdigest().encode() != match[1]:
             raise ValueError("its checksum does not match")
         del value[SEAL]
     return value
@@ -202,6 +206,17 @@ def read_json(path: Path) -> Any:
     """Read a JSON file; a ValueError names one that is not JSON, or a record whose checksum does not match."""
     with damage_named(path):
         return open_sealed(path.read_bytes())
+
+
+def remembered(path: Path | str, use: Callable[[R], T], read: Callable[[Path | str], R]) -> T:
+    """`use(read(path))`, remembered for the life of this process while the file stays the same. `use` is a function of a
+    module; what it returns is shared by all who ask."""
+    status = os.stat(path)
+    same = (status.st_ino, status.st_size, status.st_mtime_ns)
+    found = REMEMBERED.get(key := (os.fspath(path), use))
+    if found is None or found[0] != same:
+        found = REMEMBERED[key] = (same, use(read(path)))
+    return found[1]
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -106,14 +106,18 @@ def test_run_process_goes_through_the_stages(tmp_path):
 
 
 @pytest.mark.parametrize(("on_gpu", "num_processes", "resident"), [(False, 0, True), (True, 0, False), (False, 2, False)])
-def test_start_asks_for_one_process_on_the_cpu(empty, overrides, monkeypatch, on_gpu, num_processes, resident):
+def test_start_makes_the_calls_itself_on_the_cpu(empty, overrides, monkeypatch, on_gpu, num_processes, resident):
     """On a GPU each script gives its memory back by ending; and not if the configuration wants several processes."""
+    made = []
     monkeypatch.setattr("torch.cuda.is_available", lambda: on_gpu)
-    ended = start(empty, overrides | {"num_processes": num_processes}, f"--calls={empty}/calls")
-    assert ended.code == 0, ended.stderr
-    lines = (empty / "calls").read_text().splitlines()
-    assert ("resident" in lines) == resident
-    assert lines[-1] == "end"
+    monkeypatch.setattr("b2diffurl.resident.run_stages", lambda config, left: made.extend(left))
+    for asked, alone in (("auto", resident), ("no", False)):
+        ended = start(empty, overrides | {"num_processes": num_processes}, f"--calls={empty}/calls", f"--alone={asked}")
+        assert ended.code == 0, ended.stderr
+        lines = (empty / "calls").read_text().splitlines()
+        assert ("resident" in lines) == bool(made) == alone
+        assert lines[-1] == "end"
+        made.clear()
 
 
 TORCHRUN = ["-m", "torch.distributed.run"]
@@ -128,9 +132,9 @@ RENDEZVOUS = ["--master_addr=10.0.0.1", "--master_port=29500", "--rdzv_conf=time
 )  # fmt: skip
 def test_one_process_makes_all_calls_where_start_says_so(tmp_path, variables, resident):
     """Not where the user asks for scripts, several processes, machines or a launcher."""
-    calls, _ = called(tmp_path, variables, plan=PLAN.replace(r"\ncall", r"\nresident\ncall", 1))
-    assert [call[:2] for call in calls if "b2diffurl.resident" in call] == [["-m", "b2diffurl.resident"]] * resident
-    assert any("run_sample.py" in call for call in calls) != resident
+    calls, _ = called(tmp_path, variables, plan=PLAN.replace(r"\ncall", r"\nresident\ncall", 1) if resident else PLAN)
+    assert f"--alone={'auto' if resident else 'no'}" in calls[0]
+    assert (len(calls) == 1) == resident
 
 
 @pytest.mark.parametrize(
@@ -341,7 +345,7 @@ def test_a_switch_may_be_a_word(tmp_path, word, number):
     """Resident and RandomPrompt, as 1 and 0."""
     calls, _ = called(tmp_path, {"Resident": word, "RandomPrompt": word})
     assert all(f"--config.prompt_random_choose={number}" in call for call in calls)
-    assert ["-m", "b2diffurl.resident"] in [call[:2] for call in calls] if number else len(calls) == 1 + 10
+    assert f"--alone={'yes' if number else 'no'}" in calls[0]
 
 
 @pytest.mark.parametrize("name", ["Resident", "RandomPrompt"])

@@ -1,12 +1,14 @@
 """An experiment's stages as rows."""
 
+import json
+
 import numpy as np
 import pytest
 from conftest import stage_of
 
 from b2diffurl.experiment.metrics import read_events
-from b2diffurl.experiment.stage import Stage
-from b2diffurl.experiment.stage_table import per_step_rows, stage_rows, updates_before
+from b2diffurl.experiment.stage import LORA_FILE, NOTED, PHASES, Stage
+from b2diffurl.experiment.stage_table import per_step_rows, stage_list, stage_rows, updates_before
 from b2diffurl.phases.health import WINDOW
 from b2diffurl.runtime.files import read_json, read_json_lines
 
@@ -36,3 +38,30 @@ def test_updates_before_a_stage_are_the_latest_of_the_stages_before(finished):
     assert updates_before(stage_of(finished, 2), WINDOW) == one + two
     assert updates_before(stage_of(finished, 2), len(two) + 1) == [one[-1], *two]
     assert updates_before(stage_of(finished, 0), WINDOW) == []
+
+
+def test_what_is_noted_of_a_manifest_is_what_it_says(root):
+    """All but the files, also of a manifest that was written in another form; and anew once the file is another."""
+    stage = Stage(root, 0)
+    for phase in PHASES:
+        whole = stage.manifest(phase)
+        assert stage.head(phase) == {key: whole[key] for key in whole if key != "files"}
+        wanted = {key: whole[key] for key in whole if key in NOTED}
+        steps = {"settings": {"sample.num_steps": 4}} if phase == "sample" else {}
+        assert stage.noted(phase) == wanted | steps
+    assert stage.loras() == {name: one["sha256"] for name, one in whole["files"].items() if name.endswith(LORA_FILE)}
+    whole["warnings"] = [{"kind": "Log-ratio"}]
+    stage.manifest_path("train").write_text(json.dumps(whole))  # in one line, without a checksum
+    assert stage.noted("train")["warnings"] == whole["warnings"]
+    stage.manifest_path("train").write_bytes(b'{"phase": "train", "stage": 0, "war')
+    with pytest.raises(ValueError, match=r"train\.json is damaged"):
+        stage.noted("train")
+
+
+def test_many_stages_are_named_by_the_first_and_the_last():
+    """So that a line of the log does not grow with the run."""
+    assert stage_list([7, 2, 5, 6, 8]) == "stages 2, 5-8"
+    every_other = stage_list(range(0, 1000, 2))
+    assert every_other.startswith("stages 0, 2, 4,")
+    assert every_other.endswith(", …, 998 (500 in all)")
+    assert len(every_other) < 100

@@ -13,6 +13,7 @@ from b2diffurl.configuration.loop import calls
 from b2diffurl.experiment.stage import LORA_FILE
 from b2diffurl.phases.finished import calls_left, check_done
 from b2diffurl.runtime import files
+from benchmarks.grown import grow
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -117,22 +118,11 @@ def test_damage_and_changes_are_refused_before_any_call(workplace, overrides, ha
     assert snapshot(workplace) == before
 
 
-def test_looking_through_many_stages_is_linear(workplace, overrides, monkeypatch):
+def test_looking_through_many_stages_is_linear(finished, workplace, overrides, monkeypatch):
     """20 stages: each manifest is read once, though each stage is compared with the eight before it."""
-    root, one = experiment(workplace), stage_of(workplace, 1)
-    read = {phase: one.manifest(phase) for phase in ("sample", "select", "train")}
-    lora = read["train"]["files"][f"checkpoints/{one.checkpoints()[-1].name}/{LORA_FILE}"]["sha256"]
-    policy = {"policy": read["sample"]["policy"] | {"lora_sha256": lora}}
-    for index in range(2, 20):
-        shutil.copytree(one.folder, root / f"stage{index}", ignore=shutil.ignore_patterns("images", "sam*", "sel*"))
-        history = {f"stage{n}": stage_of(workplace, n).manifest("select")["files"]["scores.jsonl"]["sha256"]
-                   for n in range(max(0, index - 8), index)}  # fmt: skip
-        changed = {"sample": policy, "train": policy}
-        changed["select"] = {"made_from": read["select"]["made_from"] | {"history": history}}
-        for phase, record in read.items():
-            stage_of(workplace, index).manifest_path(phase).write_text(
-                json.dumps({**record, **changed[phase], "stage": index})
-            )
+    root = experiment(workplace)
+    shutil.rmtree(root)
+    grow(experiment(finished), root, 20)
     wanted, counted = plan(workplace, overrides, stage_cnt=20), []
     read_json = files.read_json
     monkeypatch.setattr(files, "read_json", lambda path: counted.append(path) or read_json(path))

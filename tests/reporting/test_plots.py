@@ -50,14 +50,14 @@ def test_heat_maps_run_from_noise_to_image():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["901", "101"]
     assert axes.get_ylim()[0] > axes.get_ylim()[1]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "2"]
-    (mesh,) = axes.collections[:1]
-    np.testing.assert_array_equal(mesh.get_array().filled(np.nan), [[np.nan, 0.2], [0.5, 0.1]])
+    (cells,) = axes.images
+    np.testing.assert_array_equal(cells.get_array().filled(np.nan), [[np.nan, 0.2], [0.5, 0.1]])
 
 
 def test_what_was_trained_and_is_zero_is_no_gap():
     """On a logarithmic scale, too, where a stage of one update has ratios of exactly 1."""
-    (mesh,) = heat_map("title", {0: {101: 1e-3}, 1: {901: 0.0, 101: 1e-5}}, log=True).axes[0].collections[:1]
-    np.testing.assert_array_equal(mesh.get_array().filled(np.nan), [[np.nan, 1e-5], [1e-3, 1e-5]])
+    (cells,) = heat_map("title", {0: {101: 1e-3}, 1: {901: 0.0, 101: 1e-5}}, log=True).axes[0].images
+    np.testing.assert_array_equal(cells.get_array().filled(np.nan), [[np.nan, 1e-5], [1e-3, 1e-5]])
 
 
 @pytest.mark.parametrize("values", [{101: 2e-5, 901: 6.4e-5}, {101: 3.1e-7, 901: 0.0094}, {101: 0.5, 901: 0.5}])

@@ -271,12 +271,12 @@ def test_one_process_waits_for_scores_stage_by_stage(overrides, tmp_path):
     settings = {key: value for key, value in overrides.items() if key != "exp_name"}
     variables = {"Reward": "file", "ExpName": "tiny", "Resident": "1"}
     for index in range(2):
-        assert run_process(tmp_path, settings, variables) == (0, ["start", "resident"])
+        assert run_process(tmp_path, settings, variables) == (0, ["start"])
         stage = stage_of(tmp_path, index)
         assert stage.wanted_scores.is_file()
         assert not stage.finished("train")
         values = fill(stage)
-    assert run_process(tmp_path, settings, variables) == (0, ["start", "resident"])
+    assert run_process(tmp_path, settings, variables) == (0, ["start"])
     assert [row["reward"] for row in scores(tmp_path, 1)] == values
     assert stage_of(tmp_path, 1).finished("train")
     assert (experiment(tmp_path) / "eval.jsonl").is_file()
