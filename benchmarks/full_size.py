@@ -1,28 +1,24 @@
 """Models of today in their real sizes without a download: SDXL, Stable Diffusion 3.5 medium, FLUX.1-dev, FLUX.2-klein.
 
-python -m benchmarks.full_size sdxl DIR          # random weights in bfloat16, 7 GB, in a few minutes
+python -m benchmarks.full_size sdxl DIR          # random weights in bfloat16, 7 GB, as fast as the disk
 python -m benchmarks.full_size sd35_medium DIR   # 6.5 GB, without T5
 
 `write_holes` writes the same files without contents, which take no room on disk: their headers have every tensor's shape.
 """
 
 import argparse
-import json
-import math
 import string
-import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
 from transformers import Qwen2TokenizerFast, T5TokenizerFast
 
 from b2diffurl.models import flux, flux2, sd3, sdxl
 from b2diffurl.models.diffusers_files import PipelineSpec, class_of
-from benchmarks.sd14 import TEXT_ENCODER, VAE, initialised_as, write_json, write_tokenizer
+from benchmarks.random_weights import Fill, hole, random_numbers, write_part
+from benchmarks.sd14 import TEXT_ENCODER, VAE, write_json, write_tokenizer
 
 # Literal copies of scheduler/scheduler_config.json, of stabilityai/stable-diffusion-xl-base-1.0,
 XL_SCHEDULER = {
@@ -217,36 +213,23 @@ FULL_SIZE = {
         KLEIN_SCHEDULER,
     ),
 }
-Save = Callable[[type, Mapping[str, Any], Path, str], None]  # writes a part: its class, config, folder and file of weights
 
 
-def build(root: Path, model: FullSize, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Write a model with random weights of `dtype` into folder `root`, part by part. Returns `root`."""
-
-    def save(kind: type, config: Mapping[str, Any], folder: Path, _: str) -> None:
-        with initialised_as(dtype):
-            make(kind, config).to(dtype).save_pretrained(folder)
-
-    return write(root, model, save)
+def build(root: Path, model: FullSize) -> Path:
+    """Write a model with random weights in bfloat16 into folder `root`, part by part. Returns `root`."""
+    return write(root, model, random_numbers())
 
 
 def write_holes(root: Path, model: FullSize) -> Path:
     """Write a model whose files of bfloat16 weights have a header and a hole, into folder `root`. Returns `root`."""
-
-    def save(kind: type, config: Mapping[str, Any], folder: Path, name: str) -> None:
-        with torch.device("meta"):
-            part = make(kind, config)
-        part.save_config(folder) if hasattr(part, "save_config") else part.config.save_pretrained(folder)
-        write_hole(folder / name, part)
-
-    return write(root, model, save)
+    return write(root, model, hole)
 
 
-def write(root: Path, model: FullSize, save: Save) -> Path:
-    """Write a model into folder `root` in the layout of diffusers, its parts by `save`."""
+def write(root: Path, model: FullSize, fill: Fill) -> Path:
+    """Write a model into folder `root` in the layout of diffusers, its weights by `fill`."""
     spec = model.spec
     for part, config in model.configs.items():
-        save(class_of(part, spec), config, root / part, spec.weights[part].format(""))
+        write_part(root / part, spec.weights[part].format(""), class_of(part, spec), config, fill)
     writers = {
         "CLIPTokenizer": write_tokenizer,
         "T5TokenizerFast": t5_tokenizer().save_pretrained,
@@ -258,25 +241,6 @@ def write(root: Path, model: FullSize, save: Save) -> Path:
     index = {"_class_name": spec.pipeline, "scheduler": ["diffusers", model.scheduler["_class_name"]]}
     write_json(root / "model_index.json", index | dict(spec.classes) | {part: [None, None] for part in spec.unused})
     return root
-
-
-def make(kind: type, config: Mapping[str, Any]) -> nn.Module:
-    """A part of a class of diffusers or transformers."""
-    return kind(**config) if hasattr(kind, "load_config") else kind(kind.config_class(**config))
-
-
-def write_hole(path: Path, part: nn.Module) -> None:
-    """Write a safetensors file with the shapes of a part's tensors, each once, and nothing where their numbers would be."""
-    stored = part.state_dict().keys()
-    tensors = {name: tensor for name, tensor in (*part.named_parameters(), *part.named_buffers()) if name in stored}
-    header, end = {}, 0
-    for name, tensor in tensors.items():
-        start, end = end, end + 2 * math.prod(tensor.shape)
-        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
 
 
 def t5_tokenizer() -> T5TokenizerFast:

@@ -21,7 +21,8 @@ from b2diffurl.models import base_sizes, family
 from b2diffurl.models.diffusers_files import class_of
 from b2diffurl.models.lora import add_lora, lora_parameters
 from b2diffurl.reporting import dry_run
-from benchmarks.full_size import FULL_SIZE, make, write_holes
+from benchmarks.full_size import FULL_SIZE, write_holes
+from benchmarks.random_weights import make
 from benchmarks.stage import run_process
 
 LONG = pytest.mark.long

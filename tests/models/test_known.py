@@ -3,15 +3,13 @@
 import math
 
 import pytest
-import torch
 from conftest import make_config
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from b2diffurl.configuration.settings import LoraSettings, ModelSettings, read_settings
 from b2diffurl.models import family_of
 from b2diffurl.models.known import KNOWN, expected_family, expected_sizes
 from benchmarks import full_size, sd14
+from benchmarks.random_weights import hole
 
 BUILT = {
     "CompVis/stable-diffusion-v1-4": "sd14",
@@ -25,25 +23,12 @@ def model_at(name: str, *, mlp: bool, family: str = "auto") -> ModelSettings:
     return ModelSettings(family, name, "main", "", "", 0, LoraSettings(4, mlp))
 
 
-def write_sd14(root) -> None:
-    """The headers of Stable Diffusion v1.4's weights."""
-    with torch.device("meta"):
-        parts = {"unet": UNet2DConditionModel(**sd14.UNET), "vae": AutoencoderKL(**sd14.VAE)}
-        parts["text_encoder"] = CLIPTextModel(CLIPTextConfig(**sd14.TEXT_ENCODER))
-    for name, part in parts.items():
-        (root / name).mkdir(parents=True)
-        file = "model" if name == "text_encoder" else "diffusion_pytorch_model"
-        full_size.write_hole(root / name / f"{file}.safetensors", part)
-        part.config.to_json_file(root / name / "config.json") if name == "text_encoder" else part.save_config(root / name)
-    sd14.write_json(root / "model_index.json", sd14.MODEL_INDEX)
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("name", KNOWN)
 def test_they_are_those_of_the_files(tmp_path, name):
     """Of the same architectures at full size: every number of the weights, of the LoRA with and without MLPs, of latents."""
     if BUILT[name] == "sd14":
-        write_sd14(tmp_path)
+        sd14.build(tmp_path, hole)
     else:
         full_size.write_holes(tmp_path, full_size.FULL_SIZE[BUILT[name]])
     for mlp in (False, True):
