@@ -41,10 +41,9 @@ from b2diffurl.algorithm.selection import select_all, select_pairs
 from b2diffurl.algorithm.transition import Transitions, log_prob, step_weights, transition
 from b2diffurl.algorithm.types import Noise, Predict
 from b2diffurl.algorithm.window import Window
-from b2diffurl.configuration.settings import read_rewards, read_training
+from b2diffurl.configuration.settings import read_training
 from b2diffurl.experiment.stage import LORA_FILE
 from b2diffurl.objectives import OBJECTIVES
-from b2diffurl.rewards import load_reward, score
 from b2diffurl.runtime import files
 
 SAMPLE_BATCH, SCORE_BATCH, TRAIN_BATCH = 8, 8, 2  # prompts, images, trajectories
@@ -320,9 +319,9 @@ def read_pickle(path: Path) -> Any:
 
 def select(folder: Path, job: Job) -> dict[str, Any]:
     """Score the images and write selected.pkl. Returns the content of select.json."""
-    clock, settings = Clock(job.device), job.config["reward"]
+    clock = Clock(job.device)
     with clock("load"):
-        reward = load_reward(settings["name"], read_rewards(settings), job.device)
+        scorer = Scorer(job)
     with clock("read"):
         samples = read_pickle(folder / SAMPLES)
     num_images = len(job.prompts) * job.config["split_time"]
@@ -332,7 +331,7 @@ def select(folder: Path, job: Job) -> dict[str, Any]:
             for start in range(0, len(record["ids"]), SCORE_BATCH):
                 ids, some = (record[key][start : start + SCORE_BATCH] for key in ("ids", "prompts"))
                 images = torch.stack([files.read_image(folder / "images" / f"{n:05d}.png") for n in ids])
-                rewards[ids], _ = score(reward, images, some)
+                rewards[ids] = scorer(images, some)
                 for n, prompt in zip(ids, some, strict=True):
                     prompts[n] = prompt
     with clock("select"):
@@ -340,6 +339,32 @@ def select(folder: Path, job: Job) -> dict[str, Any]:
     with clock("write"):
         write_pickle(folder / SELECTED, selected)
     return {"seconds": clock.seconds, "num_selected": len(selected)}
+
+
+class Scorer:
+    """CLIP score by transformers' model and image processor. A prompt is embedded once."""
+
+    def __init__(self, job: Job):
+        from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
+
+        root, dtype = job.config["reward"]["clip"]["model"], torch.float16 if job.device.type == "cuda" else torch.float32
+        self.model = CLIPModel.from_pretrained(root, dtype=dtype).to(job.device).eval()
+        self.tokenizer = CLIPTokenizer.from_pretrained(root)
+        self.processor = AutoImageProcessor.from_pretrained(root, backend="pil")
+        self.known: dict[str, Tensor] = {}  # prompt -> its embedding [E]
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Rewards float32 [N] of images uint8 [N,H,W,3]."""
+        pixels = self.processor(images=[*images.permute(0, 3, 1, 2)], return_tensors="pt").pixel_values
+        seen = self.model.get_image_features(pixel_values=pixels.to(self.model.device, self.model.dtype)).pooler_output
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]:
+            length = self.model.config.text_config.max_position_embeddings
+            options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
+            read = self.model.get_text_features(**self.tokenizer(new, **options).to(self.model.device)).pooler_output
+            self.known |= dict(zip(new, read.float(), strict=True))
+        text = torch.stack([self.known[prompt] for prompt in prompts])
+        return torch.nn.functional.cosine_similarity(seen.float(), text).cpu()
 
 
 def choose(config: dict[str, Any], samples: list[dict], rewards: Tensor, prompts: list[str]) -> list[dict[str, Any]]:

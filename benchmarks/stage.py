@@ -7,8 +7,8 @@
     python -m benchmarks.stage --network                        # the network alone, by batch size, compiled or not;
                                                                 # --compiled no blocks transformers whole: which parts
 
-A stage runs as three fresh processes, ours and the peers' in turn. `--write` puts the figures into
-docs/results/performance.json.
+A stage runs in fresh processes, ours and the peers' in turn: the peers' are three, and ours as many as run_process.sh
+takes. `--write` puts the figures into docs/results/performance.json.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from b2diffurl.runtime.device import choose_device
 from b2diffurl.runtime.logs import logger, set_up_logging
 from benchmarks.network import COMPILED, measure_network
 from benchmarks.peers import DTYPES, SAMPLE_BATCH, Job
-from benchmarks.stage_report import VERBS, Run, in_turn, markdown, network_markdown, startup_markdown
+from benchmarks.stage_report import TOGETHER, VERBS, Run, in_turn, markdown, network_markdown, startup_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "performance.json"
@@ -220,10 +220,16 @@ def described(given: argparse.Namespace, facts: dict[str, Any]) -> dict[str, Any
 
 
 def run_ours(settings: list[str], config: ConfigDict, root: Path) -> tuple[Run, dict[str, Any]]:
-    """Run a stage by our three scripts and delete its files. Returns the run, and sample.json with the stage's `prompts`."""
+    """Run a stage as run_process.sh would. Returns the run, and sample.json with the stage's `prompts`. Deletes its files.
+
+    On the CPU it is one process, on a GPU each phase has one of its own.
+    """
     shutil.rmtree(root, ignore_errors=True)
-    places = [f"--config.save_path={root}", f"--config.log_path={root}"]
-    processes = {verb: run_process([f"run_{verb}.py", *settings, *places]) for verb in VERBS}
+    flags = [*settings, f"--config.save_path={root}", f"--config.log_path={root}"]
+    if choose_device(read_settings(config).compute)[0]:
+        processes = {verb: run_process([f"run_{verb}.py", *flags]) for verb in VERBS}
+    else:
+        processes = {TOGETHER: run_process(["-m", "benchmarks.one_process", *flags])}
     stage = Stage(root / config.exp_name, 0)
     manifests = {verb: stage.manifest(verb) for verb in VERBS}
     facts = manifests["sample"] | {"prompts": files.read_json(stage.prompts)}

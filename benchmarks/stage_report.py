@@ -2,7 +2,7 @@
 
 A Run is what was measured in one stage, a dict:
 
-    wall                          {verb: seconds of the whole process}, verbs sample, select, train
+    wall                          {verb: seconds of the whole process}, verbs sample, select, train, or all of them TOGETHER
     seconds                       {verb: {name: seconds}}, as the process measured them
     peak_bytes, written_bytes     {verb: bytes}; device_bytes on a GPU
     num_images
@@ -19,6 +19,7 @@ from typing import Any
 from benchmarks.page import percent, table
 
 VERBS = ("sample", "select", "train")
+TOGETHER = "stage"  # in one process
 SHAPES = {"ours": "ours", "peers": "peers", "fused": "peers + SDPA"}
 START_UP, WHOLE = "start-up, loading and end", "whole stage"
 Run = dict[str, Any]
@@ -165,7 +166,7 @@ def rate_table(facts: dict[str, Any]) -> str:
             for phase in ("sampling", "training")
             if phase in per_run["ours"][0]
         ),
-        *(row(f"peak memory of {verb}, MiB", memory(verb, "peak_bytes")) for verb in VERBS),
+        row("peak memory, MiB", lambda shape: number(max(max(run["peak_bytes"].values()) for run in runs[shape]) / 2**20)),
     ]
     if like["device_bytes"]:
         rows += [row(f"peak GPU memory of {verb}, MiB", memory(verb, "device_bytes")) for verb in VERBS]

@@ -437,7 +437,7 @@ def flux(config: ConfigDict) -> None:
 def shapes(config: ConfigDict) -> None:
     """The default: the small model with the objective nft, 5 stages of 1,440 images, 7,200 in all.
 
-    bash run_process.sh, two CPU cores, 7 minutes. Accuracy rises from 52 to 94 % on training prompts and from 51 to 91 % on
+    bash run_process.sh, two CPU cores, 5 minutes. Accuracy rises from 52 to 94 % on training prompts and from 51 to 91 % on
     held-out prompts (means of three seeds).
     """
     shapes_ddpo(config)
@@ -498,7 +498,7 @@ def shapes_ddpo(config: ConfigDict) -> None:
     config.seed = 3  # one of the three seeds in docs/results.md
     config.pretrained.model = "model/shapes/base"
     config.reward.clip.model = "model/shapes/clip"
-    config.reward.batch_size = 256
+    config.reward.batch_size = 64
     config.prompt_file = "config/prompt/shapes_relation_train.json"
     config.eval.prompt_file = "config/prompt/shapes_relation_test.json"
     config.eval.judge = "shapes"

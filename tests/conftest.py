@@ -46,6 +46,7 @@ from b2diffurl.experiment.trajectories import SelectedTrajectories, Trajectories
 from b2diffurl.objectives import OBJECTIVES  # noqa: E402
 from b2diffurl.phases.trainer import Trainer  # noqa: E402
 from b2diffurl.reporting import page  # noqa: E402
+from b2diffurl.runtime import threads  # noqa: E402
 from b2diffurl.runtime.files import SEAL, write_bytes  # noqa: E402
 
 torch.set_num_threads(1)
@@ -234,6 +235,16 @@ def no_pictures(no_pngs, monkeypatch) -> None:
     """Nothing is drawn for a report, which takes seconds: for tests of what is reported, not of how."""
     for name in ("draw_curves", "draw_heat_maps", "draw_trees", "pairs_figure"):
         monkeypatch.setattr(page, name, lambda *_, **__: [])
+
+
+@pytest.fixture
+def side_by_side(monkeypatch) -> Iterator[None]:
+    """Torch has two threads, which compute side by side, however few rows there are."""
+    monkeypatch.setattr(threads, "MIN_ROWS", 1)
+    torch.set_num_threads(2)
+    yield
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

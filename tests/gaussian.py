@@ -38,7 +38,7 @@ class GaussianWorld:
     """What sampling and training use of `b2diffurl.models.Model`: a prompt is the mean of its data, written as a number, and
     theta, which is 0 in the base policy, shifts them all."""
 
-    latent_shape = (1, 2, 2)
+    latent_shape, is_compiled = (1, 2, 2), False
 
     def __init__(self):
         self.network = NoiseOfGaussian(self.latent_shape)

@@ -36,6 +36,7 @@ class Model(Protocol):
     latent_shape: tuple[int, int, int]  # C, h, w
     fingerprint: str  # SHA-256 of the base network's weights
     scheduler_config: dict  # the scheduler's settings, defaults filled in, for manifests
+    is_compiled: bool  # by `compile`
 
     def sampler(self, num_steps: int, eta: float, steps: Sequence[int] | None = None, *, sde: str = "") -> Transitions:
         """The transitions of a sampler with `num_steps` steps and noise level `eta`; with eta 0 it is deterministic.
@@ -83,6 +84,9 @@ class Model(Protocol):
 
     def reset(self) -> None:
         """Return to the state after loading: the fresh LoRA, no gradients, the network unwrapped."""
+
+    def twin(self) -> "Model":
+        """This model for another thread: the same tensors, but gradients of its own, and `with_lora` and `base_policy`."""
 
     def checkpoint_gradients(self) -> None:
         """From now on recompute activations in the backward pass instead of keeping them."""

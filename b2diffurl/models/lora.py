@@ -77,18 +77,16 @@ def add_lora(network: nn.Module, spec: LoraSpec, *, rank: int, seed: int) -> Non
     """
     from peft import LoraConfig
 
+    from b2diffurl.models.lora_layer import LoraLinear
+
     config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(spec.targets))
+    config._register_custom_module({nn.Linear: LoraLinear})
     # peft draws A from the global generator. Its state is restored, so that nothing else depends on this.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stable_seed(seed, "lora"))
         network.add_adapter(config)
     for parameter in lora_parameters(network).values():
         parameter.data = parameter.data.float()
-    for name, module in network.named_modules():
-        if name.endswith(".lora_A.default"):
-            # Of a slice, such as the image's rows of joint attention, torch computes the product in another order if a
-            # gradient is wanted. Sampling and training would differ by rounding.
-            module.register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
 
 
 def lora_parameters(network: nn.Module) -> dict[str, nn.Parameter]:

@@ -3,6 +3,7 @@
 N rows, P prompts, latents [N,C,h,w], images [N,H,W,3]
 """
 
+import copy
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,8 +134,24 @@ class PipelineModel:
             parameter.data.copy_(self._fresh[name])
             parameter.grad = None
 
+    def twin(self) -> "PipelineModel":
+        # The values are the same memory, which the optimizer changes in place.
+        own = {name: nn.Parameter(parameter.data) for name, parameter in self.trainable().items()}
+        shared = {id(tensor): tensor for tensor in (*self.bare.parameters(), *self.bare.buffers())}
+        copied = shared | {id(parameter): own[name] for name, parameter in self.trainable().items()}
+        twin = copy.copy(self)
+        twin.network = copy.deepcopy(self.network, copied)
+        twin.parts = self.parts | {self.spec.network: copied[id(self.bare)]}
+        twin._trainable = own
+        return twin
+
     def checkpoint_gradients(self) -> None:
         self.bare.enable_gradient_checkpointing()
+
+    @property
+    def is_compiled(self) -> bool:
+        block = next((module for module in self.bare.modules() if type(module).__name__ in self.compiled), None)
+        return getattr(block, "_compiled_call_impl", None) is not None
 
     def compile(self) -> None:
         """Compile block by block: equal blocks share their code, and a later process reads it back in seconds.

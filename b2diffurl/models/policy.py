@@ -19,7 +19,7 @@ from b2diffurl.algorithm.types import Conditions
 from b2diffurl.configuration.settings import ModelSettings
 from b2diffurl.experiment.checkpoints import read_state, require_whole
 from b2diffurl.models import Model, base_identity, family
-from b2diffurl.runtime import files
+from b2diffurl.runtime import files, threads
 from b2diffurl.runtime.logs import logger
 
 NUM_CUT_NAMED = 5  # prompts too long for the model that the log names
@@ -127,18 +127,16 @@ def predictor(
     `micro_batch_size` rows at once (0: all).
     """
 
-    @torch.no_grad()
     def predict(x_t: Tensor, i: int) -> Tensor:
-        rows = micro_batch_size or len(x_t)
-        outputs = []
-        for start in range(0, len(x_t), rows):
-            part = slice(start, start + rows)
+        @torch.no_grad()
+        def of_part(part: slice) -> Tensor:
             # Group-major rows: group g's branches are rows g*K to g*K + K-1, so each condition is repeated in place.
             repeated = {
                 name: value.repeat_interleave(len(x_t) // len(value), dim=0)[part] for name, value in conditions.items()
             }
-            outputs.append(model.predict(x_t[part], timesteps[i], repeated, unconditional, guidance_scale))
-        return torch.cat(outputs)
+            return model.predict(x_t[part], timesteps[i], repeated, unconditional, guidance_scale)
+
+        return in_pieces(model, of_part, len(x_t), micro_batch_size or len(x_t), x_t.device)
 
     return predict
 
@@ -158,4 +156,10 @@ def warn_of_cut_prompts(model: Model, placed: Sequence[tuple[str, str]]) -> None
 
 def decode(model: Model, latents: Tensor, batch_size: int) -> Tensor:
     """Decode latents [N,C,h,w] to images uint8 [N,H,W,3] on the CPU, `batch_size` at once."""
-    return torch.cat([model.decode(part).cpu() for part in latents.split(batch_size)])
+    return in_pieces(model, lambda part: model.decode(latents[part]).cpu(), len(latents), batch_size, latents.device)
+
+
+def in_pieces(model: Model, work: Callable[[slice], Tensor], num_rows: int, at_most: int, device: torch.device) -> Tensor:
+    """`work` on all rows of a batch, `at_most` at once. On the CPU pieces are computed side by side."""
+    number = 1 if model.is_compiled else threads.at_once(num_rows, device)
+    return torch.cat([*threads.side_by_side(work, threads.pieces(num_rows, at_most, number), number)])

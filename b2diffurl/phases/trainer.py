@@ -10,11 +10,12 @@ B micro-batches of M units
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 import torch
 from accelerate import Accelerator
@@ -30,6 +31,7 @@ from b2diffurl.experiment.trajectories import SelectedTrajectories, Trajectories
 from b2diffurl.models import Model
 from b2diffurl.phases.losses import Loss, make_loss
 from b2diffurl.phases.update_report import StepValues, UpdateReport, join, of_all_processes, refusal, update_metrics
+from b2diffurl.runtime import threads
 from b2diffurl.runtime.batch_sizes import BatchSizes
 from b2diffurl.runtime.logs import logger
 
@@ -107,12 +109,12 @@ class Trainer:
         runs = runs_of_steps(units, steps, owned)
         # The sum of losses becomes their mean. Times W, because processes average their gradients instead of adding them up.
         scale = self.accelerator.num_processes / sum(len(some) * len(those) for some, those in runs)
-        loss = partial(self.loss, trajectories, advantages.to(self.accelerator.device))
-        return [self.accumulate_run(loss, *run, scale, size=size, apart=apart, last=run is runs[-1]) for run in runs]
+        data = trajectories, advantages.to(self.accelerator.device)
+        return [self.accumulate_run(data, *run, scale, size=size, apart=apart, last=run is runs[-1]) for run in runs]
 
     def accumulate_run(
         self,
-        loss: Callable[[Tensor, Tensor], StepValues],
+        data: tuple[Trajectories, Tensor],
         units: Tensor,
         steps: Sequence[int],
         scale: float,
@@ -123,29 +125,47 @@ class Trainer:
     ) -> UpdateReport:
         """Accumulate `scale` times the gradient of the summed loss of all units at each of `steps`.
 
-        A micro-batch holds units at one step. If all units of this process fit into one, it may hold several steps, unless
-        steps are to be kept `apart`. The report has each step's own gradient norm only if no two steps shared a micro-batch.
+        `data` are trajectories and the advantages of their transitions. A micro-batch holds units at one step. If all units
+        of this process fit into one, it may hold several steps, unless steps are to be kept `apart`. The report has each
+        step's own gradient norm only if no two steps shared a micro-batch.
         """
         num_processes, siblings = self.accelerator.num_processes, units[0].numel()
         room = max(1, size // siblings)  # units that fit into a micro-batch
-        cut, counts = micro_batches(units, self.accelerator.process_index, num_processes, room, constant=self.constant_shape)
+        number_at_once = self.number_at_once(units.numel() * len(steps))
+        cut, counts = micro_batches(
+            units, self.accelerator.process_index, num_processes, room,
+            constant=self.constant_shape, multiple=min(number_at_once, self.number_at_once(units.numel())),
+        )  # fmt: skip
         num_real = counts.sum(1).int().tolist()  # units of each micro-batch, padding left out
-        at_once = 1 if apart or len(cut) > 1 else max(1, room // cut.shape[1])  # steps in a micro-batch
+        share = math.ceil(len(steps) / number_at_once)
+        steps_at_once = 1 if apart or len(cut) > 1 else max(1, min(room // cut.shape[1], share))  # in a micro-batch
         # Move everything to the device now: a copy inside the loop would make the CPU wait for the GPU each time.
         device = self.accelerator.device
         cut, counts = cut.to(device), counts.to(device)
-        chunks = torch.tensor(list(steps), device=device).split(at_once)
+        chunks = torch.tensor(list(steps), device=device).split(steps_at_once)
+        parts: list[StepValues] = []  # of a chunk
         step_values, norms, after = [], [], self.gradient()
-        for chunk in chunks:
-            parts = []
-            for number in range(len(cut)):
-                # Processes exchange gradients as rarely as possible: once an update, or once a step if steps are kept apart.
-                exchanges = number == len(cut) - 1 and (apart or (last and chunk is chunks[-1]))
-                parts.append(self.add_gradient(loss, cut[number], counts[number], chunk, scale, last=exchanges))
-                self.bar.update(len(chunk) * num_real[number] * siblings * num_processes)
+
+        def compute(chunk: Tensor, number: int) -> tuple[StepValues, list[Tensor]]:
+            # Processes exchange gradients as rarely as possible: once an update, or once a step if steps are kept apart.
+            exchanges = number == len(cut) - 1 and (apart or (last and chunk is chunks[-1]))
+            given = cut[number], counts[number], chunk, scale
+            if number_at_once == 1:
+                return self.add_gradient(self.loss, data, *given, last=exchanges), []
+            return self.gradient_by_twin(data, *given)
+
+        tasks = [(chunk, number) for chunk in chunks for number in range(len(cut))]
+        computed = threads.side_by_side(lambda task: compute(*task), tasks, number_at_once)
+        for (chunk, number), (values, gradients) in zip(tasks, computed, strict=True):
+            add(self.model, gradients)
+            self.bar.update(len(chunk) * num_real[number] * siblings * num_processes)
+            parts.append(values)
+            if number < len(cut) - 1:
+                continue
             step_values.append(join(parts, -1))
+            parts = []
             # The norm of what this step has added, if the gradient is that of all processes by now.
-            if at_once == 1 and (apart or num_processes == 1):
+            if steps_at_once == 1 and (apart or num_processes == 1):
                 before, after = after, self.gradient()
                 norms.append((after - before).norm())
         values = join(step_values, 0)
@@ -153,9 +173,15 @@ class Trainer:
         step_norms = torch.stack(norms) / self.gradient_scale() if norms else None
         return UpdateReport(units, self.loss.timesteps(steps), values, step_norms)
 
+    def number_at_once(self, num_transitions: int) -> int:
+        """How many micro-batches are computed side by side: several on the CPU, where one process trains."""
+        alone = self.accelerator.num_processes == 1 and not self.model.is_compiled
+        return threads.at_once(num_transitions, self.accelerator.device) if alone else 1
+
     def add_gradient(
         self,
-        loss: Callable[[Tensor, Tensor], StepValues],
+        loss: Loss,
+        data: tuple[Trajectories, Tensor],
         units: Tensor,
         counts: Tensor,
         steps: Tensor,
@@ -167,11 +193,31 @@ class Trainer:
 
         With `last` the processes average the gradients that they have accumulated.
         """
-        with nullcontext() if last else self.accelerator.no_sync(self.model.network):
-            values = loss(units, steps)
+        with nullcontext() if last else self.accelerator.no_sync(loss.policy.model.network):
+            values = loss(*data, units, steps)
             step_losses = (values.loss * counts).sum(1)  # [s]
-            self.accelerator.backward((step_losses * self.loss.step_weight[steps]).sum() * scale)
+            self.accelerator.backward((step_losses * loss.step_weight[steps]).sum() * scale)
         return replace(values, loss=values.loss.detach())
+
+    def gradient_by_twin(
+        self, data: tuple[Trajectories, Tensor], units: Tensor, counts: Tensor, steps: Tensor, scale: float
+    ) -> tuple[StepValues, list[Tensor]]:
+        """What `add_gradient` would add, by a twin of the policy that is free, so that other threads can do the same."""
+        try:
+            loss = self.twins.get_nowait()
+        except Empty:
+            loss = replace(self.loss, policy=replace(self.loss.policy, model=self.model.twin()))
+        parameters = loss.policy.model.trainable().values()
+        for parameter in parameters:
+            parameter.grad = None  # also of an attempt that ran out of memory
+        values = self.add_gradient(loss, data, units, counts, steps, scale, last=True)
+        gradients = [parameter.grad for parameter in parameters]
+        self.twins.put(loss)
+        return values, gradients
+
+    @cached_property
+    def twins(self) -> SimpleQueue[Loss]:
+        return SimpleQueue()
 
     def gradient(self) -> Tensor:
         """A copy of the accumulated gradient of all parameters, as one vector."""
@@ -204,6 +250,15 @@ class Trainer:
         # If only the gradient is not finite, the last report will do: it has all units, as each owns its last step.
         report = (bad or reports)[-1]
         raise refusal(report, norm, gradients, trajectories, self.stage, number=self.num_updates, rank=rank)
+
+
+def add(model: Model, gradients: Sequence[Tensor | None]) -> None:
+    """Add gradients to those of the model's parameters, if there are any."""
+    for parameter, gradient in zip(model.trainable().values(), gradients, strict=False):
+        if parameter.grad is None:
+            parameter.grad = gradient
+        elif gradient is not None:
+            parameter.grad += gradient
 
 
 def warm_up(trainer: Trainer, stored: SelectedTrajectories, units: Tensor, num_steps: int) -> None:
@@ -298,15 +353,16 @@ def runs_of_steps(units: Tensor, steps: Sequence[int], owned: Tensor | None) -> 
 
 
 def micro_batches(
-    units: Tensor, process: int, num_processes: int, size: int, *, constant: bool = False
+    units: Tensor, process: int, num_processes: int, size: int, *, constant: bool = False, multiple: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Cut one process's share of an update into B micro-batches of M <= `size` units.
 
     Returns units [B,M] or [B,M,2] and counts [B,M], 0 for padding and 1 elsewhere. With `constant` M = `size` in every
-    update. All processes get the same B and M: they exchange gradients equally often, and none waits in vain for another.
+    update. B is a multiple of `multiple`. All processes get the same B and M: they exchange gradients equally often, and
+    none waits in vain for another.
     """
     share = math.ceil(len(units) / num_processes)
-    number = math.ceil(share / size)  # B
+    number = math.ceil(share / size / multiple) * multiple  # B
     length = (size if constant else math.ceil(share / number)) * number  # B*M
     own = units[process * share : (process + 1) * share]
     missing = length - len(own)

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
-from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer
 
 from b2diffurl.models.whole import read_tokenizer
 from b2diffurl.rewards import Reward
+from b2diffurl.rewards.pixels import Pixels
+from b2diffurl.runtime import threads
 from b2diffurl.runtime.hub import load_whole, model_files, model_folder
 
 NOT_DECISIVE = ("model",)
@@ -39,18 +41,23 @@ class Clip:
         root = model_folder(model)
         self.model = load_whole(CLIPModel, root, dtype, device)
         self.tokenizer = read_tokenizer(root, CLIPTokenizer, self.model.config.text_config.vocab_size)
-        self.processor = AutoImageProcessor.from_pretrained(root, backend="pil", trust_remote_code=False)
+        self.pixels = Pixels(root)
         self.device, self.dtype = device, dtype
         self.known: dict[str, Tensor] = {}  # prompt -> its embedding [E]
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return cosine_similarity(self.embed_images(images), self.embed_prompts(prompts))
 
-    @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
         """Embeddings float32 [N,E] of images uint8 [N,H,W,3], not normalised."""
-        pixels = self.processor(images=list(images.permute(0, 3, 1, 2).cpu()), return_tensors="pt").pixel_values
-        features = self.model.get_image_features(pixel_values=pixels.to(self.device, self.dtype))
+        number = threads.at_once(len(images), self.device)
+        cut = threads.pieces(len(images), len(images), number)
+        return torch.cat([*threads.side_by_side(lambda part: self.embed(images[part]), cut, number)])
+
+    @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor:
+        """`embed_images` of a part of a batch."""
+        features = self.model.get_image_features(pixel_values=self.pixels(images).to(self.device, self.dtype))
         return features.pooler_output.float()
 
     @torch.no_grad()

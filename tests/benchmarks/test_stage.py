@@ -81,7 +81,7 @@ def test_page_has_ratios_and_the_share_of_attention():
     assert rows["| **whole stage**"] == ["**49.0**", "**123**", "**86.0**", "**2.51×**", "**1.43×**"]
     assert "saves 50.0 % of the difference" in page
     assert rows["| TFLOP/s of training (of matmul peak)"] == ["16.0 (800.0 %)", "5.33 (266.7 %)", "8.00 (400.0 %)"]
-    assert rows["| peak memory of sample, MiB"] == ["1,024"] * 3
+    assert rows["| peak memory, MiB"] == ["1,024"] * 3
 
 
 def test_medians_are_of_runs_beside_each_other():

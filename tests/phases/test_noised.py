@@ -20,6 +20,7 @@ from b2diffurl.models.policy import load_lora, load_policy
 from b2diffurl.objectives import OBJECTIVES
 from b2diffurl.phases.losses import NoisedImages, make_loss
 from b2diffurl.phases.trainer import Trainer, make_trainer
+from b2diffurl.runtime import threads
 from b2diffurl.runtime.device import make_accelerator
 
 NFT = {"train.objective": "nft", "train.noise_levels": 3, "train.base_weight": 0.5}
@@ -144,6 +145,18 @@ def test_micro_batching_does_not_change_the_update(trainer):
     for size, apart in ((1, False), (3, False), (3, True), (100, True)):
         part = gradient(made, samples, advantages, size=size, apart=apart)
         assert (part - whole).norm() < 2e-5 * whole.norm()
+
+
+def test_side_by_side_each_policy_is_the_right_one(trainer, side_by_side, monkeypatch):
+    """While one thread has the old LoRA in place, or none, the other does not see it."""
+    made, samples, advantages = trainer
+    monkeypatch.setattr(threads, "MAX_AT_ONCE", 1)
+    expected = gradient(made, samples, advantages, size=2)
+    monkeypatch.setattr(threads, "MAX_AT_ONCE", 2)
+    found = [gradient(made, samples, advantages, size=2) for _ in range(3)]
+    assert made.twins.qsize() == 2
+    assert (found[0] - expected).norm() < 2e-5 * expected.norm()
+    assert all(torch.equal(again, found[0]) for again in found)
 
 
 def test_images_without_an_advantage_only_feel_the_leash(trainer):

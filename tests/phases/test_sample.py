@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 from conftest import experiment, json_lines, run_stage, snapshot, stage_of, updates_of
 from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -15,8 +16,10 @@ from b2diffurl.algorithm.seeding import generator
 from b2diffurl.algorithm.window import Window
 from b2diffurl.configuration.settings import Outside, read_settings
 from b2diffurl.experiment.stage import LORA_FILE, Stage
+from b2diffurl.models.policy import decode, predictor
 from b2diffurl.models.stable_diffusion import StableDiffusion
 from b2diffurl.phases.sample import make_sampler
+from b2diffurl.runtime import threads
 from b2diffurl.runtime.files import read_image
 
 
@@ -188,3 +191,23 @@ def test_single_branches_are_independent_images(stage_with):
         assert all(torch.equal(value, others[key]) for key, value in tensors.items())
     lora = [load_file(stage.checkpoints()[-1] / LORA_FILE) for stage in (one, other)]
     assert all(torch.equal(value, lora[1][key]) for key, value in lora[0].items())
+
+
+# ---- side by side ----
+
+
+def test_side_by_side_images_are_the_same(models, side_by_side, monkeypatch):
+    """Up to rounding those of one thread; to the bit the same again."""
+    model, steps = tiny.load_model(models / "sd"), torch.tensor([501, 1])
+    conditions = model.encode(["a red circle", "a blue square"])
+    x_t = torch.randn(6, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    found = []
+    for number in (1, 2, 2):
+        monkeypatch.setattr(threads, "MAX_AT_ONCE", number)
+        predict = predictor(model, steps, conditions, model.unconditional(), guidance_scale=2.0, micro_batch_size=4)
+        found.append((predict(x_t, 0), decode(model, x_t, 4)))
+        assert not found[-1][0].requires_grad
+    (alone, images), *both = found
+    torch.testing.assert_close(both[0][0], alone, rtol=1e-4, atol=1e-5)
+    assert (both[0][1].int() - images.int()).abs().max() <= 1
+    assert all(torch.equal(one, again) for one, again in zip(*both, strict=True))

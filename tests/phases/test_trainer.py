@@ -6,7 +6,8 @@ N selected trajectories, S trained steps, U units: trajectories or pairs of them
 import contextlib
 import itertools
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -29,6 +30,7 @@ from b2diffurl.objectives import Objective
 from b2diffurl.objectives.options import NoOptions
 from b2diffurl.phases.trainer import Trainer, make_trainer, micro_batches
 from b2diffurl.phases.update_report import UpdateReport, update_metrics
+from b2diffurl.runtime import threads
 from b2diffurl.runtime.device import make_accelerator
 
 CLIP_RANGE = 1e-3  # of the gradient tests: small enough for the off-policy ratios below to be clipped in part
@@ -146,6 +148,37 @@ def base_unet(models) -> UNet2DConditionModel:
 
 
 # ---- the gradient ----
+
+
+def test_side_by_side_the_gradient_is_the_same(bench, batch, side_by_side, monkeypatch):
+    """Up to rounding it is that of one thread, and to the bit the same again, whichever thread is faster."""
+    monkeypatch.setattr(threads, "MAX_AT_ONCE", 1)
+    alone, expected = gradient(bench(), *batch, UNITS["ddpo"])
+    monkeypatch.setattr(threads, "MAX_AT_ONCE", 2)
+    trainer, before = bench(num_threads=2, **{"train.micro_batch_size": 2}), None
+    for slow in (0, 1, 0):
+        delays = itertools.cycle([0.02 * slow, 0.02 * (1 - slow)])
+        monkeypatch.setattr(trainer, "gradient_by_twin", delayed(Trainer.gradient_by_twin.__get__(trainer), delays))
+        found, report = gradient(trainer, *batch, UNITS["ddpo"])
+        assert trainer.twins.qsize() == 2
+        assert difference(found, alone) < 1e-5
+        assert before is None or torch.equal(found, before)
+        before = found
+        torch.testing.assert_close(report.values.loss, expected.values.loss, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(report.step_norms, expected.step_norms, rtol=1e-4, atol=1e-8)
+    # An update moves the weights that the twins share.
+    trainer.update(*batch, UNITS["ddpo"], every_step(trainer))
+    twin = trainer.twins.get().policy.model
+    for name, parameter in trainer.model.trainable().items():
+        assert torch.equal(twin.trainable()[name], parameter)
+
+
+def delayed(work: Callable, delays: Iterator[float]) -> Callable:
+    def later(*arguments):
+        time.sleep(next(delays))
+        return work(*arguments)
+
+    return later
 
 
 def test_the_update_is_the_mean_over_all_pairs_computed_one_by_one(bench, batch):
