@@ -226,12 +226,16 @@ export B2DIFFURL_RUN
 if [ -z "$Launcher" ]; then unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE; fi
 PlanFolder=$(mktemp -d)
 PlanFile="$PlanFolder/calls"
-Folder=
-# The experiment's folder, once start has said it.
-read_folder() { Folder=$(sed -n $'1s/^folder\t//p' "$PlanFile" 2> /dev/null || true); }
+Folder= Whole=
+# What start has written, once it is whole. It is kept in variables, because a run may outlive its temporary files.
+read_list() {
+    if [ "$(tail -n 1 "$PlanFile" 2> /dev/null)" != end ]; then return 0; fi
+    Whole=1 Folder=$(sed -n $'1s/^folder\t//p' "$PlanFile")
+    if grep -qx resident "$PlanFile"; then Resident=1; else Resident=0; fi
+}
 # At the end, delete the lock if it is ours, and the experiment's folder if it is empty.
 leave() {
-    read_folder
+    if [ -z "$Whole" ]; then read_list; fi
     rm -rf "$PlanFolder"
     if grep -qs "\[\[$$," "$Folder/run.lock"; then rm -f "$Folder/run.lock"; rmdir "$Folder" 2> /dev/null || true; fi
 }
@@ -245,15 +249,18 @@ if [ "$Resident" = 1 ]; then
 elif [ -z "$Resident$Launcher" ] && [ "${NumProcesses:-1}" -eq 1 ] && [ "$NumMachines" -eq 1 ]; then
     Alone=auto
 fi
-run "$Python" -m b2diffurl.start --calls="$PlanFile" --alone="$Alone" "${Flags[@]}"
-if [ "$(tail -n 1 "$PlanFile" 2> /dev/null)" != end ]; then
+"$Python" -m b2diffurl.start --calls="$PlanFile" --alone="$Alone" "${Flags[@]}" &
+Start=$!
+while [ -z "$Whole" ] && kill -0 "$Start" 2> /dev/null; do sleep 0.1; read_list; done
+wait "$Start" || exit $?
+if [ -z "$Whole" ]; then read_list; fi
+if [ -z "$Whole" ]; then
     echo "error: b2diffurl.start has ended without a list of calls, so nothing can be run" >&2
     echo "       Something that it imports may have ended it: config/stage_process.py, or a module beside it." >&2
     exit 1
 fi
-read_folder
 if [ -z "$Folder" ]; then exit 0; fi    # it was --dry_run, which has shown the plan
-if grep -qx resident "$PlanFile"; then exit 0; fi    # start has made all calls
+if [ "$Resident" = 1 ]; then exit 0; fi    # start has made all calls
 # The loop: every call in order. A call whose work is already done ends at once. The list is read from descriptor 3, so
 # that the scripts cannot read from it.
 while IFS=$'\t' read -r -a Call <&3; do

@@ -111,6 +111,7 @@ def sampling() -> ConfigDict:
     sample.batch_size = 8  # groups (one prompt each) in a batch, so batch_size * split_time images
     sample.num_batches_per_epoch = 32  # batches in a stage, over all processes
     # The next two may be too large for the memory: they are halved until they fit, if one process runs.
+    # On the CPU up to four passes of 16 images or more are computed side by side.
     sample.micro_batch_size = 0  # images in one forward pass of the network; 0: the whole batch
     sample.decode_batch_size = 16  # latents decoded at once
     return sample

@@ -58,12 +58,16 @@ def is_needed(call: Call, settings: Settings) -> bool:
     """Whether a script has to be started for a call: not to find that nothing is to be judged or shown after a stage."""
     if call.script != "eval" or call.stage is None:
         return True
-    return is_shown(call.stage + 1) or bool(call.evaluations(settings.schedule.num_stages, settings.judging.every))
+    waits = settings.rewards.made_elsewhere
+    return waits or is_shown(call.stage + 1) or bool(call.evaluations(settings.schedule.num_stages, settings.judging.every))
 
 
 def is_shown(count: int) -> bool:
-    """Whether a run is shown anew after so many stages, or evaluations: each of the first, then whenever it has grown by a
-    twentieth. So all reports of a run together take time in proportion to its length, though each shows the whole run."""
+    """Whether report and trackers are made anew after this many stages, or evaluations.
+
+    They are after each of the first 20, then whenever the run has grown by a twentieth. Each shows the whole run, and so all
+    of them together take time in proportion to its length.
+    """
     return count <= ALL_SHOWN or math.floor(math.log(count, GROWN)) > math.floor(math.log(count - 1, GROWN))
 
 

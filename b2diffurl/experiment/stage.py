@@ -70,6 +70,7 @@ NOTED = (
     *("reward_mean", "reward_std", "figures", "warnings", "seconds"),
 )
 HEAD_BYTES = 1 << 13  # of a manifest, that are read at a time to find the end of its own entries …
+END_BYTES = 100  # of a manifest, with its checksum
 FILES = b',\n "files": {'  # … where the checksums of its files begin; one space: it is an entry of the manifest itself
 STAGE = re.compile(r"stage(0|[1-9]\d*)")  # the name of a stage's folder
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -219,8 +220,13 @@ class Stage:
                 read += block
                 own, found, _ = read.partition(FILES)
                 if found:
-                    return files.parse_json(own + b"}")
-        return {key: value for key, value in self.manifest(phase).items() if key != "files"}
+                    file.seek(-END_BYTES, os.SEEK_END)  # a manifest that was cut off has lost its checksum
+                    if files.SEAL.encode() in file.read():
+                        return files.parse_json(own + b"}")
+                    break
+        if not isinstance(manifest := self.manifest(phase), dict):
+            raise ValueError(f"{self.manifest_path(phase)} is damaged: it holds no JSON object. Get it anew.")
+        return {key: value for key, value in manifest.items() if key != "files"}
 
     def loras(self) -> dict[str, str]:
         """{path in the stage's folder: SHA-256} of every LoRA that its training has written."""

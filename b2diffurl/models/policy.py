@@ -161,5 +161,5 @@ def decode(model: Model, latents: Tensor, batch_size: int) -> Tensor:
 
 def in_pieces(model: Model, work: Callable[[slice], Tensor], num_rows: int, at_most: int, device: torch.device) -> Tensor:
     """`work` on all rows of a batch, `at_most` at once. On the CPU pieces are computed side by side."""
-    number = 1 if model.is_compiled else threads.at_once(num_rows, device)
+    number = 1 if model.is_compiled else threads.at_once(num_rows, at_most, device)
     return torch.cat([*threads.side_by_side(work, threads.pieces(num_rows, at_most, number), number)])

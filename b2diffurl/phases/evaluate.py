@@ -104,7 +104,9 @@ def evaluate_due(settings: Settings, index: int) -> None:
     if due:
         judged = ["base", f"stage{index}"], ["test"], {"training": training_sampler(settings)}
         warn_of_hacking(settings, evaluate_timed(settings, *judged, after=index))
-    if is_shown(index + 1) or (due and is_shown((index + 1) // settings.judging.every)):
+    # A run that waits for people's scores is looked at while it waits.
+    waits = settings.rewards.made_elsewhere
+    if waits or is_shown(index + 1) or (due and is_shown((index + 1) // settings.judging.every)):
         show(settings)
     elif due:
         verdict.refresh(settings.output.root)

@@ -131,10 +131,10 @@ class Trainer:
         """
         num_processes, siblings = self.accelerator.num_processes, units[0].numel()
         room = max(1, size // siblings)  # units that fit into a micro-batch
-        number_at_once = self.number_at_once(units.numel() * len(steps))
+        number_at_once = self.number_at_once(units.numel() * len(steps), size)
         cut, counts = micro_batches(
             units, self.accelerator.process_index, num_processes, room,
-            constant=self.constant_shape, multiple=min(number_at_once, self.number_at_once(units.numel())),
+            constant=self.constant_shape, multiple=min(number_at_once, self.number_at_once(units.numel(), size)),
         )  # fmt: skip
         num_real = counts.sum(1).int().tolist()  # units of each micro-batch, padding left out
         share = math.ceil(len(steps) / number_at_once)
@@ -173,10 +173,10 @@ class Trainer:
         step_norms = torch.stack(norms) / self.gradient_scale() if norms else None
         return UpdateReport(units, self.loss.timesteps(steps), values, step_norms)
 
-    def number_at_once(self, num_transitions: int) -> int:
+    def number_at_once(self, num_transitions: int, size: int) -> int:
         """How many micro-batches are computed side by side: several on the CPU, where one process trains."""
         alone = self.accelerator.num_processes == 1 and not self.model.is_compiled
-        return threads.at_once(num_transitions, self.accelerator.device) if alone else 1
+        return threads.at_once(num_transitions, size, self.accelerator.device) if alone else 1
 
     def add_gradient(
         self,

@@ -50,7 +50,7 @@ class Clip:
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Embeddings float32 [N,E] of images uint8 [N,H,W,3], not normalised."""
-        number = threads.at_once(len(images), self.device)
+        number = threads.at_once(len(images), len(images), self.device)
         cut = threads.pieces(len(images), len(images), number)
         return torch.cat([*threads.side_by_side(lambda part: self.embed(images[part]), cut, number)])
 

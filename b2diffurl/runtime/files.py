@@ -212,7 +212,7 @@ def remembered(path: Path | str, use: Callable[[R], T], read: Callable[[Path | s
     """`use(read(path))`, remembered for the life of this process while the file stays the same. `use` is a function of a
     module; what it returns is shared by all who ask."""
     status = os.stat(path)
-    same = (status.st_ino, status.st_size, status.st_mtime_ns)
+    same = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     found = REMEMBERED.get(key := (os.fspath(path), use))
     if found is None or found[0] != same:
         found = REMEMBERED[key] = (same, use(read(path)))

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
+from itertools import islice
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 T, R = TypeVar("T"), TypeVar("R")
-# Python itself runs one thread at a time. It is about a tenth of the time of a small network on MIN_ROWS images.
+# With fewer rows, or more threads, a small network would mostly wait for Python, which runs one thread at a time.
 MAX_AT_ONCE, MIN_ROWS = 4, 16
 WORKER = "side by side"  # the name of the threads that compute side by side
 
@@ -51,6 +52,7 @@ class Behind:
         return self.job.result() if self.job else None
 
     def work(self) -> None:
+        torch.get_num_threads()  # torch gives a thread its number when it first asks, which may be while others have fewer
         while given := self.jobs.get():
             job, work = given
             try:
@@ -61,7 +63,7 @@ class Behind:
 
 def ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
     """Yield (item, `work(item)`) for each item; a thread works on the next item while the caller uses this one."""
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, initializer=torch.get_num_threads) as pool:  # as in Behind.work
         coming: deque[tuple[T, Future[R]]] = deque()  # at most two: with more, results would pile up in memory
         for item in items:
             coming.append((item, pool.submit(work, item)))
@@ -75,15 +77,19 @@ def ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
 # ---- computing side by side ----
 
 
-def at_once(num_rows: int, device: torch.device) -> int:
-    """In how many threads side by side a network on `device` best sees `num_rows` rows: 1 for the GPU, and for few rows.
+def at_once(num_rows: int, at_most: int, device: torch.device) -> int:
+    """In how many threads side by side a network on `device` best sees `num_rows` rows, `at_most` of them in each.
 
-    Torch can have several threads share each operation. In a small network they wait for one another most of the time, and
-    all the time if another program has one of the cores.
+    1 for the GPU, for few rows, and where the user wants few rows at once, to save memory. Torch can have several threads
+    share each operation. In a small network they wait for one another most of the time, and all the time if another program
+    has one of the cores.
     """
-    if device.type != "cpu" or threading.current_thread().name.startswith(WORKER):
+    if device.type != "cpu" or threading.current_thread().name.startswith(WORKER) or at_most < MIN_ROWS:
         return 1
-    return max(1, min(torch.get_num_threads(), MAX_AT_ONCE, num_rows // MIN_ROWS))
+    num_threads = torch.get_num_threads()
+    most = max(1, min(num_threads, MAX_AT_ONCE, num_rows // MIN_ROWS))
+    # Of 6 threads 3 with 2 each, not 4 with 1: none is idle.
+    return max(range(min(2, most), most + 1), key=lambda number: (num_threads // number * number, number))
 
 
 def pieces(num_rows: int, at_most: int, number_at_once: int = 1) -> list[slice]:
@@ -99,14 +105,15 @@ def pieces(num_rows: int, at_most: int, number_at_once: int = 1) -> list[slice]:
 def side_by_side(work: Callable[[T], R], items: Sequence[T], number_at_once: int) -> Iterator[R]:
     """Yield `work(item)` of each item in order, `number_at_once` of them computed at the same time.
 
-    They share torch's threads evenly. So what is computed depends on the number of items at once, but not on which of them
-    is faster. If one fails, its error is raised once those that have begun are done.
+    They share torch's threads. What is computed depends on the number of items at once, but not on which of them is faster.
+    If one fails, its error is raised once those that have begun are done. Only one thread of the program may call this at a
+    time.
     """
     if number_at_once == 1:
         yield from map(work, items)
         return
-    num_threads = torch.get_num_threads()
-    jobs: list[Future[R]] = []
+    num_threads, waiting = torch.get_num_threads(), iter(items)
+    jobs: deque[Future[R]] = deque()  # one more than are at work: with all of them, results would pile up in memory
 
     def alone(item: T) -> R:
         torch.set_num_threads(num_threads // number_at_once)  # each thread has a number of its own
@@ -114,9 +121,15 @@ def side_by_side(work: Callable[[T], R], items: Sequence[T], number_at_once: int
 
     try:
         torch.set_num_threads(num_threads // number_at_once)  # and MKL one for all of them
-        jobs += [workers(number_at_once).submit(alone, item) for item in items]
-        for job in jobs:
-            yield job.result()
+        for item in islice(waiting, number_at_once + 1):
+            jobs.append(workers(number_at_once).submit(alone, item))
+        while jobs:
+            result = jobs[0].result()
+            jobs.popleft()
+            for item in islice(waiting, 1):
+                jobs.append(workers(number_at_once).submit(alone, item))
+            yield result
+            del result
     finally:
         for job in jobs:
             job.cancel()

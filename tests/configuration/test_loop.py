@@ -390,7 +390,7 @@ def with_interpreters(folder: Path, answers: dict[str, str], **variables: str) -
     """Exit code and stderr of run_process.sh where only these interpreters are on the PATH."""
     for name, answer in answers.items():
         interpreter(folder, name, answer)
-    for name in ("bash", "awk", "sed", "dirname", "mktemp", "grep", "tail", "rm", "rmdir"):
+    for name in ("bash", "awk", "sed", "sleep", "dirname", "mktemp", "grep", "tail", "rm", "rmdir"):
         (folder / name).symlink_to(shutil.which(name))
     ended = subprocess.run(
         ["bash", ROOT / "run_process.sh"], env=variables | {"PATH": str(folder)}, capture_output=True, text=True, timeout=60
@@ -440,3 +440,23 @@ def test_the_question_put_to_the_interpreter_is_answered_by_this_one(tmp_path):
     assert subprocess.run(ask, capture_output=True, text=True, check=True).stdout == ""
     alone = subprocess.run([*ask[:1], "-I", "-S", *ask[1:]], capture_output=True, text=True, check=True)
     assert alone.stdout.startswith("lacks torch")
+
+
+def test_a_run_outlives_its_temporary_files(tmp_path):
+    """Something that cleans /tmp deletes the list of calls while one process makes them all: the run ends as it should."""
+    folder, stub = tmp_path / "run", tmp_path / "python"
+    folder.mkdir()
+    stub.write_text(f"""#!/bin/bash
+for given in "$@"; do case "$given" in --calls=*) calls="${{given#--calls=}}" ;; esac; done
+if [ -z "${{calls:-}}" ]; then exit 0; fi
+printf 'lock [[%s, 1]]' "$B2DIFFURL_RUN" > {folder}/run.lock
+printf 'folder\\t{folder}\\nresident\\nend\\n' > "$calls"
+sleep 1
+rm -r "$(dirname "$calls")"
+""")
+    stub.chmod(0o755)
+    ended = subprocess.run(
+        ["bash", ROOT / "run_process.sh"], env=os.environ | {"Python": str(stub)}, capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert not folder.exists()  # the lock is taken away, and the folder, which is empty

@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -50,10 +51,12 @@ def test_reading_ahead_is_one_item_ahead():
 def test_how_many_are_computed_at_once(monkeypatch):
     """As many as torch has threads, at most four, and none has fewer than 16 rows. One on a GPU."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert [at_once(rows, CPU) for rows in (0, 1, 31, 32, 47, 48, 1000)] == [1, 1, 1, 2, 2, 3, 3]
-    assert at_once(1000, torch.device("meta")) == at_once(1000, torch.device("cuda")) == 1
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    assert at_once(1000, CPU) == 4
+    assert [at_once(rows, 64, CPU) for rows in (0, 1, 31, 32, 47, 48, 1000)] == [1, 1, 1, 2, 2, 3, 3]
+    assert at_once(1000, 64, torch.device("meta")) == at_once(1000, 64, torch.device("cuda")) == 1
+    assert at_once(1000, 15, CPU) == 1  # whoever wants so few rows saves memory
+    for num_threads, number in ((1, 1), (2, 2), (4, 4), (5, 4), (6, 3), (7, 3), (8, 4), (64, 4)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda num_threads=num_threads: num_threads)
+        assert at_once(1000, 64, CPU) == number
 
 
 def test_pieces_cover_all_rows_once_and_are_even():
@@ -81,7 +84,7 @@ def test_side_by_side_is_in_order_and_each_has_its_share_of_threads(side_by_side
     assert list(side_by_side(work, range(4), 2)) == [(0, 2), (1, 2), (2, 2), (3, 2)]
     assert torch.get_num_threads() == 4
     assert list(side_by_side(lambda item: torch.get_num_threads(), range(2), 1)) == [4, 4]
-    assert list(side_by_side(lambda item: at_once(1000, CPU), range(4), 2)) == [1] * 4  # not again in each
+    assert list(side_by_side(lambda item: at_once(1000, 64, CPU), range(4), 2)) == [1] * 4  # not again in each
 
 
 def test_an_error_is_raised_when_all_that_have_begun_are_done(side_by_side_of_four):
@@ -107,3 +110,18 @@ def side_by_side_of_four():
     torch.set_num_threads(4)
     yield
     torch.set_num_threads(1)
+
+
+def test_results_do_not_pile_up(side_by_side_of_four):
+    """Of fifty results only those at work, and the next one, are in memory at a time."""
+    alive = weakref.WeakSet()
+
+    def work(item: int) -> torch.Tensor:
+        result = torch.full((1,), item)
+        alive.add(result)
+        return result
+
+    for item, result in enumerate(side_by_side(work, range(50), 2)):
+        assert result == item
+        del result
+        assert len(alive) <= 4
